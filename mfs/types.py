@@ -1,0 +1,103 @@
+"""Nouns every room shares. Pure values: this module imports nothing of ours and does no I/O."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from typing import NamedTuple
+
+CHUNK_BYTES = 4 << 20
+"""The caching unit: one slot in RAM, one file on SSD. Aligned in the object; the last may be shorter."""
+
+BLOCK_BYTES = 128 << 10
+"""The unit that is valid or not inside a chunk, with one checksum each: small random reads stay small."""
+
+BLOCKS_PER_CHUNK = CHUNK_BYTES // BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Half-open range of bytes [start, stop) of one object."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"not a byte range: [{self.start}, {self.stop})")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ObjectId:
+    """One immutable file version. Two equal ids have equal bytes for ever."""
+
+    source: str
+    """Identity of the source, the same over restarts and machines: 's3://bucket/prefix@endpoint'."""
+    path: str
+    """Path inside the source, '/'-separated, without a leading slash."""
+    size: int
+    """Bytes."""
+    version: str
+    """What the source calls this version: etag, blob id, or 'mtime-size' where it has nothing better."""
+    digest: str | None = None
+    """'sha256:<hex>' of the whole object where the source states it, else None."""
+    locator: str = field(default="", compare=False)
+    """Whatever the source needs, beside the path, to find this version again (a commit, say). No part of identity."""
+
+    @cached_property
+    def cache_id(self) -> str:
+        """40 hex digits naming these bytes in the SSD cache: by content where a digest is known, else by origin."""
+        if self.digest:
+            identity = f"{self.digest}\0{self.size}"
+        else:
+            identity = f"{self.source}\0{self.path}\0{self.size}\0{self.version}"
+        return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:40]
+
+    @property
+    def chunks_count(self) -> int:
+        return -(-self.size // CHUNK_BYTES)
+
+    def chunk_range(self, index: int) -> ByteRange:
+        """The bytes of the object that chunk `index` holds."""
+        start = index * CHUNK_BYTES
+        return ByteRange(start, min(start + CHUNK_BYTES, self.size))
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.path} (version {self.version})"
+
+
+class ChunkKey(NamedTuple):
+    """One chunk of one object version."""
+
+    object: ObjectId
+    index: int
+
+
+class EntryKind(IntEnum):
+    """What a name in a source's directory stands for."""
+
+    FILE = 1
+    DIRECTORY = 2
+    SYMLINK = 3
+
+
+class Entry(NamedTuple):
+    """One name in a source's directory, as the source reports it."""
+
+    name: str
+    kind: EntryKind
+    size: int = 0
+    """Bytes; 0 for directories and links."""
+    mtime_ns: int = 0
+    """The source's own modification time; 0 where it has none."""
+    version: str = ""
+    """See `ObjectId.version`. For links: the target."""
+    digest: str | None = None
+    """See `ObjectId.digest`."""
+    locator: str = ""
+    """See `ObjectId.locator`."""
