@@ -1,0 +1,74 @@
+"""What the daemon can be asked to do: the one list of control operations, with their shapes.
+
+`control.server` turns HTTP into calls of this protocol, `control.client` turns calls into HTTP; the daemon
+(`mfs.daemon`) implements it. Paths are relative to the mount's root, '/'-separated, '' is the root.
+All dicts are plain JSON values; byte counts are integers in bytes, times are seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal, Protocol
+
+Json = dict[str, Any]
+Tier = Literal["ssd", "ram"]
+EvictTier = Literal["ssd", "ram", "all"]
+
+
+class DaemonApi(Protocol):
+    """One mounted tree. Methods raise mfs.errors; the server maps them to HTTP statuses by class name."""
+
+    async def status(self) -> Json:
+        """Everything a person looks at first.
+
+        {version, pid, mountpoint, started_at, uptime_s, sources: [{name, url, listed_directories, last_refresh_at,
+        last_error}], cache_dir, ssd: {used_bytes, budget_bytes, free_disk_bytes, objects_count, state, hits_bytes},
+        ram: {used_bytes, budget_bytes, locked_bytes, slots_count, slots_free, slots_leased, hits_bytes, page_locked,
+        note}, origin: {fetched_bytes, requests_count, errors_count, inflight}, reads: {count, bytes, errors_count,
+        waiting}, open_files, prefetch: {queued_bytes, active_objects}, workers: [{pid, inflight, restarts}],
+        kernel: {read_ahead_kb, max_background, notes: [str]}, warnings: [str]}
+        """
+        ...
+
+    async def ls(self, path: str) -> list[Json]:
+        """[{name, kind: 'file'|'directory'|'symlink', size, mtime, ssd_bytes, ram_bytes, pinned}] of a directory, or
+        of the one file."""
+        ...
+
+    async def stat(self, path: str) -> Json:
+        """{path, kind, size, mtime, inode, source, source_path, revision, digest, ssd_bytes, ram_bytes, pinned,
+        chunks_count, open_handles}"""
+        ...
+
+    def prefetch(self, paths: Sequence[str], tier: Tier, *, wait: bool) -> AsyncIterator[Json]:
+        """Bring files (directories: all below) into a tier. Yields {total_bytes, done_bytes, files_count, path} at most
+        ten times a second and lastly {done: true, total_bytes, done_bytes, files_count, failed: [{path, error}]}.
+        With wait=False yields the total and returns; the work goes on. Closing the iterator cancels the rest."""
+        ...
+
+    async def pin(self, paths: Sequence[str]) -> Json:
+        """Protect from SSD eviction (does not fetch). {files_count, bytes}"""
+        ...
+
+    async def unpin(self, paths: Sequence[str]) -> Json: ...
+
+    async def evict(self, paths: Sequence[str], tier: EvictTier) -> Json:
+        """Drop what is resident and neither pinned nor leased. {files_count, ram_bytes, ssd_bytes, kept_pinned_count}"""
+        ...
+
+    async def refresh(self) -> Json:
+        """List the sources again and publish the new tree. {changed_count, added_count, removed_count, errors: [..]}"""
+        ...
+
+    def verify(self, paths: Sequence[str]) -> AsyncIterator[Json]:
+        """Re-read and re-hash what the SSD holds; drop what is bad. Progress as in `prefetch`, lastly {done: true,
+        checked_bytes, bad: [{path, chunk, reason}]}"""
+        ...
+
+    async def config(self) -> Json:
+        """The effective settings, secrets masked."""
+        ...
+
+    async def shutdown(self) -> Json:
+        """Unmount and stop, after the answer is sent. {pid}"""
+        ...
