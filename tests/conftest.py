@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import leftovers
+from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
 
 _FOREIGN_PREFIXES = ("AWS_", "HF_", "HUGGING", "MFS_", "GPULOAD_")
@@ -108,6 +109,13 @@ def s3_bucket(swift: SwiftServer) -> Iterator[str]:
     yield name
     swift.ensure_started()  # a failed test may have left it stopped
     swift.remove_bucket(name)
+
+
+@pytest.fixture(scope="session")
+def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NginxServer]:
+    """A range server over `nginx.files`: make a folder of your own in there. A test that stops it starts it again."""
+    with NginxServer(tmp_path_factory.mktemp("nginx")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

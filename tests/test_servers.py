@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from email.message import Message
 from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
 from tests.servers import leftovers
+from tests.servers.nginx import NginxServer
 from tests.servers.process import PROJECT_ROOT, ServerError, ServerProcess
 from tests.servers.swift import SwiftServer
 
@@ -83,6 +91,78 @@ class TestSwift:
         env = {**os.environ, **swift.environ()}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
         assert s3_bucket in done.stdout, done.stderr
+
+
+def fetch(url: str, *, context: ssl.SSLContext | None = None, **headers: str) -> tuple[int, Message, bytes]:
+    """Status, headers and body of one GET; redirects are followed, statuses are no errors."""
+    request = urllib.request.Request(url, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=20, context=context) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, error.read()
+
+
+class TestNginx:
+    @pytest.fixture(autouse=True)
+    def files(self, nginx: NginxServer) -> Path:
+        folder = nginx.files / "honest"
+        (folder / "sub").mkdir(parents=True, exist_ok=True)
+        (folder / "a b ü%.bin").write_bytes(bytes(range(251)) * 40)
+        nginx.forget_requests()
+        return folder
+
+    def test_lists_in_json(self, nginx: NginxServer) -> None:
+        code, headers, body = fetch(nginx.url + "honest/")
+        assert (code, headers.get_content_type()) == (200, "application/json")
+        listed = {entry["name"]: (entry["type"], entry.get("size")) for entry in json.loads(body)}
+        assert listed == {"sub": ("directory", None), "a b ü%.bin": ("file", 10_040)}
+
+    def test_ranges_and_conditions(self, nginx: NginxServer) -> None:
+        url = nginx.url + "honest/" + urllib.parse.quote("a b ü%.bin")
+        code, headers, body = fetch(url, Range="bytes=250-252")
+        assert (code, body, headers["Content-Range"]) == (206, b"\xfa\x00\x01", "bytes 250-252/10040")
+        assert fetch(url, Range="bytes=0-1", If_Match=headers["ETag"])[0] == 206
+        assert fetch(url, Range="bytes=0-1", If_Match='"0"')[0] == 412
+        assert fetch(url, Range="bytes=20000-")[0] == 416
+
+    def test_misbehaves_where_told(self, nginx: NginxServer) -> None:
+        path = "honest/" + urllib.parse.quote("a b ü%.bin")
+        code, _, body = fetch(nginx.url + "~no-ranges/" + path, Range="bytes=0-1")
+        assert (code, len(body)) == (200, 10_040)
+        basic = base64.b64encode(f"{nginx.user}:{nginx.password}".encode()).decode()
+        assert fetch(nginx.url + "~private/" + path)[0] == 401
+        assert fetch(nginx.url + "~private/" + path, Authorization=f"Basic {basic}")[0] == 200
+        assert fetch(nginx.url + "~private/honest/", Authorization=f"Basic {basic}")[0] == 200
+        assert fetch(nginx.url + "~forbidden/" + path)[0] == 403
+        assert fetch(nginx.url + "~no-index/honest/")[0] == 403
+        assert fetch(nginx.url + "~html-index/honest/")[1].get_content_type() == "text/html"
+        assert fetch(nginx.url + "~moved/" + path)[0] == 200
+        assert fetch(nginx.url + "~unavailable/" + path)[0] == 503
+        assert fetch(nginx.url + "honest/missing")[0] == 404
+
+    def test_tls_needs_our_authority(self, nginx: NginxServer) -> None:
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            fetch(nginx.tls_url + "honest/")
+        trusting = ssl.create_default_context(cafile=str(nginx.ca_file))
+        assert fetch(nginx.tls_url + "honest/", context=trusting)[0] == 200
+
+    def test_counts_requests(self, nginx: NginxServer) -> None:
+        url = nginx.url + "honest/" + urllib.parse.quote("a b ü%.bin")
+        fetch(url, Range="bytes=0-99")
+        fetch(url)
+        fetch(nginx.url + "honest/")
+        seen = nginx.requests("/honest/a b ü%.bin")
+        assert [(r.status, r.range, r.sent_bytes) for r in seen] == [(206, "bytes=0-99", 100), (200, "", 10_040)]
+        assert len(nginx.requests()) == 3
+
+    def test_comes_back_on_its_port(self, nginx: NginxServer) -> None:
+        nginx.stop()
+        with pytest.raises(urllib.error.URLError, match="refused"):
+            fetch(nginx.url)
+        nginx.start()
+        assert fetch(nginx.url + "honest/")[0] == 200
 
 
 def test_minilm_is_the_real_model(minilm_dir: Path) -> None:
