@@ -1,0 +1,89 @@
+"""Trying again: only what may pass, only inside the deadline, never in step with everybody else."""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from mfs.errors import StoreError, TransientStoreError
+
+T = TypeVar("T")
+
+FIRST_PAUSE_S = 0.1
+"""Upper bound of the first pause; each further one doubles it."""
+
+PAUSE_S_MAX = 5.0
+"""Upper bound of any pause the server did not ask for: a recovered origin is noticed within seconds."""
+
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses that say 'not now'."""
+
+_RATE_LIMIT_RESET = re.compile(r";\s*t=(\d+)")
+_RATE_LIMIT_REMAINING = re.compile(r";\s*r=(\d+)")
+
+
+def with_retries(
+    attempt: Callable[[], T], *, what: str, deadline_s: float, stopped: threading.Event | None = None
+) -> T:
+    """Call `attempt` until it returns, fails for good, or the deadline comes too near for another try.
+
+    Pauses are drawn evenly from 0 to a bound that doubles (full jitter), and are at least what the server asked for.
+    what: opens the final message, as in 's3://b/k: bytes 0-9'.
+    stopped: set from elsewhere, ends a pause with StoreError.
+    Raises: TransientStoreError naming attempts, time and last cause; any other error of `attempt` unchanged.
+    """
+    started_s = time.monotonic()
+    attempts_count = 0
+    bound_s = FIRST_PAUSE_S
+    while True:
+        attempts_count += 1
+        try:
+            return attempt()
+        except TransientStoreError as e:
+            last = e
+        pause_s = random.uniform(0, bound_s)
+        bound_s = min(PAUSE_S_MAX, 2 * bound_s)
+        if last.retry_after_s is not None:
+            pause_s += last.retry_after_s
+        now_s = time.monotonic()
+        if now_s + pause_s >= deadline_s:
+            raise _given_up(last, what, attempts_count, now_s - started_s) from last
+        if stopped is None:
+            time.sleep(pause_s)
+        elif stopped.wait(pause_s):
+            raise StoreError(f"{what}: the source was closed while waiting to try again") from last
+
+
+def _given_up(last: TransientStoreError, what: str, attempts_count: int, took_s: float) -> TransientStoreError:
+    attempts = "1 attempt" if attempts_count == 1 else f"{attempts_count} attempts"
+    wish = f"; the server asks to wait {last.retry_after_s:.0f} s" if last.retry_after_s else ""
+    return TransientStoreError(
+        f"{what}: given up after {attempts} in {took_s:.1f} s: {last}{wish}", retry_after_s=last.retry_after_s
+    )
+
+
+def wished_pause_s(headers: http.client.HTTPMessage) -> float | None:
+    """How long the server asks us to wait, or None.
+
+    Source: RFC 9110 §10.2.3 Retry-After (seconds or a date); the Hub's `RateLimit: "api";r=0;t=55`.
+    """
+    value = headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
+    if value:
+        try:
+            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        except (ValueError, OverflowError):
+            return None
+    limit = headers.get("RateLimit", "")
+    remaining = _RATE_LIMIT_REMAINING.search(limit)
+    reset = _RATE_LIMIT_RESET.search(limit)
+    if remaining and reset and int(remaining[1]) == 0:
+        return float(reset[1])
+    return None

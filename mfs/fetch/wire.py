@@ -1,0 +1,178 @@
+"""One connected socket that keeps to a deadline at every single receive.
+
+Python's socket timeouts are per call, so a server that drips one byte a second never times out. Here each receive gets
+what is left of the deadline, and no more than the stall limit.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import math
+import select
+import socket
+import ssl
+import struct
+import time
+from typing import TYPE_CHECKING
+
+from mfs.fetch.environment import Proxy
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # collections.abc has it from Python 3.12
+
+STALL_S = 10.0
+"""Longest silence on a connection before it is given up and the request tried on another."""
+
+CONNECT_S = 5.0
+"""Longest wait for a connection to stand; a SYN lost three times has cost 7 s."""
+
+
+def patience_s(deadline_s: float, limit_s: float) -> float:
+    """How long one wait may take: at most `limit_s`, and a third of what is left so that another attempt fits in.
+
+    Raises: TimeoutError when the deadline has passed.
+    """
+    left_s = deadline_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError("deadline passed")
+    return min(left_s, max(1.0, min(limit_s, left_s / 3)))
+
+
+class Wire:
+    """A socket, plain or TLS, with the few methods that http.client asks of one.
+
+    Used by one thread at a time, except for `abort`. Plain sockets stay in blocking mode with SO_RCVTIMEO, so that a
+    receive is one system call and MSG_WAITALL can fill a whole range in one go without waking Python in between.
+    """
+
+    def __init__(self, sock: socket.socket, deadline_s: float) -> None:
+        self._sock = sock
+        self._is_tls = isinstance(sock, ssl.SSLSocket)
+        self._deadline_s = deadline_s
+        self._armed_until_s = -math.inf
+        self._stall_s = 0.0
+        if not self._is_tls:
+            sock.settimeout(None)
+        self.arm(deadline_s)
+
+    def arm(self, deadline_s: float) -> None:
+        """Set the deadline of all that follows. Raises: TimeoutError when it has passed."""
+        self._deadline_s = deadline_s
+        self._stall_s = patience_s(deadline_s, STALL_S)
+        self._set_timeout(self._stall_s)
+
+    def _set_timeout(self, timeout_s: float) -> None:
+        if self._is_tls:
+            self._sock.settimeout(timeout_s)
+            return
+        timeval = struct.pack("@ll", int(timeout_s), max(1000, int(timeout_s % 1 * 1e6)))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
+    def receive(self, view: Buffer, *, flags: int = 0) -> int:
+        """Receive some bytes into `view`; 0 means that the peer closed. Raises: TimeoutError, OSError."""
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("deadline passed")
+        if left_s < self._stall_s:
+            self._stall_s = left_s
+            self._set_timeout(left_s)
+        try:
+            return self._sock.recv_into(view, 0, flags)
+        except BlockingIOError:
+            raise TimeoutError(f"silent for {self._stall_s:.1f} s") from None
+
+    def receive_all(self, view: memoryview) -> int:
+        """Receive until `view` is full or the peer closes; the bytes received. Raises: TimeoutError, OSError."""
+        flags = 0 if self._is_tls else socket.MSG_WAITALL
+        filled = 0
+        while filled < len(view):
+            count = self.receive(view[filled:], flags=flags)
+            if not count:
+                break
+            filled += count
+        return filled
+
+    def is_quiet(self) -> bool:
+        """Whether an idle connection is still open: nothing may come from a server that owes us nothing."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN | select.POLLRDHUP)
+        return not poll.poll(0)
+
+    def abort(self) -> None:
+        """Wake whoever waits on this socket, from any thread; the owner closes it."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # not connected any more, which is what was asked for
+
+    # What http.client uses.
+
+    def sendall(self, data: bytes) -> None:
+        try:
+            self._sock.sendall(data)
+        except BlockingIOError:
+            raise TimeoutError(f"request not taken within {self._stall_s:.1f} s") from None
+
+    def makefile(self, mode: str = "rb", buffering: int = -1) -> io.BufferedReader:
+        """A reader for one response; closing it leaves the socket open for the next one."""
+        return io.BufferedReader(_ResponseStream(self))
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class _ResponseStream(io.RawIOBase):
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        return self._wire.receive(buffer)
+
+
+def connect(
+    scheme: str, host: str, port: int, *, proxy: Proxy | None, trust: ssl.SSLContext | None, deadline_s: float
+) -> Wire:
+    """Connect to an origin, through a proxy's CONNECT where TLS has to pass one.
+
+    Name resolution is the system's and keeps to its own timeouts (resolv.conf), not to the deadline.
+    Raises: TimeoutError, OSError, ssl.SSLError, http.client.HTTPException.
+    """
+    address = (proxy.host, proxy.port) if proxy else (host, port)
+    sock = socket.create_connection(address, timeout=patience_s(deadline_s, CONNECT_S))
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if scheme != "https":
+            return Wire(sock, deadline_s)
+        if proxy:
+            _open_tunnel(Wire(sock, deadline_s), host, port, proxy)
+        assert trust is not None
+        sock.settimeout(patience_s(deadline_s, CONNECT_S))
+        return Wire(trust.wrap_socket(sock, server_hostname=host), deadline_s)
+    except BaseException:
+        sock.close()
+        raise
+
+
+class TunnelRefusedError(OSError):
+    """The proxy answered CONNECT with something other than 2xx."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"the proxy answered CONNECT with {status} {reason}")
+        self.status = status
+
+
+def _open_tunnel(wire: Wire, host: str, port: int, proxy: Proxy) -> None:
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}"]
+    if proxy.authorization:
+        lines.append(f"Proxy-Authorization: {proxy.authorization}")
+    wire.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
+    response = http.client.HTTPResponse(wire, method="CONNECT")  # type: ignore[arg-type]  # a socket as far as it looks
+    response.begin()
+    if not 200 <= response.status < 300:
+        raise TunnelRefusedError(response.status, response.reason)
