@@ -1,0 +1,479 @@
+"""The conductor of the tiers: the only place that knows RAM slots, the SSD tier and the origin.
+
+    read -> lease -> RAM hit                      the slot's bytes, uncopied
+                  -> a fill under way              wait for that one
+                  -> miss                          take a slot, have a worker fill it: SSD first, then origin
+    filled -> published to all who wait -> written to SSD, holding the slot meanwhile
+
+Protocol. Everything here runs on the trio thread. Workers write only into blocks of a slot that are neither valid nor in
+another fill. Between checkpoints the following holds:
+
+- a block of a chunk is valid, or in exactly one fill, or absent; `valid` only grows while the chunk has its slot;
+- a chunk with leases, fills or an SSD write under way keeps its slot; any other may lose it at the next checkpoint;
+- a view returned by `read` is good until the caller's next checkpoint: pyfuse3 replies before it yields (handlers.pxi);
+- a fill belongs to the cache, not to the reader that caused it: a cancelled reader does not stop it, its error goes to
+  those who wait for it, and the next reader starts a new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes
+from mfs.cache.ram import SlotMemory
+from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
+from mfs.types import ByteRange, ObjectId
+from mfs.workers.frames import Frame, object_to_wire
+from mfs.workers.pool import Job, Priority, WorkerPool
+
+logger = logging.getLogger(__name__)
+
+_CLEAN_SEARCH_COUNT = 64  # how far from the cold end to look for a slot that costs nothing to lose
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Bounds of the chunk cache."""
+
+    timeout_s: float = 30.0
+    """From a reader's question to its bytes or its error."""
+    ssd: bool = True
+    """Whether the workers have an SSD tier."""
+
+
+@dataclass
+class CacheCounters:
+    """What happened since the start; only ever grows."""
+
+    ram_hit_bytes: int = 0
+    ssd_hit_bytes: int = 0
+    origin_bytes: int = 0
+    origin_requests: int = 0
+    origin_errors: int = 0
+    saved_bytes: int = 0
+    lost_bytes: int = 0
+    """Given up unsaved, because readers needed the slot before the disk had taken it."""
+
+
+class Fill:
+    """One order to bring blocks into a chunk; `done` is set when they are there or `error` says why not."""
+
+    __slots__ = ("attempts", "done", "error", "job", "mask")
+
+    def __init__(self, mask: int) -> None:
+        self.mask = mask
+        self.done = trio.Event()
+        self.error: MfsError | None = None
+        self.job: Job | None = None
+        self.attempts = 0
+
+
+class Chunk:
+    """A chunk that has a slot."""
+
+    __slots__ = (
+        "changed_at", "delivered", "fills", "index", "keep", "leases", "length", "saved", "saving", "slot", "state",
+        "sums", "unread", "valid",
+    )  # fmt: skip
+
+    def __init__(self, state: ObjectState, index: int, slot: int) -> None:
+        self.state = state
+        self.index = index
+        self.slot = slot
+        self.length = len(state.object.chunk_range(index))
+        self.valid = 0
+        """Blocks whose bytes may be handed out."""
+        self.saved = 0
+        """Blocks the SSD tier is known to hold."""
+        self.delivered = 0
+        """Blocks handed to a reader; then the kernel's page cache has them."""
+        self.unread = False
+        """Brought ahead of need, and nobody came yet."""
+        self.keep = False
+        """Asked into RAM by a person: not the first to go once delivered."""
+        self.sums: dict[int, int] = {}
+        self.fills: list[Fill] = []
+        self.leases = 0
+        self.saving: trio.Event | None = None
+        self.changed_at = 0.0
+
+    @property
+    def complete(self) -> bool:
+        return self.valid == full_mask(self.length)
+
+    @property
+    def idle(self) -> bool:
+        return not self.leases and not self.fills and self.saving is None
+
+
+class ObjectState:
+    """An object version somebody uses: its chunks in RAM and its place among the sources."""
+
+    __slots__ = ("chunks", "object", "source", "users", "wire")
+
+    def __init__(self, obj: ObjectId, source: int) -> None:
+        self.object = obj
+        self.source = source
+        self.chunks: dict[int, Chunk] = {}
+        self.users = 0
+        """Open handles and others that hold it."""
+        self.wire = object_to_wire(obj)
+
+
+class ChunkCache:
+    """Chunks of objects in RAM, filled and saved by the workers."""
+
+    def __init__(self, config: CacheConfig, memory: SlotMemory, pool: WorkerPool) -> None:
+        self._config = config
+        self._memory = memory
+        self._pool = pool
+        self._states: dict[tuple[str, int], ObjectState] = {}
+        self._lru: OrderedDict[Chunk, None] = OrderedDict()
+        self._slot_freed = trio.Event()
+        self._uses: dict[str, set[int]] = {}
+        self.counters = CacheCounters()
+        self.unread_count = 0
+        """Chunks brought ahead of need that nobody has read yet."""
+        self.save_suspended_until = 0.0
+        """time.monotonic() until which nothing is written to SSD, because the disk was full."""
+        self.on_changed: Callable[[ObjectState], None] | None = None
+        """Told when the origin turns out to hold another version."""
+
+    # -- objects
+
+    def open(self, obj: ObjectId, source: int) -> ObjectState:
+        """The state of an object, held until `close`. Equal objects share one."""
+        key = (obj.cache_id, source)
+        state = self._states.get(key)
+        if state is None:
+            state = self._states[key] = ObjectState(obj, source)
+        state.users += 1
+        return state
+
+    def close(self, state: ObjectState) -> None:
+        """Give an object back."""
+        state.users -= 1
+        self._forget_if_unused(state)
+
+    def _forget_if_unused(self, state: ObjectState) -> None:
+        if not state.users and not state.chunks:
+            self._states.pop((state.object.cache_id, state.source), None)
+
+    # -- reading
+
+    async def read(self, state: ObjectState, span: ByteRange, *, whole_chunks: bool = False) -> memoryview | bytes:
+        """Bytes [span.start, span.stop) of the object, all of them.
+
+        span: inside the object. whole_chunks: fetch all of a missing chunk, because the rest will be wanted.
+        Returns a view that is good until the caller's next checkpoint.
+        Raises: MfsError. Cancellation: safe; the fill goes on.
+        """
+        parts = list(chunk_spans(span))
+        if len(parts) == 1:
+            return await self._read_part(state, *parts[0], whole_chunks)
+        joined = bytearray(len(span))
+        position = 0
+        for index, part in parts:  # copied one by one: holding two slots could deadlock against another such reader
+            joined[position : position + len(part)] = await self._read_part(state, index, part, whole_chunks)
+            position += len(part)
+        return bytes(joined)
+
+    async def _read_part(self, state: ObjectState, index: int, part: ByteRange, whole_chunk: bool) -> memoryview:
+        mask = block_mask(part.start, part.stop)
+        chunk = state.chunks.get(index)
+        if chunk is not None and not mask & ~chunk.valid:
+            self.counters.ram_hit_bytes += len(part)
+            chunk.leases += 1
+        else:
+            length = len(state.object.chunk_range(index))
+            chunk = await self.lease(state, index, mask, extra=full_mask(length) if whole_chunk else 0)
+        # no checkpoint until the caller's reply
+        self._note_delivery(chunk, mask)
+        self.release(chunk)
+        return self._memory.view(chunk.slot)[part.start : part.stop]
+
+    def _note_delivery(self, chunk: Chunk, mask: int) -> None:
+        chunk.delivered |= mask
+        if chunk.unread:
+            chunk.unread = False
+            self.unread_count -= 1
+        self._lru.move_to_end(chunk)
+        if chunk.saved:
+            self._uses.setdefault(chunk.state.object.cache_id, set()).add(chunk.index)
+        self._demote_if_done(chunk)
+
+    def _demote_if_done(self, chunk: Chunk) -> None:
+        """A chunk the kernel has whole and the SSD has too is the first to lose its slot: one copy in RAM is enough."""
+        if chunk.delivered == full_mask(chunk.length) and chunk.saved == chunk.delivered and not chunk.keep:
+            self._lru.move_to_end(chunk, last=False)
+
+    async def lease(
+        self, state: ObjectState, index: int, mask: int, *, extra: int = 0, priority: Priority = Priority.DEMAND
+    ) -> Chunk:
+        """Hold a chunk with the blocks of `mask` valid; the caller must `release` it.
+
+        extra: further blocks to bring in the same request if they are missing; not waited for by themselves.
+        Raises: MfsError within `timeout_s` for DEMAND; background leases wait as long as their turn takes.
+        Cancellation: safe, nothing is held then.
+        """
+        demand = priority is Priority.DEMAND
+        deadline = trio.current_time() + self._config.timeout_s if demand else float("inf")
+        with trio.move_on_at(deadline):
+            while True:
+                chunk = state.chunks.get(index)
+                if chunk is None:
+                    slot = await self._take_slot(allow_loss=demand)
+                    chunk = self._adopt(state, index, slot)
+                chunk.leases += 1
+                try:
+                    if not mask & ~chunk.valid:
+                        chunk.leases += 1  # the caller's; ours goes in the finally
+                        return chunk
+                    fill = self._fill_for(chunk, mask, extra, priority)
+                    await fill.done.wait()
+                    if fill.error is not None:
+                        raise fill.error
+                finally:
+                    self.release(chunk)
+        raise StoreError(f"{state.object}: no answer within {self._config.timeout_s:g} s")
+
+    def release(self, chunk: Chunk) -> None:
+        """End a lease."""
+        chunk.leases -= 1
+        if chunk.idle:
+            if not chunk.valid:
+                self._drop(chunk)
+            else:
+                self._wake_slot_waiters()
+
+    # -- filling
+
+    def _adopt(self, state: ObjectState, index: int, slot: int) -> Chunk:
+        """Give the slot to a chunk, unless another task did so for the same chunk meanwhile."""
+        chunk = state.chunks.get(index)
+        if chunk is not None:
+            self._memory.free.append(slot)
+            return chunk
+        chunk = state.chunks[index] = Chunk(state, index, slot)
+        self._lru[chunk] = None
+        return chunk
+
+    def _fill_for(self, chunk: Chunk, mask: int, extra: int, priority: Priority) -> Fill:
+        """A fill to wait for that brings at least one missing block of `mask`; all missing ones are under way after."""
+        missing = mask & ~chunk.valid
+        under_way = 0
+        first: Fill | None = None
+        for fill in chunk.fills:
+            under_way |= fill.mask
+            if fill.mask & missing:
+                first = first or fill
+                if priority is Priority.DEMAND and fill.job is not None:
+                    self._pool.hurry(fill.job)
+        rest = missing & ~under_way
+        if rest:
+            fill = Fill((rest | extra) & ~chunk.valid & ~under_way)
+            chunk.fills.append(fill)
+            self._submit_fill(chunk, fill, priority)
+            first = first or fill
+        assert first is not None
+        return first
+
+    def _submit_fill(self, chunk: Chunk, fill: Fill, priority: Priority) -> None:
+        state = chunk.state
+        fill.attempts += 1
+        fill.job = Job(
+            "fill",
+            {"source": state.source, "obj": state.wire, "index": chunk.index, "mask": fill.mask, "slot": chunk.slot},
+            lambda result, error: self._filled(chunk, fill, result, error),
+            priority,
+            self._config.timeout_s,
+        )
+        self._pool.submit(fill.job)
+
+    def _filled(self, chunk: Chunk, fill: Fill, result: Frame | None, error: MfsError | None) -> None:
+        if isinstance(error, TransientStoreError) and fill.attempts == 1 and not self._pool.closing:
+            # Sources retry by themselves; what reaches us as transient is a worker that died. Once more, elsewhere.
+            assert fill.job is not None
+            self._submit_fill(chunk, fill, fill.job.priority)
+            return
+        chunk.fills.remove(fill)
+        if error is not None:
+            self.counters.origin_errors += 1
+            fill.error = error
+            if isinstance(error, ChangedError) and self.on_changed is not None:
+                self.on_changed(chunk.state)
+        else:
+            assert result is not None
+            chunk.valid |= fill.mask
+            chunk.saved |= result["resident"]
+            chunk.sums.update(result["sums"])
+            chunk.changed_at = time.monotonic()
+            self.counters.ssd_hit_bytes += result["ssd_bytes"]
+            self.counters.origin_bytes += result["origin_bytes"]
+            self.counters.origin_requests += result["requests"]
+        fill.done.set()
+        if error is None and chunk.complete:
+            self._save(chunk)
+        if chunk.idle:
+            if not chunk.valid:
+                self._drop(chunk)
+            else:
+                self._wake_slot_waiters()
+
+    # -- slots
+
+    async def _take_slot(self, *, allow_loss: bool) -> int:
+        """A free slot, taken from the coldest idle chunk if need be.
+
+        allow_loss: a chunk the SSD does not have yet may go too, if there is no other.
+        """
+        while True:
+            if self._memory.free:
+                return self._memory.free.popleft()
+            victim = self._victim(allow_loss)
+            if victim is not None:
+                self._drop(victim)
+                continue
+            await self._slot_freed.wait()
+
+    def _victim(self, allow_loss: bool) -> Chunk | None:
+        unsaved: Chunk | None = None
+        looked = 0
+        for chunk in self._lru:
+            if not chunk.idle:
+                continue
+            if not self._saving_possible or not chunk.valid & ~chunk.saved:
+                return chunk
+            unsaved = unsaved or chunk
+            looked += 1
+            if looked >= _CLEAN_SEARCH_COUNT:
+                break
+        if unsaved is not None and not allow_loss:
+            self._save(unsaved)
+            return None
+        if unsaved is not None:
+            self.counters.lost_bytes += unsaved.length
+        return unsaved
+
+    def _drop(self, chunk: Chunk) -> None:
+        """Take the slot away. The chunk is idle."""
+        del chunk.state.chunks[chunk.index]
+        del self._lru[chunk]
+        if chunk.unread:
+            self.unread_count -= 1
+        self._memory.free.append(chunk.slot)
+        self._forget_if_unused(chunk.state)
+        self._wake_slot_waiters()
+
+    def _wake_slot_waiters(self) -> None:
+        if self._slot_freed.statistics().tasks_waiting:
+            self._slot_freed.set()
+            self._slot_freed = trio.Event()
+
+    # -- saving
+
+    @property
+    def _saving_possible(self) -> bool:
+        return self._config.ssd and time.monotonic() >= self.save_suspended_until
+
+    def _save(self, chunk: Chunk) -> None:
+        """Have the blocks the SSD lacks written there, holding the slot until they are."""
+        if not self._saving_possible or chunk.saving is not None:
+            return
+        mask = chunk.valid & ~chunk.saved
+        if not mask:
+            return
+        chunk.saving = trio.Event()
+        self._pool.submit(Job(
+            "persist",
+            {"obj": chunk.state.wire, "index": chunk.index, "slot": chunk.slot,
+             "sums": [[block, checksum] for block, checksum in chunk.sums.items() if mask >> block & 1]},
+            lambda result, error: self._saved(chunk, mask, result, error),
+            Priority.BACKGROUND,
+        ))  # fmt: skip
+
+    def _saved(self, chunk: Chunk, mask: int, result: Frame | None, error: MfsError | None) -> None:
+        saving, chunk.saving = chunk.saving, None
+        assert saving is not None
+        if error is not None:
+            logger.warning("%s; the chunk stays uncached", error)
+        elif result is not None and result["full"]:
+            if self._saving_possible:
+                logger.warning("cache disk is full: serving on without writing to it for 30 s")
+            self.save_suspended_until = time.monotonic() + 30
+        else:
+            chunk.saved |= mask
+            self.counters.saved_bytes += result["bytes"] if result else 0
+            self._demote_if_done(chunk)
+        saving.set()
+        if chunk.idle:
+            self._wake_slot_waiters()
+
+    def save_partial(self, *, older_than_s: float) -> None:
+        """Start saving incomplete chunks that have not changed for a while; complete ones are saved as they come."""
+        horizon = time.monotonic() - older_than_s
+        for chunk in self._lru:
+            if chunk.idle and chunk.valid & ~chunk.saved and chunk.changed_at <= horizon:
+                self._save(chunk)
+
+    async def bring(self, state: ObjectState, index: int, *, to_ssd: bool, keep: bool = False) -> None:
+        """Have a whole chunk in RAM, and on SSD if asked and possible; the door for everything that fetches ahead.
+
+        Raises: MfsError of the fill. Cancellation: safe.
+        """
+        mask = full_mask(len(state.object.chunk_range(index)))
+        fresh = index not in state.chunks
+        chunk = await self.lease(state, index, mask, priority=Priority.BACKGROUND)
+        try:
+            chunk.keep = chunk.keep or keep
+            if fresh and not chunk.delivered and not chunk.unread:
+                chunk.unread = True
+                self.unread_count += 1
+            if to_ssd:
+                self._save(chunk)
+                if chunk.saving is not None:
+                    await chunk.saving.wait()
+        finally:
+            self.release(chunk)
+
+    # -- residency
+
+    def resident_bytes(self, obj: ObjectId, source: int) -> int:
+        """Bytes of an object that stand in RAM slots."""
+        state = self._states.get((obj.cache_id, source))
+        if state is None:
+            return 0
+        return sum(mask_bytes(c.valid, c.length) for c in state.chunks.values())
+
+    def evict(self, obj: ObjectId, source: int) -> int:
+        """Drop an object's idle chunks from RAM; returns the bytes freed."""
+        state = self._states.get((obj.cache_id, source))
+        freed = 0
+        for chunk in list(state.chunks.values()) if state else []:
+            if chunk.idle:
+                freed += chunk.length
+                self._drop(chunk)
+        return freed
+
+    def take_uses(self) -> dict[str, list[int]]:
+        """Which SSD chunks were read since the last call."""
+        uses, self._uses = self._uses, {}
+        return {cache_id: sorted(indexes) for cache_id, indexes in uses.items()}
+
+    @property
+    def slots_used(self) -> int:
+        return len(self._lru)
+
+    @property
+    def leases_count(self) -> int:
+        return sum(chunk.leases for chunk in self._lru)
+
+    @property
+    def fills_count(self) -> int:
+        return sum(len(chunk.fills) for chunk in self._lru)

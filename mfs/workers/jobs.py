@@ -1,0 +1,235 @@
+"""What a worker can do: each public method of `Jobs` is one operation the pool can ask for, run in a worker thread.
+
+Arguments and results are JSON values (see `frames`); bytes go straight into RAM slots. `emit` sends intermediate frames.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+from mfs.cache.chunks import full_mask, mask_bytes, mask_runs, run_bytes
+from mfs.cache.residency import ResidencyTables
+from mfs.cache.ssd import SsdConfig, SsdTier, open_directory
+from mfs.errors import StoreError
+from mfs.sources.base import Source
+from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
+from mfs.workers.frames import Frame, object_from_wire
+
+logger = logging.getLogger(__name__)
+
+Emit = Callable[[Frame], None]
+_PAGE_ENTRIES = 1000  # entries per frame of a listing: about 1 ms of JSON on the daemon's loop
+
+
+class Jobs:
+    """The operations of one worker process. Thread-safe: several run at once."""
+
+    def __init__(self, sources: Sequence[Source], slots: memoryview, ssd: SsdConfig | None) -> None:
+        """Raises ConfigError if the cache directory cannot be used."""
+        self._sources = sources
+        self._slots = slots
+        self._directory = ssd.directory if ssd else None
+        self._tier: SsdTier | None = None
+        if ssd:
+            open_directory(ssd.directory)
+            self._tier = SsdTier(ssd)
+            self._tables = ResidencyTables(ssd.directory, writable=True)
+
+    # -- data
+
+    def fill(self, *, source: int, obj: list[Any], index: int, mask: int, slot: int, deadline_s: float,
+             emit: Emit) -> Frame:  # fmt: skip
+        """Bring blocks `mask` of a chunk into a slot: from SSD what verifies there, the rest from the origin.
+
+        Result: {sums: {block: checksum}, ssd_bytes, origin_bytes, requests, resident: mask that came from SSD}.
+        """
+        wanted, view = object_from_wire(obj), self._slot(slot)
+        length = len(wanted.chunk_range(index))
+        resident, sums = (0, {}) if self._tier is None else self._tier.read_into(wanted, index, mask, view)
+        missing = mask & ~resident
+        if self._tier is not None and missing:
+            self._correct_table(wanted, index, mask, resident)
+        requests = 0
+        for first, end in mask_runs(missing):
+            start, stop = run_bytes(first, end, length)
+            base = index * CHUNK_BYTES
+            span = ByteRange(base + start, base + stop)
+            self._sources[source].get_range(wanted, span, out=view[start:stop], deadline_s=deadline_s)
+            requests += 1
+            for block in range(first, end):
+                low, high = run_bytes(block, block + 1, length)
+                sums[block] = xxh3_64_intdigest(view[low:high])
+        return {
+            "sums": list(sums.items()),
+            "resident": resident,
+            "ssd_bytes": mask_bytes(resident, length),
+            "origin_bytes": mask_bytes(missing, length),
+            "requests": requests,
+        }
+
+    def _correct_table(self, obj: ObjectId, index: int, mask: int, resident: int) -> None:
+        """A block the table promises and the file lacks must not count against the budget for ever."""
+        masks = self._tables.masks(obj.cache_id)
+        if len(masks) and int(masks[index]) & mask & ~resident:
+            header = self._tier.header(obj.cache_id, index) if self._tier else None
+            self._tables.set_mask(self._tables.register(obj), index, header.mask if header else 0)
+
+    def persist(self, *, obj: list[Any], index: int, sums: list[list[int]], slot: int, emit: Emit) -> Frame:
+        """Write blocks of a slot to the SSD tier. Result: {bytes, full}; full: the disk has no room (nothing written)."""
+        target = object_from_wire(obj)
+        tier, tables = self._ssd()
+        row = tables.register(target)
+        blocks = {int(block): int(checksum) for block, checksum in sums}
+        try:
+            mask = tier.write(target, index, blocks, self._slot(slot))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return {"bytes": 0, "full": True}
+            raise StoreError(f"cache: {target} chunk {index} cannot be written: {error}") from error
+        tables.set_mask(row, index, mask)
+        return {"bytes": mask_bytes(mask, len(target.chunk_range(index))), "full": False}
+
+    # -- listings
+
+    def list(self, *, source: int, path: str, deadline_s: float, emit: Emit) -> Frame:
+        """List a directory; entries come in intermediate frames {page: [directory, [entry, ...]]}."""
+        for directory, entries in self._sources[source].list(path, deadline_s=deadline_s):
+            for first in range(0, max(1, len(entries)), _PAGE_ENTRIES):
+                emit({"page": [directory, [list(entry) for entry in entries[first : first + _PAGE_ENTRIES]]]})
+        return {}
+
+    # -- the SSD tier
+
+    def touch(self, *, uses: dict[str, list[int]], emit: Emit) -> Frame:
+        """Note that chunks were used: {cache_id: [index, ...]}."""
+        _, tables = self._ssd()
+        for cache_id, indexes in uses.items():
+            tables.touch(cache_id, indexes)
+        return {}
+
+    def usage(self, *, emit: Emit) -> Frame:
+        """{used_bytes, objects_count, free_disk_bytes} of the SSD tier."""
+        _, tables = self._ssd()
+        usage = tables.usage()
+        disk = os.statvfs(self._directory or "/")
+        return {
+            "used_bytes": usage.used_bytes,
+            "objects_count": usage.objects_count,
+            "free_disk_bytes": disk.f_bavail * disk.f_frsize,
+        }
+
+    def enforce_budget(self, *, budget_bytes: int, target_bytes: int, emit: Emit) -> Frame:
+        """Above the budget, evict least recently used chunks down to the target. Result: {evicted_bytes, used_bytes}.
+
+        One process at a time evicts from a directory; another finds the lock taken and leaves the work to it.
+        """
+        tier, tables = self._ssd()
+        assert self._directory is not None
+        fd = os.open(self._directory / "v1" / "evict.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            used = tables.usage().used_bytes
+            evicted = 0
+            if used > budget_bytes:
+                for cache_id, index, row, nbytes in tables.victims(used - target_bytes):
+                    tier.remove(cache_id, index)
+                    tables.set_mask(row, index, 0)
+                    evicted += nbytes
+            return {"evicted_bytes": evicted, "used_bytes": used - evicted}
+        except BlockingIOError:
+            return {"evicted_bytes": 0, "used_bytes": tables.usage().used_bytes}
+        finally:
+            os.close(fd)
+
+    def residency(self, *, objects: list[list[Any]], emit: Emit) -> Frame:
+        """{rows: [[ssd_bytes, pinned], ...]} in the order asked."""
+        if self._tier is None:
+            return {"rows": [[0, False] for _ in objects]}
+        ids = [object_from_wire(obj).cache_id for obj in objects]
+        return {"rows": [[self._tables.resident_bytes(i), self._tables.pinned(i)] for i in ids]}
+
+    def masks(self, *, obj: list[Any], emit: Emit) -> Frame:
+        """{masks: [blocks on SSD, ...]}, one per chunk; all zero for an unknown object."""
+        wanted = object_from_wire(obj)
+        found = [int(mask) for mask in self._ssd()[1].masks(wanted.cache_id)]
+        return {"masks": found or [0] * wanted.chunks_count}
+
+    def pin(self, *, objects: list[list[Any]], pinned: bool, emit: Emit) -> Frame:
+        """Protect objects from SSD eviction, or stop to."""
+        _, tables = self._ssd()
+        for obj in objects:
+            tables.set_pinned(object_from_wire(obj), pinned)
+        return {}
+
+    def evict(self, *, objects: list[list[Any]], emit: Emit) -> Frame:
+        """Drop objects from the SSD tier unless pinned. Result: {ssd_bytes, kept_pinned_count}."""
+        tier, tables = self._ssd()
+        freed = kept = 0
+        for obj in map(object_from_wire, objects):
+            if tables.pinned(obj.cache_id):
+                kept += 1
+                continue
+            freed += tables.resident_bytes(obj.cache_id)
+            for index in tables.masks(obj.cache_id).nonzero()[0]:
+                tier.remove(obj.cache_id, int(index))
+                tables.set_mask(tables.register(obj), int(index), 0)
+        return {"ssd_bytes": freed, "kept_pinned_count": kept}
+
+    def verify(self, *, obj: list[Any], emit: Emit) -> Frame:
+        """Re-read what the SSD tier holds of an object; bad chunks are dropped.
+
+        Result: {checked_bytes, bad: [[chunk, reason]]}. Where the source stated a sha256 and all of the object is here,
+        that is checked too. Intermediate frames {checked_bytes}.
+        """
+        target = object_from_wire(obj)
+        tier, tables = self._ssd()
+        scratch = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+        checked, bad, whole = 0, [], bool(target.digest and target.digest.startswith("sha256:"))
+        sha256 = hashlib.sha256()
+        for index, promised in enumerate(int(mask) for mask in tables.masks(target.cache_id)):
+            length = len(target.chunk_range(index))
+            whole = whole and promised == full_mask(length)
+            if not promised:
+                continue
+            good, _ = tier.read_into(target, index, promised, scratch)
+            checked += mask_bytes(good, length)
+            if good != promised:
+                bad.append([index, f"blocks {promised & ~good:#x} are missing or fail their checksums"])
+                tables.set_mask(tables.register(target), index, 0)
+                tier.remove(target.cache_id, index)
+                whole = False
+            elif whole:
+                sha256.update(scratch[:length])
+            emit({"checked_bytes": checked})
+        if whole and target.size and f"sha256:{sha256.hexdigest()}" != target.digest:
+            bad.append([-1, f"the object's sha256 is {sha256.hexdigest()}, expected {target.digest}"])
+            self.evict(objects=[obj], emit=emit)
+        return {"checked_bytes": checked, "bad": bad}
+
+    # -- the mount
+
+    def stat_path(self, *, path: str, emit: Emit) -> Frame:
+        """os.stat of a path, asked from here because the daemon must never touch its own mount. {st_dev}"""
+        try:
+            return {"st_dev": os.stat(path).st_dev}
+        except OSError as error:
+            raise StoreError(f"{path} does not answer: {error}") from error
+
+    def _slot(self, slot: int) -> memoryview:
+        return self._slots[slot * CHUNK_BYTES : (slot + 1) * CHUNK_BYTES]
+
+    def _ssd(self) -> tuple[SsdTier, ResidencyTables]:
+        if self._tier is None:
+            raise StoreError("this mount has no SSD cache; mount with --cache-dir to have one")
+        return self._tier, self._tables
+
+

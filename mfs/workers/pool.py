@@ -1,0 +1,338 @@
+"""The daemon's side of the workers: who does which operation when, and what happens when a worker dies or hangs.
+
+Operations queue here, not in the workers, so that what a reader waits for overtakes what was fetched ahead. Three lanes
+have their own bounds: `origin` (fills), `disk` (SSD writes and tables) and `control` (listings). Everything here belongs
+to the trio thread; nothing blocks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+import trio
+
+from mfs.errors import ConfigError, MfsError, StoreError, TransientStoreError, from_wire
+from mfs.workers.frames import Decoder, Frame, encode
+
+logger = logging.getLogger(__name__)
+
+Lane = Literal["origin", "disk", "control"]
+_LANES: dict[str, Lane] = {"fill": "origin", "list": "control", "stat_path": "control"}  # all others: disk
+_GRACE_S = 5.0  # a worker that has not answered this long after an operation's deadline is killed
+_DISK_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 20.0
+_RESPAWN_PAUSE_S = 0.5
+_SEND_BUFFER_BYTES = 4 << 20
+
+
+class Priority(IntEnum):
+    """Lower goes first."""
+
+    DEMAND = 0
+    BACKGROUND = 1
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Bounds of the worker pool."""
+
+    setup: Frame
+    """What each worker is told first: sources, cache_dir, cache_fsync, log_level."""
+    workers_count: int = 2
+    """Processes. Two keep two cores busy with TLS; the socket copies dominate, not Python."""
+    origin_limit: int = 16
+    """Fills under way at once, so also connections to the origin."""
+    background_limit: int = 14
+    """Of those, how many may be fetched ahead: a reader always finds a connection."""
+    disk_limit: int = 6
+    control_limit: int = 4
+
+    def limit(self, lane: Lane) -> int:
+        return {"origin": self.origin_limit, "disk": self.disk_limit, "control": self.control_limit}[lane]
+
+
+@dataclass(eq=False)
+class Job:
+    """One operation asked for. `on_done(result, error)` is called exactly once, on the trio thread, without awaiting."""
+
+    operation: str
+    arguments: Frame
+    on_done: Callable[[Frame | None, MfsError | None], None]
+    priority: Priority = Priority.DEMAND
+    timeout_s: float = _DISK_TIMEOUT_S
+    """Counted from `submit` for what a reader waits for, else from the start: then waiting in the queue is no fault."""
+    on_part: Callable[[Frame], None] | None = None
+    serial: int = 0
+    started: bool = False
+    lane: Lane = "disk"
+    deadline_s: float = math.inf
+    """time.monotonic() after which the worker is taken for hung. Set by the pool."""
+
+    def finish(self, result: Frame | None, error: MfsError | None) -> None:
+        self.on_done(result, error)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One process and what it is doing."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    channel: socket.socket
+    jobs: dict[int, Job] = field(default_factory=dict)
+    ready: bool = False
+
+
+class WorkerPool:
+    """Worker processes behind queues."""
+
+    def __init__(self, config: PoolConfig, slots_fd: int) -> None:
+        self._config = config
+        self._slots_fd = slots_fd
+        self._serials = itertools.count(1)
+        self._queues: dict[Lane, list[tuple[int, int, Job]]] = {"origin": [], "disk": [], "control": []}
+        self._running: dict[Lane, int] = {"origin": 0, "disk": 0, "control": 0}
+        self._running_background = 0
+        self._workers: list[_Worker] = []
+        self._failed_start: MfsError | None = None
+        self._changed = trio.Event()
+        self.restarts_count = 0
+        self.closing = False
+
+    # -- asking
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; it starts as soon as its lane and a worker have room."""
+        job.serial = next(self._serials)
+        job.lane = _LANES.get(job.operation, "disk")
+        job.deadline_s = time.monotonic() + job.timeout_s
+        if self.closing:
+            job.finish(None, StoreError("the mount is shutting down"))
+            return
+        heapq.heappush(self._queues[job.lane], (job.priority, job.serial, job))
+        self._dispatch(job.lane)
+
+    def hurry(self, job: Job) -> None:
+        """A reader waits for this job now: move it ahead of everything fetched ahead of need."""
+        if not job.started and job.priority is not Priority.DEMAND:
+            job.priority = Priority.DEMAND
+            job.deadline_s = time.monotonic() + job.timeout_s
+            heapq.heappush(self._queues[job.lane], (job.priority, job.serial, job))  # the old place is skipped
+            self._dispatch(job.lane)
+
+    async def call(
+        self, operation: str, *, timeout_s: float = _DISK_TIMEOUT_S, on_part: Callable[[Frame], None] | None = None,
+        priority: Priority = Priority.DEMAND, **arguments: Any,
+    ) -> Frame:  # fmt: skip
+        """Do one operation and wait for it. Raises what the worker raised. Cancellation: the answer is then ignored."""
+        done = trio.Event()
+        outcome: list[Any] = [None, None]
+
+        def on_done(result: Frame | None, error: MfsError | None) -> None:
+            outcome[:] = result, error
+            done.set()
+
+        self.submit(Job(operation, arguments, on_done, priority, timeout_s, on_part))
+        await done.wait()
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: Frame = outcome[0]
+        return result
+
+    # -- gauges
+
+    def inflight(self, lane: Lane) -> int:
+        return self._running[lane]
+
+    def queued(self, lane: Lane) -> int:
+        return sum(1 for _, _, job in self._queues[lane] if not job.started)
+
+    def describe(self) -> list[Frame]:
+        """[{pid, inflight}] for status."""
+        return [{"pid": w.process.pid, "inflight": len(w.jobs), "ready": w.ready} for w in self._workers]
+
+    # -- dispatch
+
+    def _dispatch(self, lane: Lane) -> None:
+        queue = self._queues[lane]
+        while queue and self._running[lane] < self._config.limit(lane):
+            priority, _, job = queue[0]
+            if job.started or priority != job.priority:
+                heapq.heappop(queue)  # the stale half of a hurried job
+                continue
+            background = lane == "origin" and job.priority is Priority.BACKGROUND
+            if background and self._running_background >= self._config.background_limit:
+                return
+            workers = [w for w in self._workers if w.ready]
+            if not workers:
+                return
+            heapq.heappop(queue)
+            if job.priority is Priority.DEMAND and time.monotonic() > job.deadline_s:
+                job.started = True
+                job.finish(None, StoreError(f"no answer within {job.timeout_s:g} s: the origin is not keeping up"))
+                continue
+            self._start(job, min(workers, key=lambda w: len(w.jobs)))
+
+    def _start(self, job: Job, worker: _Worker) -> None:
+        job.started = True
+        self._running[job.lane] += 1
+        if job.lane == "origin" and job.priority is Priority.BACKGROUND:
+            self._running_background += 1
+        worker.jobs[job.serial] = job
+        if job.priority is Priority.BACKGROUND:
+            job.deadline_s = time.monotonic() + job.timeout_s
+        arguments = job.arguments if job.lane == "disk" or job.operation == "stat_path" else {
+            **job.arguments, "deadline_s": job.deadline_s}  # fmt: skip
+        data = encode({"id": job.serial, "op": job.operation, **arguments})
+        try:
+            sent = worker.channel.send(data)
+        except OSError:
+            sent = 0
+        if sent != len(data):  # its buffer holds all a lane may have in flight: a full one means it has stopped reading
+            logger.error("worker %d does not take work; killing it", worker.process.pid)
+            worker.process.kill()
+
+    def _finished(self, worker: _Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
+        del worker.jobs[job.serial]
+        self._running[job.lane] -= 1
+        if job.lane == "origin" and job.priority is Priority.BACKGROUND:
+            self._running_background -= 1
+        job.finish(result, error)
+        self._dispatch(job.lane)
+
+    # -- processes
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Workers run while this is open. Raises ConfigError if they cannot start; on exit none is left."""
+        async with trio.open_nursery() as nursery:
+            for number in range(self._config.workers_count):
+                nursery.start_soon(self._keep_worker, number)
+            nursery.start_soon(self._watch_deadlines)
+            try:
+                with trio.move_on_after(_START_TIMEOUT_S) as scope:
+                    await self._wait_ready()
+                if scope.cancelled_caught:
+                    raise ConfigError(f"worker processes did not start within {_START_TIMEOUT_S:.0f} s; see the log file")
+                yield
+            finally:
+                self.closing = True
+                for lane in self._queues.values():
+                    for _, _, job in lane:
+                        if not job.started:
+                            job.started = True
+                            job.finish(None, StoreError("the mount is shutting down"))
+                    lane.clear()
+                nursery.cancel_scope.cancel()
+
+    async def _wait_ready(self) -> None:
+        while not (self._workers and all(w.ready for w in self._workers)
+                   and len(self._workers) == self._config.workers_count):  # fmt: skip
+            if self._failed_start is not None:
+                raise self._failed_start
+            await self._changed.wait()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _keep_worker(self, number: int) -> None:
+        """Start the worker, and again whenever it dies."""
+        while True:
+            worker = await trio.to_thread.run_sync(self._spawn, number)
+            self._workers.append(worker)
+            try:
+                await self._receive(worker)
+            finally:
+                self._workers.remove(worker)
+                worker.process.kill()
+                worker.channel.close()
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(worker.process.wait)
+                for job in list(worker.jobs.values()):
+                    self._finished(worker, job, None, TransientStoreError(
+                        f"worker process {worker.process.pid} ended during {job.operation}"))  # fmt: skip
+            if not worker.ready:
+                self._failed_start = self._failed_start or ConfigError("a worker process did not start; see the log file")
+                self._notify()
+            self.restarts_count += 1
+            logger.warning("worker %d ended (status %s); starting another", worker.process.pid, worker.process.returncode)
+            await trio.sleep(_RESPAWN_PAUSE_S)
+
+    def _spawn(self, number: int) -> _Worker:
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mfs.workers.process", str(theirs.fileno()), str(self._slots_fd)],
+                pass_fds=(theirs.fileno(), self._slots_fd),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        config = self._config
+        threads_count = config.origin_limit + config.disk_limit + config.control_limit
+        ours.sendall(encode({**config.setup, "threads_count": threads_count}))
+        ours.setblocking(False)
+        return _Worker(number, process, ours)
+
+    async def _receive(self, worker: _Worker) -> None:
+        """Take the worker's answers until it ends."""
+        decoder = Decoder()
+        while True:
+            await trio.lowlevel.wait_readable(worker.channel)
+            try:
+                data = worker.channel.recv(1 << 18)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+            if not data:
+                return
+            for frame in decoder.feed(data):
+                self._take(worker, frame)
+
+    def _take(self, worker: _Worker, frame: Frame) -> None:
+        if frame["id"] == 0:
+            if "error" in frame:
+                self._failed_start = from_wire(*frame["error"])
+            else:
+                worker.ready = True
+                for lane in self._queues:
+                    self._dispatch(lane)
+            self._notify()
+            return
+        job = worker.jobs[frame["id"]]
+        if "part" in frame:
+            if job.on_part is not None:
+                job.on_part(frame["part"])
+        elif "error" in frame:
+            self._finished(worker, job, None, from_wire(*frame["error"]))
+        else:
+            self._finished(worker, job, frame["result"], None)
+
+    async def _watch_deadlines(self) -> None:
+        """A hung worker still owns the slots it fills: only its death makes them safe to use again."""
+        while True:
+            await trio.sleep(1)
+            now = time.monotonic()
+            for worker in self._workers:
+                late = [job for job in worker.jobs.values() if now > job.deadline_s + _GRACE_S]
+                if late:
+                    logger.error(
+                        "worker %d has not answered %s %.0f s after its deadline; killing it",
+                        worker.process.pid, late[0].operation, _GRACE_S,
+                    )  # fmt: skip
+                    worker.process.kill()
