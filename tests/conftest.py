@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import leftovers
+from tests.servers.hub import HubServer
 from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
 
@@ -115,6 +116,13 @@ def s3_bucket(swift: SwiftServer) -> Iterator[str]:
 def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NginxServer]:
     """A range server over `nginx.files`: make a folder of your own in there. A test that stops it starts it again."""
     with NginxServer(tmp_path_factory.mktemp("nginx")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """A Hugging Face Hub. Give each test an organisation or repository of its own; put switches back."""
+    with HubServer(tmp_path_factory.mktemp("hub")) as server:
         yield server
 
 

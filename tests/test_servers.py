@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import filecmp
+import hashlib
 import json
 import os
 import signal
@@ -17,8 +19,10 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
+from huggingface_hub import HfApi, RepoFile, errors
 
 from tests.servers import leftovers
+from tests.servers.hub import HubServer
 from tests.servers.nginx import NginxServer
 from tests.servers.process import PROJECT_ROOT, ServerError, ServerProcess
 from tests.servers.swift import SwiftServer
@@ -93,11 +97,21 @@ class TestSwift:
         assert s3_bucket in done.stdout, done.stderr
 
 
-def fetch(url: str, *, context: ssl.SSLContext | None = None, **headers: str) -> tuple[int, Message, bytes]:
-    """Status, headers and body of one GET; redirects are followed, statuses are no errors."""
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: object) -> None:
+        return None
+
+
+def fetch(
+    url: str, *, context: ssl.SSLContext | None = None, follow: bool = True, **headers: str
+) -> tuple[int, Message, bytes]:
+    """Status, headers and body of one GET; statuses are no errors."""
     request = urllib.request.Request(url, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
+    if not follow:
+        handlers.append(_NoRedirect())
     try:
-        with urllib.request.urlopen(request, timeout=20, context=context) as answer:
+        with urllib.request.build_opener(*handlers).open(request, timeout=20) as answer:
             return answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -163,6 +177,111 @@ class TestNginx:
             fetch(nginx.url)
         nginx.start()
         assert fetch(nginx.url + "honest/")[0] == 200
+
+
+class TestHub:
+    """The client here is the real huggingface_hub."""
+
+    @pytest.fixture
+    def api(self, hub: HubServer) -> HfApi:
+        return HfApi(endpoint=hub.endpoint, token=False)
+
+    def test_a_model_arrives_whole(self, hub: HubServer, api: HfApi, minilm_dir: Path, tmp_path: Path) -> None:
+        local = {str(file.relative_to(minilm_dir)): file for file in minilm_dir.rglob("*") if file.is_file()}
+        commit = hub.commit("whole/minilm", local)
+        info = api.model_info("whole/minilm")
+        assert (info.sha, info.private, info.gated) == (commit, False, False)
+        assert sorted(sibling.rfilename for sibling in info.siblings or []) == sorted(local)
+        got = Path(api.snapshot_download("whole/minilm", cache_dir=tmp_path, max_workers=2))
+        assert got.name == commit
+        for path, file in local.items():
+            assert filecmp.cmp(got / path, file, shallow=False)
+
+    def test_listings_come_in_pages(self, hub: HubServer, api: HfApi) -> None:
+        hub.commit("pages/repo", {f"d{n % 3}/f{n}": bytes(n) for n in range(20)} | {"model.safetensors": b"12345"})
+        hub.set(page_entries=4)
+        hub.forget_stats()
+        entries = {entry.path: entry for entry in api.list_repo_tree("pages/repo", recursive=True)}
+        hub.set(page_entries=1000)
+        assert hub.stats()["tree"] == 6
+        assert len(entries) == 24
+        weights = entries["model.safetensors"]
+        assert isinstance(weights, RepoFile)
+        assert weights.lfs
+        assert weights.lfs.sha256 == hashlib.sha256(b"12345").hexdigest()
+        assert weights.size == 5
+        assert [entry.path for entry in api.list_repo_tree("pages/repo", "d0")] == [
+            f"d0/f{n}" for n in sorted(range(0, 20, 3), key=str)
+        ]
+
+    def test_refs_move(self, hub: HubServer, api: HfApi) -> None:
+        first = hub.commit("moving/repo", {"a": b"1"})
+        second = hub.commit("moving/repo", {"a": b"2"})
+        assert (api.model_info("moving/repo").sha, first != second) == (second, True)
+        hub.move_ref("moving/repo", "main", first)
+        assert api.model_info("moving/repo").sha == first
+        assert api.model_info("moving/repo", revision=second).sha == second
+        assert [branch.name for branch in api.list_repo_refs("moving/repo").branches] == ["main"]
+
+    def test_refusals_are_the_hubs(self, hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+        hub.commit("refused/private", {"f": b"1"}, private=True)
+        hub.commit("refused/gated", {"f": b"1"}, gated=True)
+        hub.commit("refused/open", {"f": b"1"})
+        with pytest.raises(errors.RepositoryNotFoundError):
+            api.model_info("refused/missing")
+        with pytest.raises(errors.RepositoryNotFoundError):
+            api.model_info("refused/private")
+        with pytest.raises(errors.RepositoryNotFoundError):
+            api.model_info("refused/private", token=hub.other_token)
+        assert api.model_info("refused/private", token=hub.token).private
+        for token in (False, hub.other_token):
+            with pytest.raises(errors.GatedRepoError):
+                api.hf_hub_download("refused/gated", "f", cache_dir=tmp_path, token=token)
+        assert Path(api.hf_hub_download("refused/gated", "f", cache_dir=tmp_path, token=hub.token)).read_bytes() == b"1"
+        with pytest.raises(errors.RevisionNotFoundError):
+            api.model_info("refused/open", revision="nope")
+        with pytest.raises(errors.EntryNotFoundError):
+            api.hf_hub_download("refused/open", "nope", cache_dir=tmp_path)
+
+    def test_signed_addresses(self, hub: HubServer) -> None:
+        hub.commit("signed/repo", {"w.safetensors": bytes(range(251)) * 2000, "config.json": b"{}"})
+        code, headers, _ = fetch(f"{hub.endpoint}/signed/repo/resolve/main/w.safetensors", follow=False)
+        assert code == 302
+        url = headers["Location"]
+        assert urllib.parse.urlsplit(url).hostname == "127.0.0.2"
+        assert (headers["X-Linked-Size"], len(headers["X-Linked-Etag"])) == ("502000", 66)
+        code, headers, body = fetch(url, Range="bytes=250-252")
+        assert (code, body, headers["Content-Range"]) == (206, b"\xfa\x00\x01", "bytes 250-252/502000")
+        assert fetch(url, Range="bytes=502000-")[0] == 416
+        assert fetch(url, Authorization=f"Bearer {hub.token}")[0] == 400
+        assert fetch(url.replace("Signature=", "Signature=0"))[0] == 403
+        hub.expire_urls()
+        assert fetch(url)[0] == 403
+        hub.set(ttl_s=-1)
+        _, headers, _ = fetch(f"{hub.endpoint}/signed/repo/resolve/main/w.safetensors", follow=False)
+        hub.set(ttl_s=3600)
+        assert (fetch(headers["Location"])[0], b"expired" in fetch(headers["Location"])[2]) == (403, True)
+        code, headers, _ = fetch(f"{hub.endpoint}/signed/repo/resolve/main/config.json", follow=False)
+        assert (code, headers["Location"].startswith("/api/resolve-cache/")) == (307, True)
+
+    def test_rate_limit_counts_down(self, hub: HubServer) -> None:
+        hub.commit("limited/repo", {"f": b"1"})
+        url = f"{hub.endpoint}/api/models/limited/repo"
+        hub.limit_rate(1, wait_s=7)
+        code, headers, _ = fetch(url)
+        assert (code, headers["RateLimit"], headers["Retry-After"]) == (429, '"api";r=0;t=7', None)
+        hub.limit_rate(1, wait_s=7, header="Retry-After")
+        assert fetch(url)[1]["Retry-After"] == "7"
+        hub.reject(1, 503)
+        assert [fetch(url)[0], fetch(url)[0]] == [503, 200]
+
+    def test_comes_back_with_its_repositories(self, hub: HubServer, api: HfApi) -> None:
+        commit = hub.commit("kept/repo", {"f": b"1"})
+        hub.stop()
+        with pytest.raises(urllib.error.URLError, match="refused"):
+            fetch(hub.endpoint)
+        hub.start()
+        assert api.model_info("kept/repo").sha == commit
 
 
 def test_minilm_is_the_real_model(minilm_dir: Path) -> None:
