@@ -53,7 +53,10 @@ class DaemonApi(Protocol):
     async def unpin(self, paths: Sequence[str]) -> Json: ...
 
     async def evict(self, paths: Sequence[str], tier: EvictTier) -> Json:
-        """Drop what is resident and neither pinned nor leased. {files_count, ram_bytes, ssd_bytes, kept_pinned_count}"""
+        """Drop what is resident and neither pinned nor leased.
+
+        {files_count, ram_bytes, ssd_bytes, kept_pinned_count}
+        """
         ...
 
     async def refresh(self) -> Json:

@@ -1,0 +1,256 @@
+"""What a mount is told: frozen settings, checked when they are made, handed from the command line to the daemon.
+
+`mfs.config_file` reads them from TOML. Only `check_paths` does I/O; nothing here reads the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mfs.control import mountinfo
+from mfs.errors import ConfigError
+from mfs.sources.base import name_fault
+from mfs.types import CHUNK_BYTES
+from mfs.units import exact_size
+
+RAM_SLOTS_COUNT_MIN = 16
+"""The RAM tier refuses fewer (`mfs.cache.ram`, whose test keeps the two equal); said here before anything starts."""
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_MASK = "***"
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One origin of models and how to reach it."""
+
+    url: str
+    """'s3://bucket/prefix', 'hf://org/name[@revision]', 'http(s)://host/path/', 'file:///dir' or '/dir'."""
+    name: str = ""
+    """Directory of the mount it appears in; '' is the mount's root, legal only for a mount's one source."""
+    endpoint_url: str | None = None
+    """Server to ask instead of the service's own; None leaves it to the environment (AWS_ENDPOINT_URL, HF_ENDPOINT)."""
+    profile: str | None = None
+    """Section of the AWS configuration files; None is boto3's own choice."""
+    region: str | None = None
+    """AWS region; None is boto3's own choice."""
+    unsigned: bool = False
+    """Send S3 requests without a signature, for public buckets. Off: a missing credential should be said."""
+    token: str | None = field(default=None, repr=False)
+    """Bearer token (Hub, HTTP); None leaves it to the environment. Secret: masked wherever it is printed."""
+
+    def __post_init__(self) -> None:
+        label = f"source {self.name!r}" if self.name else "source"
+        if not self.url:
+            raise ConfigError(f"{label} has no url: expected s3://…, hf://…, http(s)://…, file:///… or /directory")
+        fault = name_fault(self.name) if self.name else None
+        if fault:
+            raise ConfigError(
+                f"source name {self.name!r} {fault}: choose a name that can be one directory of the mount"
+            )
+        if self.endpoint_url is not None and not self.endpoint_url.startswith(("http://", "https://")):
+            raise ConfigError(f"{label}: endpoint_url is {self.endpoint_url!r}: expected http://… or https://…")
+
+
+@dataclass(frozen=True)
+class MountConfig:
+    """Everything one daemon needs to know."""
+
+    mountpoint: Path
+    """Absolute path of the directory that becomes the tree."""
+    sources: tuple[SourceConfig, ...]
+    """At least one; in the order given."""
+    cache_dir: Path | None = None
+    """Where the SSD tier lives; may be shared by mounts. None: no SSD tier, every cold read goes to the origin."""
+    cache_bytes: int = 100 << 30
+    """Budget of the SSD tier. Default: holds a few models, and fits the system disk of a usual GPU machine."""
+    ram_bytes: int = 1 << 30
+    """Budget of the RAM tier, taken whole at start. Default: a window for streaming; for readers through the kernel
+    the page cache is the tier that keeps whole models."""
+    timeout_s: float = 30.0
+    """Seconds until a read that the origin does not answer becomes EIO. Default: outlasts a server's restart, but
+    not a person's patience."""
+    refresh_s: float | None = None
+    """Seconds between looks at the sources for changes. None: only `mfs refresh` looks; served models stay still."""
+    workers_count: int = 2
+    """Fetcher processes. Default: one moves 3.5 GB/s on loopback, the second covers its pauses."""
+    connections_count: int = 16
+    """Ranges in flight at the origin, all workers together. Default: hides 20 ms of latency at 25 Gbit/s with
+    4 MiB parts."""
+    allow_other: bool = False
+    """Let users other than the mounting one read the tree. Off, as everywhere in FUSE."""
+    uid: int | None = None
+    """Owner of all files; None: whoever mounts."""
+    gid: int | None = None
+    """Group of all files; None: of whoever mounts."""
+    umask: int = 0o022
+    """Permission bits taken away from the files' modes (files 0444, directories 0555 at most: the tree is
+    read-only)."""
+    log_file: Path | None = None
+    """Where the daemon logs; None: its standard error."""
+    log_level: str = "info"
+    """One of LOG_LEVELS."""
+    foreground: bool = False
+    """The daemon stays with the terminal or service manager that started it."""
+    cache_fsync: bool = False
+    """Force chunk files to the disk before they count. Off: every block is verified when read back, so a power cut
+    costs a refetch, not wrong bytes."""
+
+    def __post_init__(self) -> None:
+        """Checks that need no I/O. Raises: ConfigError."""
+        _check_sources(self.sources)
+        _check_path("mountpoint", self.mountpoint)
+        if self.log_file is not None:
+            _check_path("log_file", self.log_file)
+            if _is_inside(self.log_file, self.mountpoint):
+                raise ConfigError(f"log file {self.log_file} lies inside the mount point: choose a path outside it")
+        if self.cache_dir is not None:
+            _check_path("cache_dir", self.cache_dir)
+            _check_apart(self.cache_dir, self.mountpoint)
+            _check_least("SSD budget (--cache-size, cache_size)", self.cache_bytes, CHUNK_BYTES, "one chunk")
+        slots = f"{RAM_SLOTS_COUNT_MIN} slots of {exact_size(CHUNK_BYTES)}"
+        _check_least("RAM budget (--ram-size, ram_size)", self.ram_bytes, RAM_SLOTS_COUNT_MIN * CHUNK_BYTES, slots)
+        _check_between("timeout", self.timeout_s, 0.1, 86_400, "seconds")
+        if self.refresh_s is not None:
+            _check_between("refresh", self.refresh_s, 1, 366 * 86_400, "seconds")
+        _check_between("workers", self.workers_count, 1, 64, "processes")
+        _check_between("connections", self.connections_count, 1, 1024, "ranges in flight")
+        _check_between("umask", self.umask, 0, 0o777, "")
+        for name, number in (("uid", self.uid), ("gid", self.gid)):
+            if number is not None:
+                _check_between(name, number, 0, 2**32 - 2, "")
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(f"log_level is {self.log_level!r}: expected one of {', '.join(LOG_LEVELS)}")
+
+    def to_json(self) -> str:
+        """One line of JSON with everything, secrets too: for the daemon's standard input, not for eyes."""
+        return json.dumps(dataclasses.asdict(self), default=os.fspath)
+
+    @classmethod
+    def from_json(cls, text: str) -> MountConfig:
+        """Inverse of `to_json`, checked again. Raises: ConfigError."""
+        try:
+            values = json.loads(text)
+            sources = tuple(SourceConfig(**source) for source in values.pop("sources"))
+            for name in ("mountpoint", "cache_dir", "log_file"):
+                if values[name] is not None:
+                    values[name] = Path(values[name])
+            return cls(sources=sources, **values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"not a mount configuration: {error}") from error
+
+    def masked(self) -> dict[str, Any]:
+        """The settings as JSON values for people and `mfs config`, secrets replaced by '***'."""
+        values: dict[str, Any] = json.loads(self.to_json())
+        for source in values["sources"]:
+            if source["token"] is not None:
+                source["token"] = _MASK
+            source["url"] = mask_url(source["url"])
+        return values
+
+
+def mask_url(url: str) -> str:
+    """`url` with a password written into it ('https://user:secret@host/') replaced by '***'."""
+    scheme, separator, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    if not separator or not at or ":" not in user:
+        return url
+    return f"{scheme}://{user.partition(':')[0]}:{_MASK}@{host}{slash}{path}"
+
+
+def check_paths(config: MountConfig) -> None:
+    """Look at the disk: can the mount point be mounted on, can the cache be written? Creates the cache directory.
+
+    Raises: ConfigError with one line. Never stats a mount that stands at the mount point already.
+    """
+    mountpoint = mountinfo.real_mountpoint(str(config.mountpoint))
+    mounted = mountinfo.mount_at(mountpoint)
+    if mounted is not None:
+        raise ConfigError(
+            f"{mountpoint} is a mount point already ({mounted.fstype}, {mounted.source}): unmount it first"
+        )
+    _check_mountpoint(Path(mountpoint))
+    if config.cache_dir is not None:
+        cache_dir = Path(os.path.realpath(config.cache_dir))
+        _check_apart(cache_dir, Path(mountpoint))
+        place = mountinfo.locate(str(cache_dir))
+        if place is not None:
+            raise ConfigError(
+                f"cache directory {cache_dir} lies in the mfs mount {place.mount.mountpoint}: "
+                f"choose a directory on a local disk"
+            )
+        _check_writable(cache_dir)
+
+
+def _check_mountpoint(mountpoint: Path) -> None:
+    try:
+        with os.scandir(mountpoint) as entries:
+            first = next(entries, None)
+    except FileNotFoundError:
+        raise ConfigError(f"mount point {mountpoint} does not exist: create it with mkdir -p {mountpoint}") from None
+    except NotADirectoryError:
+        raise ConfigError(f"mount point {mountpoint} is not a directory") from None
+    except OSError as error:
+        raise ConfigError(f"mount point {mountpoint} cannot be read: {error.strerror}") from error
+    if first is not None:
+        raise ConfigError(
+            f"mount point {mountpoint} is not empty (it holds {first.name!r}): mounting would hide that; "
+            f"choose an empty directory"
+        )
+
+
+def _check_writable(cache_dir: Path) -> None:
+    try:
+        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir):
+            pass
+    except FileExistsError:
+        raise ConfigError(f"cache directory {cache_dir} is not a directory") from None
+    except OSError as error:
+        raise ConfigError(f"cache directory {cache_dir} cannot be written: {error.strerror}") from error
+
+
+def _check_sources(sources: Iterable[SourceConfig]) -> None:
+    names = [source.name for source in sources]
+    if not names:
+        raise ConfigError("no source: name one on the command line or in a [sources.NAME] table of the config file")
+    if len(names) > 1 and "" in names:
+        raise ConfigError("a source without a name must be the only one: give each of several sources its own name")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two sources are named {twice!r}: each needs its own directory of the mount")
+
+
+def _check_path(what: str, path: Path) -> None:
+    if not path.is_absolute() or "\0" in str(path):
+        raise ConfigError(f"{what} is {str(path)!r}: expected an absolute path")
+
+
+def _check_apart(cache_dir: Path, mountpoint: Path) -> None:
+    if _is_inside(cache_dir, mountpoint):
+        raise ConfigError(f"cache directory {cache_dir} lies inside the mount point {mountpoint}: choose another")
+    if _is_inside(mountpoint, cache_dir):
+        raise ConfigError(f"mount point {mountpoint} lies inside the cache directory {cache_dir}: choose another")
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    """Whether `path` is `directory` or below it, as written (links are `check_paths`' business)."""
+    return Path(os.path.normpath(path)).is_relative_to(os.path.normpath(directory))
+
+
+def _check_least(what: str, value: int, least: int, meaning: str) -> None:
+    if value < least:
+        raise ConfigError(f"{what} is {value} bytes: expected at least {exact_size(least)} ({meaning})")
+
+
+def _check_between(what: str, value: float, least: float, most: float, unit: str) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{what} is {value:g}: expected {least:g} to {most:,g} {unit}".rstrip())

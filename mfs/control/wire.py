@@ -1,0 +1,119 @@
+"""What server and client agree on: where each operation lives in HTTP, and how errors travel.
+
+    GET  /v1/status /v1/config /v1/ls?path= /v1/stat?path=      one JSON value
+    POST /v1/pin /v1/unpin /v1/evict /v1/refresh /v1/shutdown   one JSON value
+    POST /v1/prefetch /v1/verify                                a stream: one JSON value per line
+
+A POST carries a JSON object with the operation's arguments. Errors are {"error": {"type": ..., "message": ...}} with
+a fitting status, or as the last line of a stream that had begun. Blank lines in a stream mean 'still working'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mfs.errors import (
+    AccessError,
+    ChangedError,
+    ConfigError,
+    IntegrityError,
+    MfsError,
+    NotFoundError,
+    StoreError,
+    TransientStoreError,
+    UsageError,
+    to_wire,
+)
+
+PREFIX = "/v1/"
+STREAM_TYPE = "application/x-ndjson"
+HEARTBEAT_S = 5.0
+"""A stream is never silent for longer; a client that hears nothing for several of these may give up."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of DaemonApi as HTTP."""
+
+    method: str
+    changes: bool = False
+    """Only the daemon's own user and root may."""
+    streams: bool = False
+    takes_paths: bool = False
+    takes_path: bool = False
+    tiers: tuple[str, ...] = ()
+    takes_wait: bool = False
+
+
+OPERATIONS = {
+    "status": Operation("GET"),
+    "config": Operation("GET"),
+    "ls": Operation("GET", takes_path=True),
+    "stat": Operation("GET", takes_path=True),
+    "prefetch": Operation("POST", changes=True, streams=True, takes_paths=True, tiers=("ssd", "ram"), takes_wait=True),
+    "pin": Operation("POST", changes=True, takes_paths=True),
+    "unpin": Operation("POST", changes=True, takes_paths=True),
+    "evict": Operation("POST", changes=True, takes_paths=True, tiers=("ssd", "ram", "all")),
+    "refresh": Operation("POST", changes=True),
+    "verify": Operation("POST", changes=True, streams=True, takes_paths=True),
+    "shutdown": Operation("POST", changes=True),
+}
+
+_STATUS_BY_ERROR: tuple[tuple[type[MfsError], int], ...] = (
+    (UsageError, 400),
+    (ConfigError, 400),
+    (NotFoundError, 404),
+    (AccessError, 403),
+    (ChangedError, 409),
+    (IntegrityError, 502),
+    (TransientStoreError, 503),
+    (StoreError, 502),
+)
+
+
+def http_status(error: MfsError) -> int:
+    """The HTTP status that says roughly what the error's class says exactly."""
+    return next((status for cls, status in _STATUS_BY_ERROR if isinstance(error, cls)), 500)
+
+
+def error_body(error: MfsError) -> dict[str, Any]:
+    """The error as it stands in a response."""
+    name, message = to_wire(error)
+    return {"error": {"type": name, "message": message}}
+
+
+def parse_arguments(operation: Operation, values: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments for the method of DaemonApi, from what a client sent. Raises: UsageError."""
+    given = dict(values)
+    arguments: dict[str, Any] = {}
+    if operation.takes_path:
+        arguments["path"] = _path(given.pop("path", ""))
+    if operation.takes_paths:
+        paths = given.pop("paths", None)
+        if not isinstance(paths, list) or not paths:
+            raise UsageError(f"paths is {paths!r}: expected a list of at least one path")
+        arguments["paths"] = [_path(path) for path in paths]
+    if operation.tiers:
+        tier = given.pop("tier", operation.tiers[0])
+        if tier not in operation.tiers:
+            raise UsageError(f"tier is {tier!r}: expected one of {', '.join(operation.tiers)}")
+        arguments["tier"] = tier
+    if operation.takes_wait:
+        wait = given.pop("wait", True)
+        if not isinstance(wait, bool):
+            raise UsageError(f"wait is {wait!r}: expected true or false")
+        arguments["wait"] = wait
+    if given:
+        raise UsageError(f"unknown argument {next(iter(given))!r}")
+    return arguments
+
+
+def _path(value: Any) -> str:
+    """A path relative to the mount's root in its one spelling: no leading, trailing or double '/', no '.' or '..'."""
+    if not isinstance(value, str) or "\0" in value:
+        raise UsageError(f"path is {value!r}: expected a path relative to the mount's root")
+    parts = [part for part in value.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise UsageError(f"path {value!r} contains '..': expected a path below the mount's root")
+    return "/".join(parts)
