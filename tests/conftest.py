@@ -6,16 +6,18 @@ cloud configuration reaches a test: it is removed here, before any library can r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.servers import leftovers
+from tests.servers.chaos import ChaosProxy
 from tests.servers.hub import HubServer
 from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
@@ -124,6 +126,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     """A Hugging Face Hub. Give each test an organisation or repository of its own; put switches back."""
     with HubServer(tmp_path_factory.mktemp("hub")) as server:
         yield server
+
+
+@pytest.fixture
+def chaos(tmp_path: Path) -> Iterator[Callable[[str], ChaosProxy]]:
+    """Put a ChaosProxy before an upstream (URL or 'host:port'), in fair weather: `proxy = chaos(swift.endpoint)`."""
+    with contextlib.ExitStack() as started:
+        yield lambda upstream: started.enter_context(ChaosProxy(upstream, tmp_path))
 
 
 @pytest.fixture(scope="session")
