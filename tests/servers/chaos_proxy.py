@@ -42,21 +42,26 @@ class Pace:
 class Delay:
     """A line of data and endings, each leaving to `writer` when it is due, with bounded bytes in flight."""
 
-    def __init__(self, writer: asyncio.StreamWriter, window: Callable[[], tuple[int, float]]) -> None:
-        """window: says (bytes in flight at most, seconds until the receiver's acknowledgement is back)."""
+    def __init__(
+        self, writer: asyncio.StreamWriter, one_way_s: Callable[[], float], window_bytes: Callable[[], int]
+    ) -> None:
+        """one_way_s: the delay now. window_bytes: bytes in flight at most, 0 where acknowledgements do not matter."""
         self._writer = writer
-        self._window = window
+        self._one_way_s = one_way_s
+        self._window_bytes = window_bytes
         self._line: collections.deque[tuple[float, bytes | Callable[[], None]]] = collections.deque()
         self._in_flight_bytes = 0
         self._changed = asyncio.Event()
 
-    async def put(self, due_s: float, item: bytes | Callable[[], None]) -> None:
+    async def put(self, item: bytes | Callable[[], None], *, not_before_s: float = 0.0) -> None:
         """Add data, or a function that acts on the connection, in order."""
-        while self._in_flight_bytes >= self._window()[0]:
+        size = len(item) if isinstance(item, bytes) else 0
+        while self._in_flight_bytes and self._in_flight_bytes + size > (self._window_bytes() or BUFFERED_BYTES):
             await self._change()
-        if isinstance(item, bytes):
-            self._in_flight_bytes += len(item)
-        self._line.append((due_s, item))
+        self._in_flight_bytes += size
+        # Only now does it set out: time spent waiting for the window must not shorten the way.
+        sets_out_s = max(not_before_s, asyncio.get_running_loop().time())
+        self._line.append((sets_out_s + self._one_way_s(), item))
         self._changed.set()
 
     async def run(self) -> None:
@@ -73,9 +78,8 @@ class Delay:
                 continue
             self._writer.write(item)
             await self._writer.drain()
-            acknowledged_s = self._window()[1]
-            if acknowledged_s:
-                loop.call_later(acknowledged_s, self._credit, len(item))
+            if self._window_bytes():
+                loop.call_later(self._one_way_s(), self._credit, len(item))  # the acknowledgement's way back
             else:
                 self._credit(len(item))
 
@@ -144,8 +148,8 @@ class Connection:
     ) -> None:
         self._proxy = proxy
         self._reader, self._writer, self._up_reader, self._up_writer = reader, writer, up_reader, up_writer
-        self._up = Delay(up_writer, lambda: (BUFFERED_BYTES, 0.0))
-        self._down = Delay(writer, self._window)
+        self._up = Delay(up_writer, self._one_way_s, lambda: 0)
+        self._down = Delay(writer, self._one_way_s, self._window_bytes)
         self._pace = Pace()
         self._answer_bytes = 0
         self._ended = 0
@@ -166,14 +170,14 @@ class Connection:
         while data := await self._reader.read(CHUNK_BYTES):
             self._answer_bytes = 0
             self._proxy.counts["up_bytes"] += len(data)
-            await self._up.put(self._now_s() + self._one_way_s(), data)
-        await self._up.put(0, lambda: self._finish(self._up_writer))
+            await self._up.put(data)
+        await self._up.put(lambda: self._finish(self._up_writer))
 
     async def _copy_down(self) -> None:
         # Never more than a window at once, or the window could not cap anything.
-        while data := await self._up_reader.read(min(CHUNK_BYTES, self._window()[0])):
+        while data := await self._up_reader.read(min(CHUNK_BYTES, self._window_bytes() or CHUNK_BYTES)):
             await self._send_down(data)
-        await self._down.put(0, lambda: self._finish(self._writer))
+        await self._down.put(lambda: self._finish(self._writer))
 
     async def _send_down(self, data: bytes) -> None:
         """Put data into the line to the client, with the faults that fall into it."""
@@ -197,7 +201,7 @@ class Connection:
             assert at is not None
             await self._put_down(data[: at - first])
             if end is not None:
-                await self._down.put(self._now_s() + self._one_way_s(), end)
+                await self._down.put(end)
             else:
                 await self._proxy.changed.wait()
             data = data[at - first :] if end is None else b""
@@ -207,22 +211,17 @@ class Connection:
     async def _put_down(self, data: bytes) -> None:
         if not data:
             return
-        weather, now_s = self._proxy.weather, self._now_s()
+        weather, now_s = self._proxy.weather, asyncio.get_running_loop().time()
         shared_s = self._proxy.pace.due_s(len(data), weather.rate_mb_s, now_s)
         own_s = self._pace.due_s(len(data), weather.connection_rate_mb_s, now_s)
         self._proxy.counts["down_bytes"] += len(data)
-        await self._down.put(max(shared_s, own_s) + self._one_way_s(), data)
+        await self._down.put(data, not_before_s=max(shared_s, own_s))
 
-    def _window(self) -> tuple[int, float]:
-        window_bytes = self._proxy.weather.window_kib << 10
-        return (window_bytes, self._one_way_s()) if window_bytes else (BUFFERED_BYTES, 0.0)
+    def _window_bytes(self) -> int:
+        return self._proxy.weather.window_kib << 10
 
     def _one_way_s(self) -> float:
         return self._proxy.weather.rtt_ms / 2000
-
-    @staticmethod
-    def _now_s() -> float:
-        return asyncio.get_running_loop().time()
 
     def _finish(self, writer: asyncio.StreamWriter) -> None:
         """Pass an end of stream on; the second one ends the connection."""
