@@ -154,8 +154,9 @@ class Transport:
         return Reply(response.status, response.headers, b"")
 
     def preconnect(self, url: str, count: int, *, deadline_s: float) -> None:
-        """Open up to `count` connections at once, so that the first reads save the handshakes' round trips.
+        """Begin to open up to `count` connections, so that the first reads save the handshakes' round trips.
 
+        Returns at once; each handshake has a thread of its own and ends by the deadline.
         A failure is not reported: the first request will meet it and say so.
         """
         target = parse_target(url)
@@ -166,12 +167,8 @@ class Transport:
             except Exception:  # whatever it was, the request that needs the connection reports it
                 return
 
-        missing_count = count - self._pool.counts(target.origin)[1]
-        threads = [threading.Thread(target=open_one, daemon=True) for _ in range(missing_count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
+        for _ in range(count - self._pool.counts(target.origin)[1]):
+            threading.Thread(target=open_one, name="preconnect", daemon=True).start()
 
     def close(self) -> None:
         """Close all connections; requests under way in other threads end with StoreError."""

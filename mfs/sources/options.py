@@ -1,0 +1,23 @@
+"""What an operator may say about reaching a source; each source uses what concerns it and refuses nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """Settings of one source; secrets stay out of the repr."""
+
+    endpoint_url: str | None = None
+    """S3: the service's address, where it is not AWS's. Hub: the hub's, instead of HF_ENDPOINT."""
+    profile: str | None = None
+    """S3: the profile of ~/.aws/config to use instead of AWS_PROFILE."""
+    region: str | None = None
+    """S3: the region to sign for, where the configuration does not say."""
+    unsigned: bool = False
+    """S3: do not sign; for public buckets."""
+    token: str | None = field(default=None, repr=False)
+    """Hub: the access token, instead of HF_TOKEN and the file that `hf auth login` writes."""
+    connections_max: int = 32
+    """Connections kept per origin and process; readers beyond it wait inside their deadline."""

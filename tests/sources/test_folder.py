@@ -1,0 +1,152 @@
+"""A folder as a source: the suite, and what only file systems can do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from mfs.errors import AccessError, ChangedError, NotFoundError, UsageError
+from mfs.sources import open_source
+from mfs.sources.folder import FolderSource
+from mfs.testing import ramp
+from mfs.testing.suite import SourceSuite, deadline, list_tree, object_of, read
+from mfs.types import EntryKind
+
+
+class FolderOrigin:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def source(self) -> FolderSource:
+        return FolderSource(str(self.root))
+
+    def put(self, path: str, content: bytes) -> None:
+        """Replaced by rename, as careful publishers do: a new inode, so a new version whatever the clock's tick."""
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.root.with_name("put.tmp")
+        temporary.write_bytes(content)
+        temporary.rename(target)
+
+    def delete(self, path: str) -> None:
+        (self.root / path).unlink()
+
+
+class TestFolder(SourceSuite):
+    @pytest.fixture
+    def origin(self, tmp_path: Path) -> FolderOrigin:
+        root = tmp_path / "registry"
+        root.mkdir()
+        return FolderOrigin(root)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "registry"
+    root.mkdir()
+    (root / "m").mkdir()
+    (root / "m" / "w.bin").write_bytes(ramp(100))
+    return root
+
+
+def test_both_spellings_of_the_url(root: Path) -> None:
+    spaced = root / "100% da"
+    spaced.mkdir()
+    for url in (str(spaced), spaced.as_uri()):
+        assert list(open_source(url).list("", deadline_s=deadline())) == [("", [])]
+    assert open_source(str(root) + "/").identity == open_source(root.as_uri()).identity
+    with pytest.raises(UsageError, match="file:///"):
+        open_source("file://other-host/dir")
+
+
+def test_a_missing_root_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=str(tmp_path / "nowhere")):
+        list(FolderSource(str(tmp_path / "nowhere")).list("", deadline_s=deadline()))
+
+
+def test_a_root_that_is_a_file_is_refused(root: Path) -> None:
+    with pytest.raises(NotFoundError, match="not a directory"):
+        list(FolderSource(str(root / "m" / "w.bin")).list("", deadline_s=deadline()))
+
+
+def test_an_empty_directory_is_listed_as_empty(root: Path) -> None:
+    (root / "void").mkdir()
+    assert list(FolderSource(str(root)).list("void", deadline_s=deadline())) == [("void", [])]
+
+
+def test_links_inside_stay_links_with_relative_targets(root: Path) -> None:
+    (root / "latest").symlink_to("m")
+    (root / "m" / "absolute").symlink_to(root / "m" / "w.bin")
+    (root / "m" / "devious").symlink_to(f"../../{root.name}/m/w.bin")  # steps outside on its way back in
+    found = list_tree(FolderSource(str(root)))
+    targets = {path: entry.version for path, entry in found.items() if entry.kind is EntryKind.SYMLINK}
+    assert targets == {"latest": "m", "m/absolute": "w.bin", "m/devious": "w.bin"}
+
+
+def test_links_leading_outside_are_served_as_what_they_point_to(root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "deep" / "x.bin").write_bytes(ramp(10))
+    (outside / "back").symlink_to(root / "m")
+    (outside / "self").symlink_to(outside)
+    (root / "out").symlink_to(outside)
+    (root / "file").symlink_to(outside / "deep" / "x.bin")
+    source = FolderSource(str(root))
+    found = list_tree(source)
+    assert (found["out"].kind, found["file"].kind) == (EntryKind.DIRECTORY, EntryKind.FILE)
+    assert {path for path in found if path.startswith("out/")} == {
+        "out/deep", "out/deep/x.bin", "out/back", "out/back/w.bin",
+    }  # fmt: skip
+    for path in ("file", "out/deep/x.bin"):
+        assert read(source, object_of(source, path, found[path])) == ramp(10)
+
+
+def test_what_cannot_be_served_is_left_out_and_said_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    os.mkfifo(root / "m" / "fifo")
+    (root / "m" / "dangling").symlink_to("nothing")
+    (root / "m" / "loop").symlink_to("loop")
+    (root / "m" / "to-fifo").symlink_to("fifo")
+    (root / "m" / "bell\a").write_bytes(b"")
+    (root / "m" / "around").symlink_to(root.parent)
+    os.close(os.open(os.fsencode(root / "m") + b"/latin-\xe9", os.O_CREAT | os.O_WRONLY))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(root / "m" / "sock"))
+    with caplog.at_level(logging.WARNING):
+        found = list_tree(FolderSource(str(root)))
+    assert set(found) == {"m", "m/w.bin"}
+    assert len(caplog.messages) == 1
+    assert "left out 8 names" in caplog.messages[0]
+
+
+def test_rewriting_in_place_is_noticed(root: Path) -> None:
+    source = FolderSource(str(root))
+    obj = object_of(source, "m/w.bin", list_tree(source)["m/w.bin"])
+    before = (root / "m" / "w.bin").stat()
+    (root / "m" / "w.bin").write_bytes(ramp(100, 1))
+    os.utime(root / "m" / "w.bin", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(ChangedError, match=r"m/w\.bin"):
+        read(source, obj)
+
+
+def test_names_that_no_listing_gave_are_not_found(root: Path) -> None:
+    source = FolderSource(str(root))
+    for path in ("../registry", "m/../m", "/etc", "m//w.bin", "."):
+        with pytest.raises(NotFoundError):
+            list(source.list(path, deadline_s=deadline()))
+
+
+def test_an_unreadable_directory_is_an_access_error(root: Path) -> None:
+    (root / "m").chmod(0)
+    uid = os.geteuid()
+    try:
+        if uid == 0:
+            os.seteuid(65534)  # root reads everything
+        with pytest.raises(AccessError, match="mode"):
+            list(FolderSource(str(root)).list("m", deadline_s=deadline()))
+    finally:
+        os.seteuid(uid)
+        (root / "m").chmod(0o755)
