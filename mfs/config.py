@@ -52,9 +52,7 @@ class SourceConfig:
             raise ConfigError(f"{label} has no url: expected s3://…, hf://…, http(s)://…, file:///… or /directory")
         fault = name_fault(self.name) if self.name else None
         if fault:
-            raise ConfigError(
-                f"source name {self.name!r} {fault}: choose a name that can be one directory of the mount"
-            )
+            raise ConfigError(f"source name {self.name!r} cannot be a directory of the mount: {fault}")
         if self.endpoint_url is not None and not self.endpoint_url.startswith(("http://", "https://")):
             raise ConfigError(f"{label}: endpoint_url is {self.endpoint_url!r}: expected http://… or https://…")
 
@@ -174,9 +172,7 @@ def check_paths(config: MountConfig) -> None:
     mountpoint = mountinfo.real_mountpoint(str(config.mountpoint))
     mounted = mountinfo.mount_at(mountpoint)
     if mounted is not None:
-        raise ConfigError(
-            f"{mountpoint} is a mount point already ({mounted.fstype}, {mounted.source}): unmount it first"
-        )
+        raise ConfigError(f"{mountpoint} is mounted already ({mounted.fstype}, {mounted.source}): unmount it first")
     _check_mountpoint(Path(mountpoint))
     if config.cache_dir is not None:
         cache_dir = Path(os.path.realpath(config.cache_dir))

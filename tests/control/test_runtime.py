@@ -1,0 +1,112 @@
+"""Records, locks and sockets of running daemons."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mfs.control import runtime
+from mfs.control.runtime import Record
+from mfs.errors import ConfigError, NotFoundError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MFS_RUNTIME_DIR", str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def record(mountpoint: str = "/mnt/models") -> Record:
+    return runtime.record_of_self(mountpoint, cache_dir="/c", log_file=None, started_at=5.0, sources=("s3://b",))
+
+
+def test_a_registered_daemon_is_found_and_leaves_nothing(folder: Path) -> None:
+    with runtime.registered(record()) as socket_file:
+        assert runtime.read_record("/mnt/models") == record()
+        assert record().is_alive
+        assert socket_file == runtime.socket_path("/mnt/models")
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert runtime.read_record("/mnt/models") is None
+    assert [file.suffix for file in folder.iterdir()] == [".lock"]
+
+
+def test_one_daemon_per_mountpoint() -> None:
+    with runtime.registered(record()):
+        with pytest.raises(ConfigError, match="served already"), runtime.registered(record()):
+            pass
+        assert runtime.read_record("/mnt/models") is not None
+        with runtime.registered(record("/mnt/other")):
+            pass
+    with runtime.registered(record()):
+        pass
+
+
+def test_a_killed_daemon_leaves_a_stale_record_that_is_replaced() -> None:
+    program = (
+        "import os, signal; from mfs.control import runtime\n"
+        "r = runtime.record_of_self('/m', cache_dir=None, log_file=None, started_at=1.0, sources=())\n"
+        "with runtime.registered(r): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=False)
+    left = runtime.read_record("/m")
+    assert left is not None
+    assert not left.is_alive
+    with runtime.registered(record("/m")):
+        now = runtime.read_record("/m")
+        assert now is not None
+        assert now.pid == os.getpid()
+
+
+def test_a_reused_pid_is_not_our_daemon() -> None:
+    again = Record(os.getpid(), 1, "/m", None, None, 1.0)
+    assert not again.is_alive
+
+
+def test_a_zombie_is_not_alive() -> None:
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert runtime.process_started_ticks(process.pid) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": 1}', "\0"])
+def test_a_damaged_record_is_no_record(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / f"{runtime.mount_hash('/m')}.json").write_text(text)
+    assert runtime.read_record("/m") is None
+
+
+def test_a_directory_others_could_fill_is_refused(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    folder.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"mode 0777.*writable by nobody else"), runtime.registered(record()):
+        pass
+
+
+def test_a_link_in_place_of_the_directory_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is not a directory"), runtime.registered(record()):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a directory away")
+def test_a_directory_of_somebody_else_is_refused(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 65534, 65534)
+    with pytest.raises(ConfigError, match="owned by uid 65534"), runtime.registered(record()):
+        pass
+
+
+def test_a_socket_path_the_kernel_cannot_bind_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MFS_RUNTIME_DIR", str(tmp_path / ("x" * 100)))
+    with pytest.raises(ConfigError, match="the kernel allows 107"):
+        runtime.socket_path("/m")
+
+
+def test_a_path_outside_any_mount_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="not under an mfs mount"):
+        runtime.find_mount(str(tmp_path))

@@ -1,0 +1,291 @@
+"""Settings: read from TOML, checked when made, handed on without loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mfs import config_file
+from mfs.cache.ram import SLOTS_COUNT_MIN
+from mfs.config import LOG_LEVELS, RAM_SLOTS_COUNT_MIN, MountConfig, SourceConfig, check_paths, mask_url
+from mfs.errors import ConfigError
+from mfs.sources.options import SourceOptions
+from mfs.types import CHUNK_BYTES
+
+S3 = SourceConfig("s3://models/prod")
+MOUNT = Path("/mnt/models")
+
+GOOD = """
+[mount]
+mountpoint = "/mnt/models"
+cache_dir = "/nvme/mfs"
+cache_size = "500G"
+ram_size = 34359738368
+timeout = 10
+refresh = "5m"
+umask = "027"
+log_level = "debug"
+
+[sources.prod]
+url = "s3://models/prod"
+profile = "inference"
+
+[sources."all MiniLM"]
+url = "hf://sentence-transformers/all-MiniLM-L6-v2"
+token = "hf_secret"
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "mfs.toml"
+    file.write_text(text)
+    return file
+
+
+def load(tmp_path: Path, text: str, **mount: Any) -> MountConfig:
+    return config_file.load(written(tmp_path, text), mount=mount, source={})
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD)
+    assert config == MountConfig(
+        MOUNT,
+        (
+            SourceConfig("s3://models/prod", "prod", profile="inference"),
+            SourceConfig("hf://sentence-transformers/all-MiniLM-L6-v2", "all MiniLM", token="hf_secret"),
+        ),
+        cache_dir=Path("/nvme/mfs"), cache_bytes=500 << 30, ram_bytes=32 << 30, timeout_s=10.0, refresh_s=300.0,
+        umask=0o027, log_level="debug",
+    )  # fmt: skip
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    file = written(tmp_path, GOOD)
+    config = config_file.load(file, mount={"mountpoint": Path("/m"), "ram_bytes": 1 << 30}, source={"region": "r"})
+    assert (config.mountpoint, config.ram_bytes, config.cache_bytes) == (Path("/m"), 1 << 30, 500 << 30)
+    assert [source.region for source in config.sources] == ["r", "r"]
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
+    config = load(tmp_path, '[mount]\nmountpoint="here"\ncache_dir="~/c"\n[sources.a]\nurl="/data"')
+    assert (config.mountpoint, config.cache_dir) == (tmp_path / "here", Path.home() / "c")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[mount]\ncache_sise = '1G'", "[mount] has no key 'cache_sise': did you mean 'cache_size'?"),
+        ("[mounts]", "has no key 'mounts': did you mean 'mount'?"),
+        ("[mount]\nzzz = 1", "[mount] has no key 'zzz': legal are allow_other, cache_dir"),
+        ("[sources.a]\nurl='/d'\nendpoint='http://x'", "no key 'endpoint': did you mean 'endpoint_url'?"),
+        ("[sources.a]", "[sources.a] has no url"),
+        ("[sources]\na = 's3://x'", "[sources.a] is 's3://x': expected a table"),
+        ("mount = 3", "[mount] is 3: expected a table"),
+        ("[mount]\nram_size = '500GB'", "ram_size: ambiguous size"),
+        ("[mount]\nram_size = 1.5", "ram_size: is 1.5: expected a whole number"),
+        ("[mount]\ntimeout = true", "timeout: is True: expected seconds"),
+        ("[mount]\nallow_other = 'yes'", "allow_other: is 'yes': expected true or false"),
+        ("[mount]\numask = '9'", "umask: is '9': expected octal"),
+        ("[mount]\nworkers = '2'", "workers: is '2': expected a whole number"),
+        ("[mount]\ncache_dir = ''", "cache_dir: is empty: expected a path"),
+        ("[mount", "is not TOML"),
+        ("ÿ = 1", "is not TOML"),
+        ("", "no mountpoint"),
+        ("[mount]\nmountpoint='/m'", "no source"),
+        ("[mount]\nmountpoint='/m'\n[sources.'a/b']\nurl='/d'", "cannot be a directory of the mount: contains '/'"),
+        ("[mount]\nmountpoint='/m'\n[sources.'..']\nurl='/d'", "'..'"),
+        ("[mount]\nmountpoint='/m'\n[sources.\"a\\nb\"]\nurl='/d'", "contains control characters"),
+        ("[mount]\nmountpoint='/m'\ntimeout=0\n[sources.a]\nurl='/d'", "timeout is 0: expected 0.1 to 86,400 seconds"),
+    ],
+)  # fmt: skip
+def test_faults_are_one_line_naming_file_and_key(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "mfs.toml"))
+    assert "\n" not in message
+    assert complaint in message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        config_file.read(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        config_file.read(tmp_path)
+    (tmp_path / "latin").write_bytes(b"# \xff")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        config_file.read(tmp_path / "latin")
+    (tmp_path / "long").write_bytes(b" " * (config_file.FILE_BYTES_MAX + 1))
+    with pytest.raises(ConfigError, match="longer than"):
+        config_file.read(tmp_path / "long")
+
+
+def test_every_setting_can_stand_in_a_file() -> None:
+    in_file = {field for field, _ in config_file._MOUNT_KEYS.values()}
+    assert in_file == {field.name for field in dataclasses.fields(MountConfig)} - {"sources"}
+    in_table = {field for field, _ in config_file._SOURCE_KEYS.values()}
+    assert in_table == {field.name for field in dataclasses.fields(SourceConfig)} - {"name"}
+
+
+def test_config_keeps_step_with_the_rooms_it_configures() -> None:
+    assert RAM_SLOTS_COUNT_MIN == SLOTS_COUNT_MIN
+    options = {field.name for field in dataclasses.fields(SourceOptions)}
+    ours = {field.name for field in dataclasses.fields(SourceConfig)}
+    assert ours - {"url", "name"} == options - {"connections_max"}  # that one is computed from connections_count
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"sources": ()}, "no source"),
+        ({"sources": (S3, SourceConfig("/d", "a"))}, "must be the only one"),
+        ({"sources": (SourceConfig("/c", "a"), SourceConfig("/d", "a"))}, "two sources are named 'a'"),
+        ({"mountpoint": Path("relative")}, "expected an absolute path"),
+        ({"cache_dir": Path("relative")}, "expected an absolute path"),
+        ({"cache_dir": MOUNT}, "lies inside the mount point"),
+        ({"cache_dir": MOUNT / "a" / "b"}, "lies inside the mount point"),
+        ({"cache_dir": Path("/x/../mnt/models/c")}, "lies inside the mount point"),
+        ({"cache_dir": Path("/mnt")}, "lies inside the cache directory"),
+        ({"cache_dir": Path("/c"), "cache_bytes": CHUNK_BYTES - 1}, "expected at least 4M (one chunk)"),
+        ({"ram_bytes": 16 * CHUNK_BYTES - 1}, "expected at least 64M (16 slots of 4M)"),
+        ({"timeout_s": float("nan")}, "timeout is nan"),
+        ({"refresh_s": 0.5}, "refresh is 0.5: expected 1 to"),
+        ({"workers_count": 0}, "workers is 0: expected 1 to 64 processes"),
+        ({"connections_count": 5000}, "connections is 5000"),
+        ({"umask": 0o1000}, "umask is 512"),
+        ({"uid": -1}, "uid is -1"),
+        ({"log_level": "loud"}, "expected one of debug, info, warning, error"),
+        ({"log_file": MOUNT / "log"}, "lies inside the mount point"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        MountConfig(**({"mountpoint": MOUNT, "sources": (S3,)} | settings))
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_sources_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no url"):
+        SourceConfig("")
+    with pytest.raises(ConfigError, match="expected http"):
+        SourceConfig("s3://b", endpoint_url="localhost:9000")
+
+
+def test_a_budget_for_no_cache_is_not_checked() -> None:
+    assert MountConfig(MOUNT, (S3,), cache_bytes=0).cache_dir is None
+
+
+NAMES = st.text(string.ascii_letters + "äß 。", min_size=1, max_size=20).filter(lambda name: name.strip(". "))
+SOURCES = st.builds(
+    SourceConfig, url=st.text(min_size=1), name=NAMES, profile=st.none() | st.text(), unsigned=st.booleans(),
+    token=st.none() | st.text(),
+)  # fmt: skip
+CONFIGS = st.builds(
+    MountConfig,
+    mountpoint=st.just(MOUNT),
+    sources=st.lists(SOURCES, min_size=1, unique_by=lambda source: source.name).map(tuple),
+    cache_dir=st.none() | NAMES.map(lambda name: Path("/cache") / name),
+    cache_bytes=st.integers(CHUNK_BYTES, 2**62),
+    ram_bytes=st.integers(16 * CHUNK_BYTES, 2**40),
+    timeout_s=st.floats(0.1, 1000),
+    refresh_s=st.none() | st.floats(1, 1000),
+    uid=st.none() | st.integers(0, 65535),
+    umask=st.integers(0, 0o777),
+    log_level=st.sampled_from(LOG_LEVELS),
+    allow_other=st.booleans(),
+)
+
+
+@given(CONFIGS)
+def test_json_round_trip(config: MountConfig) -> None:
+    text = config.to_json()
+    assert "\n" not in text
+    assert MountConfig.from_json(text) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "{", '{"sources": 3}', '{"sources": [], "mountpoint": 1}', '"\\ud800"']
+)
+def test_other_json_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        MountConfig.from_json(text)
+
+
+def test_unknown_json_keys_are_refused() -> None:
+    text = MountConfig(MOUNT, (S3,)).to_json()
+    with pytest.raises(ConfigError, match="later_option"):
+        MountConfig.from_json(text.replace('"umask"', '"later_option": 1, "umask"'))
+
+
+def test_secrets_do_not_show() -> None:
+    source = SourceConfig("https://user:pass-secret@host/x", token="token-secret")
+    config = MountConfig(MOUNT, (source,))
+    assert "token-secret" not in repr(config)
+    assert "secret" not in str(config.masked())
+    assert config.masked()["sources"][0]["url"] == "https://user:***@host/x"
+    assert config.masked()["sources"][0]["token"] == "***"
+    assert "token-secret" in config.to_json()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a:b@c", "hf://org/name@rev", "/dir/a:b@c", "https://host/", "file:///d"])
+def test_urls_without_secrets_stay_as_they_are(url: str) -> None:
+    assert mask_url(url) == url
+
+
+class TestCheckPaths:
+    def config(self, tmp_path: Path, **settings: Any) -> MountConfig:
+        return MountConfig(**({"mountpoint": tmp_path / "mount", "sources": (S3,)} | settings))
+
+    def test_an_empty_directory_and_a_new_cache(self, tmp_path: Path) -> None:
+        (tmp_path / "mount").mkdir()
+        check_paths(self.config(tmp_path, cache_dir=tmp_path / "new" / "cache"))
+        assert (tmp_path / "new" / "cache").stat().st_mode & 0o777 == 0o700
+        assert list((tmp_path / "new" / "cache").iterdir()) == []
+
+    def test_a_missing_mountpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="does not exist: create it with mkdir -p"):
+            check_paths(self.config(tmp_path))
+
+    def test_a_file_as_mountpoint(self, tmp_path: Path) -> None:
+        (tmp_path / "mount").touch()
+        with pytest.raises(ConfigError, match="is not a directory"):
+            check_paths(self.config(tmp_path))
+
+    def test_a_mountpoint_that_holds_something(self, tmp_path: Path) -> None:
+        (tmp_path / "mount" / "precious").mkdir(parents=True)
+        with pytest.raises(ConfigError, match=r"is not empty.*'precious'"):
+            check_paths(self.config(tmp_path))
+
+    def test_a_mount_that_stands_there(self, tmp_path: Path) -> None:
+        (tmp_path / "to-proc").symlink_to("/proc")
+        for path in (Path("/proc"), tmp_path / "to-proc"):
+            with pytest.raises(ConfigError, match=r"/proc is mounted already \(proc"):
+                check_paths(self.config(tmp_path, mountpoint=path))
+
+    def test_a_cache_that_a_link_leads_into_the_mountpoint(self, tmp_path: Path) -> None:
+        (tmp_path / "mount").mkdir()
+        (tmp_path / "cache").symlink_to("mount/c")
+        with pytest.raises(ConfigError, match="lies inside the mount point"):
+            check_paths(self.config(tmp_path, cache_dir=tmp_path / "cache"))
+
+    def test_a_file_as_cache(self, tmp_path: Path) -> None:
+        (tmp_path / "mount").mkdir()
+        (tmp_path / "cache").touch()
+        with pytest.raises(ConfigError, match="is not a directory"):
+            check_paths(self.config(tmp_path, cache_dir=tmp_path / "cache"))
+        with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
+            check_paths(self.config(tmp_path, cache_dir=tmp_path / "cache" / "below"))
+
+    def test_a_cache_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "mount").mkdir()
+        place = Path("/proc/mfs-cache") if os.geteuid() == 0 else Path("/root-only/cache")
+        with pytest.raises(ConfigError, match="cannot be written"):
+            check_paths(self.config(tmp_path, cache_dir=place))
