@@ -243,6 +243,10 @@ class ChunkCache:
                     self.release(chunk)
         raise StoreError(f"{state.object}: no answer within {self._config.timeout_s:g} s")
 
+    def view(self, chunk: Chunk) -> memoryview:
+        """The bytes of a leased chunk; only its valid blocks mean anything."""
+        return self._memory.view(chunk.slot, chunk.length)
+
     def release(self, chunk: Chunk) -> None:
         """End a lease."""
         chunk.leases -= 1
@@ -422,9 +426,19 @@ class ChunkCache:
             if chunk.idle and chunk.valid & ~chunk.saved and chunk.changed_at <= horizon:
                 self._save(chunk)
 
-    async def bring(self, state: ObjectState, index: int, *, to_ssd: bool, keep: bool = False) -> None:
+    async def wait_saved(self) -> None:
+        """Until no SSD write is under way."""
+        for chunk in list(self._lru):
+            if chunk.saving is not None:
+                await chunk.saving.wait()
+
+    async def bring(
+        self, state: ObjectState, index: int, *, to_ssd: bool, ahead: bool = False, keep: bool = False
+    ) -> None:
         """Have a whole chunk in RAM, and on SSD if asked and possible; the door for everything that fetches ahead.
 
+        to_ssd: return only once the SSD tier has it, if it can have it. ahead: a reader is expected; count the chunk as
+        unread until one comes. keep: a person wants it in RAM.
         Raises: MfsError of the fill. Cancellation: safe.
         """
         mask = full_mask(len(state.object.chunk_range(index)))
@@ -432,7 +446,7 @@ class ChunkCache:
         chunk = await self.lease(state, index, mask, priority=Priority.BACKGROUND)
         try:
             chunk.keep = chunk.keep or keep
-            if fresh and not chunk.delivered and not chunk.unread:
+            if ahead and fresh and not chunk.delivered and not chunk.unread:
                 chunk.unread = True
                 self.unread_count += 1
             if to_ssd:
@@ -460,6 +474,12 @@ class ChunkCache:
                 freed += chunk.length
                 self._drop(chunk)
         return freed
+
+    def note_unsaved(self, obj: ObjectId, source: int) -> None:
+        """The SSD tier dropped an object: what RAM has of it may be saved anew."""
+        state = self._states.get((obj.cache_id, source))
+        for chunk in state.chunks.values() if state else ():
+            chunk.saved = 0
 
     def take_uses(self) -> dict[str, list[int]]:
         """Which SSD chunks were read since the last call."""

@@ -351,4 +351,3 @@ def _aligned(nbytes: int) -> int:
 
 def _name(cache_id: str, index: int) -> str:
     return f"{cache_id}.{index:08x}"
-

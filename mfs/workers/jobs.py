@@ -20,6 +20,7 @@ from mfs.cache.chunks import full_mask, mask_bytes, mask_runs, run_bytes
 from mfs.cache.residency import ResidencyTables
 from mfs.cache.ssd import SsdConfig, SsdTier, open_directory
 from mfs.errors import StoreError
+from mfs.safetensors import parse_header
 from mfs.sources.base import Source
 from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.frames import Frame, object_from_wire
@@ -43,6 +44,11 @@ class Jobs:
             open_directory(ssd.directory)
             self._tier = SsdTier(ssd)
             self._tables = ResidencyTables(ssd.directory, writable=True)
+
+    @property
+    def identities(self) -> list[str]:
+        """The identity of each source, as ObjectIds carry it."""
+        return [source.identity for source in self._sources]
 
     # -- data
 
@@ -97,6 +103,14 @@ class Jobs:
             raise StoreError(f"cache: {target} chunk {index} cannot be written: {error}") from error
         tables.set_mask(row, index, mask)
         return {"bytes": mask_bytes(mask, len(target.chunk_range(index))), "full": False}
+
+    def tensor_boundaries(self, *, slot: int, file_bytes: int, emit: Emit) -> Frame:
+        """{boundaries} of the safetensors file whose first chunk is in a slot: where data starts, then each tensor's end.
+
+        Raises: IntegrityError if the header is none.
+        """
+        header = parse_header(self._slot(slot), file_bytes)
+        return {"boundaries": [header.data_start, *(tensor.stop for tensor in header.tensors)]}
 
     # -- listings
 
@@ -231,5 +245,3 @@ class Jobs:
         if self._tier is None:
             raise StoreError("this mount has no SSD cache; mount with --cache-dir to have one")
         return self._tier, self._tables
-
-

@@ -109,6 +109,8 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._failed_start: MfsError | None = None
         self._changed = trio.Event()
+        self.identities: list[str] = []
+        """Of each source, known once a worker runs."""
         self.restarts_count = 0
         self.closing = False
 
@@ -226,7 +228,9 @@ class WorkerPool:
                 with trio.move_on_after(_START_TIMEOUT_S) as scope:
                     await self._wait_ready()
                 if scope.cancelled_caught:
-                    raise ConfigError(f"worker processes did not start within {_START_TIMEOUT_S:.0f} s; see the log file")
+                    raise ConfigError(
+                        f"worker processes did not start within {_START_TIMEOUT_S:.0f} s; see the log file"
+                    )
                 yield
             finally:
                 self.closing = True
@@ -266,10 +270,14 @@ class WorkerPool:
                     self._finished(worker, job, None, TransientStoreError(
                         f"worker process {worker.process.pid} ended during {job.operation}"))  # fmt: skip
             if not worker.ready:
-                self._failed_start = self._failed_start or ConfigError("a worker process did not start; see the log file")
+                self._failed_start = self._failed_start or ConfigError(
+                    "a worker process did not start; see the log file"
+                )
                 self._notify()
             self.restarts_count += 1
-            logger.warning("worker %d ended (status %s); starting another", worker.process.pid, worker.process.returncode)
+            logger.warning(
+                "worker %d ended (status %s); starting another", worker.process.pid, worker.process.returncode
+            )
             await trio.sleep(_RESPAWN_PAUSE_S)
 
     def _spawn(self, number: int) -> _Worker:
@@ -310,6 +318,7 @@ class WorkerPool:
                 self._failed_start = from_wire(*frame["error"])
             else:
                 worker.ready = True
+                self.identities = frame["result"]["identities"]
                 for lane in self._queues:
                     self._dispatch(lane)
             self._notify()

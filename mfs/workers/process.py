@@ -50,7 +50,7 @@ def main() -> None:
         except Exception as error:
             send({"id": 0, "error": to_wire(error)})
             return
-        send({"id": 0, "result": {"hello": os.getpid()}})
+        send({"id": 0, "result": {"hello": os.getpid(), "identities": jobs.identities}})
         _serve(frames, jobs, send, setup["threads_count"])
     os._exit(0)  # threads may sit in a recv whose answer nobody wants any more
 

@@ -1,0 +1,99 @@
+"""The daemon process: `python -m mfs.daemon`, started by `mfs mount`. See `control.ready` for how they talk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+
+import trio
+
+from mfs.config import MountConfig
+from mfs.control import runtime, server
+from mfs.control.ready import DaemonStart, notify
+from mfs.errors import MfsError, StoreError
+from mfs.mount import Mount
+from mfs.service import Service
+
+logger = logging.getLogger(__name__)
+
+_OOM_SCORE = "-500"  # a killed daemon is SIGBUS for every reader that maps a file; others should go first
+
+
+def main() -> None:
+    """Serve one mount until it is unmounted or told to stop. Exit status 0, or 1 if it never came about."""
+    start = DaemonStart.receive(sys.argv[1:])
+    try:
+        config = MountConfig.from_json(start.config_json)
+        _set_up_logging(config)
+        trio.run(_run, config, start)
+    except BaseException as error:
+        cause = _cause(error)
+        if not isinstance(cause, MfsError):
+            logger.error("the daemon failed", exc_info=error)
+        else:
+            logger.error("%s", cause)
+        start.failed(cause)
+        sys.exit(1)
+
+
+async def _run(config: MountConfig, start: DaemonStart) -> None:
+    with suppress(OSError):  # only root may lower it
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(_OOM_SCORE)
+    mount = Mount(config)
+    record = runtime.record_of_self(
+        str(config.mountpoint),
+        cache_dir=str(config.cache_dir) if config.cache_dir else None,
+        log_file=str(config.log_file) if config.log_file else None,
+        started_at=mount.started_at,
+        sources=tuple(source.url for source in config.sources),
+    )
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals, \
+            runtime.registered(record) as socket_path:  # fmt: skip
+        async with mount.serving() as ended, trio.open_nursery() as nursery:
+            service = Service(mount, ended.cancel, nursery)
+            await nursery.start(server.serve, service, socket_path)
+            nursery.start_soon(_stop_on_signal, signals, ended)
+            start.ready(mount.warnings)
+            logger.info("%s is served", config.mountpoint)
+            with ended:
+                await trio.sleep_forever()
+            notify("STOPPING=1")
+            logger.info("%s is being unmounted", config.mountpoint)
+            nursery.cancel_scope.cancel()
+
+
+async def _stop_on_signal(signals: object, ended: trio.CancelScope) -> None:
+    async for number in signals:  # type: ignore[attr-defined]
+        logger.info("%s received", signal.Signals(number).name)
+        ended.cancel()
+
+
+def _set_up_logging(config: MountConfig) -> None:
+    """Log to standard error, which becomes the log file: workers and libfuse write there too."""
+    if config.log_file is not None:
+        fd = os.open(config.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        os.dup2(fd, 2)
+        os.dup2(fd, 1)
+        os.close(fd)
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr,
+        format="%(asctime)s %(levelname)s mfs[%(process)d] %(name)s: %(message)s",
+    )  # fmt: skip
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The one error behind groups of one, as trio wraps them; several become one line."""
+    while isinstance(error, BaseExceptionGroup):
+        ours = [e for e in error.exceptions if isinstance(e, MfsError)]
+        if len(error.exceptions) > 1 and not ours:
+            return StoreError("; ".join(str(e) for e in error.exceptions))
+        error = (ours or list(error.exceptions))[0]
+    return error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""FUSE handlers: each says in the kernel's words what the namespace and the reader say in ours. No policy here.
+
+Handlers may raise only FUSEError: `_translated` turns our errors into errno, logs what nobody foresaw, answers EIO.
+pyfuse3 zero-fills a short reply, which would be silent corruption: `read` returns exactly what was asked for, clamped to
+the end of the file, or raises.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import pyfuse3
+
+from mfs.errors import MfsError
+from mfs.fuse.errnos import errno_of
+from mfs.namespace import Directory, Listing, Namespace, Node
+from mfs.types import ByteRange, EntryKind
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_BLOCK_BYTES = 4096
+_MODES = {EntryKind.FILE: stat.S_IFREG | 0o444, EntryKind.DIRECTORY: stat.S_IFDIR | 0o555,
+          EntryKind.SYMLINK: stat.S_IFLNK | 0o777}  # fmt: skip
+_XATTR_PREFIX = "user.mfs."
+_NAME_CACHE_S = 60.0
+"""How long the kernel may believe a name without asking. A refresh tells it at once what changed; this bounds the harm
+of a notification that gets lost."""
+_INODE_CACHE_S = 3600.0
+"""An inode never changes, so its attributes may be believed; directories change and are asked again after a second."""
+_DIRECTORY_CACHE_S = 1.0
+
+
+class OpenFile(Protocol):
+    """An open object: what `Reader.open` returns."""
+
+    size: int
+
+    async def read(self, span: ByteRange) -> memoryview | bytes: ...
+
+    def close(self) -> None: ...
+
+
+class Reader(Protocol):
+    """Where bytes and attributes beyond the tree come from."""
+
+    def open(self, node: Node) -> OpenFile: ...
+
+    async def attributes(self, node: Node) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True)
+class OwnerConfig:
+    """Who owns the files, as seen from outside."""
+
+    uid: int
+    gid: int
+    umask: int = 0
+    """Bits taken away from 0444 and 0555."""
+
+
+@dataclass
+class ReadCounters:
+    """Reads answered to the kernel."""
+
+    count: int = 0
+    bytes: int = 0
+    errors: int = 0
+    waiting: int = 0
+
+
+@dataclass
+class _OpenDirectory:
+    directory: Directory
+    listing: Listing
+
+
+def _translated(
+    handler: Callable[Concatenate[Operations, P], Awaitable[R]],
+) -> Callable[Concatenate[Operations, P], Awaitable[R]]:
+    @functools.wraps(handler)
+    async def wrapper(self: Operations, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except MfsError as error:
+            opened = handler.__name__ == "read"
+            logger.warning("%s: %s", handler.__name__, error)
+            raise pyfuse3.FUSEError(errno_of(error, opened=opened)) from None
+        except Exception:
+            logger.exception("unforeseen error in %s", handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return wrapper
+
+
+class Operations(pyfuse3.Operations):  # type: ignore[misc]
+    """One mounted tree."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, namespace: Namespace, reader: Reader, owner: OwnerConfig) -> None:
+        super().__init__()
+        self._namespace = namespace
+        self._reader = reader
+        self._owner = owner
+        self._files: dict[int, OpenFile] = {}
+        self._open_directories: dict[int, _OpenDirectory] = {}
+        self._handles = itertools.count(1)
+        self.counters = ReadCounters()
+
+    @property
+    def open_files_count(self) -> int:
+        return len(self._files)
+
+    # -- names
+
+    @_translated
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        parent = self._directory(parent_inode)
+        if name == b".":
+            node: Node | None = self._node(parent_inode)
+        elif name == b"..":
+            node = self._node(parent.parent.inode if parent.parent else parent_inode)
+        else:
+            node = await self._namespace.lookup(parent, name)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        self._namespace.remember(node.inode)
+        return self._attributes(node)
+
+    async def forget(self, inode_list: list[tuple[int, int]]) -> None:
+        for inode, count in inode_list:
+            self._namespace.forget(inode, count)
+
+    @_translated
+    async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        return self._attributes(self._node(inode))
+
+    @_translated
+    async def readlink(self, inode: int, ctx: Any = None) -> bytes:
+        return self._node(inode).target.encode()
+
+    @_translated
+    async def access(self, inode: int, mode: int, ctx: Any = None) -> bool:
+        return not mode & os.W_OK
+
+    # -- directories
+
+    @_translated
+    async def opendir(self, inode: int, ctx: Any = None) -> int:
+        directory = self._directory(inode)
+        handle = next(self._handles)
+        self._open_directories[handle] = _OpenDirectory(directory, await self._namespace.listing(directory))
+        return handle
+
+    @_translated
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        opened = self._open_directories[fh]
+        for index, name, node in self._namespace.nodes(opened.directory, opened.listing, start_id):
+            if not pyfuse3.readdir_reply(token, name, self._attributes(node), index + 1):
+                return
+            self._namespace.remember(node.inode)
+
+    async def releasedir(self, fh: int) -> None:
+        self._open_directories.pop(fh, None)
+
+    # -- files
+
+    @_translated
+    async def open(self, inode: int, flags: int, ctx: Any = None) -> pyfuse3.FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        node = self._node(inode)
+        if node.object is None:
+            raise pyfuse3.FUSEError(errno.EISDIR if node.kind is EntryKind.DIRECTORY else errno.EINVAL)
+        handle = next(self._handles)
+        self._files[handle] = self._reader.open(node)
+        return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+
+    @_translated
+    async def read(self, fh: int, off: int, size: int) -> memoryview | bytes:
+        file = self._files[fh]
+        span = ByteRange(min(off, file.size), min(off + size, file.size))
+        if not len(span):
+            return b""
+        counters = self.counters
+        counters.waiting += 1
+        try:
+            view = await file.read(span)
+        except BaseException:
+            counters.errors += 1
+            raise
+        finally:
+            counters.waiting -= 1
+        # no checkpoint from here to the reply: the view's slot may be recycled at the next one
+        counters.count += 1
+        counters.bytes += len(span)
+        return view
+
+    async def release(self, fh: int) -> None:
+        file = self._files.pop(fh, None)
+        if file is not None:
+            file.close()
+
+    async def flush(self, fh: int) -> None:
+        """Closing a read-only file has nothing to write."""
+
+    def close_all(self) -> None:
+        """Give back what the kernel will not release any more: the mount is gone."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._open_directories.clear()
+
+    # -- the rest
+
+    @_translated
+    async def statfs(self, ctx: Any = None) -> pyfuse3.StatvfsData:
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = _BLOCK_BYTES
+        data.f_blocks = self._namespace.listed_bytes // _BLOCK_BYTES
+        data.f_files = self._namespace.files_count
+        data.f_namemax = 255
+        return data
+
+    @_translated
+    async def listxattr(self, inode: int, ctx: Any = None) -> list[bytes]:
+        return [f"{_XATTR_PREFIX}{key}".encode() for key in await self._reader.attributes(self._node(inode))]
+
+    @_translated
+    async def getxattr(self, inode: int, name: bytes, ctx: Any = None) -> bytes:
+        key = name.decode("utf-8", "replace")
+        if not key.startswith(_XATTR_PREFIX):  # security.*, system.posix_acl_*: asked often, never there
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        value = (await self._reader.attributes(self._node(inode))).get(key.removeprefix(_XATTR_PREFIX))
+        if value is None:
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        return value.encode()
+
+    # -- helpers
+
+    def _node(self, inode: int) -> Node:
+        node = self._namespace.node(inode)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ESTALE)
+        return node
+
+    def _directory(self, inode: int) -> Directory:
+        directory = self._namespace.directory(inode)
+        if directory is None:
+            raise pyfuse3.FUSEError(errno.ENOTDIR if self._namespace.node(inode) else errno.ESTALE)
+        return directory
+
+    def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        directory = node.kind is EntryKind.DIRECTORY
+        entry.st_ino = node.inode
+        entry.st_mode = _MODES[node.kind] & ~self._owner.umask
+        entry.st_nlink = 2 if directory else 1
+        entry.st_size = node.size
+        entry.st_blocks = -(-node.size // 512)
+        entry.st_blksize = _BLOCK_BYTES
+        entry.st_uid, entry.st_gid = self._owner.uid, self._owner.gid
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = node.mtime_ns
+        entry.generation = 0
+        entry.entry_timeout = _NAME_CACHE_S
+        entry.attr_timeout = _DIRECTORY_CACHE_S if directory else _INODE_CACHE_S
+        return entry

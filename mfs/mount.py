@@ -1,0 +1,253 @@
+"""Composition root of the daemon: the only place that knows which concrete parts make a mount."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from mfs.cache.chunk_cache import CacheConfig, ChunkCache, ObjectState
+from mfs.cache.ram import SLOTS_COUNT_MIN, RamConfig, SlotMemory
+from mfs.config import MountConfig, SourceConfig
+from mfs.control import mountinfo
+from mfs.errors import ConfigError, MfsError
+from mfs.fuse import kernel, session
+from mfs.fuse.operations import Operations, OwnerConfig
+from mfs.namespace import Changes, Namespace, Page
+from mfs.prefetch.engine import PrefetchConfig, Prefetcher
+from mfs.reader import ObjectReader
+from mfs.types import Entry, EntryKind, ObjectId
+from mfs.workers.frames import Frame
+from mfs.workers.pool import PoolConfig, WorkerPool
+
+logger = logging.getLogger(__name__)
+
+_MAINTENANCE_S = 5.0
+_SAVE_PARTIAL_AFTER_S = 2.0
+_HIGH_WATERMARK, _LOW_WATERMARK = 0.95, 0.90  # of the SSD budget; the gap keeps evictions rare and large
+_CLOSING_S = 5.0
+_REFRESH_SOON_S = 2.0
+_SHARD = re.compile(r"^(?P<stem>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[^/]*)$")
+
+
+@dataclass
+class RefreshState:
+    """What the last look at the sources said."""
+
+    last_at: float = 0.0
+    last_errors: list[str] = field(default_factory=list)
+
+
+class Mount:
+    """A mount that serves: its parts, and what is done to them from time to time."""
+
+    def __init__(self, config: MountConfig) -> None:
+        """Raises: ConfigError if the RAM tier cannot be had."""
+        self.config = config
+        self.started_at = time.time()
+        self.memory = SlotMemory(RamConfig(config.ram_bytes))
+        self.pool = WorkerPool(_pool_config(config), self.memory.fd)
+        ssd = config.cache_dir is not None
+        self.cache = ChunkCache(CacheConfig(config.timeout_s, ssd), self.memory, self.pool)
+        self.prefetcher = Prefetcher(
+            PrefetchConfig(max(2, config.connections_count - 2), self.memory.slots_count // 2, ssd),
+            self.cache, self.pool, self._siblings,
+        )  # fmt: skip
+        self.namespace = Namespace([source.name for source in config.sources], self._list, self._identity)
+        self.reader = ObjectReader(self.cache, self.prefetcher, self.pool)
+        owner = OwnerConfig(
+            os.getuid() if config.uid is None else config.uid,
+            os.getgid() if config.gid is None else config.gid,
+            config.umask,
+        )
+        self.operations = Operations(self.namespace, self.reader, owner)
+        self.kernel = kernel.KernelSettings()
+        self.refreshed = RefreshState()
+        self.warnings: list[str] = []
+        self.cache.on_changed = lambda state: self._refresh_soon.set()
+        self._refresh_soon = trio.Event()
+        self._saved_at_last_check = -1
+
+    # -- serving
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[trio.CancelScope]:
+        """The tree is mounted and answers while this is open.
+
+        Yields a scope that is cancelled when somebody unmounts. Raises: MfsError naming what keeps it from working.
+        """
+        await self.memory.populate(SLOTS_COUNT_MIN)
+        async with self.pool.running():
+            await self._look_at_sources()
+            label = self.config.sources[0].url if len(self.config.sources) == 1 else "registry"
+            async with (
+                trio.open_nursery() as nursery,
+                session.mounted(
+                    self.operations, self.config.mountpoint, label=_without_secrets(label),
+                    allow_other=self.config.allow_other,
+                ) as ended,
+            ):  # fmt: skip
+                await nursery.start(self.prefetcher.run)
+                nursery.start_soon(self.memory.populate)
+                nursery.start_soon(self._maintain)
+                nursery.start_soon(self._refresh_when_told)
+                if self.config.refresh_s is not None:
+                    nursery.start_soon(self._refresh_regularly, self.config.refresh_s)
+                await self._settle()
+                try:
+                    yield ended
+                finally:
+                    nursery.cancel_scope.cancel()
+            await self._save_rest()
+
+    async def _look_at_sources(self) -> None:
+        """List every source's root: an endpoint, bucket or credential that is wrong is said now, not at the first read."""
+        if self.config.sources[0].name == "":
+            await self.namespace.listing(self.namespace.root)
+        else:
+            root = await self.namespace.listing(self.namespace.root)
+            for inode in root.inodes:
+                directory = self.namespace.directory(inode)
+                assert directory is not None
+                try:
+                    await self.namespace.listing(directory)
+                except MfsError as error:
+                    raise type(error)(f"source {directory.name!r}: {error}") from error
+        self.refreshed.last_at = time.time()
+
+    async def _settle(self) -> None:
+        """Wait until the kernel has finished INIT and the mount answers, then tune the kernel."""
+        mountpoint = str(self.config.mountpoint)
+        await self.pool.call("stat_path", path=mountpoint, timeout_s=self.config.timeout_s)
+        found = mountinfo.mount_at(mountpoint)
+        if found is None:
+            raise ConfigError(f"{mountpoint} was mounted, but /proc/self/mountinfo does not show it")
+        self.kernel = await trio.to_thread.run_sync(kernel.tune, found.device)
+        self.warnings += self.kernel.notes
+        if self.memory.note:
+            self.warnings.append(self.memory.note)
+
+    async def _save_rest(self) -> None:
+        """Before the workers go: what is only in RAM goes to SSD, as far as a few seconds allow."""
+        with trio.move_on_after(_CLOSING_S, shield=True):
+            self.cache.save_partial(older_than_s=0)
+            await self._flush_uses()
+            await self.cache.wait_saved()
+
+    # -- from time to time
+
+    async def _maintain(self) -> None:
+        while True:
+            try:
+                await self._flush_uses()
+                self.cache.save_partial(older_than_s=_SAVE_PARTIAL_AFTER_S)
+                await self.enforce_budget()
+            except MfsError as error:
+                logger.warning("maintenance: %s", error)
+            await trio.sleep(_MAINTENANCE_S)
+
+    async def _flush_uses(self) -> None:
+        uses = self.cache.take_uses()
+        if uses and self.config.cache_dir is not None:
+            await self.pool.call("touch", uses=uses)
+
+    async def enforce_budget(self) -> None:
+        """Evict from SSD what is over the budget, if anything was written since the last look."""
+        saved = self.cache.counters.saved_bytes
+        if self.config.cache_dir is None or saved == self._saved_at_last_check:
+            return
+        self._saved_at_last_check = saved
+        budget = self.config.cache_bytes
+        found = await self.pool.call(
+            "enforce_budget", budget_bytes=int(budget * _HIGH_WATERMARK), target_bytes=int(budget * _LOW_WATERMARK)
+        )
+        if found["evicted_bytes"]:
+            logger.info("evicted %d bytes from SSD, %d stay", found["evicted_bytes"], found["used_bytes"])
+
+    async def refresh(self) -> Changes:
+        """List the sources again, publish what changed, tell the kernel."""
+        changes = await self.namespace.refresh()
+        session.invalidate_names(changes.names)
+        self.refreshed = RefreshState(time.time(), changes.errors)
+        for line in changes.errors:
+            logger.warning("refresh: %s", line)
+        return changes
+
+    async def _refresh_regularly(self, every_s: float) -> None:
+        while True:
+            await trio.sleep(every_s)
+            await self.refresh()
+
+    async def _refresh_when_told(self) -> None:
+        """An origin that answers with another version than listed has changed: look again, but not all the time."""
+        while True:
+            await self._refresh_soon.wait()
+            self._refresh_soon = trio.Event()
+            await self.refresh()
+            await trio.sleep(_REFRESH_SOON_S)
+
+    # -- what the parts ask each other
+
+    async def _list(self, source: int, path: str) -> AsyncIterator[Page]:
+        pages: list[list[object]] = []
+
+        def on_part(part: Frame) -> None:
+            pages.append(part["page"])
+
+        await self.pool.call("list", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part)
+        for directory, entries in pages:
+            yield str(directory), [_entry(fields) for fields in entries]  # type: ignore[attr-defined]
+
+    def _identity(self, source: int) -> str:
+        return self.pool.identities[source]
+
+    def _siblings(self, state: ObjectState) -> Sequence[tuple[ObjectId, int]]:
+        """The other shards of a sharded file, those after it first."""
+        folder, _, name = state.object.path.rpartition("/")
+        shard = _SHARD.match(name)
+        directory = self.namespace.directory_at(state.source, folder) if shard else None
+        if shard is None or directory is None or directory.listing is None:
+            return []
+        number, count = int(shard["number"]), int(shard["count"])
+        found = []
+        for other in [*range(number + 1, count + 1), *range(1, number)]:
+            sibling = f"{shard['stem']}{other:05d}-of-{shard['count']}{shard['suffix']}"
+            index = directory.listing.find(sibling.encode())
+            node = self.namespace.node(directory.listing.inodes[index]) if index >= 0 else None
+            if node is not None and node.object is not None:
+                found.append((node.object, state.source))
+        return found
+
+
+def _pool_config(config: MountConfig) -> PoolConfig:
+    setup = {
+        "sources": [{"url": source.url, "options": _options(source)} for source in config.sources],
+        "cache_dir": str(config.cache_dir) if config.cache_dir else None,
+        "cache_fsync": config.cache_fsync,
+        "log_level": config.log_level.upper(),
+    }
+    limit = config.connections_count
+    return PoolConfig(setup, config.workers_count, limit, max(1, limit - 2))
+
+
+def _options(source: SourceConfig) -> Frame:
+    """A source's settings as `sources.SourceOptions` takes them."""
+    return {
+        "endpoint_url": source.endpoint_url, "profile": source.profile, "region": source.region,
+        "unsigned": source.unsigned, "token": source.token,
+    }  # fmt: skip
+
+
+def _entry(fields: list[object]) -> Entry:
+    name, kind, *rest = fields
+    return Entry(name, EntryKind(kind), *rest)  # type: ignore[arg-type]
+
+
+def _without_secrets(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", url)

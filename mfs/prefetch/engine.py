@@ -1,0 +1,299 @@
+"""Turns access patterns into orders to the cache: headers at open, the next bytes of a run, then whole files and shards.
+
+Three kinds of work, in this order: what a reader's run will want next, the files whose weights are being taken, the
+shards beside them. A fixed number of tasks does it, so it is bounded; each order enters the cache by the same door as a
+read, at lower priority. What was fetched ahead and not read yet is bounded by half the RAM slots; beyond that, whole
+files go on to the SSD tier alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from mfs.cache.chunk_cache import ChunkCache, ObjectState
+from mfs.cache.chunks import block_mask, full_mask
+from mfs.errors import ChangedError, MfsError
+from mfs.prefetch.pattern import AccessPattern
+from mfs.safetensors import header_bytes_needed
+from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
+from mfs.workers.pool import WorkerPool
+
+logger = logging.getLogger(__name__)
+
+_HEADER_SUFFIX = ".safetensors"
+_HEAD_BYTES = BLOCK_BYTES  # first request for a file: the length field, and most headers whole
+_LINGER_S = 10.0  # a loader may close and reopen between tensors
+_URGENT_MAX = 1024
+_PAUSE_S = 5.0
+
+Siblings = Callable[[ObjectState], Sequence[tuple[ObjectId, int]]]
+"""The other shards of an object's model, nearest first, as (object, source)."""
+
+
+@dataclass(frozen=True)
+class PrefetchConfig:
+    """Bounds of fetching ahead."""
+
+    tasks_count: int
+    """Chunks fetched ahead at once."""
+    unread_slots_max: int
+    """RAM slots that may hold chunks nobody has read yet."""
+    ssd: bool
+    """Whether whole files may go on to SSD beyond that."""
+
+
+class _Track:
+    """One object that is open, was lately, or is being streamed."""
+
+    __slots__ = ("cursor", "dead", "handles", "heading", "left_at", "pattern", "paused_until", "ssd_masks", "state",
+                 "streaming", "under_way")  # fmt: skip
+
+    def __init__(self, state: ObjectState) -> None:
+        self.state = state
+        self.pattern = AccessPattern(state.object.size)
+        self.handles = 0
+        self.left_at = 0.0
+        self.streaming = False
+        self.cursor = 0
+        self.ssd_masks: list[int] | None = None
+        self.heading: trio.Event | None = None
+        self.paused_until = 0.0
+        self.dead = False
+        self.under_way = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.dead or self.cursor >= self.state.object.chunks_count
+
+
+class Prefetcher:
+    """Fetches ahead for all objects of a mount."""
+
+    def __init__(self, config: PrefetchConfig, cache: ChunkCache, pool: WorkerPool, siblings: Siblings) -> None:
+        self._config = config
+        self._cache = cache
+        self._pool = pool
+        self._siblings = siblings
+        self._tracks: dict[ObjectState, _Track] = {}
+        self._urgent: deque[tuple[_Track, int]] = deque(maxlen=_URGENT_MAX)
+        self._wanted = trio.Event()
+        self._nursery: trio.Nursery | None = None
+
+    # -- what readers tell
+
+    def opened(self, state: ObjectState) -> None:
+        """A handle was opened: its header comes with it."""
+        track = self._track(state)
+        track.handles += 1
+        if track.heading is None and self._nursery is not None and state.object.path.endswith(_HEADER_SUFFIX):
+            track.heading = trio.Event()
+            self._nursery.start_soon(self._fetch_header, track)
+
+    def closed(self, state: ObjectState) -> None:
+        """A handle was closed."""
+        track = self._tracks[state]
+        track.handles -= 1
+        track.left_at = time.monotonic()
+
+    async def wait_header(self, state: ObjectState) -> None:
+        """Until the header of an opened safetensors file is in RAM, or could not be had."""
+        track = self._tracks.get(state)
+        if track is not None and track.heading is not None:
+            await track.heading.wait()
+
+    def note(self, state: ObjectState, span: ByteRange) -> bool:
+        """A reader asked for this range. Returns whether missing chunks should be fetched whole."""
+        track = self._track(state)
+        ahead = track.pattern.note(span)
+        if track.streaming:
+            ahead = ByteRange(span.stop, max(span.stop, track.pattern.tensor_stop(span.stop - 1)))
+        elif track.pattern.taking_weights and not track.dead:
+            self._stream(track)
+        if ahead is not None:
+            self._want(track, ahead)
+        return track.streaming or (ahead is not None and len(ahead) >= CHUNK_BYTES // 2)
+
+    def handles_count(self, obj: ObjectId) -> int:
+        """Open handles on an object version."""
+        return sum(track.handles for track in self._tracks.values() if track.state.object == obj)
+
+    @property
+    def active_count(self) -> int:
+        """Objects being streamed."""
+        return sum(1 for track in self._tracks.values() if track.streaming and not track.finished)
+
+    @property
+    def queued_bytes(self) -> int:
+        """What is meant to be fetched and is not yet."""
+        chunks = sum(
+            t.state.object.chunks_count - t.cursor for t in self._tracks.values() if t.streaming and not t.dead
+        )
+        return (chunks + len(self._urgent)) * CHUNK_BYTES
+
+    # -- deciding
+
+    def _track(self, state: ObjectState) -> _Track:
+        track = self._tracks.get(state)
+        if track is None:
+            track = self._tracks[state] = _Track(state)
+            state.users += 1
+        return track
+
+    def _want(self, track: _Track, span: ByteRange) -> None:
+        for index in range(span.start // CHUNK_BYTES, -(-span.stop // CHUNK_BYTES)):
+            if not self._in_ram(track, index):
+                self._urgent.append((track, index))
+        self._wake()
+
+    def _stream(self, track: _Track) -> None:
+        if not track.streaming:
+            track.streaming = True
+            logger.info("streaming %s ahead of its readers", track.state.object.path)
+            self._wake()
+
+    @staticmethod
+    def _in_ram(track: _Track, index: int) -> bool:
+        chunk = track.state.chunks.get(index)
+        return chunk is not None and chunk.valid == full_mask(chunk.length)
+
+    def _next(self) -> tuple[_Track, int, bool] | None:
+        """(track, chunk, to SSD alone) of the next order; None if there is nothing to do now."""
+        while self._urgent:
+            track, index = self._urgent.popleft()
+            if not track.dead and not self._in_ram(track, index):
+                return track, index, False
+        now = time.monotonic()
+        ram_is_full = self._cache.unread_count >= self._config.unread_slots_max
+        for track in self._tracks.values():
+            if not track.streaming or track.finished or track.paused_until > now or self._abandoned(track, now):
+                continue
+            while not track.finished:
+                index = track.cursor
+                track.cursor += 1
+                if self._in_ram(track, index):
+                    continue
+                if not ram_is_full:
+                    return track, index, False
+                if not self._config.ssd:
+                    track.cursor -= 1
+                    return None
+                if track.ssd_masks is not None and not track.ssd_masks[index]:
+                    return track, index, True
+        return None
+
+    def _abandoned(self, track: _Track, now: float) -> bool:
+        """Whether nobody has the model open any more: no handle on any of its shards for a while."""
+        folder = track.state.object.path.rpartition("/")[0]
+        return not any(
+            t.handles or now - t.left_at < _LINGER_S
+            for t in self._tracks.values()
+            if t.state.source == track.state.source and t.state.object.path.rpartition("/")[0] == folder
+        )
+
+    # -- doing
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Fetch ahead until cancelled; all objects are given back then."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for _ in range(self._config.tasks_count):
+                    nursery.start_soon(self._work)
+                nursery.start_soon(self._housekeeping)
+                task_status.started()
+        finally:
+            self._nursery = None
+            for track in list(self._tracks.values()):
+                self._drop(track)
+
+    def _wake(self) -> None:
+        if self._wanted.statistics().tasks_waiting:
+            self._wanted.set()
+            self._wanted = trio.Event()
+
+    async def _work(self) -> None:
+        while True:
+            order = self._next()
+            if order is None:
+                await self._wanted.wait()
+                continue
+            track, index, ssd_alone = order
+            track.under_way += 1
+            try:
+                await self._cache.bring(track.state, index, to_ssd=ssd_alone, ahead=not ssd_alone)
+            except ChangedError:
+                track.dead = True
+            except MfsError as error:
+                logger.info("fetching ahead pauses: %s", error)
+                track.paused_until = time.monotonic() + _PAUSE_S
+            finally:
+                track.under_way -= 1
+            if track.streaming and track.finished and not track.dead:
+                self._stream_sibling(track)
+
+    def _stream_sibling(self, track: _Track) -> None:
+        """A shard is on its way: go on with the next one that is not."""
+        for obj, source in self._siblings(track.state):
+            state = self._cache.open(obj, source)
+            neighbour = self._track(state)
+            self._cache.close(state)  # the track holds it now
+            if not neighbour.streaming and not neighbour.dead:
+                self._stream(neighbour)
+                return
+
+    async def _fetch_header(self, track: _Track) -> None:
+        """The header's blocks into RAM, then the tensor table into the pattern."""
+        state, heading = track.state, track.heading
+        assert heading is not None
+        try:
+            if state.object.size <= 8:
+                return
+            first = min(_HEAD_BYTES, state.object.size)
+            chunk = await self._cache.lease(state, 0, block_mask(0, first))
+            try:
+                needed = header_bytes_needed(self._cache.view(chunk)[:8])
+            finally:
+                self._cache.release(chunk)
+            if needed > min(CHUNK_BYTES, state.object.size):
+                return
+            chunk = await self._cache.lease(state, 0, block_mask(0, needed))
+            try:
+                heading.set()
+                found = await self._pool.call("tensor_boundaries", slot=chunk.slot, file_bytes=state.object.size)
+            finally:
+                self._cache.release(chunk)
+            track.pattern.set_table(array("Q", found["boundaries"]))
+        except MfsError as error:  # a foreign file with this suffix, or a read that its reader will hear of
+            logger.info("no tensor table of %s: %s", state.object.path, error)
+        finally:
+            heading.set()
+
+    async def _housekeeping(self) -> None:
+        """Wake paused streams, learn what the SSD has, forget objects nobody uses."""
+        while True:
+            await trio.sleep(1)
+            now = time.monotonic()
+            for track in list(self._tracks.values()):
+                if track.streaming and track.ssd_masks is None and self._config.ssd:
+                    await self._learn_ssd(track)
+                idle = not track.handles and not track.under_way and now - track.left_at > _LINGER_S
+                if idle and (track.finished or not track.streaming or self._abandoned(track, now)):
+                    self._drop(track)
+            self._wake()
+
+    async def _learn_ssd(self, track: _Track) -> None:
+        try:
+            track.ssd_masks = (await self._pool.call("masks", obj=track.state.wire))["masks"]
+        except MfsError as error:
+            logger.info("residency of %s: %s", track.state.object.path, error)
+
+    def _drop(self, track: _Track) -> None:
+        if self._tracks.pop(track.state, None) is not None:
+            self._cache.close(track.state)

@@ -1,0 +1,80 @@
+"""Open files: where a handle's reads meet the prefetcher and the cache, and what xattrs say."""
+
+from __future__ import annotations
+
+from mfs.cache.chunk_cache import ChunkCache, ObjectState
+from mfs.errors import MfsError
+from mfs.namespace import Node
+from mfs.prefetch.engine import Prefetcher
+from mfs.types import ByteRange
+from mfs.workers.frames import object_to_wire
+from mfs.workers.pool import WorkerPool
+
+
+class OpenObject:
+    """One handle on one object version."""
+
+    __slots__ = ("_cache", "_prefetcher", "_state", "size")
+
+    def __init__(self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher) -> None:
+        self._state = state
+        self._cache = cache
+        self._prefetcher = prefetcher
+        self.size = state.object.size
+        prefetcher.opened(state)
+
+    async def read(self, span: ByteRange) -> memoryview | bytes:
+        """The bytes of `span`, good until the next checkpoint. Raises: MfsError."""
+        whole_chunks = self._prefetcher.note(self._state, span)
+        return await self._cache.read(self._state, span, whole_chunks=whole_chunks)
+
+    def close(self) -> None:
+        self._prefetcher.closed(self._state)
+        self._cache.close(self._state)
+
+
+class ObjectReader:
+    """Opens nodes and describes them; what `fuse.operations` calls Reader."""
+
+    def __init__(self, cache: ChunkCache, prefetcher: Prefetcher, pool: WorkerPool) -> None:
+        self._cache = cache
+        self._prefetcher = prefetcher
+        self._pool = pool
+
+    def open(self, node: Node) -> OpenObject:
+        """A handle on the node's object version."""
+        assert node.object is not None
+        return OpenObject(self._cache.open(node.object, node.source), self._cache, self._prefetcher)
+
+    async def residency(self, nodes: list[Node]) -> list[tuple[int, int, bool]]:
+        """(bytes on SSD, bytes in RAM, pinned) of each node; zeros for what is no file."""
+        files = [node for node in nodes if node.object is not None]
+        rows: list[tuple[int, bool]] = []
+        if files:
+            wire = [object_to_wire(node.object) for node in files if node.object]
+            rows = (await self._pool.call("residency", objects=wire))["rows"]
+        answers = iter(rows)
+        result = []
+        for node in nodes:
+            if node.object is None:
+                result.append((0, 0, False))
+            else:
+                ssd_bytes, pinned = next(answers)
+                result.append((ssd_bytes, self._cache.resident_bytes(node.object, node.source), pinned))
+        return result
+
+    async def attributes(self, node: Node) -> dict[str, str]:
+        """The user.mfs.* attributes of a node, names without the prefix."""
+        obj = node.object
+        if obj is None:
+            return {}
+        found = {"source": f"{obj.source}/{obj.path}", "revision": obj.version}
+        if obj.digest:
+            found["digest"] = obj.digest
+        try:
+            [(ssd_bytes, ram_bytes, pinned)] = await self.residency([node])
+        except MfsError:  # attributes are no place to fail: a worker may just be restarting
+            return found
+        return found | {
+            "resident.ssd": str(ssd_bytes), "resident.ram": str(ram_bytes), "pinned": str(int(pinned)),
+        }  # fmt: skip

@@ -1,0 +1,356 @@
+"""What the control plane can ask of a mount: `control.api.DaemonApi`, answered from the mount's parts."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import trio
+
+from mfs.cache.chunk_cache import ObjectState
+from mfs.cache.chunks import full_mask
+from mfs.control.api import EvictTier, Json, Tier
+from mfs.errors import MfsError, StoreError
+from mfs.mount import Mount
+from mfs.namespace import Node
+from mfs.types import CHUNK_BYTES, EntryKind
+from mfs.workers.frames import object_to_wire
+
+_PROGRESS_S = 0.1
+_FILES_MAX = 1_000_000  # of one order; more is a mistake, and would be a list in memory
+_BATCH = 500  # objects per question to a worker
+_KINDS = {EntryKind.FILE: "file", EntryKind.DIRECTORY: "directory", EntryKind.SYMLINK: "symlink"}
+
+
+class Service:
+    """The daemon's side of every shell command."""
+
+    def __init__(self, mount: Mount, stop: Callable[[], None], nursery: trio.Nursery) -> None:
+        """stop: begins the daemon's end. nursery: where work goes on that nobody waits for."""
+        self._mount = mount
+        self._stop = stop
+        self._nursery = nursery
+
+    # -- looking
+
+    async def status(self) -> Json:
+        mount, cache = self._mount, self._mount.cache
+        config, memory, counters, reads = mount.config, mount.memory, cache.counters, mount.operations.counters
+        return {
+            "version": version("mfs"),
+            "pid": os.getpid(),
+            "mountpoint": str(config.mountpoint),
+            "started_at": mount.started_at,
+            "uptime_s": time.time() - mount.started_at,
+            "sources": [
+                {
+                    "name": source.name,
+                    "url": mount.pool.identities[number],
+                    "listed_directories": mount.namespace.listed_count,
+                    "last_refresh_at": mount.refreshed.last_at,
+                    "last_error": mount.refreshed.last_errors[0] if mount.refreshed.last_errors else None,
+                }
+                for number, source in enumerate(config.sources)
+            ],
+            "cache_dir": str(config.cache_dir) if config.cache_dir else None,
+            "ssd": await self._ssd_status(),
+            "ram": {
+                "used_bytes": cache.slots_used * CHUNK_BYTES,
+                "budget_bytes": memory.size_bytes,
+                "locked_bytes": memory.locked_bytes,
+                "slots_count": memory.slots_count,
+                "slots_free": len(memory.free),
+                "slots_leased": cache.leases_count,
+                "hits_bytes": counters.ram_hit_bytes,
+                "page_locked": memory.locked_bytes == memory.size_bytes,
+                "note": memory.note,
+            },
+            "origin": {
+                "fetched_bytes": counters.origin_bytes,
+                "requests_count": counters.origin_requests,
+                "errors_count": counters.origin_errors,
+                "inflight": mount.pool.inflight("origin"),
+            },
+            "reads": {
+                "count": reads.count, "bytes": reads.bytes, "errors_count": reads.errors, "waiting": reads.waiting,
+            },
+            "open_files": mount.operations.open_files_count,
+            "prefetch": {
+                "queued_bytes": mount.prefetcher.queued_bytes, "active_objects": mount.prefetcher.active_count,
+            },
+            "workers": [
+                {"pid": w["pid"], "inflight": w["inflight"], "restarts": mount.pool.restarts_count}
+                for w in mount.pool.describe()
+            ],
+            "kernel": {
+                "read_ahead_kb": mount.kernel.read_ahead_kb,
+                "max_background": mount.kernel.max_background,
+                "notes": mount.kernel.notes,
+            },
+            "warnings": mount.warnings,
+        }  # fmt: skip
+
+    async def _ssd_status(self) -> Json:
+        cache, config = self._mount.cache, self._mount.config
+        if config.cache_dir is None:
+            return {"state": "off", "used_bytes": 0, "budget_bytes": 0, "free_disk_bytes": 0, "objects_count": 0,
+                    "hits_bytes": 0}  # fmt: skip
+        usage = await self._mount.pool.call("usage")
+        full = time.monotonic() < cache.save_suspended_until
+        return {
+            **usage, "budget_bytes": config.cache_bytes, "state": "disk full" if full else "ok",
+            "hits_bytes": cache.counters.ssd_hit_bytes,
+        }  # fmt: skip
+
+    async def ls(self, path: str) -> list[Json]:
+        node = await self._mount.namespace.resolve(path)
+        directory = self._mount.namespace.directory(node.inode)
+        if directory is None:
+            named = [(path.rpartition("/")[2], node)]
+        else:
+            listing = await self._mount.namespace.listing(directory)
+            named = [(name.decode(), child) for _, name, child in self._mount.namespace.nodes(directory, listing, 0)]
+        rows: list[Json] = []
+        for first in range(0, len(named), _BATCH):
+            part = named[first : first + _BATCH]
+            residency = await self._mount.reader.residency([child for _, child in part])
+            for (name, child), (ssd_bytes, ram_bytes, pinned) in zip(part, residency, strict=True):
+                rows.append({
+                    "name": name, "kind": _KINDS[child.kind], "size": child.size, "mtime": child.mtime_ns / 1e9,
+                    "ssd_bytes": ssd_bytes, "ram_bytes": ram_bytes, "pinned": pinned,
+                })  # fmt: skip
+        return rows
+
+    async def stat(self, path: str) -> Json:
+        node = await self._mount.namespace.resolve(path)
+        [(ssd_bytes, ram_bytes, pinned)] = await self._mount.reader.residency([node])
+        obj = node.object
+        return {
+            "path": path, "kind": _KINDS[node.kind], "size": node.size, "mtime": node.mtime_ns / 1e9,
+            "inode": node.inode, "source": self._mount.pool.identities[node.source] if node.source >= 0 else None,
+            "source_path": node.path, "revision": obj.version if obj else None, "digest": obj.digest if obj else None,
+            "ssd_bytes": ssd_bytes, "ram_bytes": ram_bytes, "pinned": pinned,
+            "chunks_count": obj.chunks_count if obj else 0,
+            "open_handles": self._mount.prefetcher.handles_count(obj) if obj else 0,
+        }  # fmt: skip
+
+    async def config(self) -> Json:
+        return self._mount.config.masked()
+
+    # -- moving bytes
+
+    async def prefetch(self, paths: Sequence[str], tier: Tier, *, wait: bool) -> AsyncIterator[Json]:
+        if tier == "ssd" and self._mount.config.cache_dir is None:
+            raise StoreError("this mount has no SSD cache: mount with --cache-dir, or prefetch with --tier ram")
+        files = await self._files(paths)
+        total = sum(node.size for _, node in files)
+        if tier == "ram" and total > self._mount.memory.size_bytes:
+            raise StoreError(
+                f"{total} bytes do not fit the RAM tier of {self._mount.memory.size_bytes} bytes; "
+                f"mount with a larger --ram-size, or prefetch with --tier ssd"
+            )
+        work = _Prefetch(self._mount, files, tier)
+        yield {"total_bytes": total, "done_bytes": 0, "files_count": len(files), "path": ""}
+        if not wait:
+            self._nursery.start_soon(work.run)
+            yield work.report(done=True)
+            return
+        async for report in _with_progress(work, self._nursery):
+            yield report
+
+    async def evict(self, paths: Sequence[str], tier: EvictTier) -> Json:
+        files = await self._files(paths)
+        ram = ssd = kept = 0
+        for first in range(0, len(files), _BATCH):
+            part = [node for _, node in files[first : first + _BATCH]]
+            if tier in ("ram", "all"):
+                ram += sum(self._mount.cache.evict(node.object, node.source) for node in part if node.object)
+            if tier in ("ssd", "all") and self._mount.config.cache_dir is not None:
+                result = await self._mount.pool.call(
+                    "evict", objects=[object_to_wire(n.object) for n in part if n.object]
+                )
+                ssd += result["ssd_bytes"]
+                kept += result["kept_pinned_count"]
+                for node in part:
+                    if node.object:
+                        self._mount.cache.note_unsaved(node.object, node.source)
+        return {"files_count": len(files), "ram_bytes": ram, "ssd_bytes": ssd, "kept_pinned_count": kept}
+
+    async def pin(self, paths: Sequence[str]) -> Json:
+        return await self._set_pinned(paths, True)
+
+    async def unpin(self, paths: Sequence[str]) -> Json:
+        return await self._set_pinned(paths, False)
+
+    async def _set_pinned(self, paths: Sequence[str], pinned: bool) -> Json:
+        if self._mount.config.cache_dir is None:
+            raise StoreError("this mount has no SSD cache, so there is nothing to pin in; mount with --cache-dir")
+        files = await self._files(paths)
+        for first in range(0, len(files), _BATCH):
+            objects = [object_to_wire(node.object) for _, node in files[first : first + _BATCH] if node.object]
+            await self._mount.pool.call("pin", objects=objects, pinned=pinned)
+        return {"files_count": len(files), "bytes": sum(node.size for _, node in files)}
+
+    async def verify(self, paths: Sequence[str]) -> AsyncIterator[Json]:
+        work = _Verify(self._mount, await self._files(paths))
+        async for report in _with_progress(work, self._nursery):
+            yield report
+
+    # -- the tree
+
+    async def refresh(self) -> Json:
+        changes = await self._mount.refresh()
+        return {
+            "changed_count": changes.changed_count, "added_count": changes.added_count,
+            "removed_count": changes.removed_count, "errors": changes.errors,
+        }  # fmt: skip
+
+    async def shutdown(self) -> Json:
+        self._stop()
+        return {"pid": os.getpid()}
+
+    async def _files(self, paths: Sequence[str]) -> list[tuple[str, Node]]:
+        """All files at and below the paths, each once."""
+        found: dict[int, tuple[str, Node]] = {}
+        for path in paths:
+            node = await self._mount.namespace.resolve(path)
+            async for below, file in self._mount.namespace.walk(node, path):
+                found.setdefault(file.inode, (below, file))
+                if len(found) > _FILES_MAX:
+                    raise StoreError(f"{path}: more than {_FILES_MAX} files; name a part of it")
+        return list(found.values())
+
+
+class _Work:
+    """Something that takes long, reports progress, and may fail file by file."""
+
+    def __init__(self, mount: Mount, files: list[tuple[str, Node]]) -> None:
+        self._mount = mount
+        self._files = files
+        self.done_bytes = 0
+        self.path = ""
+
+    async def run(self) -> None:
+        raise NotImplementedError
+
+    def report(self, *, done: bool) -> Json:
+        raise NotImplementedError
+
+
+async def _with_progress(work: _Work, nursery: trio.Nursery) -> AsyncIterator[Json]:
+    """Run work in `nursery`, yielding its reports; closing the iterator cancels it. Raises what the work raised."""
+    scope, finished = trio.CancelScope(), trio.Event()
+    failure: list[MfsError] = []
+
+    async def run() -> None:
+        try:
+            with scope:
+                await work.run()
+        except MfsError as error:
+            failure.append(error)
+        finally:
+            finished.set()
+
+    nursery.start_soon(run)
+    try:
+        while not finished.is_set():
+            with trio.move_on_after(_PROGRESS_S):
+                await finished.wait()
+            if not finished.is_set():
+                yield work.report(done=False)
+        if failure:
+            raise failure[0]
+        yield work.report(done=True)
+    finally:
+        scope.cancel()
+
+
+class _Prefetch(_Work):
+    """Brings files into a tier, several chunks at once, in the order of the files."""
+
+    def __init__(self, mount: Mount, files: list[tuple[str, Node]], tier: Tier) -> None:
+        super().__init__(mount, files)
+        self._tier = tier
+        self._failed: dict[str, str] = {}
+
+    def report(self, *, done: bool) -> Json:
+        total = sum(node.size for _, node in self._files)
+        report: Json = {"total_bytes": total, "done_bytes": self.done_bytes, "files_count": len(self._files)}
+        if done:
+            failed = [{"path": path, "error": error} for path, error in self._failed.items()]
+            return report | {"done": True, "failed": failed}
+        return report | {"path": self.path}
+
+    async def run(self) -> None:
+        limiter = trio.CapacityLimiter(max(1, self._mount.config.connections_count - 2))
+        async with trio.open_nursery() as nursery:
+            for path, node in self._files:
+                if node.object is None or not node.size:
+                    continue
+                self.path = path
+                state = self._mount.cache.open(node.object, node.source)
+                try:
+                    masks = await self._ssd_masks(state)
+                    for index in range(node.object.chunks_count):
+                        if path in self._failed:
+                            break
+                        if masks is not None and masks[index] == full_mask(len(node.object.chunk_range(index))):
+                            self.done_bytes += len(node.object.chunk_range(index))
+                            continue
+                        await limiter.acquire_on_behalf_of((state, index))
+                        state.users += 1
+                        nursery.start_soon(self._bring, path, state, index, limiter)
+                finally:
+                    self._mount.cache.close(state)
+
+    async def _ssd_masks(self, state: ObjectState) -> list[int] | None:
+        """What the SSD tier has already; None where everything must pass through RAM."""
+        if self._tier == "ram":
+            return None
+        masks: list[int] = (await self._mount.pool.call("masks", obj=state.wire))["masks"]
+        return masks
+
+    async def _bring(self, path: str, state: ObjectState, index: int, limiter: trio.CapacityLimiter) -> None:
+        try:
+            await self._mount.cache.bring(state, index, to_ssd=self._tier == "ssd", keep=self._tier == "ram")
+            self.done_bytes += len(state.object.chunk_range(index))
+        except MfsError as error:
+            self._failed.setdefault(path, str(error))
+        finally:
+            limiter.release_on_behalf_of((state, index))
+            self._mount.cache.close(state)
+
+
+class _Verify(_Work):
+    """Re-reads what the SSD tier has of some files."""
+
+    def __init__(self, mount: Mount, files: list[tuple[str, Node]]) -> None:
+        super().__init__(mount, files)
+        self._checked = 0
+        self._bad: list[Json] = []
+
+    def report(self, *, done: bool) -> Json:
+        total = sum(node.size for _, node in self._files)
+        if done:
+            return {"done": True, "checked_bytes": self._checked, "bad": self._bad}
+        return {"total_bytes": total, "done_bytes": self.done_bytes, "files_count": len(self._files), "path": self.path}
+
+    async def run(self) -> None:
+        for path, node in self._files:
+            self.path = path
+            if node.object is None:
+                continue
+            before = self.done_bytes
+
+            def on_part(part: dict[str, Any], before: int = before) -> None:
+                self.done_bytes = before + part["checked_bytes"]
+
+            result = await self._mount.pool.call(
+                "verify", obj=object_to_wire(node.object), on_part=on_part, timeout_s=float("inf")
+            )
+            self._checked += result["checked_bytes"]
+            self.done_bytes = before + node.size
+            self._bad += [{"path": path, "chunk": chunk, "reason": reason} for chunk, reason in result["bad"]]
