@@ -1,12 +1,12 @@
 """A worker process: reads operations from its socket, runs them in threads, answers. `python -m mfs.workers.process`.
 
 argv: socket fd, slots memfd. The first frame is the worker's configuration; the worker answers {hello: pid} or an error.
-It lives exactly as long as its socket: the daemon's death, however it comes, ends it.
+It lives exactly as long as its socket: the daemon's death, however it comes, ends it. (PR_SET_PDEATHSIG would not do: it
+fires when the thread that started the process ends, and trio's threads come and go.)
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 import os
@@ -26,14 +26,12 @@ from mfs.workers.jobs import Jobs
 
 logger = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _MADV_HUGEPAGE = 14
 
 
 def main() -> None:
     """Run until the socket closes."""
     socket_fd, slots_fd = int(sys.argv[1]), int(sys.argv[2])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides what it means
     with socket.socket(fileno=socket_fd) as channel:
         frames = _receive(channel)
