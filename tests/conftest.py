@@ -19,6 +19,7 @@ import pytest
 from tests.servers import leftovers
 from tests.servers.chaos import ChaosProxy
 from tests.servers.hub import HubServer
+from tests.servers.liar import LiarServer
 from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
 
@@ -133,6 +134,13 @@ def chaos(tmp_path: Path) -> Iterator[Callable[[str], ChaosProxy]]:
     """Put a ChaosProxy before an upstream (URL or 'host:port'), in fair weather: `proxy = chaos(swift.endpoint)`."""
     with contextlib.ExitStack() as started:
         yield lambda upstream: started.enter_context(ChaosProxy(upstream, tmp_path))
+
+
+@pytest.fixture
+def liar(tmp_path: Path) -> Iterator[LiarServer]:
+    """A folder server that lies as told; its files are `liar.files`."""
+    with LiarServer(tmp_path / "liar") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

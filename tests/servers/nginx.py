@@ -2,6 +2,7 @@
 
 The whole folder appears at `/` and again below a few prefixes that misbehave (see `NginxServer`).
 nginx makes ETags of mtime (whole seconds) and size: change one of them when a file must count as changed.
+Quirk (nginx 1.22): a 412 says keep-alive, and then the connection is closed without a word.
 """
 
 from __future__ import annotations

@@ -26,14 +26,14 @@ class Remote:
     def __init__(self, module: str, *, log: Path, settings: Mapping[str, object]) -> None:
         """Start the module and return when it has taken its settings and listens. Raises: ServerError."""
         argv = [sys.executable, "-m", module, "--obey"]
-        self._process = ServerProcess(module, argv, log=log, cwd=PROJECT_ROOT, pipe=True)
+        self.process = ServerProcess(module, argv, log=log, cwd=PROJECT_ROOT, pipe=True)
         self._lock = threading.Lock()
         self._buffer = b""
         self._exchange(settings, START_TIMEOUT_S)
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self.process.pid
 
     def call(self, command: str, **arguments: object) -> Any:
         """Run one of the child's commands and return its result. Raises: ServerError if it fails or is silent."""
@@ -41,25 +41,25 @@ class Remote:
 
     def stop(self) -> None:
         """Kill the child; connections under way are cut."""
-        self._process.popen.kill()
-        self._process.reap()
+        self.process.popen.kill()
+        self.process.reap()
 
     def _exchange(self, message: Mapping[str, object], timeout_s: float) -> Any:
         with self._lock:
             try:
-                stdin = self._process.popen.stdin
+                stdin = self.process.popen.stdin
                 assert stdin is not None
                 stdin.write(json.dumps(message).encode() + b"\n")
                 stdin.flush()
                 answer = json.loads(self._read_line(timeout_s))
             except OSError as error:
-                raise self._process.failure(f"does not answer ({error})") from error
+                raise self.process.failure(f"does not answer ({error})") from error
         if "error" in answer:
-            raise self._process.failure(f"refused {message}: {answer['error']}")
+            raise self.process.failure(f"refused {message}: {answer['error']}")
         return answer["result"]
 
     def _read_line(self, timeout_s: float) -> bytes:
-        stdout = self._process.popen.stdout
+        stdout = self.process.popen.stdout
         assert stdout is not None
         deadline_s = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as ready:
