@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import pwd
 import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
-
-import boto3
-from botocore.config import Config
 
 from tests.servers.process import PROJECT_ROOT, ServerError, ServerProcess, free_port, wait_for_signal
+from tests.servers.s3_client import S3Account
 
 VENV = PROJECT_ROOT / ".servers" / "swift"
 
@@ -103,7 +101,7 @@ for spec in sys.argv[2:]:
 """
 
 
-class SwiftServer:
+class SwiftServer(S3Account):
     """One S3 endpoint with one account. `stop` and `start` keep the data and the port, to play a dead origin."""
 
     access_key = "test:tester"
@@ -146,50 +144,9 @@ class SwiftServer:
         if not self._processes:
             self.start()
 
-    def remove_bucket(self, name: str) -> None:
-        """Delete a bucket with its objects and unfinished uploads."""
-        client = self.client()
-        for upload in client.list_multipart_uploads(Bucket=name).get("Uploads", []):
-            client.abort_multipart_upload(Bucket=name, Key=upload["Key"], UploadId=upload["UploadId"])
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=name):
-            if found := [{"Key": item["Key"]} for item in page.get("Contents", [])]:
-                client.delete_objects(Bucket=name, Delete={"Objects": found})
-        client.delete_bucket(Bucket=name)
-
-    def client(self, **kw: Any) -> Any:
-        """A boto3 S3 client for this endpoint; `kw` overrides what `boto3.client` is given."""
-        config = Config(
-            signature_version="s3v4",
-            s3={"addressing_style": "path"},
-            retries={"max_attempts": 1},
-            connect_timeout=5,
-            read_timeout=60,
-            max_pool_connections=16,
-        )
-        settings: dict[str, Any] = {
-            "endpoint_url": self.endpoint,
-            "aws_access_key_id": self.access_key,
-            "aws_secret_access_key": self.secret_key,
-            "region_name": self.region,
-            "config": config,
-        }
-        return boto3.session.Session().client("s3", **(settings | kw))
-
-    def environ(self) -> dict[str, str]:
-        """AWS_* variables with which a child process finds this endpoint."""
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_DEFAULT_REGION": self.region,
-        }
-
     def __enter__(self) -> SwiftServer:
         self.start()
         return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
 
     def _spawn(self, kind: str) -> ServerProcess:
         return ServerProcess(
@@ -243,8 +200,6 @@ class SwiftServer:
 
 
 def _user_name() -> str:
-    import pwd
-
     return pwd.getpwuid(os.getuid()).pw_name
 
 
