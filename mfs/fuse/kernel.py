@@ -1,8 +1,8 @@
 """Kernel settings of a fresh FUSE mount, which only sysfs can change: read-ahead and the queue of background requests.
 
-libfuse cannot raise read-ahead at INIT (the kernel takes the smaller of both sides' wishes, fs/fuse/inode.c), and above
-`max_background` the kernel drops read-ahead (fs/fuse/file.c). Both are set after INIT, by device number, without touching
-the mount: its own process would deadlock on it.
+libfuse cannot raise read-ahead at INIT (the kernel takes the smaller of both sides' wishes, fs/fuse/inode.c), and
+above `max_background` the kernel drops read-ahead (fs/fuse/file.c). Both are set after INIT, by device number, without
+touching the mount: its own process would deadlock on it.
 """
 
 from __future__ import annotations

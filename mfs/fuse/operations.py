@@ -1,8 +1,8 @@
 """FUSE handlers: each says in the kernel's words what the namespace and the reader say in ours. No policy here.
 
 Handlers may raise only FUSEError: `_translated` turns our errors into errno, logs what nobody foresaw, answers EIO.
-pyfuse3 zero-fills a short reply, which would be silent corruption: `read` returns exactly what was asked for, clamped to
-the end of the file, or raises.
+pyfuse3 zero-fills a short reply, which would be silent corruption: `read` returns exactly what was asked for, clamped
+to the end of the file, or raises.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _BLOCK_BYTES = 4096
+_NAME_BYTES_MAX = 255
 _MODES = {EntryKind.FILE: stat.S_IFREG | 0o444, EntryKind.DIRECTORY: stat.S_IFDIR | 0o555,
           EntryKind.SYMLINK: stat.S_IFLNK | 0o777}  # fmt: skip
 _XATTR_PREFIX = "user.mfs."
@@ -129,6 +130,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
     @_translated
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
         parent = self._directory(parent_inode)
+        if len(name) > _NAME_BYTES_MAX:  # newer kernels send such names on (fs/fuse/dir.c, name_max)
+            raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
         if name == b".":
             node: Node | None = self._node(parent_inode)
         elif name == b"..":
@@ -232,7 +235,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         data.f_bsize = data.f_frsize = _BLOCK_BYTES
         data.f_blocks = self._namespace.listed_bytes // _BLOCK_BYTES
         data.f_files = self._namespace.files_count
-        data.f_namemax = 255
+        data.f_namemax = _NAME_BYTES_MAX
         return data
 
     @_translated

@@ -56,7 +56,7 @@ async def mounted(
 
 
 def invalidate_names(names: Iterable[tuple[int, str]]) -> None:
-    """Have the kernel ask again for (directory inode, name). Never blocks: pyfuse3 sends them from a thread of its own."""
+    """Have the kernel ask again for (directory inode, name). Never blocks: pyfuse3 has a thread that sends them."""
     for inode, name in names:
         pyfuse3.invalidate_entry_async(inode, name.encode(), ignore_enoent=True)
 

@@ -1,0 +1,217 @@
+"""What tests have done to a mount in a process outside (`TestMount.call`): module-level functions, plain results."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import mmap
+import os
+import struct
+from typing import Any
+
+_held: dict[str, Any] = {}
+"""Descriptors and mappings kept open between calls, by name."""
+
+
+def read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
+
+
+def digest(path: str) -> str:
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pread(path: str, length: int, offset: int, flags: int = 0) -> bytes:
+    fd = os.open(path, os.O_RDONLY | flags)
+    try:
+        return os.pread(fd, length, offset)
+    finally:
+        os.close(fd)
+
+
+def pread_direct(path: str, length: int, offset: int) -> bytes:
+    """Through O_DIRECT, into page-aligned memory."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        buffer = mmap.mmap(-1, -(-length // 4096) * 4096)
+        count = os.preadv(fd, [memoryview(buffer)[:length]], offset)
+        return buffer[:count]
+    finally:
+        os.close(fd)
+
+
+def map_file(path: str, kind: str) -> bytes:
+    """All bytes through a mapping: 'shared', 'private' or 'writable' (private, and written to afterwards)."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        flags = mmap.MAP_SHARED if kind == "shared" else mmap.MAP_PRIVATE
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if kind == "writable" else 0)
+        with mmap.mmap(fd, 0, flags, prot) as mapped:
+            content = bytes(mapped)
+            if kind == "writable":
+                mapped[0:4] = b"mine"
+                assert mapped[0:4] == b"mine"
+            return content
+    finally:
+        os.close(fd)
+
+
+def stat(path: str) -> dict[str, int]:
+    found = os.lstat(path)
+    return {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+
+
+def list_names(path: str) -> list[str]:
+    return sorted(os.listdir(path))
+
+
+def scan(path: str) -> dict[str, tuple[int, bool, bool, bool]]:
+    """Name -> (inode, is directory, is file, is link), all from readdir itself."""
+    with os.scandir(path) as entries:
+        return {
+            entry.name: (
+                entry.inode(), entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False),
+                entry.is_symlink(),
+            )
+            for entry in entries
+        }  # fmt: skip
+
+
+def tree(path: str) -> dict[str, int]:
+    """Every file below: relative path -> size."""
+    found = {}
+    for folder, _, names in os.walk(path, onerror=_raise):
+        for name in names:
+            full = os.path.join(folder, name)
+            found[os.path.relpath(full, path)] = os.lstat(full).st_size
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def attributes(path: str) -> dict[str, str]:
+    return {name: os.getxattr(path, name).decode() for name in os.listxattr(path)}
+
+
+def statvfs(path: str) -> tuple[int, ...]:
+    found = os.statvfs(path)
+    return (found.f_bsize, found.f_blocks, found.f_bfree, found.f_bavail, found.f_files, found.f_namemax, found.f_flag)
+
+
+def readlink(path: str) -> str:
+    return os.readlink(path)
+
+
+def failure(call: str, *args: Any) -> str:
+    """The errno name with which an `os` function fails; '' if it does not."""
+    try:
+        getattr(os, call)(*args)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return ""
+
+
+def read_failure(path: str, offset: int = 0, length: int = 4096) -> str:
+    """The errno name with which a read at an offset fails; '' if it does not."""
+    try:
+        pread(path, length, offset)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return ""
+
+
+def setxattr_failure(path: str) -> str:
+    return failure("setxattr", path, "user.x", b"1")
+
+
+def hold(name: str, path: str) -> int:
+    """Open a file and keep it open; its inode."""
+    _held[name] = os.open(path, os.O_RDONLY)
+    return os.fstat(_held[name]).st_ino
+
+
+def hold_map(name: str, path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    _held[name] = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+    os.close(fd)
+
+
+def held_map(name: str, offset: int, length: int) -> bytes:
+    return bytes(_held[name][offset : offset + length])
+
+
+def held_read(name: str, offset: int, length: int) -> bytes:
+    return os.pread(_held[name], length, offset)
+
+
+def held_outcome(name: str, offset: int, length: int) -> bytes | str:
+    """The bytes, or the errno name."""
+    try:
+        return os.pread(_held[name], length, offset)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def held_size(name: str) -> int:
+    return os.fstat(_held[name]).st_size
+
+
+def release(name: str) -> None:
+    found = _held.pop(name)
+    if isinstance(found, mmap.mmap):
+        found.close()
+    else:
+        os.close(found)
+
+
+def drop_pages(path: str) -> None:
+    """Have the kernel forget a file's pages, so that the next read reaches the daemon."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def resident_pages(path: str) -> int:
+    """How many of a file's pages the kernel's page cache holds (mincore(2))."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
+            libc = ctypes.CDLL(None, use_errno=True)
+            pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+            address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(mapped)))
+            assert libc.mincore(address, ctypes.c_size_t(size), pages) == 0, os.strerror(ctypes.get_errno())
+            return sum(page & 1 for page in pages)
+    finally:
+        os.close(fd)
+
+
+def safetensors_header(path: str) -> dict[str, Any]:
+    """The header as a careful reader takes it: eight bytes, then as many as they say."""
+    with open(path, "rb", buffering=0) as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+        return header
+
+
+def safe_open_keys(path: str) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return sorted(file.keys())
+
+
+def safe_open_slice(path: str, name: str, start: int, stop: int) -> bytes:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        part: bytes = file.get_slice(name)[start:stop].tobytes()
+        return part
