@@ -1,0 +1,36 @@
+"""gpuload: model weights into device memory at link speed, kept there, shared, swapped by difference.
+
+    load_file(filename, device)          one file, as safetensors.torch.load_file
+    safe_open(filename, 'pt', device)    tensors and slices when asked for, as safetensors.safe_open
+    load_model(folder | index, device)   all shards, device maps, tensor-parallel ranks
+    stream(folder | file, device)        (name, tensor) as they land
+    attach(name, device)                 tensors that a resident server (`gpuload serve`) holds, without a copy
+
+Names are loaded when first used: `import gpuload` imports no torch. ARCHITECTURE.md beside this file is the map.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpuload.client import attach
+    from gpuload.load import load_file, load_model, stream
+    from gpuload.opened import safe_open
+
+__all__ = ["attach", "load_file", "load_model", "safe_open", "stream"]
+
+_HOMES = {
+    "attach": "gpuload.client",
+    "load_file": "gpuload.load",
+    "load_model": "gpuload.load",
+    "safe_open": "gpuload.opened",
+    "stream": "gpuload.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gpuload' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

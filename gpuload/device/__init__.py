@@ -1,0 +1,27 @@
+"""Devices behind one protocol. `open_device` is the only place that knows their names."""
+
+from __future__ import annotations
+
+from gpuload.device.base import Device
+from mfs.errors import UsageError
+
+
+def canonical_name(name: str | int) -> str:
+    """'cpu', 'cuda:0', ... from what torch accepts: 'cpu:0', 'cuda', 0. Raises: UsageError for anything else."""
+    text = f"cuda:{name}" if isinstance(name, int) and not isinstance(name, bool) else str(name)
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in text and not (index.isascii() and index.isdigit())):
+        raise UsageError(f"no such device: {text!r}; expected 'cpu' or 'cuda:N'")
+    return "cpu" if kind == "cpu" else f"cuda:{int(index or 0)}"
+
+
+def open_device(name: str | int) -> Device:
+    """The device of that name. Raises: UsageError for a name that means nothing, DeviceError if it is not there."""
+    name = canonical_name(name)
+    if name == "cpu":
+        from gpuload.device.host import HostDevice
+
+        return HostDevice()
+    from gpuload.device.cuda import CudaDevice
+
+    return CudaDevice(int(name.partition(":")[2]))

@@ -1,0 +1,121 @@
+"""What a device is to gpuload. Addresses are integers in the device's own space; who passes one owns its bounds.
+
+Two kinds exist: `host.HostDevice` (shared memory, any machine) and `cuda.CudaDevice`. Every kind passes
+`gpuload.testing.DeviceSuite`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Run = tuple[int, int]
+"""(first granule, how many): granules that follow each other in an arena."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the device says about itself, now. Other processes' use is counted in."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+class Event(Protocol):
+    """A point in a stream."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until all that was queued before this point is done.
+
+        Raises: DeviceError if a copy before it failed; BusyError when `timeout_s` passes.
+        """
+        ...
+
+
+class Stream(Protocol):
+    """Copies that happen in order, beside the caller. Queueing returns at once; sources must stay until an event says
+    so. A stream belongs to one thread at a time."""
+
+    def copy_in(self, dst: int, src: int, nbytes: int) -> None:
+        """From page-locked host memory at `src` to device memory at `dst`."""
+        ...
+
+    def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
+        """Rows that stand `pitch_bytes` apart on the host, packed on the device."""
+        ...
+
+    def copy_within(self, dst: int, src: int, nbytes: int) -> None:
+        """Inside the device; the ranges do not overlap."""
+        ...
+
+    def record(self) -> Event: ...
+
+    def close(self) -> None:
+        """Finish what is queued, then end. Idempotent."""
+        ...
+
+
+class Staging(Protocol):
+    """Page-locked host memory a stream copies from; page-aligned."""
+
+    address: int
+    view: memoryview
+
+    def close(self) -> None: ...
+
+
+class Arena(Protocol):
+    """Device memory taken once and used for many models: granules 0..count-1, contiguous at `address` for its owner."""
+
+    address: int
+    granule_bytes: int
+    granules_count: int
+
+    def export(self, runs: Sequence[Run]) -> list[int]:
+        """Descriptors with which another process maps these granules, read-only. The caller closes them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Mapping(Protocol):
+    """Granules of another process's arena, contiguous at `address` in this one."""
+
+    address: int
+    nbytes: int
+
+    def close(self) -> None:
+        """Unmap. Nobody may use the addresses afterwards."""
+        ...
+
+
+class Device(Protocol):
+    """One device of this machine, as this process sees it."""
+
+    name: str
+    """As torch writes it: 'cpu', 'cuda:0'."""
+    granule_bytes: int
+    """The unit of an arena: what one model holds, another cannot use a part of."""
+    is_direct: bool
+    """True if the CPU reaches device memory, so that a source can fill it without staging."""
+
+    def memory(self) -> Memory: ...
+
+    def open_stream(self) -> Stream: ...
+
+    def alloc_staging(self, nbytes: int) -> Staging: ...
+
+    def create_arena(self, nbytes: int) -> Arena:
+        """Raises: FitError if the device has not that much free; DeviceError otherwise."""
+        ...
+
+    def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> Mapping:
+        """Map what `Arena.export(runs)` gave another process. `fds` stay the caller's. Raises: DeviceError."""
+        ...
+
+    def read_back(self, address: int, nbytes: int) -> bytes:
+        """Device bytes on the host; slow, for checks."""
+        ...
+
+    def close(self) -> None: ...

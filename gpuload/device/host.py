@@ -1,0 +1,223 @@
+"""The CPU as a device: arenas are sealed memfds, attaching is mmap, copies run in a stream's own thread.
+
+For CPU inference servers it is the real thing; for tests it stands in for a GPU, having the same queues, events,
+granules and processes. Sharing is read-only in earnest: the owner maps an arena before F_SEAL_FUTURE_WRITE is set,
+and nobody can map it writable afterwards, whatever its user id. A client maps privately (copy on write): a framework
+which edits a weight in place edits its own copy of that page.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from gpuload.device.base import Memory, Run
+from gpuload.errors import BusyError, DeviceError, FitError
+
+GRANULE_BYTES = 2 << 20
+"""As on CUDA, so that layouts and waste are alike; a multiple of the page, which is all that mmap needs."""
+
+QUEUE_LENGTH_MAX = 4096
+"""Copies waiting in one stream. The ring of staging buffers binds long before."""
+
+_PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
+# linux/fcntl.h; Python 3.11 has no name for FUTURE_WRITE
+_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 1033, 0x1, 0x2, 0x4, 0x10
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def view_of(address: int, nbytes: int) -> memoryview:
+    """Host memory at an address, writable. It does not keep that memory alive."""
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B") if nbytes else memoryview(bytearray())
+
+
+class HostEvent:
+    """See `base.Event`."""
+
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self._error: BaseException | None = None
+
+    def wait(self, timeout_s: float) -> None:
+        if not self._reached.wait(timeout_s):
+            raise BusyError(f"a copy in host memory was not done after {timeout_s:.0f} s")
+        if self._error is not None:
+            raise DeviceError(f"a copy in host memory failed: {self._error}")
+
+    def reach(self, error: BaseException | None) -> None:
+        self._error = error
+        self._reached.set()
+
+
+class HostStream:
+    """See `base.Stream`. The first copy that fails fails every later event: what comes after it cannot be trusted."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[Callable[[], None] | HostEvent | None] = queue.Queue(QUEUE_LENGTH_MAX)
+        self._thread = threading.Thread(target=self._work, name="gpuload-host-stream", daemon=True)
+        self._thread.start()
+
+    def copy_in(self, dst: int, src: int, nbytes: int) -> None:
+        self._queue.put(lambda: ctypes.memmove(dst, src, nbytes) and None)
+
+    def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
+        def copy() -> None:
+            for row in range(rows_count):
+                ctypes.memmove(dst + row * row_bytes, src + row * pitch_bytes, row_bytes)
+
+        self._queue.put(copy)
+
+    def copy_within(self, dst: int, src: int, nbytes: int) -> None:
+        self.copy_in(dst, src, nbytes)
+
+    def record(self) -> HostEvent:
+        event = HostEvent()
+        self._queue.put(event)
+        return event
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _work(self) -> None:
+        error: BaseException | None = None
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, HostEvent):
+                item.reach(error)
+            elif error is None:
+                try:
+                    item()
+                except BaseException as failure:  # handed to whoever waits for the event
+                    error = failure
+
+
+class HostStaging:
+    """See `base.Staging`. Ordinary memory, touched once so that no page fault falls into a copy."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._map = mmap.mmap(-1, max(nbytes, 1))
+        self.view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        ctypes.memset(self.address, 0, nbytes)
+
+    def close(self) -> None:
+        self.view.release()
+        self._map.close()
+
+
+class HostArena:
+    """See `base.Arena`. All pages are taken at once: a machine without room says so here, not inside a load."""
+
+    def __init__(self, nbytes: int, granule_bytes: int) -> None:
+        self.granule_bytes = granule_bytes
+        self.granules_count = nbytes // granule_bytes
+        self._nbytes = self.granules_count * granule_bytes
+        self._fd = os.memfd_create("gpuload-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, self._nbytes)
+            if self._nbytes:
+                os.posix_fallocate(self._fd, 0, self._nbytes)
+            self._map = mmap.mmap(self._fd, max(self._nbytes, 1) if self._nbytes else mmap.PAGESIZE)
+        except (OSError, ValueError) as error:
+            os.close(self._fd)
+            raise DeviceError(f"cannot take an arena of {self._nbytes} bytes: {error}") from None
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        seals = _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
+        fcntl.fcntl(self._fd, _F_ADD_SEALS, seals)
+
+    def export(self, runs: Sequence[Run]) -> list[int]:
+        return [os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)]
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._map.close()
+            os.close(self._fd)
+            self._fd = -1
+
+
+class HostMapping:
+    """See `base.Mapping`. Private and writable: a write copies that page for this process alone."""
+
+    def __init__(self, fd: int, runs: Sequence[Run], granule_bytes: int) -> None:
+        self.nbytes = sum(count for _, count in runs) * granule_bytes
+        self.address = 0
+        if not self.nbytes:
+            return
+        self.address = self._mmap(None, self.nbytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        at = self.address
+        try:
+            for first, count in runs:
+                flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+                protection = mmap.PROT_READ | mmap.PROT_WRITE
+                self._mmap(at, count * granule_bytes, protection, flags, fd, first * granule_bytes)
+                at += count * granule_bytes
+        except BaseException:
+            self.close()
+            raise
+
+    def _mmap(self, at: int | None, nbytes: int, protection: int, flags: int, fd: int, offset: int) -> int:
+        address = _libc.mmap(at, nbytes, protection, flags, fd, offset)
+        if address == _MAP_FAILED:
+            raise DeviceError(f"mmap of {nbytes} bytes of an arena: {os.strerror(ctypes.get_errno())}")
+        return int(address)
+
+    def close(self) -> None:
+        if self.address:
+            _libc.munmap(self.address, self.nbytes)
+            self.address = 0
+
+
+class HostDevice:
+    """See `base.Device`.
+
+    is_direct=False makes it behave as a GPU does, with every byte going through staging and a stream; for tests.
+    """
+
+    name = "cpu"
+
+    def __init__(self, *, granule_bytes: int = GRANULE_BYTES, is_direct: bool = True) -> None:
+        if granule_bytes % mmap.PAGESIZE:
+            raise ValueError(f"granule of {granule_bytes} bytes: expected a multiple of {mmap.PAGESIZE}")
+        self.granule_bytes = granule_bytes
+        self.is_direct = is_direct
+
+    def memory(self) -> Memory:
+        with open("/proc/meminfo") as file:
+            fields = {name: int(rest.split()[0]) << 10 for name, rest in (line.split(":") for line in file)}
+        return Memory(fields["MemTotal"], fields["MemAvailable"])
+
+    def open_stream(self) -> HostStream:
+        return HostStream()
+
+    def alloc_staging(self, nbytes: int) -> HostStaging:
+        return HostStaging(nbytes)
+
+    def create_arena(self, nbytes: int) -> HostArena:
+        free = self.memory().free_bytes
+        if nbytes > free:
+            raise FitError(
+                f"an arena of {nbytes} bytes does not fit host memory: {free} bytes free", shortfall_bytes=nbytes - free
+            )
+        return HostArena(nbytes, self.granule_bytes)
+
+    def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> HostMapping:
+        if len(fds) != 1:
+            raise DeviceError(f"an arena in host memory comes as one descriptor, got {len(fds)}")
+        return HostMapping(fds[0], runs, self.granule_bytes)
+
+    def read_back(self, address: int, nbytes: int) -> bytes:
+        return bytes(view_of(address, nbytes))
+
+    def close(self) -> None:
+        return None

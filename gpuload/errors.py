@@ -1,0 +1,76 @@
+"""gpuload's errors; they hang in the same tree as mfs's, so one `except MfsError` catches both. One clear line each.
+
+    MfsError
+    └── GpuloadError
+        ├── FitError       it does not fit; the message names the shortfall; nothing was evicted or changed
+        ├── DeviceError    the device, or its driver, refused or failed
+        ├── ServerError    the resident server refused or failed; `code` says which way
+        │   └── AwayError  no server answers at that socket
+        └── BusyError      a bounded queue is full, or a deadline passed while waiting for a turn
+
+From mfs.errors: bad arguments are UsageError, hostile files IntegrityError, files that changed under us ChangedError.
+"""
+
+from __future__ import annotations
+
+from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, NotFoundError, StoreError, UsageError
+
+
+class GpuloadError(MfsError):
+    """Root of the errors that only gpuload raises."""
+
+
+class FitError(GpuloadError):
+    """The bytes do not fit where they should go. Raised before anything is evicted or copied.
+
+    shortfall_bytes: how much more room would have been needed.
+    """
+
+    def __init__(self, message: str, *, shortfall_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.shortfall_bytes = shortfall_bytes
+
+
+class DeviceError(GpuloadError):
+    """The device or its driver refused or failed."""
+
+
+class ServerError(GpuloadError):
+    """The resident server answered with an error that has no class of its own here, or broke the protocol."""
+
+
+class AwayError(ServerError):
+    """Nobody answers at the server's socket, or the connection ended in the middle."""
+
+
+class BusyError(GpuloadError):
+    """A bounded queue is full or a deadline passed: nothing was changed, trying later may help."""
+
+
+_BY_NAME: dict[str, type[MfsError]] = {
+    cls.__name__: cls
+    for cls in (
+        AccessError, AwayError, BusyError, ChangedError, DeviceError, FitError, GpuloadError, IntegrityError, MfsError,
+        NotFoundError, ServerError, StoreError, UsageError,
+    )
+}  # fmt: skip
+
+
+def to_wire(error: BaseException) -> dict[str, object]:
+    """The error as the server sends it; `from_wire` is the inverse."""
+    if isinstance(error, MfsError):
+        wire: dict[str, object] = {"error": type(error).__name__, "message": str(error)}
+        if isinstance(error, FitError):
+            wire["shortfall_bytes"] = error.shortfall_bytes
+        return wire
+    return {"error": "ServerError", "message": f"{type(error).__name__}: {error}"}
+
+
+def from_wire(wire: dict[str, object]) -> MfsError:
+    """The error a server described; an unknown class becomes ServerError."""
+    cls = _BY_NAME.get(str(wire.get("error")), ServerError)
+    message = str(wire.get("message", "the server gave no reason"))
+    if cls is FitError:
+        shortfall = wire.get("shortfall_bytes", 0)
+        return FitError(message, shortfall_bytes=shortfall if isinstance(shortfall, int) else 0)
+    return cls(message)

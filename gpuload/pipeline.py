@@ -1,0 +1,221 @@
+"""The conductor of one load: batches → source → ring of buffers → copy stream, overlapped, cancelled as one.
+
+    feeder ──batch──> readers_count readers, each:   take a buffer, wait until its last copy is done   (thread)
+                                                     fill it from the source, check it                  (thread)
+                                                     queue the copies, put it back with their event     (trio)
+                      lander: waits for the events in order, tells which transfers are complete         (thread)
+
+Where the CPU reaches device memory (`device.is_direct`) a batch of plain runs is read straight into its place: the same
+bytes by a shorter way, and tests/gpuload/test_pipeline.py holds both to be equal. There are no stop flags: the first
+failure cancels the nursery, and leaving it waits for the copies that are queued before any buffer is given back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from gpuload.device.base import Device, Event, Stream
+from gpuload.device.host import view_of
+from gpuload.plan import Batch, Piece
+from gpuload.source import Source
+from gpuload.staging import Buffer, Ring
+
+RunsOf = Callable[[Piece], Sequence[tuple[int, int]]]
+"""Where a piece belongs: (address, nbytes) runs on the device, in order; empty where it is not wanted there."""
+
+Check = Callable[[Piece, Sequence[memoryview]], None]
+"""Looks at a piece's bytes before they count, in a reader's thread; raises to refuse them. The views, joined, are the
+piece as it arrives; they die with the call."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a load may use at once."""
+
+    buffer_bytes: int = 16 << 20
+    """One staging buffer. At 50 GB/s a fill lasts 0.3 ms, ten times what a hop between threads costs."""
+    buffers_count: int = 6
+    readers_count: int = max(2, min(8, os.cpu_count() or 2))
+    """Threads that fill buffers; 8 saturate the memory of the machines we know of."""
+    step_timeout_s: float = 120.0
+    """Longest wait for one buffer's copies; beyond it the device hangs."""
+
+
+async def move_batches(
+    batches: Sequence[Batch],
+    *,
+    source: Source,
+    device: Device,
+    runs_of: RunsOf,
+    limits: Limits,
+    check: Check | None = None,
+    on_landed: Callable[[int], None] | None = None,
+) -> None:
+    """Move every batch; return when every byte is in its place.
+
+    runs_of: called on the trio thread where a copy is queued, in a reader's thread for direct reads.
+    on_landed: told, on the trio thread, the index of each transfer as its last byte is in place, in no fixed order.
+    Raises: what source, device or check raise. Cancellation: safe; the destination's bytes are undefined.
+    """
+    if not batches:
+        return
+    landing = _Landing(batches, on_landed)
+    staged = not device.is_direct or any(not _is_plain(batch) for batch in batches)
+    readers_count = min(limits.readers_count, len(batches))
+    buffers_count = min(limits.buffers_count, len(batches)) if staged else 0
+    threads = trio.CapacityLimiter(readers_count)
+    feed_in, feed_out = trio.open_memory_channel[Batch](0)
+    events_in, events_out = trio.open_memory_channel[tuple[Event, Batch]](max(1, buffers_count))
+    buffer_bytes = max(batch.nbytes for batch in batches) if staged else 0
+
+    async def feed() -> None:
+        async with feed_in:
+            for batch in batches:
+                await feed_in.send(batch)
+
+    async def read(own: trio.MemorySendChannel[tuple[Event, Batch]]) -> None:
+        async with own:
+            async for batch in feed_out:
+                if device.is_direct and _is_plain(batch):
+                    await trio.to_thread.run_sync(_read_direct, batch, source, runs_of, check, limiter=threads)
+                    landing.add(batch)
+                    continue
+                buffer = await ring.take()
+                await trio.to_thread.run_sync(_fill, batch, buffer, source, check, limits, limiter=threads)
+                event = queue_copies(stream, batch, buffer.staging.address, runs_of)
+                buffer.pending = event
+                ring.put(buffer)
+                await own.send((event, batch))
+
+    async def land() -> None:
+        async for event, batch in events_out:
+            await trio.to_thread.run_sync(event.wait, limits.step_timeout_s)
+            landing.add(batch)
+
+    with Ring(device, buffer_bytes=buffer_bytes, count=buffers_count) as ring, _open_stream(device) as stream:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed)
+            nursery.start_soon(land)
+            async with events_in:
+                for _ in range(readers_count):
+                    nursery.start_soon(read, events_in.clone())
+
+
+def move_one_by_one(
+    batches: Iterable[Batch], *, source: Source, device: Device, runs_of: RunsOf, limits: Limits
+) -> None:
+    """`move_batches` in the caller's thread, without overlap: less to set up, so quicker for one small tensor."""
+    for batch in batches:
+        if device.is_direct and _is_plain(batch):
+            _read_direct(batch, source, runs_of, None)
+            continue
+        with _open_stream(device) as stream:
+            buffer = Buffer(device.alloc_staging(batch.nbytes))
+            try:
+                _fill(batch, buffer, source, None, limits)
+                queue_copies(stream, batch, buffer.staging.address, runs_of).wait(limits.step_timeout_s)
+            finally:
+                stream.close()
+                buffer.staging.close()
+
+
+def queue_copies(stream: Stream, batch: Batch, address: int, runs_of: RunsOf) -> Event:
+    """Queue the copies of a filled buffer at `address`; the event says when the buffer may be filled again."""
+    for piece in batch.pieces:
+        src = address + piece.start - batch.start
+        runs = runs_of(piece)
+        if piece.rows_count > 1 and len(runs) == 1:
+            stream.copy_in_rows(
+                runs[0][0],
+                src,
+                row_bytes=piece.row_bytes,
+                rows_count=piece.rows_count,
+                pitch_bytes=piece.pitch_bytes,
+            )
+        elif runs:
+            for dst, at, nbytes in _split_rows(piece, runs):
+                stream.copy_in(dst, src + at, nbytes)
+    return stream.record()
+
+
+def _split_rows(piece: Piece, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(device address, offset in the buffer, nbytes) for rows that must be laid over several runs."""
+    waiting = list(runs)
+    for row in range(piece.rows_count):
+        at, left = row * piece.pitch_bytes, piece.row_bytes
+        while left:
+            dst, room = waiting[0]
+            n = min(room, left)
+            yield dst, at, n
+            at, left = at + n, left - n
+            if n == room:
+                waiting.pop(0)
+            else:
+                waiting[0] = (dst + n, room - n)
+
+
+def _fill(batch: Batch, buffer: Buffer, source: Source, check: Check | None, limits: Limits) -> None:
+    buffer.settle(limits.step_timeout_s)
+    view = buffer.staging.view[: batch.nbytes]
+    source.read_into(batch.shard, batch.start, [view])
+    if check is not None:
+        for piece in batch.pieces:
+            at = piece.start - batch.start
+            ends = range(at, at + piece.rows_count * piece.pitch_bytes, piece.pitch_bytes)
+            check(piece, [view[row : row + piece.row_bytes] for row in ends])
+
+
+def _read_direct(batch: Batch, source: Source, runs_of: RunsOf, check: Check | None) -> None:
+    views: list[memoryview] = []
+    begin = reached = batch.start
+    for piece in batch.pieces:
+        if piece.start != reached:  # a gap nobody wants: ask again behind it
+            source.read_into(batch.shard, begin, views)
+            views, begin = [], piece.start
+        views.extend(view_of(address, nbytes) for address, nbytes in runs_of(piece))
+        reached = piece.stop
+    source.read_into(batch.shard, begin, views)
+    if check is not None:
+        for piece in batch.pieces:
+            check(piece, [view_of(address, nbytes) for address, nbytes in runs_of(piece)])
+
+
+def _is_plain(batch: Batch) -> bool:
+    return all(piece.rows_count == 1 for piece in batch.pieces)
+
+
+@contextmanager
+def _open_stream(device: Device) -> Iterator[Stream]:
+    stream = device.open_stream()
+    try:
+        yield stream
+    finally:
+        stream.close()  # waits for what is queued: the buffers must outlive it
+
+
+class _Landing:
+    """Counts the pieces of each transfer that are still on their way."""
+
+    def __init__(self, batches: Sequence[Batch], on_landed: Callable[[int], None] | None) -> None:
+        self._on_landed = on_landed
+        self._waiting: dict[int, int] = {}
+        for batch in batches:
+            for piece in batch.pieces:
+                self._waiting[piece.transfer] = self._waiting.get(piece.transfer, 0) + 1
+
+    def add(self, batch: Batch) -> None:
+        for piece in batch.pieces:
+            self._waiting[piece.transfer] -= 1
+            if not self._waiting[piece.transfer] and self._on_landed is not None:
+                self._on_landed(piece.transfer)
+
+
+def buffers_bytes(limits: Limits, wanted_bytes: int) -> int:
+    """Host memory a staged load of `wanted_bytes` takes for its ring."""
+    return min(limits.buffers_count, math.ceil(wanted_bytes / limits.buffer_bytes)) * limits.buffer_bytes

@@ -1,0 +1,67 @@
+"""Where bytes come from: a file range into a buffer that the caller owns. No CUDA, no torch, no plan.
+
+`Source` is all that the pipeline knows. `FileSource` reads any file with pread, for the reasons measured in
+decisions/0001-source.md. The mount's pool path (the daemon's RAM slots through passed file descriptors) is one more
+class with these two methods.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from gpuload.shards import Shard, from_os_error
+from mfs.errors import ChangedError
+
+IOVECS_MAX = 512
+"""Buffers per preadv; the kernel takes 1024."""
+
+
+class Source(Protocol):
+    """Thread-safe; blocks. Exact or an error: a short read is never returned."""
+
+    def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
+        """Fill `views`, one after the other, with the bytes of shard `shard` from `start` on.
+
+        views: writable, contiguous uint8; their bytes are undefined after an exception.
+        Raises: ChangedError if the file ended early; StoreError otherwise.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up what was opened. No call may be under way."""
+        ...
+
+
+class FileSource:
+    """Open files, read with preadv through the page cache. Does not own the descriptors."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = tuple(shards)
+
+    def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
+        fd, path = self._shards[shard].fd, self._shards[shard].path
+        for at in range(0, len(views), IOVECS_MAX):
+            group = views[at : at + IOVECS_MAX]
+            _read_exactly(fd, path, start, group)
+            start += sum(len(v) for v in group)
+
+    def close(self) -> None:
+        return None
+
+
+def _read_exactly(fd: int, path: str, start: int, views: Sequence[memoryview]) -> None:
+    waiting = [v for v in views if len(v)]
+    while waiting:
+        try:
+            got = os.preadv(fd, waiting, start)
+        except OSError as error:
+            raise from_os_error(error, path) from None
+        if not got:
+            raise ChangedError(f"{path} ends at byte {start}, inside a tensor: it was cut short while it was read")
+        start += got
+        while waiting and got >= len(waiting[0]):
+            got -= len(waiting.pop(0))
+        if got:
+            waiting[0] = waiting[0][got:]
