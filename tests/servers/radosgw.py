@@ -23,6 +23,10 @@ _COMMANDS = ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-a
 
 _COMMAND_TIMEOUT_S = 60
 
+_ATTEMPTS = 5
+"""ceph 16's programs can send their first command before they have learnt the cluster's id. The monitor then refuses it
+("wrong fsid", EPERM), and they give up: about one start in three here."""
+
 _CONF = """\
 [global]
 fsid = {fsid}
@@ -127,24 +131,25 @@ class RadosGateway(S3Account):
         self._run("radosgw-admin", "-n", "client.rgw", *user, *account)
 
     def _start_osd(self, number: str) -> None:
-        # ceph-osd 16 can send its first command before it has learnt the cluster's id, is told "wrong fsid" and exits:
-        # seen in one start of three here.
-        for last in (False, False, False, True):
+        for attempt in range(1, _ATTEMPTS + 1):
             osd = self._spawn("ceph-osd", "-i", number)
             try:
-                return osd.wait_until(lambda: "1 up" in self._run("ceph", "osd", "stat"))
-            except ServerError:
-                if last or "wrong fsid" not in osd.log.read_text():
+                osd.wait_until(lambda: "1 up" in self._run("ceph", "osd", "stat"))
+                break
+            except ServerError as error:
+                if attempt == _ATTEMPTS or "wrong fsid" not in str(error):
                     raise
                 self._processes.remove(osd)
 
     def _run(self, command: str, *arguments: str) -> str:
-        argv = [command, "-c", str(self.root / "ceph.conf"), *arguments]
-        if command == "monmaptool":
-            argv = [command, *arguments]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S)
-        if done.returncode != 0:
-            raise ServerError(f"{' '.join(argv)} failed: {done.stderr.strip()[-1000:]}")
+        place = () if command == "monmaptool" else ("-c", str(self.root / "ceph.conf"))
+        argv = [command, *place, *arguments]
+        for attempt in range(1, _ATTEMPTS + 1):
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S)
+            if done.returncode == 0:
+                break
+            if attempt == _ATTEMPTS or "EPERM" not in done.stderr:
+                raise ServerError(f"{' '.join(argv)} failed: {done.stderr.strip()[-1000:]}")
         return done.stdout
 
     def _spawn(self, command: str, *arguments: str) -> ServerProcess:
