@@ -7,6 +7,7 @@ import filecmp
 import hashlib
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -60,6 +61,41 @@ class TestProcess:
             before = {pid: line for pid, line in leftovers.processes().items() if pid not in pids}
             parent.send_signal(signal.SIGKILL)
         assert leftovers.settle_processes(before) == []
+
+
+class TestLeftovers:
+    def test_a_detached_daemon_is_found_and_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(leftovers, "SETTLE_S", 0.1)
+        before = leftovers.processes()
+        # setsid and a parent that has gone: no descendant of this process any more.
+        subprocess.run(["sh", "-c", "setsid sleep 3600 >/dev/null 2>&1 &"], check=True, timeout=20)
+        (described,) = leftovers.settle_processes(before)
+        assert re.fullmatch(r"process \d+: sleep 3600", described)
+        monkeypatch.undo()
+        assert leftovers.settle_processes(before) == []
+
+    def test_a_server_that_came_back_is_not_new(self, nginx: NginxServer) -> None:
+        before = leftovers.processes()
+        nginx.stop()
+        nginx.start()
+        assert leftovers.processes() != before
+        assert leftovers.settle_processes(before) == []
+
+    def test_the_mount_of_a_killed_daemon_is_found_and_removed(self, tmp_path: Path) -> None:
+        target = tmp_path / "mount \\ point"
+        target.mkdir()
+        code = "import pyfuse3, sys; pyfuse3.init(pyfuse3.Operations(), sys.argv[1], set()); print(flush=True); input()"
+        daemon = subprocess.Popen(
+            [sys.executable, "-c", code, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        with daemon:
+            assert daemon.stdout
+            assert daemon.stdout.readline() == "\n"
+            assert leftovers.fuse_mounts(tmp_path) == {str(target)}
+            daemon.kill()
+        assert leftovers.fuse_mounts(tmp_path) == {str(target)}
+        assert leftovers.unmount(leftovers.fuse_mounts(tmp_path)) == [f"mount {target}"]
+        assert leftovers.fuse_mounts(tmp_path) == set()
 
 
 class TestSwift:
