@@ -86,24 +86,21 @@ class Mount:
         async with self.pool.running():
             await self._look_at_sources()
             label = self.config.sources[0].url if len(self.config.sources) == 1 else "registry"
-            async with (
-                trio.open_nursery() as nursery,
-                session.mounted(
+            async with trio.open_nursery() as nursery:
+                async with session.mounted(
                     self.operations, self.config.mountpoint, label=_without_secrets(label),
                     allow_other=self.config.allow_other,
-                ) as ended,
-            ):  # fmt: skip
-                await nursery.start(self.prefetcher.run)
-                nursery.start_soon(self.memory.populate)
-                nursery.start_soon(self._maintain)
-                nursery.start_soon(self._refresh_when_told)
-                if self.config.refresh_s is not None:
-                    nursery.start_soon(self._refresh_regularly, self.config.refresh_s)
-                await self._settle()
-                try:
+                ) as ended:  # fmt: skip
+                    await nursery.start(self.prefetcher.run)
+                    nursery.start_soon(self.memory.populate)
+                    nursery.start_soon(self._maintain)
+                    nursery.start_soon(self._refresh_when_told)
+                    if self.config.refresh_s is not None:
+                        nursery.start_soon(self._refresh_regularly, self.config.refresh_s)
+                    await self._settle()
                     yield ended
-                finally:
-                    nursery.cancel_scope.cancel()
+                # Only now, that the files are closed: closing one tells the prefetcher.
+                nursery.cancel_scope.cancel()
             await self._save_rest()
 
     async def _look_at_sources(self) -> None:

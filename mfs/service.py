@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -21,6 +22,7 @@ from mfs.workers.frames import object_to_wire
 
 _PROGRESS_S = 0.1
 _FILES_MAX = 1_000_000  # of one order; more is a mistake, and would be a list in memory
+_USAGE_S = 2.0
 _BATCH = 500  # objects per question to a worker
 _KINDS = {EntryKind.FILE: "file", EntryKind.DIRECTORY: "directory", EntryKind.SYMLINK: "symlink"}
 
@@ -33,6 +35,8 @@ class Service:
         self._mount = mount
         self._stop = stop
         self._nursery = nursery
+        self._usage: Json = {"used_bytes": 0, "objects_count": 0, "free_disk_bytes": 0}
+        """Of the SSD tier, as far as is known."""
 
     # -- looking
 
@@ -98,10 +102,12 @@ class Service:
         if config.cache_dir is None:
             return {"state": "off", "used_bytes": 0, "budget_bytes": 0, "free_disk_bytes": 0, "objects_count": 0,
                     "hits_bytes": 0}  # fmt: skip
-        usage = await self._mount.pool.call("usage")
+        # Whoever asks for the status may want to know why nothing works: it must not wait for a worker that hangs.
+        with trio.move_on_after(_USAGE_S), suppress(MfsError):
+            self._usage = await self._mount.pool.call("usage")
         full = time.monotonic() < cache.save_suspended_until
         return {
-            **usage, "budget_bytes": config.cache_bytes, "state": "disk full" if full else "ok",
+            **self._usage, "budget_bytes": config.cache_bytes, "state": "disk full" if full else "ok",
             "hits_bytes": cache.counters.ssd_hit_bytes,
         }  # fmt: skip
 
