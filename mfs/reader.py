@@ -28,6 +28,10 @@ class OpenObject:
         whole_chunks = self._prefetcher.note(self._state, span)
         return await self._cache.read(self._state, span, whole_chunks=whole_chunks)
 
+    async def header(self) -> bytes | None:
+        """The blocks that hold the file's header, None where it has none we know or it could not be fetched."""
+        return await self._prefetcher.header(self._state)
+
     def close(self) -> None:
         self._prefetcher.closed(self._state)
         self._cache.close(self._state)

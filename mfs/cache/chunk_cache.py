@@ -177,17 +177,23 @@ class ChunkCache:
         parts = list(chunk_spans(span))
         if len(parts) == 1:
             return await self._read_part(state, *parts[0], whole_chunks)
-        joined = bytearray(len(span))
-        position = 0
-        for index, part in parts:  # copied one by one: holding two slots could deadlock against another such reader
-            joined[position : position + len(part)] = await self._read_part(state, index, part, whole_chunks)
-            position += len(part)
-        return bytes(joined)
+        if all(self._hit(state, index, part) for index, part in parts):  # no checkpoint, so no view can go stale
+            return b"".join([await self._read_part(state, index, part, whole_chunks) for index, part in parts])
+        # Copied one by one: holding two slots while waiting could deadlock against another such reader.
+        return b"".join([bytes(await self._read_part(state, index, part, whole_chunks)) for index, part in parts])
+
+    @staticmethod
+    def _hit(state: ObjectState, index: int, part: ByteRange) -> Chunk | None:
+        """The chunk, if RAM has all of the part."""
+        chunk = state.chunks.get(index)
+        if chunk is None or block_mask(part.start, part.stop) & ~chunk.valid:
+            return None
+        return chunk
 
     async def _read_part(self, state: ObjectState, index: int, part: ByteRange, whole_chunk: bool) -> memoryview:
         mask = block_mask(part.start, part.stop)
-        chunk = state.chunks.get(index)
-        if chunk is not None and not mask & ~chunk.valid:
+        chunk = self._hit(state, index, part)
+        if chunk is not None:
             self.counters.ram_hit_bytes += len(part)
             chunk.leases += 1
         else:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
+import trio
 
 from mfs.errors import MfsError
 from mfs.fuse.errnos import errno_of
@@ -39,6 +40,7 @@ of a notification that gets lost."""
 _INODE_CACHE_S = 3600.0
 """An inode never changes, so its attributes may be believed; directories change and are asked again after a second."""
 _DIRECTORY_CACHE_S = 1.0
+_STORE_TIMEOUT_S = 2.0
 
 
 class OpenFile(Protocol):
@@ -47,6 +49,8 @@ class OpenFile(Protocol):
     size: int
 
     async def read(self, span: ByteRange) -> memoryview | bytes: ...
+
+    async def header(self) -> bytes | None: ...
 
     def close(self) -> None: ...
 
@@ -119,6 +123,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         self._files: dict[int, OpenFile] = {}
         self._open_directories: dict[int, _OpenDirectory] = {}
         self._handles = itertools.count(1)
+        self._headed: set[int] = set()
+        self._storing_works = True
         self.counters = ReadCounters()
 
     @property
@@ -146,6 +152,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
     async def forget(self, inode_list: list[tuple[int, int]]) -> None:
         for inode, count in inode_list:
             self._namespace.forget(inode, count)
+            self._headed.discard(inode)
 
     @_translated
     async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
@@ -189,8 +196,30 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         if node.object is None:
             raise pyfuse3.FUSEError(errno.EISDIR if node.kind is EntryKind.DIRECTORY else errno.EINVAL)
         handle = next(self._handles)
-        self._files[handle] = self._reader.open(node)
+        file = self._files[handle] = self._reader.open(node)
+        if inode not in self._headed:
+            self._headed.add(inode)
+            await self._store_header(inode, file)
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+
+    async def _store_header(self, inode: int, file: OpenFile) -> None:
+        """Put the file's header into the page cache before its first reader can fault on it.
+
+        A fault on the first page would have the kernel read around it, 4 MiB for a header of some KiB: too much for a
+        loader that opens all shards to look at their tables. Safe where `notify_store` otherwise deadlocks: it waits
+        for pages that a READ in flight holds, but here nobody waits for it on this loop, so that READ gets its answer.
+        """
+        header = await file.header()
+        if not header or not self._storing_works:
+            return
+        with trio.move_on_after(_STORE_TIMEOUT_S) as scope:
+            try:
+                await trio.to_thread.run_sync(pyfuse3.notify_store, inode, 0, header, abandon_on_cancel=True)
+            except OSError as error:
+                logger.info("header not stored in the page cache: %s", error)
+        if scope.cancelled_caught:
+            self._storing_works = False
+            logger.warning("the kernel did not take a header within %g s; not trying again", _STORE_TIMEOUT_S)
 
     @_translated
     async def read(self, fh: int, off: int, size: int) -> memoryview | bytes:

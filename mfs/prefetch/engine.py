@@ -32,6 +32,7 @@ _HEAD_BYTES = BLOCK_BYTES  # first request for a file: the length field, and mos
 _LINGER_S = 10.0  # a loader may close and reopen between tensors
 _URGENT_MAX = 1024
 _PAUSE_S = 5.0
+_HEADER_STORED_MAX = 1 << 20  # longer tables are left to the kernel's own reading
 
 Siblings = Callable[[ObjectState], Sequence[tuple[ObjectId, int]]]
 """The other shards of an object's model, nearest first, as (object, source)."""
@@ -52,7 +53,7 @@ class PrefetchConfig:
 class _Track:
     """One object that is open, was lately, or is being streamed."""
 
-    __slots__ = ("cursor", "dead", "handles", "heading", "left_at", "pattern", "paused_until", "ssd_masks", "state",
+    __slots__ = ("cursor", "dead", "handles", "header_bytes", "heading", "left_at", "pattern", "paused_until", "ssd_masks", "state",
                  "streaming", "under_way")  # fmt: skip
 
     def __init__(self, state: ObjectState) -> None:
@@ -64,6 +65,8 @@ class _Track:
         self.cursor = 0
         self.ssd_masks: list[int] | None = None
         self.heading: trio.Event | None = None
+        """Set once the header is in RAM or could not be had."""
+        self.header_bytes = 0
         self.paused_until = 0.0
         self.dead = False
         self.under_way = 0
@@ -102,11 +105,22 @@ class Prefetcher:
         track.handles -= 1
         track.left_at = time.monotonic()
 
-    async def wait_header(self, state: ObjectState) -> None:
-        """Until the header of an opened safetensors file is in RAM, or could not be had."""
-        track = self._tracks.get(state)
-        if track is not None and track.heading is not None:
-            await track.heading.wait()
+    async def header(self, state: ObjectState) -> bytes | None:
+        """The whole blocks holding the header of an opened safetensors file; None if it has none or it is not to be had.
+
+        Cancellation: safe.
+        """
+        track = self._tracks[state]
+        if track.heading is None:
+            return None
+        await track.heading.wait()
+        if not 0 < track.header_bytes <= _HEADER_STORED_MAX:
+            return None
+        stop = min(-(-track.header_bytes // BLOCK_BYTES) * BLOCK_BYTES, state.object.size)
+        try:
+            return bytes(await self._cache.read(state, ByteRange(0, stop)))
+        except MfsError:  # the reader will hear of it
+            return None
 
     def note(self, state: ObjectState, span: ByteRange) -> bool:
         """A reader asked for this range. Returns whether missing chunks should be fetched whole."""
@@ -265,6 +279,7 @@ class Prefetcher:
                 return
             chunk = await self._cache.lease(state, 0, block_mask(0, needed))
             try:
+                track.header_bytes = needed
                 heading.set()
                 found = await self._pool.call("tensor_boundaries", slot=chunk.slot, file_bytes=state.object.size)
             finally:

@@ -18,6 +18,8 @@ WEIGHTS_BYTES_MIN = 16 * _MIB
 """Fewer bytes than this are never taken for a load: four kernel read-arounds touch as much by accident."""
 WEIGHTS_BYTES_MAX = 64 * _MIB
 WEIGHTS_SHARE = 0.05
+BURST_BYTES = 4 * _MIB
+"""What one page fault alone reads, by the kernel's read-around (`fuse.kernel.READ_AHEAD_KB`): no sign of a run."""
 _TENSORS_TAKEN_MIN = 2
 _TAKEN_SHARE = 0.9
 _RUNS_MAX = 16  # sequential runs followed at once; a reader with more is random
@@ -62,7 +64,8 @@ class AccessPattern:
             return None
         run[0] = max(run[0], span.stop)
         run[1] += len(span)
-        ahead_stop = min(run[0] + min(run[1], _AHEAD_BYTES_MAX), self.tensor_stop(span.stop - 1))
+        ahead_bytes = min(run[1] - BURST_BYTES, _AHEAD_BYTES_MAX)
+        ahead_stop = min(run[0] + max(0, ahead_bytes), self.tensor_stop(span.stop - 1))
         start = max(run[0], run[2])
         if ahead_stop <= start:
             return None
