@@ -40,6 +40,7 @@ import json
 import logging
 import mmap
 import os
+import secrets
 import struct
 import threading
 import time
@@ -51,7 +52,7 @@ from xxhash import xxh3_64_intdigest
 
 from mfs.cache.chunks import full_mask, mask_runs, run_bytes
 from mfs.errors import ConfigError
-from mfs.types import BLOCKS_PER_CHUNK, ObjectId
+from mfs.types import BLOCKS_PER_CHUNK, CHUNK_BYTES, ObjectId
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ _MAGIC = b"MFSCHUNK"
 _IDENTITY_BYTES_MAX = 3072
 _ALIGN_BYTES = 4096
 _TEMPORARY_AGE_S = 3600
+_PROCESS = secrets.token_hex(6)
+"""Names this process in temporary files. Not its pid: containers that share a directory have the same ones."""
 _serial = itertools.count()
 
 
@@ -95,19 +98,21 @@ def open_directory(directory: Path) -> None:
     marker = directory / "mfs-cache.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if marker.exists():
+        # One look at the names: another worker may be making this very directory at the same instant.
+        names = os.listdir(directory)
+        if marker.name in names:
             found = json.loads(marker.read_text()).get("format")
             if found != FORMAT:
                 raise ConfigError(
                     f"cache directory {directory} has format {found!r}, expected {FORMAT}: it was written by another "
                     f"version of mfs; name another --cache-dir or delete this one"
                 )
-        elif any(name != "lost+found" and not name.endswith(".tmp") for name in os.listdir(directory)):
+        elif any(name != "lost+found" and not name.endswith(".tmp") for name in names):
             raise ConfigError(
                 f"cache directory {directory} is neither empty nor an mfs cache; name an empty one with --cache-dir"
             )
         else:
-            temporary = marker.with_suffix(f".{os.getpid()}.tmp")
+            temporary = marker.with_suffix(f".{_PROCESS}.tmp")
             temporary.write_text(json.dumps({"format": FORMAT}))
             temporary.rename(marker)
         (directory / "v1" / "chunks").mkdir(parents=True, exist_ok=True)
@@ -153,7 +158,7 @@ class SsdTier:
         whole = mask == full_mask(length)
         got = os.preadv(fd, [page, slot[: _aligned(length)]] if whole else [page], 0)
         header = parse_header(page) if got >= HEADER_BYTES else None
-        if header is None or (header.cache_id, header.index, header.length) != (obj.cache_id, index, length):
+        if header is None or (header.cache_id, header.index, header.object_bytes) != (obj.cache_id, index, obj.size):
             self._drop(path, "its header is damaged or another chunk's")
             return 0, {}
         wanted = mask & header.mask
@@ -174,10 +179,28 @@ class SsdTier:
     def header(self, cache_id: str, index: int) -> ChunkHeader | None:
         """The header of one chunk file, None if there is none that verifies."""
         try:
-            with open(self._path(cache_id, index), "rb") as file:
-                return parse_header(file.read(HEADER_BYTES))
+            return self._read_header(self._path(cache_id, index))
         except OSError:
             return None
+
+    def _read_header(self, path: Path) -> ChunkHeader | None:
+        page = self._header_page()
+        with self._open(path, os.O_RDONLY) as fd:  # not buffered: read-ahead would bring 128 KiB of the body along
+            got = os.preadv(fd, [page], 0)
+        return parse_header(page) if got >= HEADER_BYTES else None
+
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(cache_id, index) of the chunk files whose cache_id starts with two digits; old temporaries are deleted."""
+        try:
+            names = os.listdir(self._root / prefix)
+        except OSError:  # nothing stands there
+            return
+        for name in names:
+            cache_id, _, index = name.partition(".")
+            if name.endswith(".tmp"):
+                _sweep_temporary(self._root / prefix / name)
+            elif _is_hex(cache_id, 40) and _is_hex(index, 8):
+                yield cache_id, int(index, 16)
 
     def walk(self) -> Iterator[ChunkHeader]:
         """The verified headers of all chunk files, in no order; others and old temporaries are deleted on the way."""
@@ -187,7 +210,7 @@ class SsdTier:
                     _sweep_temporary(path)
                     continue
                 try:
-                    header = parse_header(_read_page(path))
+                    header = self._read_header(path)
                 except OSError:
                     continue
                 if header is not None and path.name == _name(header.cache_id, header.index):
@@ -213,12 +236,12 @@ class SsdTier:
         page = self._header_page()
         merged = _encode_header(page, obj, index, length, all_sums)
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}-{next(_serial)}.tmp")
+        temporary = path.with_suffix(f".{_PROCESS}-{next(_serial)}.tmp")
         try:
             with self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
                 self._write_blocks(fd, page, mask, length, slot)
                 if merged != mask:
-                    _copy_blocks(path, fd, merged & ~mask, length)
+                    self._copy_blocks(path, fd, merged & ~mask, length)
                 os.ftruncate(fd, HEADER_BYTES + length)
                 if self._config.fsync or not self._direct:
                     os.fdatasync(fd)
@@ -240,6 +263,15 @@ class SsdTier:
                 position, buffers = HEADER_BYTES + start, []
             buffers.append(slot[start : _aligned(stop)])
         _pwrite_all(fd, buffers, position)
+
+    def _copy_blocks(self, source: Path, target_fd: int, mask: int, length: int) -> None:
+        """Copy blocks from the old chunk file into the new one; their checksums travel in the header."""
+        with self._open(source, os.O_RDONLY) as fd:
+            for first, end in mask_runs(mask):
+                start, stop = run_bytes(first, end, length)
+                with mmap.mmap(-1, _aligned(stop - start)) as buffer:
+                    os.preadv(fd, [buffer], HEADER_BYTES + start)
+                    _pwrite_all(target_fd, [memoryview(buffer)], HEADER_BYTES + start)
 
     def remove(self, cache_id: str, index: int) -> bool:
         """Delete one chunk file; False if there was none."""
@@ -296,7 +328,15 @@ def parse_header(page: bytes | mmap.mmap) -> ChunkHeader | None:
     if struct.unpack_from("<Q", raw, HEADER_BYTES - 8)[0] != xxh3_64_intdigest(raw[:-8]):
         return None
     _, version, mask, index, object_bytes, length, identity_bytes, cache_id, *sums = _HEADER.unpack_from(raw)
-    if version != FORMAT:
+    start = index * CHUNK_BYTES
+    sound = (
+        version == FORMAT
+        and start < object_bytes
+        and length == min(CHUNK_BYTES, object_bytes - start)
+        and not mask & ~full_mask(length)
+        and _is_hex(cache_id.decode("latin-1"), 40)
+    )
+    if not sound:  # its checksum holds, so a program wrote it, but none that knows this format
         return None
     identity = raw[_HEADER.size : _HEADER.size + identity_bytes].decode("utf-8", "replace")
     return ChunkHeader(cache_id.decode("ascii"), index, object_bytes, length, mask, tuple(sums), identity)
@@ -317,26 +357,11 @@ def _encode_header(page: mmap.mmap, obj: ObjectId, index: int, length: int, sums
     return mask
 
 
-def _copy_blocks(source: Path, target_fd: int, mask: int, length: int) -> None:
-    """Copy blocks from the old chunk file into the new one; their checksums travel in the header."""
-    with open(source, "rb") as file:
-        for first, end in mask_runs(mask):
-            start, stop = run_bytes(first, end, length)
-            buffer = mmap.mmap(-1, _aligned(stop - start))
-            os.preadv(file.fileno(), [memoryview(buffer)[: stop - start]], HEADER_BYTES + start)
-            _pwrite_all(target_fd, [memoryview(buffer)], HEADER_BYTES + start)
-
-
 def _pwrite_all(fd: int, buffers: Sequence[memoryview], position: int) -> None:
     wanted = sum(map(len, buffers))
     written = os.pwritev(fd, buffers, position)
     if written != wanted:  # a regular file writes short only when the disk is full
         raise OSError(errno.ENOSPC, f"only {written} of {wanted} bytes could be written")
-
-
-def _read_page(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(HEADER_BYTES)
 
 
 def _sweep_temporary(path: Path) -> None:
@@ -347,6 +372,10 @@ def _sweep_temporary(path: Path) -> None:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+def _is_hex(text: str, digits_count: int) -> bool:
+    return len(text) == digits_count and not text.strip("0123456789abcdef")
 
 
 def _name(cache_id: str, index: int) -> str:
