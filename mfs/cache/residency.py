@@ -22,9 +22,11 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,16 @@ import mmap_ninja.numpy as ninja
 import numpy as np
 from numpy.typing import NDArray
 
-from mfs.cache.ssd import HEADER_BYTES, SsdConfig, SsdTier
-from mfs.errors import NotFoundError
+from mfs.cache.ssd import HEADER_BYTES, ChunkHeader, SsdConfig, SsdTier
+from mfs.errors import NotFoundError, StoreError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ObjectId
 
 logger = logging.getLogger(__name__)
 
 _OBJECT_ROWS_STEP = 1024
 _CHUNK_ROWS_STEP = 64 << 10
+_COLUMNS = {"meta": 0, "objects": 8, "chunks": 2}  # 0: the table has one dimension
+_DTYPES = {"meta": np.uint64, "objects": np.uint64, "chunks": np.uint32}
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,11 @@ class ResidencyTables:
     """The tables of one cache directory, shared with other processes; thread-safe under the GIL."""
 
     def __init__(self, cache_directory: Path, *, writable: bool) -> None:
-        """Open the tables; a writer creates or rebuilds them. Raises NotFoundError for a reader where there are none."""
+        """Open the tables; a writer creates or rebuilds them.
+
+        Raises: NotFoundError for a reader where there are none, StoreError for one where they are damaged; OSError for
+            a writer whose disk is full.
+        """
         self._directory = cache_directory / "v1" / "index"
         self._cache_directory = cache_directory
         self._mode = "r+" if writable else "r"
@@ -82,34 +90,41 @@ class ResidencyTables:
             self._directory.mkdir(parents=True, exist_ok=True)
             with self._lock():
                 self._open_or_rebuild()
-        else:
-            self._map()
+            return
+        try:
+            with self._lock(fcntl.LOCK_SH):
+                self._map()
+        except Exception as error:  # a damaged file makes numpy raise anything
+            raise StoreError(
+                f"the index of cache {cache_directory} cannot be read ({error}); the next mount with it rebuilds it"
+            ) from error
 
     # -- rows
 
     def find(self, cache_id: str) -> int | None:
-        """The object's row, None if it has none."""
-        self._remap_if_grown()
-        used = int(self._meta[0])
+        """The object's row, None if it has none. Another object may get it at once, unless something is resident."""
+        self._remap_if_changed()
         a, b, c = _id_words(cache_id)
-        rows = self._objects[:used]
+        rows = self._objects[: int(self._meta[0])]
         hits = np.flatnonzero((rows[:, 0] == a) & (rows[:, 1] == b) & (rows[:, 2] == c))
         return int(hits[0]) if len(hits) else None
 
-    def register(self, obj: ObjectId) -> int:
-        """The object's row, made if there is none yet."""
-        row = self.find(obj.cache_id)
-        if row is None:
-            with self._lock():
-                row = self.find(obj.cache_id)
-                if row is None:
-                    row = self._add(obj.cache_id, obj.chunks_count, obj.size)
-        return row
-
-    def set_mask(self, row: int, index: int, mask: int) -> None:
+    def set_mask(self, obj: ObjectId, index: int, mask: int) -> None:
         """Say which blocks of a chunk stand on SSD, and that it was used now."""
-        chunk = int(self._objects[row, 3]) + index
-        self._chunks[chunk] = (mask, int(time.time()))
+        with self._lock():
+            row = self.find(obj.cache_id)
+            if row is None and not mask:
+                return
+            if row is None:
+                row = self._add(obj.cache_id, obj.chunks_count, obj.size)
+            self._chunks[int(self._objects[row, 3]) + index] = (mask, int(time.time()))
+
+    def clear(self, cache_id: str, row: int, index: int) -> None:
+        """Say that a chunk is gone, if `row` is still this object's."""
+        with self._lock():
+            self._remap_if_changed()
+            if self._cache_id(row) == cache_id:
+                self._chunks[int(self._objects[row, 3]) + index, 0] = 0
 
     def masks(self, cache_id: str) -> NDArray[np.uint32]:
         """Copy of the blocks-present masks of all chunks of an object; empty if it is not known."""
@@ -128,7 +143,12 @@ class ResidencyTables:
 
     def set_pinned(self, obj: ObjectId, pinned: bool) -> None:
         """Protect an object from SSD eviction, or stop to."""
-        self._objects[self.register(obj), 6] = int(pinned)
+        with self._lock():
+            row = self.find(obj.cache_id)
+            if row is None and pinned:
+                row = self._add(obj.cache_id, obj.chunks_count, obj.size)
+            if row is not None:
+                self._objects[row, 6] = int(pinned)
 
     def pinned(self, cache_id: str) -> bool:
         row = self.find(cache_id)
@@ -138,108 +158,131 @@ class ResidencyTables:
 
     def usage(self) -> Usage:
         """Bytes and objects on SSD, file headers included."""
-        sizes, _ = self._sizes()
-        return Usage(int(sizes.sum()), int((self._per_object(sizes) > 0).sum()))
+        found = self._snapshot()
+        return Usage(int(found.sizes.sum()), int((found.per_object() > 0).sum()))
 
     def resident_bytes(self, cache_id: str) -> int:
         """Bytes of one object on SSD, without headers."""
         row = self.find(cache_id)
         if row is None:
             return 0
-        return int(self._row_bytes(row))
+        first, count, size = (int(v) for v in self._objects[row, 3:6])
+        return _resident(self._chunks[first : first + count, 0], count, size)
 
     def victims(self, bytes_wanted: int) -> Iterator[tuple[str, int, int, int]]:
-        """Unpinned chunks, least recently used first, until `bytes_wanted` are reached: (cache_id, index, row, bytes)."""
-        sizes, owners = self._sizes()
-        candidates = np.flatnonzero((sizes > 0) & (owners >= 0))
-        candidates = candidates[self._objects[owners[candidates], 6] == 0]
-        order = candidates[np.argsort(self._chunks[candidates, 1], kind="stable")]
-        for chunk in order:
+        """Unpinned chunks, coldest first, until `bytes_wanted` are reached: (cache_id, index, row, bytes)."""
+        found = self._snapshot()
+        owners = found.owners()
+        candidates = np.flatnonzero((found.sizes > 0) & (owners >= 0))
+        candidates = candidates[found.rows[owners[candidates], 6] == 0]
+        for chunk in candidates[np.argsort(found.chunks[candidates, 1], kind="stable")]:
             if bytes_wanted <= 0:
                 return
             row = int(owners[chunk])
-            bytes_wanted -= int(sizes[chunk])
-            yield self._cache_id(row), int(chunk) - int(self._objects[row, 3]), row, int(sizes[chunk])
+            bytes_wanted -= int(found.sizes[chunk])
+            yield _hex_id(found.rows[row]), int(chunk - found.rows[row, 3]), row, int(found.sizes[chunk])
 
     def objects(self, tier: SsdTier) -> Iterator[ObjectResidency]:
         """All objects with something resident or pinned, with the names their chunk files carry."""
-        self._remap_if_grown()
-        sizes, _ = self._sizes()
-        per_object = self._per_object(sizes)
-        for row in np.flatnonzero((per_object > 0) | (self._objects[: int(self._meta[0]), 6] > 0)):
-            cache_id = self._cache_id(int(row))
-            first, count = int(self._objects[row, 3]), int(self._objects[row, 4])
-            present = np.flatnonzero(self._chunks[first : first + count, 0])
+        found = self._snapshot()
+        for row in np.flatnonzero((found.per_object() > 0) | (found.rows[:, 6] > 0)):
+            cache_id = _hex_id(found.rows[row])
+            first, count, size = (int(v) for v in found.rows[row, 3:6])
+            chunks = found.chunks[first : first + count]
+            present = np.flatnonzero(chunks[:, 0])
             header = tier.header(cache_id, int(present[0])) if len(present) else None
             source, path, _, version, digest = _identity(header.identity if header else "")
             yield ObjectResidency(
                 cache_id, source, path, version, digest,
-                size=int(self._objects[row, 5]),
-                ssd_bytes=self._row_bytes(int(row)),
-                last_used_at=float(self._chunks[first : first + count, 1].max(initial=0)),
-                pinned=bool(self._objects[row, 6]),
+                size=size,
+                ssd_bytes=_resident(chunks[:, 0], count, size),
+                last_used_at=float(chunks[:, 1].max(initial=0)),
+                pinned=bool(found.rows[row, 6]),
             )  # fmt: skip
 
-    def _row_bytes(self, row: int) -> int:
-        first, count, size = (int(v) for v in self._objects[row, 3:6])
-        masks = self._chunks[first : first + count, 0]
-        total = int(np.bitwise_count(masks).sum()) * BLOCK_BYTES
-        return total - self._tail_padding(masks, count, size)
+    def _snapshot(self) -> _Snapshot:
+        """Copies that fit together, though other threads and processes go on writing."""
+        self._remap_if_changed()
+        objects, chunks = self._objects, self._chunks
+        rows = objects[: int(self._meta[0])].astype(np.int64)
+        used_chunks = np.array(chunks[: int(self._meta[1])])  # read after the objects: an object's chunks come first
+        rows[rows[:, 3] + rows[:, 4] > len(used_chunks), 3:5] = 0
+        return _Snapshot(rows, used_chunks)
 
-    @staticmethod
-    def _tail_padding(masks: NDArray[np.uint32], count: int, size: int) -> int:
-        """How much shorter than a block the object's last block is, if it is present."""
-        tail_bytes = size - (count - 1) * CHUNK_BYTES
-        last_block = (tail_bytes - 1) // BLOCK_BYTES
-        return (last_block + 1) * BLOCK_BYTES - tail_bytes if count and int(masks[-1]) >> last_block & 1 else 0
-
-    def _sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Per chunk row: bytes on disk (0 if absent) and the object's row (-1 if none)."""
-        self._remap_if_grown()
-        used_objects, used_chunks = int(self._meta[0]), int(self._meta[1])
-        masks = np.array(self._chunks[:used_chunks, 0])
-        sizes = np.bitwise_count(masks).astype(np.int64) * BLOCK_BYTES
-        sizes[masks > 0] += HEADER_BYTES
-        owners = np.full(used_chunks, -1, np.int64)
-        rows = self._objects[:used_objects].astype(np.int64)
-        counts = rows[:, 4]
-        live = np.flatnonzero(counts > 0)
-        owners[_ranges(rows[live, 3], counts[live])] = np.repeat(live, counts[live])
-        last = rows[live, 3] + counts[live] - 1
-        tail_bytes = rows[live, 5] - (counts[live] - 1) * CHUNK_BYTES
-        last_block = (tail_bytes - 1) // BLOCK_BYTES
-        present = (masks[last] >> last_block.astype(np.uint32)) & 1
-        sizes[last] -= present * ((last_block + 1) * BLOCK_BYTES - tail_bytes)
-        return sizes, owners
-
-    def _per_object(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        rows = self._objects[: int(self._meta[0])].astype(np.int64)
-        edges = np.concatenate([[0], np.cumsum(sizes)])
-        totals: NDArray[np.int64] = edges[rows[:, 3] + rows[:, 4]] - edges[rows[:, 3]]
-        return totals
+    def reconcile(self, tier: SsdTier) -> None:
+        """Make the tables say what stands there: each kill between a file and its row leaves them a little apart."""
+        for prefix in (f"{number:02x}" for number in range(256)):
+            standing = set(tier.names(prefix))
+            found = self._snapshot()
+            for row in np.flatnonzero(found.rows[:, 0].view(np.uint64) >> np.uint64(56) == int(prefix, 16)):
+                cache_id, (first, count) = _hex_id(found.rows[row]), (int(v) for v in found.rows[row, 3:5])
+                for index in map(int, np.flatnonzero(found.chunks[first : first + count, 0])):
+                    if (cache_id, index) in standing:
+                        standing.discard((cache_id, index))
+                    elif tier.header(cache_id, index) is None:  # look again: it may just have been written
+                        self.clear(cache_id, int(row), index)
+            for cache_id, index in standing:
+                header = tier.header(cache_id, index)
+                if header is not None:
+                    with self._lock():
+                        self._note_file(header)
 
     # -- files
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """One process at a time may grow or rebuild the tables. Held for milliseconds, freed by the kernel on death."""
-        fd = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _lock(self, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+        """One process at a time may change rows, grow or rebuild. Held for microseconds, freed on death."""
+        flags = os.O_RDWR | os.O_CREAT if self._mode == "r+" else os.O_RDONLY
+        fd = os.open(self._directory / "lock", flags | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, kind)
             yield
         finally:
             os.close(fd)
 
     def _map(self) -> None:
-        self._meta = ninja.open_existing(self._directory / "meta", mode=self._mode)
-        self._objects = ninja.open_existing(self._directory / "objects", mode=self._mode)
-        self._chunks = ninja.open_existing(self._directory / "chunks", mode=self._mode)
-        if self._meta.shape != (4,) or self._meta[0] > len(self._objects) or self._meta[1] > len(self._chunks):
+        """Map the tables. Raises ValueError, and whatever else a damaged file makes numpy raise."""
+        meta, objects, chunks = (self._open(name, columns) for name, columns in _COLUMNS.items())
+        used_objects, used_chunks = int(meta[0]), int(meta[1])
+        if used_objects > len(objects) or used_chunks > len(chunks):
             raise ValueError("the tables do not fit together")
+        rows = objects[:used_objects].astype(np.int64)
+        ends = np.sort(rows[rows[:, 4] > 0], axis=0)[:, 3]  # first chunk rows, ascending: they must not overlap
+        if (
+            not rows[:, :3].any(axis=1).all()
+            or (rows[:, 4] != -(-rows[:, 5] // CHUNK_BYTES)).any()
+            or (rows[:, 3] + rows[:, 4] > used_chunks).any()
+            or rows[:, 4].sum() > used_chunks
+            or (np.diff(ends) == 0).any()
+        ):
+            raise ValueError("its rows do not fit together")
+        self._meta, self._objects, self._chunks = meta, objects, chunks
+        self._inode = (self._directory / "meta" / "data.ninja").stat().st_ino
 
-    def _remap_if_grown(self) -> None:
-        if int(self._meta[0]) > len(self._objects) or int(self._meta[1]) > len(self._chunks):
+    def _open(self, name: str, columns: int) -> Any:
+        path = self._directory / name
+        if not path.is_dir():  # opening would create it
+            raise FileNotFoundError(f"{path} is missing")
+        table = ninja.open_existing(path, mode="r")  # first: opened for writing, a file too short would be made longer
+        if (
+            table.dtype != _DTYPES[name]
+            or table.shape[1:] != ((columns,) if columns else ())
+            or not table.flags.c_contiguous
+        ):
+            raise ValueError(f"{path} has shape {table.shape} of {table.dtype}")
+        return ninja.open_existing(path, mode=self._mode) if self._mode != "r" else table
+
+    def _remap_if_changed(self) -> None:
+        """Follow another process that grew or rebuilt the tables."""
+        try:
+            rebuilt = (self._directory / "meta" / "data.ninja").stat().st_ino != self._inode
+            if rebuilt:
+                self._map()
+        except Exception as error:  # being rebuilt at this moment: the old tables serve until it is done
+            logger.debug("cache: index of %s: %s", self._cache_directory, error)
+        if int(self._meta[0]) > len(self._objects):
             self._objects = ninja.open_existing(self._directory / "objects", mode=self._mode)
+        if int(self._meta[1]) > len(self._chunks):
             self._chunks = ninja.open_existing(self._directory / "chunks", mode=self._mode)
 
     def _open_or_rebuild(self) -> None:
@@ -247,20 +290,25 @@ class ResidencyTables:
         try:
             self._map()
             return
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a damaged file makes numpy raise anything
             if existed:
                 logger.warning("cache: index of %s is damaged (%s); rebuilding it", self._cache_directory, error)
-        for name in ("meta", "objects", "chunks"):
+        for name in _COLUMNS:
             shutil.rmtree(self._directory / name, ignore_errors=True)
+        _reserve(self._directory)
         ninja.from_ndarray(self._directory / "objects", np.zeros((_OBJECT_ROWS_STEP, 8), np.uint64))
         ninja.from_ndarray(self._directory / "chunks", np.zeros((_CHUNK_ROWS_STEP, 2), np.uint32))
         ninja.from_ndarray(self._directory / "meta", np.zeros(4, np.uint64))
         self._map()
         for header in SsdTier(SsdConfig(self._cache_directory)).walk():
-            row = self.find(header.cache_id)
-            if row is None:
-                row = self._add(header.cache_id, -(-header.object_bytes // CHUNK_BYTES), header.object_bytes)
-            self.set_mask(row, header.index, header.mask)
+            self._note_file(header)
+
+    def _note_file(self, header: ChunkHeader) -> None:
+        """A chunk file was found; the lock is held."""
+        row = self.find(header.cache_id)
+        if row is None:
+            row = self._add(header.cache_id, -(-header.object_bytes // CHUNK_BYTES), header.object_bytes)
+        self._chunks[int(self._objects[row, 3]) + header.index] = (header.mask, int(time.time()))
 
     def _add(self, cache_id: str, chunks_count: int, size: int) -> int:
         """A row for a new object; the lock is held."""
@@ -279,26 +327,61 @@ class ResidencyTables:
     def _reusable(self, chunks_count: int) -> int | None:
         """An unpinned row with as many chunks and nothing resident."""
         rows = self._objects[: int(self._meta[0])]
-        for row in np.flatnonzero((rows[:, 4] == chunks_count) & (rows[:, 6] == 0)):
-            first = int(rows[row, 3])
-            if not self._chunks[first : first + chunks_count, 0].any():
-                return int(row)
-        return None
+        matching = np.flatnonzero((rows[:, 4] == chunks_count) & (rows[:, 6] == 0))
+        firsts = rows[matching, 3].astype(np.int64)
+        free = matching[~self._chunks[firsts[:, None] + np.arange(chunks_count), 0].any(axis=1)]
+        return int(free[0]) if len(free) else None
 
     def _grow(self, name: str, rows_wanted: int, step: int) -> None:
-        table: Any = getattr(self, f"_{name}")
+        # As it stands now, not as it was mapped: a process killed while growing may have left it longer than we know.
+        path = self._directory / name
+        table = ninja.open_existing(path, mode=self._mode)
         missing = rows_wanted - len(table)
         if missing > 0:
             # extend_dir appends to the file and then rewrites the shape, so it must start from a file of that shape.
             count = -(-missing // step) * step
-            path = self._directory / name
             os.truncate(path / "data.ninja", table.nbytes)
             ninja.extend_dir(path, np.zeros((count, table.shape[1]), table.dtype))
-            setattr(self, f"_{name}", ninja.open_existing(path, mode=self._mode))
+            table = ninja.open_existing(path, mode=self._mode)
+        setattr(self, f"_{name}", table)
 
     def _cache_id(self, row: int) -> str:
-        a, b, c = (int(v) for v in self._objects[row, :3])
-        return f"{a:016x}{b:016x}{c:08x}"
+        return _hex_id(self._objects[row])
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The used rows of both tables at one instant."""
+
+    rows: NDArray[np.int64]
+    chunks: NDArray[np.uint32]
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Per chunk row: bytes on disk with the file's header, 0 if absent."""
+        masks = self.chunks[:, 0]
+        sizes = np.bitwise_count(masks).astype(np.int64) * BLOCK_BYTES
+        sizes[masks > 0] += HEADER_BYTES
+        live = self.rows[self.rows[:, 4] > 0]
+        last = live[:, 3] + live[:, 4] - 1
+        tail_bytes = live[:, 5] - (live[:, 4] - 1) * CHUNK_BYTES
+        last_block = (tail_bytes - 1) // BLOCK_BYTES
+        present = (masks[last] >> last_block.astype(np.uint32)) & 1
+        sizes[last] -= present * ((last_block + 1) * BLOCK_BYTES - tail_bytes)
+        return sizes
+
+    def owners(self) -> NDArray[np.int64]:
+        """Per chunk row: its object's row, -1 if none."""
+        owners = np.full(len(self.chunks), -1, np.int64)
+        live = np.flatnonzero(self.rows[:, 4] > 0)
+        owners[_ranges(self.rows[live, 3], self.rows[live, 4])] = np.repeat(live, self.rows[live, 4])
+        return owners
+
+    def per_object(self) -> NDArray[np.int64]:
+        """Per object row: bytes on disk."""
+        edges = np.concatenate([[0], np.cumsum(self.sizes)])
+        totals: NDArray[np.int64] = edges[self.rows[:, 3] + self.rows[:, 4]] - edges[self.rows[:, 3]]
+        return totals
 
 
 def scan(cache_directory: Path) -> Iterator[ObjectResidency]:
@@ -310,6 +393,27 @@ def scan(cache_directory: Path) -> Iterator[ObjectResidency]:
     yield from tables.objects(SsdTier(SsdConfig(cache_directory)))
 
 
+def _resident(masks: NDArray[np.uint32], count: int, size: int) -> int:
+    """Bytes of an object that its chunks' masks stand for, without file headers."""
+    total = int(np.bitwise_count(masks).sum()) * BLOCK_BYTES
+    tail_bytes = size - (count - 1) * CHUNK_BYTES
+    last_block = (tail_bytes - 1) // BLOCK_BYTES
+    if count and int(masks[-1]) >> last_block & 1:  # the object's last block is shorter than the others
+        total -= (last_block + 1) * BLOCK_BYTES - tail_bytes
+    return total
+
+
+def _reserve(directory: Path) -> None:
+    """Raises OSError unless the disk has room for new tables: to write a mapping without room would be SIGBUS."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        os.posix_fallocate(file.fileno(), 0, _OBJECT_ROWS_STEP * 64 + _CHUNK_ROWS_STEP * 8 + (64 << 10))
+
+
+def _hex_id(row: NDArray[Any]) -> str:
+    a, b, c = (int(v) % 2**64 for v in row[:3])
+    return f"{a:016x}{b:016x}{c:08x}"
+
+
 def _id_words(cache_id: str) -> tuple[int, int, int]:
     return int(cache_id[:16], 16), int(cache_id[16:32], 16), int(cache_id[32:], 16)
 
@@ -319,7 +423,8 @@ def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.
     if not len(starts):
         return np.zeros(0, np.int64)
     ends = np.cumsum(counts)
-    return np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+    rows: NDArray[np.int64] = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+    return rows
 
 
 def _identity(text: str) -> tuple[str, str, int, str, str | None]:

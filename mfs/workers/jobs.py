@@ -11,6 +11,7 @@ import hashlib
 import logging
 import mmap
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from xxhash import xxh3_64_intdigest
 from mfs.cache.chunks import full_mask, mask_bytes, mask_runs, run_bytes
 from mfs.cache.residency import ResidencyTables
 from mfs.cache.ssd import SsdConfig, SsdTier, open_directory
-from mfs.errors import StoreError
+from mfs.errors import ConfigError, StoreError
 from mfs.safetensors import parse_header
 from mfs.sources.base import Source
 from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Emit = Callable[[Frame], None]
 _PAGE_ENTRIES = 1000  # entries per frame of a listing: about 1 ms of JSON on the daemon's loop
+_RECONCILE_S = 3600
 
 
 class Jobs:
@@ -43,7 +45,13 @@ class Jobs:
         if ssd:
             open_directory(ssd.directory)
             self._tier = SsdTier(ssd)
-            self._tables = ResidencyTables(ssd.directory, writable=True)
+            try:
+                self._tables = ResidencyTables(ssd.directory, writable=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"cache directory {ssd.directory} cannot take its index ({error}); free disk space, or name "
+                    f"another --cache-dir"
+                ) from error
 
     @property
     def identities(self) -> list[str]:
@@ -62,7 +70,7 @@ class Jobs:
         length = len(wanted.chunk_range(index))
         resident, sums = (0, {}) if self._tier is None else self._tier.read_into(wanted, index, mask, view)
         missing = mask & ~resident
-        if self._tier is not None and missing:
+        if self._tier is not None:
             self._correct_table(wanted, index, mask, resident)
         requests = 0
         for first, end in mask_runs(missing):
@@ -83,17 +91,17 @@ class Jobs:
         }
 
     def _correct_table(self, obj: ObjectId, index: int, mask: int, resident: int) -> None:
-        """A block the table promises and the file lacks must not count against the budget for ever."""
+        """A block the table promises and the file lacks must not count against the budget for ever, nor the reverse."""
         masks = self._tables.masks(obj.cache_id)
-        if len(masks) and int(masks[index]) & mask & ~resident:
+        promised = int(masks[index]) & mask if len(masks) else 0
+        if promised != resident:
             header = self._tier.header(obj.cache_id, index) if self._tier else None
-            self._tables.set_mask(self._tables.register(obj), index, header.mask if header else 0)
+            self._tables.set_mask(obj, index, header.mask if header else 0)
 
     def persist(self, *, obj: list[Any], index: int, sums: list[list[int]], slot: int, emit: Emit) -> Frame:
         """Write blocks of a slot to the SSD tier. Result: {bytes, full}; full: the disk has no room (nothing written)."""
         target = object_from_wire(obj)
         tier, tables = self._ssd()
-        row = tables.register(target)
         blocks = {int(block): int(checksum) for block, checksum in sums}
         try:
             mask = tier.write(target, index, blocks, self._slot(slot))
@@ -101,7 +109,7 @@ class Jobs:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return {"bytes": 0, "full": True}
             raise StoreError(f"cache: {target} chunk {index} cannot be written: {error}") from error
-        tables.set_mask(row, index, mask)
+        tables.set_mask(target, index, mask)
         return {"bytes": mask_bytes(mask, len(target.chunk_range(index))), "full": False}
 
     def tensor_boundaries(self, *, slot: int, file_bytes: int, emit: Emit) -> Frame:
@@ -151,12 +159,13 @@ class Jobs:
         fd = os.open(self._directory / "v1" / "evict.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _reconcile_if_due(fd, tier, tables)
             used = tables.usage().used_bytes
             evicted = 0
             if used > budget_bytes:
                 for cache_id, index, row, nbytes in tables.victims(used - target_bytes):
                     tier.remove(cache_id, index)
-                    tables.set_mask(row, index, 0)
+                    tables.clear(cache_id, row, index)
                     evicted += nbytes
             return {"evicted_bytes": evicted, "used_bytes": used - evicted}
         except BlockingIOError:
@@ -195,7 +204,7 @@ class Jobs:
             freed += tables.resident_bytes(obj.cache_id)
             for index in tables.masks(obj.cache_id).nonzero()[0]:
                 tier.remove(obj.cache_id, int(index))
-                tables.set_mask(tables.register(obj), int(index), 0)
+                tables.set_mask(obj, int(index), 0)
         return {"ssd_bytes": freed, "kept_pinned_count": kept}
 
     def verify(self, *, obj: list[Any], emit: Emit) -> Frame:
@@ -218,7 +227,7 @@ class Jobs:
             checked += mask_bytes(good, length)
             if good != promised:
                 bad.append([index, f"blocks {promised & ~good:#x} are missing or fail their checksums"])
-                tables.set_mask(tables.register(target), index, 0)
+                tables.set_mask(target, index, 0)
                 tier.remove(target.cache_id, index)
                 whole = False
             elif whole:
@@ -245,3 +254,11 @@ class Jobs:
         if self._tier is None:
             raise StoreError("this mount has no SSD cache; mount with --cache-dir to have one")
         return self._tier, self._tables
+
+
+def _reconcile_if_due(lock_fd: int, tier: SsdTier, tables: ResidencyTables) -> None:
+    """Once an hour for all who share a directory: the lock file is empty at first, then its mtime tells."""
+    status = os.fstat(lock_fd)
+    if not status.st_size or time.time() - status.st_mtime > _RECONCILE_S:
+        tables.reconcile(tier)
+        os.pwrite(lock_fd, b"1", 0)
