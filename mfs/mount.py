@@ -104,7 +104,7 @@ class Mount:
             await self._save_rest()
 
     async def _look_at_sources(self) -> None:
-        """List every source's root: an endpoint, bucket or credential that is wrong is said now, not at the first read."""
+        """List every root: an endpoint, bucket or credential that is wrong is said now, not at the first read."""
         if self.config.sources[0].name == "":
             await self.namespace.listing(self.namespace.root)
         else:

@@ -1,8 +1,8 @@
 """The tree: paths to directories and objects. No bytes, no FUSE, no I/O of its own (listings come through a callable).
 
 A directory is listed when somebody first looks into it, and published whole. A refresh lists again and publishes the
-difference: what is unchanged keeps its inode, changed bytes get a new one, and a directory's mtime moves forward exactly
-when its visible children change. Once published, metadata never fails: a failed refresh leaves the old tree.
+difference: what is unchanged keeps its inode, changed bytes get a new one, and a directory's mtime moves forward
+exactly when its visible children change. Once published, metadata never fails: a failed refresh leaves the old tree.
 
 Inode numbers are never reused. Listings are columns, not objects: about 120 bytes a file, so that 300,000 shards fit
 into 40 MB. Everything belongs to the trio thread.
@@ -335,6 +335,7 @@ class Namespace:
         Cancellation: what was published stays.
         """
         changes, seen = Changes(), set[int]()
+        missing: list[tuple[Directory, NotFoundError]] = []
         pending = [d for d in self._directories.values() if d.listing is not None and d.source >= 0]
         pending.sort(key=lambda d: d.path.count("/") + bool(d.path), reverse=True)
 
@@ -346,12 +347,16 @@ class Namespace:
                 seen.add(directory.inode)
                 try:
                     await self._load(directory, changes, seen)
+                except NotFoundError as error:
+                    missing.append((directory, error))
                 except MfsError as error:
                     changes.errors.append(str(error))
 
         async with trio.open_nursery() as nursery:
             for _ in range(_REFRESH_PARALLEL):
                 nursery.start_soon(worker)
+        # A folder that is gone was perhaps asked for before its parent's new listing said so: no error then.
+        changes.errors += [str(error) for directory, error in missing if not directory.removed]
         return changes
 
     # -- publishing

@@ -11,23 +11,29 @@ import pytest
 
 from mfs.testing.mounting import TestMount
 from tests.mount import origins
+from tests.servers.hub import HubServer
+from tests.servers.nginx import NginxServer
+from tests.servers.swift import SwiftServer
 
 Mounted = Callable[..., TestMount]
 """See `mounted`."""
 
 
 @pytest.fixture(params=["folder", "s3", "web", "hub"])
-def origin(request: pytest.FixtureRequest, tmp_path: Path) -> origins.Origin:
+def origin(
+    request: pytest.FixtureRequest, tmp_path: Path, swift: SwiftServer, nginx: NginxServer, hub: HubServer
+) -> origins.Origin:
     """Each kind of origin in turn, empty."""
+    # The servers are asked for by name, not when needed: one started within a test would count as left behind by it.
     match request.param:
         case "folder":
             return origins.FolderOrigin(tmp_path / "registry")
         case "s3":
-            return origins.S3Origin(request.getfixturevalue("swift"), request.getfixturevalue("s3_bucket"))
+            return origins.S3Origin(swift, request.getfixturevalue("s3_bucket"))
         case "web":
-            return origins.WebOrigin(request.getfixturevalue("nginx"))
+            return origins.WebOrigin(nginx)
         case _:
-            return origins.HubOrigin(request.getfixturevalue("hub"))
+            return origins.HubOrigin(hub)
 
 
 @pytest.fixture

@@ -58,6 +58,15 @@ class FolderOrigin:
     def put_all(self, files: Mapping[str, bytes]) -> None:
         _sync_folder(self.root, files)
 
+    def remove_empty_folders(self) -> None:
+        _remove_empty_folders(self.root)
+
+
+def _remove_empty_folders(root: Path) -> None:
+    for folder, _, _ in os.walk(root, topdown=False):
+        if Path(folder) != root and not os.listdir(folder):
+            os.rmdir(folder)
+
 
 def _sync_folder(root: Path, files: Mapping[str, bytes]) -> None:
     for folder, _, names in os.walk(root):
@@ -114,6 +123,9 @@ class WebOrigin:
 
     def put_all(self, files: Mapping[str, bytes]) -> None:
         _sync_folder(self.root, files)
+
+    def remove_empty_folders(self) -> None:
+        _remove_empty_folders(self.root)
 
 
 class HubOrigin:

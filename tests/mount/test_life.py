@@ -1,4 +1,4 @@
-"""How a mount ends: by signal, by umount, by shutdown, with files open and reads waiting; and what it costs while idle."""
+"""How a mount ends: by signal, umount or shutdown, with files open and reads waiting; and what it costs while idle."""
 
 from __future__ import annotations
 
