@@ -16,6 +16,7 @@ Unknown keys are errors: a misspelt budget that is silently ignored is found at 
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -24,7 +25,7 @@ from typing import Any
 
 from mfs.config import MountConfig, SourceConfig
 from mfs.errors import ConfigError
-from mfs.units import parse_duration, parse_size
+from mfs.units import exact_size, parse_duration, parse_size
 
 FILE_BYTES_MAX = 1 << 20
 """A configuration is a page of text; anything longer is another file given by mistake."""
@@ -70,6 +71,35 @@ def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             raise ConfigError(f"{file}: [sources.{name}] has no url")
         sources.append(fields | {"name": name})
     return settings, sources
+
+
+def dump(masked: dict[str, Any]) -> str:
+    """`MountConfig.masked()` as the file that would say the same; masked secrets stay masked."""
+    lines = ["[mount]", *_lines(masked, _MOUNT_KEYS)]
+    for source in masked["sources"]:
+        # A source at the mount's root has no name, which a file cannot say: it stands there as a comment.
+        header = f"[sources.{_toml(source['name'])}]" if source["name"] else "# at the root of the mount"
+        lines += ["", header, *_lines(source, _SOURCE_KEYS)]
+    return "\n".join(lines) + "\n"
+
+
+def _lines(values: dict[str, Any], keys: dict[str, _Key]) -> list[str]:
+    lines = []
+    for key, (field, convert) in keys.items():
+        value = values[field]
+        if value is None:
+            continue
+        if convert is _size:
+            value = exact_size(value)
+        elif convert is parse_umask:
+            value = f"{value:03o}"
+        lines.append(f"{key} = {_toml(value)}")
+    return lines
+
+
+def _toml(value: Any) -> str:
+    """JSON's numbers, true, false and strings are TOML's, but for surrogate pairs and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _table(table: Any, keys: dict[str, _Key], where: str, folder: Path) -> dict[str, Any]:

@@ -128,7 +128,11 @@ def registered(record: Record) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{record.mountpoint} is being served already; see 'mfs status'") from None
+            holder = read_record(record.mountpoint, folder)
+            pid = f" by pid {holder.pid}" if holder else ""
+            raise ConfigError(
+                f"{record.mountpoint} is being served already{pid}: 'mfs umount {record.mountpoint}' ends that"
+            ) from None
         temporary = record_file.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(asdict(record)))
         temporary.replace(record_file)

@@ -8,6 +8,7 @@ real record and socket beside it.
 from __future__ import annotations
 
 import os
+import select
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import trio
 
 from mfs.config import MountConfig
-from mfs.control import runtime
+from mfs.control import mountinfo, runtime
 from mfs.control.api import EvictTier, Json, Tier
 from mfs.control.ready import DaemonStart
 from mfs.control.server import serve
@@ -265,6 +266,7 @@ async def _run(start: DaemonStart) -> None:
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve, daemon, socket_file)
                 nursery.start_soon(_stop_on_sigterm, daemon)
+                nursery.start_soon(_stop_when_unmounted, daemon, mountpoint)
                 start.ready(["kernel read-ahead is 128 KiB: run 'sudo something' to raise it"])
                 await daemon.stopped.wait()
                 nursery.cancel_scope.cancel()
@@ -278,6 +280,20 @@ async def _stop_on_sigterm(daemon: FakeDaemon) -> None:
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         async for _ in signals:
             daemon.stopped.set()
+
+
+async def _stop_when_unmounted(daemon: FakeDaemon, mountpoint: str) -> None:
+    """A real daemon notices in its FUSE loop; this one asks the table of mounts, which can be polled."""
+    await trio.to_thread.run_sync(_wait_until_unmounted, mountpoint, abandon_on_cancel=True)
+    daemon.stopped.set()
+
+
+def _wait_until_unmounted(mountpoint: str) -> None:
+    with open("/proc/self/mountinfo") as table:
+        poll = select.poll()
+        poll.register(table, select.POLLPRI | select.POLLERR)
+        while mountinfo.mount_at(mountpoint) is not None:
+            poll.poll()
 
 
 def main() -> None:

@@ -1,0 +1,137 @@
+"""Starting a daemon and waiting for its word; or becoming one."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from mfs.config import MountConfig
+from mfs.control import mountinfo, runtime
+from mfs.control.ready import daemon_arguments
+from mfs.errors import ConfigError, StoreError, from_wire
+
+DAEMON_MODULE = "mfs.daemon"
+_END_S = 10.0
+_ANSWER_BYTES_MAX = 1 << 20
+
+
+def start_daemon(config: MountConfig, *, deadline_s: float, module: str = DAEMON_MODULE) -> list[str]:
+    """Start a daemon in a session of its own and wait until its tree can be used. Returns its warnings.
+
+    deadline_s: seconds until a daemon that says nothing is ended.
+    Raises: the error that the daemon reports; StoreError if it dies or stays silent, with the last line of its log.
+    An interrupt while waiting ends the daemon.
+    """
+    config = _with_log_file(config)
+    assert config.log_file is not None
+    log = _open_log(config.log_file)
+    log_start = os.fstat(log).st_size
+    answer, answer_write = os.pipe()
+    config_fd = _memory_file(config.to_json())
+    try:
+        process = subprocess.Popen(
+            [*_command(module), *daemon_arguments(config_fd=0, ready_fd=answer_write)],
+            stdin=config_fd, stdout=log, stderr=log, pass_fds=[answer_write], start_new_session=True, cwd="/",
+        )  # fmt: skip
+    finally:
+        for fd in (config_fd, answer_write, log):
+            os.close(fd)
+    try:
+        warnings = _wait(answer, process, config, log_start, deadline_s)
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        os.close(answer)
+    process.returncode = 0  # it outlives us, and nobody waits for it: Popen need not warn about that
+    return warnings
+
+
+def become_daemon(config: MountConfig, *, module: str = DAEMON_MODULE) -> NoReturn:
+    """Replace this process by the daemon, which stays with our terminal or service manager."""
+    config_fd = _memory_file(config.to_json())
+    os.set_inheritable(config_fd, True)
+    command = [*_command(module), *daemon_arguments(config_fd=config_fd, ready_fd=None)]
+    os.execv(command[0], command)
+
+
+def _command(module: str) -> list[str]:
+    # -P: a directory called 'mfs' where the user happens to stand must not become our package.
+    return [sys.executable, "-P", "-m", module]
+
+
+def _with_log_file(config: MountConfig) -> MountConfig:
+    """A daemon without a terminal must leave its words somewhere."""
+    if config.log_file is not None:
+        return config
+    runtime.create_directory()
+    file = runtime.log_path(mountinfo.real_mountpoint(str(config.mountpoint)))
+    file.unlink(missing_ok=True)  # the last mount's; a file that a living daemon still writes keeps its inode
+    return replace(config, log_file=file)
+
+
+def _open_log(file: Path) -> int:
+    try:
+        return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise ConfigError(f"log file {file} cannot be written: {error.strerror}") from error
+
+
+def _memory_file(text: str) -> int:
+    """A file in memory that holds `text`, to be read from its start: secrets in it never touch a disk."""
+    fd = os.memfd_create("mfs-config", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(text.encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _wait(
+    answer: int, process: subprocess.Popen[bytes], config: MountConfig, log_start: int, deadline_s: float
+) -> list[str]:
+    received = b""
+    deadline = time.monotonic() + deadline_s
+    while not received.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([answer], [], [], left)[0]:
+            raise StoreError(f"the daemon was not ready after {deadline_s:g} s{_last_words(config, log_start)}")
+        data = os.read(answer, 65536)
+        received += data
+        if not data or len(received) > _ANSWER_BYTES_MAX:
+            _end(process)
+            raise StoreError(f"the daemon ended while it started{_last_words(config, log_start)}")
+    said = json.loads(received)
+    if "error" in said:
+        raise from_wire(said["error"]["type"], said["error"]["message"])
+    return [str(warning) for warning in said["warnings"]]
+
+
+def _last_words(config: MountConfig, log_start: int) -> str:
+    """': what it logged last (log file …)'."""
+    assert config.log_file is not None
+    try:
+        with open(config.log_file, "rb") as file:
+            file.seek(max(log_start, os.fstat(file.fileno()).st_size - 4096))
+            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    return f": {lines[-1].strip()} (log: {config.log_file})" if lines else f" without a word (log: {config.log_file})"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a daemon that is of no use, and collect it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process.send_signal(number)
+        try:
+            process.wait(_END_S)
+            return
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,213 @@
+"""`mfs mount`: settle the settings, clear a stale mount away, start the daemon."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mfs.cli.page import Page
+from mfs.cli.run import warn
+from mfs.cli.targets import TREE_PATH
+from mfs.cli.text import clean, count
+from mfs.errors import ConfigError, UsageError
+from mfs.units import parse_duration, parse_size
+
+if TYPE_CHECKING:
+    from mfs.config import MountConfig
+
+_START_GRACE_S = 60.0  # beside the origin's own deadline: a large cache's tables and page-locking take their time
+
+
+class _Parsed(click.ParamType[Any]):
+    """A click type from one of our parsers."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _umask(text: str) -> int:
+    from mfs.config_file import parse_umask
+
+    return parse_umask(text)
+
+
+_SIZE, _DURATION = _Parsed("size", parse_size), _Parsed("duration", parse_duration)
+
+
+class _Setting(click.Option):
+    """An option that sets one field of MountConfig; unset, it leaves the field to the file or to its default there."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        assert record is not None
+        assert self.name is not None
+        default = _default_text(self.name)
+        return record[0], f"{record[1]}  [{default}]" if default else record[1]
+
+
+def _default_text(field: str) -> str:
+    """The default of a field of MountConfig as a person would write it; '' where there is none to say."""
+    from mfs.config import MountConfig
+    from mfs.units import exact_size, format_duration
+
+    value = getattr(MountConfig, field)
+    if value is None or value is False:
+        return ""
+    if field.endswith("_bytes"):
+        return exact_size(value)
+    if field.endswith("_s"):
+        return format_duration(value)
+    return f"{value:03o}" if field == "umask" else str(value)
+
+
+_SIZE, _DURATION, _UMASK = _Parsed("size", parse_size), _Parsed("duration", parse_duration), _Parsed("octal", _umask)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def _flag(name: str, option: str, help: str, cls: type[click.Option] = _Setting) -> click.Option:
+    return cls([name, option], is_flag=True, default=None, help=help)  # None: not given, unlike False
+
+
+_SOURCE_OPTIONS = [
+    click.Option(["--endpoint-url"], metavar="URL", help="Ask this server (Ceph, MinIO, a mirror of the Hub)."),
+    click.Option(["--profile"], metavar="NAME", help="Section of the AWS configuration files."),
+    click.Option(["--region"], metavar="NAME", help="AWS region."),
+    _flag("unsigned", "--unsigned", "No signatures, for public S3 buckets.", click.Option),
+]
+_MOUNT_OPTIONS = [
+    _Setting(["--cache-dir"], type=TREE_PATH, help="Where the SSD tier lives; several mounts may share it."),
+    _Setting(["cache_bytes", "--cache-size"], type=_SIZE, help="Budget of the SSD tier."),
+    _Setting(["ram_bytes", "--ram-size"], type=_SIZE, help="Budget of the RAM tier."),
+    _Setting(["timeout_s", "--timeout"], type=_DURATION, help="Until a read that the origin does not answer fails."),
+    _Setting(
+        ["refresh_s", "--refresh"], type=_DURATION, help="Look for changes this often, not only on 'mfs refresh'."
+    ),
+    _Setting(["connections_count", "--connections"], type=int, help="Ranges in flight at the origin, all together."),
+    _Setting(["workers_count", "--workers"], type=int, help="Fetcher processes."),
+    _flag("cache_fsync", "--cache-fsync", "Force chunk files to the disk before they count."),
+    _flag("allow_other", "--allow-other", "Let other users read the mount."),
+    _Setting(["--uid"], type=int, help="Owner of all files, instead of you."),
+    _Setting(["--gid"], type=int, help="Group of all files, instead of yours."),
+    _Setting(["--umask"], type=_UMASK, help="Permission bits taken away."),
+    _Setting(["--log-file"], type=TREE_PATH, help="Append the daemon's log here."),
+    _Setting(["--log-level"], type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."),
+    _flag("foreground", "--foreground", "Stay in the foreground (systemd, containers)."),
+]
+
+
+@click.command(
+    cls=Page,
+    short_help="Mount a source; return when it can be used.",
+    params=[*_SOURCE_OPTIONS, *_MOUNT_OPTIONS],
+    usages=("[OPTIONS] SOURCE MOUNTPOINT", "[OPTIONS] --config FILE [MOUNTPOINT]"),
+    sections={
+        "Sources": """\
+s3://BUCKET[/PREFIX]             any S3 server; credentials as for boto3 and the AWS CLI
+hf://ORG/NAME[@REVISION]         the Hugging Face Hub; HF_TOKEN for private repositories
+http://HOST/PATH/, https://…     a folder with an index; the server must support ranges
+/DIRECTORY, file:///DIRECTORY    a local folder""",
+        "Examples": """\
+mfs mount s3://models/prod /mnt/models --cache-dir /nvme/mfs --cache-size 500G --ram-size 32G
+mfs mount hf://sentence-transformers/all-MiniLM-L6-v2 /mnt/minilm
+mfs mount s3://models /mnt/models --endpoint-url http://minio:9000 --profile minio
+mfs mount --config /etc/mfs.toml --foreground""",
+        "Sizes and times": """\
+64M, 500G, 1.5T: binary units (1G is 2**30 bytes); a plain number is bytes
+250ms, 30s, 5m, 1h; a plain number is seconds""",
+        "Files": """\
+/run/mfs, $XDG_RUNTIME_DIR/mfs or /tmp/mfs-UID
+     control sockets, and logs where no --log-file is given
+FILE of --config: see 'mfs config check --help'""",
+        "Environment": """\
+AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL, …
+HF_TOKEN, HF_ENDPOINT
+HTTPS_PROXY, HTTP_PROXY, NO_PROXY
+NOTIFY_SOCKET    told READY=1 when the mount can be used (systemd Type=notify)""",
+    },
+)
+@click.argument("source", required=False)
+@click.argument("mountpoint", required=False, type=TREE_PATH)
+@click.option(
+    "--config", "config_file", type=_FILE, metavar="FILE", help="Read settings from a TOML file; options win."
+)
+def mount(source: str | None, mountpoint: str | None, config_file: Path | None, **options: Any) -> None:
+    """Mount SOURCE at MOUNTPOINT, an empty directory, and return when it can be used.
+
+    With --config, several sources appear side by side, each under its own name. A mount left by a daemon that
+    crashed is replaced. Only headers and what is read cross the network.
+    """
+    from mfs.cli.launch import become_daemon, start_daemon
+    from mfs.config import check_paths
+
+    settings = _settings(source, mountpoint, config_file, options)
+    _clear_stale_mount(str(settings.mountpoint))
+    check_paths(settings)
+    if settings.foreground:
+        become_daemon(settings)
+    for warning in start_daemon(settings, deadline_s=2 * settings.timeout_s + _START_GRACE_S):
+        warn(warning)
+    print(_success(settings))
+
+
+def _settings(
+    source: str | None, mountpoint: str | None, config_file: Path | None, options: dict[str, Any]
+) -> MountConfig:
+    """The configuration that file and command line make together."""
+    from mfs import config_file as files
+    from mfs.config import MountConfig, SourceConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("cache_dir", "log_file"):
+        if name in given:
+            given[name] = Path(os.path.abspath(given[name]))
+    of_source = {name: given.pop(name) for name in [option.name for option in _SOURCE_OPTIONS] if name in given}
+    if config_file is not None:
+        if mountpoint is not None:
+            raise UsageError("with --config, name only the mount point: the sources stand in the file")
+        if source is not None:  # the one argument given: click fills from the left
+            given["mountpoint"] = Path(os.path.abspath(source))
+        return files.load(config_file, mount=given, source=of_source)
+    if source is None or mountpoint is None:
+        raise UsageError("SOURCE and MOUNTPOINT are both needed; see 'mfs mount --help'")
+    url = source if "://" in source else os.path.abspath(source)
+    return MountConfig(Path(os.path.abspath(mountpoint)), (SourceConfig(url, **of_source),), **given)
+
+
+def _clear_stale_mount(mountpoint: str) -> None:
+    """Detach what a crashed daemon left here. Raises: ConfigError if a living mount stands here."""
+    from mfs.cli.targets import is_listening
+    from mfs.control import detach, mountinfo, runtime
+
+    real = mountinfo.real_mountpoint(mountpoint)
+    while (mounted := mountinfo.mount_at(real)) is not None and mounted.is_mfs:
+        served = runtime.find_mount(real)
+        record = served.record
+        if not detach.is_stale(mounted, record, is_listening=is_listening(served)):
+            sources = f" of {', '.join(record.sources)} (pid {record.pid})" if record else ""
+            raise ConfigError(f"{real} is an mfs mount{sources} already: 'mfs umount {real}' first")
+        detach.unmount(real, lazy=True)
+        pid = f" (pid {record.pid})" if record else ""
+        warn(f"replaced a stale mount at {real}: its daemon{pid} had ended without unmounting")
+
+
+def _success(settings: MountConfig) -> str:
+    from mfs.config import mask_url
+
+    if len(settings.sources) == 1 and not settings.sources[0].name:
+        what = mask_url(settings.sources[0].url)
+    else:
+        names = ", ".join(source.name for source in settings.sources)
+        what = f"{count(len(settings.sources), 'source')} ({names})"
+    place = settings.mountpoint
+    return clean(f"{what} mounted at {place}; look with 'mfs status {place}', end with 'mfs umount {place}'")

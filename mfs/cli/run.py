@@ -1,0 +1,65 @@
+"""From exceptions to exit statuses: every error is one line on stderr, never a traceback (unless --debug)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from mfs.cli.text import clean
+from mfs.errors import MfsError, UsageError
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class Failed(Exception):
+    """The command has said what went wrong; only the exit status is left."""
+
+
+def run(cli: click.Command, argv: Sequence[str]) -> int:
+    """Run `cli` and return the exit status."""
+    try:
+        result = cli.main(args=list(argv), prog_name="mfs", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0  # click returns the status of an Exit here
+    except click.ClickException as error:
+        _say(_usage_message(error))
+        return USAGE
+    except Failed:
+        return FAILED
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        if isinstance(error, MfsError):
+            _say(str(error))
+        elif isinstance(error, OSError) and error.filename is not None:
+            _say(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        else:
+            _say(f"internal error: {type(error).__name__}: {error}; 'mfs --debug …' shows where")
+        return USAGE if isinstance(error, UsageError) else FAILED
+
+
+def warn(message: str) -> None:
+    """One line on stderr that does not end the command."""
+    _say(message)
+
+
+def _say(message: str) -> None:
+    line = clean(" ".join(message.split()))
+    print(f"mfs: {line}", file=sys.stderr, flush=True)
+
+
+def _usage_message(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "mfs"
+    message = error.format_message().rstrip(".")
+    name = command.removeprefix("mfs").strip()
+    return f"{name}: {message}; see '{command} --help'" if name else f"{message}; see '{command} --help'"

@@ -1,0 +1,98 @@
+"""From paths as a person gives them to the daemons that serve them, without touching any mount."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import click
+
+from mfs.errors import StoreError, UsageError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from mfs.control.client import Client
+    from mfs.control.runtime import Served
+
+_PROBE_S = 5.0
+
+
+class TreePath(click.ParamType[str]):
+    """A path that may lie in a mount. Unlike click.Path it is never looked at: a hung mount would hang us too."""
+
+    name = "path"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+
+TREE_PATH = TreePath()
+paths_argument = click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=TREE_PATH)
+
+
+@dataclass
+class Target:
+    """One mount, and the given paths that lie in it."""
+
+    served: Served
+    client: Client
+    paths: list[str] = field(default_factory=list)
+    """From the mount's root."""
+    given: list[str] = field(default_factory=list)
+    """The same as they were written."""
+
+    def full(self, path: str) -> str:
+        """A path from the mount's root as a path of the file system."""
+        return os.path.join(self.served.mountpoint, path) if path else self.served.mountpoint
+
+
+def targets(paths: Sequence[str]) -> list[Target]:
+    """The mounts that `paths` lie in, in the order they were first named.
+
+    Raises: NotFoundError for a path outside any mount; StoreError for a mount whose daemon is gone.
+    """
+    from mfs.control.runtime import find_mount
+
+    found: dict[str, Target] = {}
+    for path in paths:
+        if not path:
+            raise UsageError("an empty path: expected a path under a mount")
+        served = find_mount(path)
+        target = found.get(served.mountpoint)
+        if target is None:
+            target = found[served.mountpoint] = Target(served, connect(served))
+        target.paths.append(served.place.path)
+        target.given.append(path)
+    return list(found.values())
+
+
+def connect(served: Served, *, timeout_s: float = 30.0) -> Client:
+    """A client of the daemon behind a mount. Raises: StoreError if it is gone, with what to do about it."""
+    from mfs.control.client import Client
+
+    if not is_listening(served):
+        record, place = served.record, served.mountpoint
+        cause = f"its daemon (pid {record.pid}) has ended" if record else "no daemon of it can be found"
+        raise StoreError(
+            f"the mount at {place} is dead: {cause}; 'mfs umount {place}' removes it, mounting again replaces it"
+        )
+    return Client(served.socket, timeout_s=timeout_s)
+
+
+def is_listening(served: Served) -> bool:
+    """Whether something accepts connections on the mount's socket, or is there but not for us to ask."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(_PROBE_S)
+        try:
+            sock.connect(str(served.socket))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:  # permission denied, or so busy that its queue is full: the call itself will say
+            return True
+    return True

@@ -1,0 +1,114 @@
+"""Taking a mount off the tree, whether or not anyone still serves it. Blocks; never stats the mount."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+
+from mfs.control import mountinfo, runtime
+from mfs.control.mountinfo import Mount
+from mfs.control.runtime import Record
+from mfs.errors import ConfigError, StoreError
+
+_HELPER_S = 20.0
+_PROBE_S = 3.0
+_DISCONNECTED = 9
+_PROBE = f"""import errno, os, sys
+try:
+    os.stat(sys.argv[1])
+except OSError as error:
+    sys.exit({_DISCONNECTED} if error.errno == errno.ENOTCONN else 0)
+"""
+
+
+def unmount(mountpoint: str, *, lazy: bool) -> None:
+    """Ask fusermount3 to take the topmost mount at `mountpoint` away.
+
+    lazy: detach at once also if files are open; they go with the last of them.
+    Raises: StoreError if it is in use or not ours; ConfigError without fusermount3.
+    """
+    helper = shutil.which("fusermount3") or shutil.which("fusermount")
+    if helper is None:
+        raise ConfigError("fusermount3 not found: install the package fuse3")
+    command = [helper, "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_HELPER_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise StoreError(f"{mountpoint} could not be unmounted within {_HELPER_S:g} s; --force detaches it") from None
+    if done.returncode == 0:
+        return
+    said = done.stderr.strip() or f"fusermount3 exited with {done.returncode}"
+    if "busy" in said.lower():
+        raise StoreError(
+            f"{mountpoint} is in use: a program has files open or stands in a directory there; "
+            f"end it ('fuser -m {mountpoint}' names it), or use --force"
+        )
+    raise StoreError(f"{mountpoint} could not be unmounted: {said}")
+
+
+def is_stale(mount: Mount, record: Record | None, *, is_listening: bool) -> bool:
+    """Whether nobody serves this mount any more.
+
+    Only a daemon that is known to have ended, or the kernel's own word (ENOTCONN), makes a mount stale: a daemon that
+    merely does not answer may come back.
+    """
+    if is_listening or (record is not None and record.is_alive):
+        return False
+    return record is not None or _is_disconnected(mount.mountpoint)
+
+
+def _is_disconnected(mountpoint: str) -> bool:
+    """Ask the kernel by a stat in a process of its own: should the mount hang, only that one hangs."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", _PROBE, mountpoint], start_new_session=True)
+    try:
+        return process.wait(_PROBE_S) == _DISCONNECTED
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.returncode = -signal.SIGKILL  # not waited for: it may be stuck in the kernel until the mount is gone
+        return False
+
+
+def wait_until_ended(record: Record, timeout_s: float) -> bool:
+    """Wait for the process of a record to end. Returns whether it did."""
+    try:
+        fd = os.pidfd_open(record.pid)
+    except OSError:
+        return True
+    try:
+        if not record.is_alive:  # checked after the open: the number may belong to somebody else by now
+            return True
+        return bool(select.select([fd], [], [], timeout_s)[0])
+    finally:
+        os.close(fd)
+
+
+def end_daemon(record: Record, timeout_s: float) -> None:
+    """End a daemon that has lost its mount: politely first. Raises: StoreError if it cannot be ended."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if not record.is_alive:
+            return
+        try:
+            os.kill(record.pid, number)
+        except ProcessLookupError:
+            return
+        except PermissionError:
+            raise StoreError(f"daemon (pid {record.pid}) belongs to another user: it was not ended") from None
+        if wait_until_ended(record, timeout_s):
+            return
+    raise StoreError(f"daemon (pid {record.pid}) does not end")
+
+
+def forget(mountpoint: str) -> None:
+    """Remove what a dead daemon left in the runtime directory."""
+    file = runtime.socket_path(mountpoint)
+    for left in (file, file.with_suffix(".json")):
+        left.unlink(missing_ok=True)
+
+
+def other_mounts(mount: Mount) -> list[str]:
+    """Where else the same file system is mounted (bind mounts): it lives on there."""
+    return [other.mountpoint for other in mountinfo.read() if other.device == mount.device]
