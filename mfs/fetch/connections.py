@@ -68,10 +68,14 @@ class ConnectionPool:
             connection = self._take_idle_or_reserve(origin, deadline_s, fresh)
             if connection is None:
                 return self._open(origin, deadline_s)
-            if connection.wire.is_quiet():
-                connection.wire.arm(deadline_s)
-                connection.is_reused = True
-                return connection
+            try:
+                if connection.wire.is_quiet():
+                    connection.wire.arm(deadline_s)
+                    connection.is_reused = True
+                    return connection
+            except BaseException:
+                self.drop(connection)
+                raise
             self.drop(connection)
 
     def _take_idle_or_reserve(self, origin: Origin, deadline_s: float, fresh: bool) -> Connection | None:
