@@ -1,0 +1,315 @@
+"""The tables say what stands on SSD: after every order of writes, evictions, growth, kills and damage."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfs.cache import residency
+from mfs.cache.chunks import full_mask, mask_bytes
+from mfs.cache.residency import ResidencyTables, scan
+from mfs.cache.ssd import HEADER_BYTES, SsdTier
+from mfs.errors import NotFoundError, StoreError
+from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ObjectId
+from tests.cache.chunkfiles import chunk_path, make_object, make_tier, write_chunk
+
+FULL = full_mask(CHUNK_BYTES)
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> SsdTier:
+    return make_tier(tmp_path)
+
+
+@pytest.fixture
+def tables(tmp_path: Path, tier: SsdTier) -> ResidencyTables:
+    return ResidencyTables(tmp_path, writable=True)
+
+
+def put(tier: SsdTier, tables: ResidencyTables, obj: ObjectId, index: int, mask: int) -> None:
+    """Write blocks as a worker does: the file first, then the row."""
+    tables.set_mask(obj, index, write_chunk(tier, obj, index, mask))
+
+
+def bytes_on_disk(directory: Path) -> int:
+    """What the chunk files hold, headers included and holes left out, as the disk counts it."""
+    total = 0
+    for path in (directory / "v1" / "chunks").rglob("*"):
+        if path.is_file():
+            status = path.stat()
+            total += min(status.st_blocks * 512, status.st_size)
+    return total
+
+
+def shown(directory: Path) -> dict[str, int]:
+    """What tools see without a daemon: path -> bytes."""
+    return {found.path: found.ssd_bytes for found in scan(directory)}
+
+
+sizes = st.sampled_from([1, BLOCK_BYTES, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 70_000])
+steps = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(0, 3), st.sampled_from([0, 1, 0b1010, FULL, 1 << 31])), max_size=25
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(sizes, min_size=5, max_size=5), steps)
+def test_rows_agree_with_a_dict(
+    tmp_path_factory: pytest.TempPathFactory, object_sizes: list[int], orders: list[tuple[int, int, int]]
+) -> None:
+    directory = tmp_path_factory.mktemp("cache")
+    make_tier(directory)
+    tables = ResidencyTables(directory, writable=True)
+    objects = [make_object(f"{number}.bin", size) for number, size in enumerate(object_sizes)]
+    model: dict[tuple[ObjectId, int], int] = {}
+    for which, index, mask in orders:
+        obj = objects[which]
+        index %= obj.chunks_count
+        mask &= full_mask(len(obj.chunk_range(index)))
+        tables.set_mask(obj, index, mask)
+        model[obj, index] = mask
+    for obj in objects:
+        present = {i: model.get((obj, i), 0) for i in range(obj.chunks_count)}
+        if any(present.values()):  # another object may have got the row of one with nothing there
+            assert list(tables.masks(obj.cache_id)) == list(present.values())
+        assert tables.resident_bytes(obj.cache_id) == sum(
+            mask_bytes(mask, len(obj.chunk_range(i))) for i, mask in present.items()
+        )
+    used = sum(HEADER_BYTES + mask_bytes(m, len(o.chunk_range(i))) for (o, i), m in model.items() if m)
+    assert tables.usage().used_bytes == used
+    assert tables.usage().objects_count == len({o for (o, _), m in model.items() if m})
+    reader = ResidencyTables(directory, writable=False)
+    assert reader.usage() == tables.usage()
+
+
+def test_usage_is_what_the_chunk_files_take(tmp_path: Path, tier: SsdTier, tables: ResidencyTables) -> None:
+    obj, small = make_object(), make_object("small.json", 4096)
+    put(tier, tables, obj, 0, 0b1011)
+    put(tier, tables, obj, 1, full_mask(len(obj.chunk_range(1))) & ~0b11)
+    put(tier, tables, small, 0, 1)
+    used = tables.usage().used_bytes
+    tail = -len(obj.chunk_range(1)) % 4096  # the disk gives whole blocks
+    assert used <= bytes_on_disk(tmp_path) <= used + tail
+    assert shown(tmp_path) == {"model.bin": 6 * BLOCK_BYTES + 777, "small.json": 4096}
+
+
+def test_victims_are_the_coldest_unpinned_chunks(
+    tier: SsdTier, tables: ResidencyTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = [make_object(f"{n}.bin", 2 * CHUNK_BYTES) for n in range(3)]
+    clock = iter(range(1000, 2000))
+    monkeypatch.setattr(residency.time, "time", lambda: next(clock))
+    for index in (1, 0):
+        for obj in objects:
+            tables.set_mask(obj, index, FULL)
+    tables.touch(objects[0].cache_id, [1, 99])
+    tables.set_pinned(objects[1], True)
+    found = [(cache_id, index) for cache_id, index, _, _ in tables.victims(10**12)]
+    assert found == [(objects[2].cache_id, 1), (objects[0].cache_id, 0), (objects[2].cache_id, 0),
+                     (objects[0].cache_id, 1)]  # fmt: skip
+    assert len(list(tables.victims(1))) == 1
+    assert len(list(tables.victims(CHUNK_BYTES + HEADER_BYTES + 1))) == 2
+    assert list(tables.victims(0)) == []
+
+
+def test_a_pin_outlives_its_bytes_and_an_unpin_needs_none(tmp_path: Path, tables: ResidencyTables) -> None:
+    obj = make_object()
+    tables.set_pinned(obj, False)
+    assert tables.find(obj.cache_id) is None
+    tables.set_pinned(obj, True)
+    tables.set_mask(make_object("same-count.bin"), 0, 1)
+    assert tables.pinned(obj.cache_id)
+    assert tables.masks(obj.cache_id).sum() == 0
+    assert ResidencyTables(tmp_path, writable=False).pinned(obj.cache_id)
+
+
+def test_an_empty_file_can_be_pinned(tables: ResidencyTables, tmp_path: Path) -> None:
+    tables.set_pinned(make_object("empty", 0), True)
+    tables.set_pinned(make_object("empty-too", 0), True)
+    assert tables.usage().used_bytes == 0
+    assert len(list(scan(tmp_path))) == 2
+    assert ResidencyTables(tmp_path, writable=True).pinned(make_object("empty", 0).cache_id)
+
+
+def test_rows_are_used_again_and_the_table_does_not_grow_for_ever(tables: ResidencyTables) -> None:
+    for number in range(300):
+        obj = make_object(f"{number}.bin", 400 * CHUNK_BYTES)
+        tables.set_mask(obj, 7, FULL)
+        tables.set_mask(obj, 7, 0)
+    assert int(tables._meta[0]) == 1
+    assert int(tables._meta[1]) == 400
+
+
+def test_two_objects_written_at_the_same_time_both_get_a_row(tier: SsdTier, tables: ResidencyTables) -> None:
+    """Shards have equal sizes: the second must not take the row of the first, whose bytes are on their way."""
+    first, second = make_object("1.bin"), make_object("2.bin")
+    mask_of_first = write_chunk(tier, first, 0, FULL)
+    tables.set_mask(second, 0, write_chunk(tier, second, 0, 0b1))
+    tables.set_mask(first, 0, mask_of_first)
+    assert list(tables.masks(first.cache_id)) == [FULL, 0]
+    assert list(tables.masks(second.cache_id)) == [1, 0]
+
+
+def test_a_row_that_went_to_another_object_is_not_cleared(tables: ResidencyTables) -> None:
+    old, new = make_object("old.bin"), make_object("new.bin")
+    tables.set_mask(old, 0, FULL)
+    [(cache_id, index, row, _)] = tables.victims(1)
+    tables.set_mask(old, 0, 0)
+    tables.set_mask(new, 0, FULL)
+    assert tables.find(new.cache_id) == row
+    tables.clear(cache_id, row, index)
+    assert list(tables.masks(new.cache_id)) == [FULL, 0]
+
+
+def test_tables_grow_under_a_reader_that_mapped_them_small(tmp_path: Path, tables: ResidencyTables) -> None:
+    reader, other = ResidencyTables(tmp_path, writable=False), ResidencyTables(tmp_path, writable=True)
+    objects = [make_object(f"{n}.bin", 100 * CHUNK_BYTES) for n in range(1500)]  # beyond one step of both tables
+    for number, obj in enumerate(objects):
+        (tables if number % 2 else other).set_mask(obj, 99, 1)
+    for each in (reader, other, tables):
+        assert each.usage().objects_count == 1500
+        assert each.masks(objects[-1].cache_id)[99] == 1
+
+
+_GROWER = """
+import sys
+from pathlib import Path
+from mfs.cache.residency import ResidencyTables
+from tests.cache.chunkfiles import make_object
+from mfs.types import CHUNK_BYTES
+tables = ResidencyTables(Path(sys.argv[1]), writable=True)
+for n in range(int(sys.argv[2]), int(sys.argv[2]) + int(sys.argv[3])):
+    tables.set_mask(make_object(f"{n}.bin", 150 * CHUNK_BYTES), n % 150, 1)
+    if n % 10 == 0: tables.usage(); list(tables.victims(10**6))
+    if n % 50 == 0: print(n, flush=True)
+"""
+
+
+def grow_elsewhere(directory: Path, first: int, count: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _GROWER, str(directory), str(first), str(count)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_processes_grow_the_tables_together(tmp_path: Path, tables: ResidencyTables) -> None:
+    growers = [grow_elsewhere(tmp_path, first, 400) for first in (0, 400, 800)]
+    assert [grower.communicate()[1].decode() for grower in growers] == [""] * 3
+    assert tables.usage().objects_count == 1200
+    for number in range(1200):
+        masks = tables.masks(make_object(f"{number}.bin", 150 * CHUNK_BYTES).cache_id)
+        assert list(masks.nonzero()[0]) == [number % 150]
+
+
+def test_killed_growers_leave_tables_that_open(tmp_path: Path, tables: ResidencyTables) -> None:
+    dice = random.Random(3)
+    for turn in range(6):
+        grower = grow_elsewhere(tmp_path, turn * 1000, 1000)
+        assert grower.stdout is not None
+        for _ in range(dice.randrange(1, 8)):
+            grower.stdout.readline()
+        grower.kill()
+        grower.communicate()
+        count = tables.usage().objects_count
+        tables.set_mask(make_object(f"mine-{turn}.bin", 200 * CHUNK_BYTES), 0, 1)
+        again = ResidencyTables(tmp_path, writable=True)
+        assert again.usage().objects_count == count + 1 == tables.usage().objects_count
+
+
+# -- damage
+
+
+@pytest.fixture
+def filled(tmp_path: Path, tier: SsdTier, tables: ResidencyTables) -> Iterator[Path]:
+    put(tier, tables, make_object(), 0, FULL)
+    put(tier, tables, make_object(), 1, 0b11)
+    put(tier, tables, make_object("other.bin", 3 * CHUNK_BYTES), 2, 0b1000)
+    yield tmp_path
+
+
+TRUTH = {"model.bin": CHUNK_BYTES + 2 * BLOCK_BYTES, "other.bin": BLOCK_BYTES}
+FILES = [
+    f"{table}/{file}.ninja" for table in ("meta", "objects", "chunks") for file in ("data", "shape", "dtype", "order")
+]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
+def test_damaged_tables_are_rebuilt_from_the_chunk_files(filled: Path, file: str, damage: str) -> None:
+    path = filled / "v1" / "index" / file
+    match damage:
+        case "missing":
+            path.unlink()
+        case "empty":
+            path.write_bytes(b"")
+        case "cut":
+            os.truncate(path, path.stat().st_size // 2)
+        case "garbage":
+            path.write_bytes(random.Random(5).randbytes(path.stat().st_size))
+    if file != "chunks/data.ninja" or damage != "garbage":  # garbage there looks like masks: only `reconcile` sees it
+        with pytest.raises(StoreError, match="rebuilds it"):
+            ResidencyTables(filled, writable=False)
+    tables = ResidencyTables(filled, writable=True)
+    tables.reconcile(make_tier(filled))
+    if damage != "garbage" or not file.startswith("chunks/data"):
+        assert shown(filled) == TRUTH
+        assert tables.usage().objects_count == 2
+
+
+def test_a_missing_index_is_made_from_the_chunk_files(filled: Path) -> None:
+    shutil.rmtree(filled / "v1" / "index")
+    ResidencyTables(filled, writable=True)
+    assert shown(filled) == TRUTH
+
+
+def test_those_who_have_the_tables_open_follow_a_rebuild(filled: Path, tables: ResidencyTables) -> None:
+    os.truncate(filled / "v1" / "index" / "objects" / "shape.ninja", 3)
+    ResidencyTables(filled, writable=True)
+    tables.set_mask(make_object("later.bin", CHUNK_BYTES), 0, 1)
+    assert shown(filled) == TRUTH | {"": BLOCK_BYTES}  # no file says what later.bin is called
+    assert tables.usage().objects_count == 3
+
+
+def test_reconciling_finds_what_kills_left_apart(filled: Path, tier: SsdTier, tables: ResidencyTables) -> None:
+    late, gone = make_object("late.bin"), make_object("gone.bin")
+    write_chunk(tier, late, 1, 0b101)  # killed before its row was written
+    put(tier, tables, gone, 0, FULL)
+    chunk_path(filled, gone, 0).unlink()  # killed before its row was cleared
+    leftover = chunk_path(filled, late, 1).with_suffix(".dead-1.tmp")
+    leftover.touch()
+    os.utime(leftover, (1, 1))
+    tables.reconcile(tier)
+    assert shown(filled) == TRUTH | {"late.bin": 2 * BLOCK_BYTES}
+    assert not leftover.exists()
+
+
+def test_no_cache_is_said(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="--cache-dir"):
+        list(scan(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_disk_without_room_for_tables_is_an_error_not_a_signal(tmp_path: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(place)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount here: {done.stderr.decode().strip()}")
+    try:
+        make_tier(place)
+        opener = "import sys; from pathlib import Path; from mfs.cache.residency import ResidencyTables\n" \
+            "ResidencyTables(Path(sys.argv[1]), writable=True)"  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", opener, str(place)], capture_output=True)
+        assert done.returncode == 1
+        assert b"No space left" in done.stderr
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
