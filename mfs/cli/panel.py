@@ -47,15 +47,14 @@ def _head(status: Json) -> Text:
 
 def _sources(status: Json) -> list[RenderableType]:
     grid = Table.grid(padding=(0, 2))
-    for _ in range(4):
+    for _ in range(3):
         grid.add_column(overflow="fold")
     for source in status["sources"]:
-        error = source["last_error"]
+        known = count(source["listed_directories"], "directory", "directories")
         grid.add_row(
             Text(clean(f"  {source['name'] or '.'}")),
             Text(clean(source["url"])),
-            Text(count(source["listed_directories"], "directory", "directories") + " listed", style="dim"),
-            Text(clean(f"! {error}"), style="red") if error else Text(f"{ago(source['last_refresh_at'])}", style="dim"),
+            Text(f"{known}, seen {ago(source['last_refresh_at'])}", style="red" if source["last_error"] else "dim"),
         )
     return [grid]
 
@@ -68,19 +67,14 @@ def _tiers(status: Json) -> Table:
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column(overflow="fold", style="dim")
     if status["cache_dir"] is None:
-        grid.add_row(
-            "  SSD", Text("·" * _BAR_COLUMNS, style="dim"), "off", "no --cache-dir: cold reads go to the origin"
-        )
+        nothing = Text("·" * _BAR_COLUMNS, style="dim")
+        grid.add_row("  SSD", nothing, "off", "no --cache-dir: cold reads go to the origin")
     else:
-        note = (
-            f"{count(ssd['objects_count'], 'file')} in {status['cache_dir']}, {size(ssd['free_disk_bytes'])} free there"
-        )
-        if ssd["state"] != "ok":
-            note = f"{ssd['state']}; {note}"
-        grid.add_row("  SSD", _bar(ssd), _of(ssd), clean(note))
+        files, free = count(ssd["objects_count"], "file"), size(ssd["free_disk_bytes"])
+        state = "" if ssd["state"] == "ok" else f"{ssd['state']}; "
+        grid.add_row("  SSD", _bar(ssd), _of(ssd), Text(clean(f"{state}{files}, {free} free in {status['cache_dir']}")))
     locked = "page-locked" if ram["page_locked"] else "not page-locked"
-    slots = f"{ram['slots_free']:,} of {ram['slots_count']:,} slots free, {ram['slots_leased']:,} leased"
-    grid.add_row("  RAM", _bar(ram), _of(ram), f"{locked}, {slots}")
+    grid.add_row("  RAM", _bar(ram), _of(ram), f"{locked}, {count(ram['slots_leased'], 'slot')} in use")
     return grid
 
 
@@ -103,7 +97,7 @@ def _facts(status: Json, origin_rate: float | None, log_file: str | None) -> Tab
         now += f", {origin['inflight']:,} in flight"
     facts = f"{now}; {size(origin['fetched_bytes'])} fetched in {count(origin['requests_count'], 'request')}"
     grid.add_row("  origin", _with_errors(facts, origin["errors_count"]))
-    facts = f"{reads['count']:,} of {size(reads['bytes'])} in all, {reads['waiting']:,} waiting, "
+    facts = f"{count(reads['count'], 'read')} of {size(reads['bytes'])} in all; {reads['waiting']:,} waiting, "
     facts += f"{count(status['open_files'], 'open file')}"
     grid.add_row("  reads", _with_errors(facts, reads["errors_count"]))
     if prefetch["queued_bytes"] or prefetch["active_objects"]:
@@ -113,9 +107,9 @@ def _facts(status: Json, origin_rate: float | None, log_file: str | None) -> Tab
     workers = ", ".join(str(worker["pid"]) for worker in status["workers"])
     restarts = sum(worker["restarts"] for worker in status["workers"])
     if workers:
-        grid.add_row("  workers", _with_errors(workers, restarts, "restart"))
+        grid.add_row("  workers", _with_errors(f"pid {workers}", restarts, "restart"))
     if log_file:
-        grid.add_row("  log", clean(log_file))
+        grid.add_row("  log", Text(clean(log_file)))
     return grid
 
 
@@ -144,7 +138,8 @@ def _kernel(kernel: dict[str, Any]) -> str:
 
 def _remarks(status: Json) -> list[RenderableType]:
     """Everything that wants a person's attention, each on a line of its own, once."""
-    remarks = [*status["warnings"], status["ram"]["note"], *status["kernel"]["notes"]]
+    failing = [f"{s['name'] or s['url']}: {s['last_error']}" for s in status["sources"] if s["last_error"]]
+    remarks = [*failing, *status["warnings"], status["ram"]["note"], *status["kernel"]["notes"]]
     grid = Table.grid(padding=(0, 1))
     grid.add_column(style="bold yellow")
     grid.add_column(overflow="fold")
