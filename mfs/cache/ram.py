@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import resource
+import tempfile
 from collections import deque
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ SLOTS_COUNT_MIN = 16
 _PIECE_BYTES = 64 << 20  # one mlock call: about 30 ms of page clearing, so a start never waits long for its first slots
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MNT_DETACH = 2, 4, 8, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 for _function in (_libc.mlock, _libc.madvise):
     _function.restype = ctypes.c_int
@@ -65,10 +67,7 @@ class SlotMemory:
                 f"RAM budget of {self.size_bytes} bytes does not fit: this machine has {available_bytes} bytes available; "
                 f"lower --ram-size or free memory"
             )
-        self.fd = os.memfd_create("mfs-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, self.size_bytes)
-        # A peer that maps the slots must not be able to shrink them under us: that would be SIGBUS in the daemon.
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self.fd, self.huge_pages = _create_file(self.size_bytes)
         self._mmap = mmap.mmap(self.fd, self.size_bytes)
         self._view = memoryview(self._mmap)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mmap))
@@ -131,6 +130,38 @@ class SlotMemory:
         except BufferError:  # the ctypes export lives as long as the mapping; the memfd goes with the process
             pass
         os.close(self.fd)
+
+
+def _create_file(size_bytes: int) -> tuple[int, bool]:
+    """A file in memory of that size, and whether it is made of huge pages where they can be had.
+
+    memfd gets huge pages only where /sys/kernel/mm/transparent_hugepage/shmem_enabled allows it, mostly nowhere; a tmpfs
+    of our own may ask for them by itself (Documentation/filesystems/tmpfs.rst, huge=). Mounting one takes root; it is
+    detached before anybody could look, and lives as long as the descriptor. Measured on two cores: page faults and
+    page pinning fall from a quarter of the workers' time to nothing.
+    """
+    try:
+        fd = _open_in_huge_tmpfs()
+        huge = True
+    except OSError:
+        fd = os.memfd_create("mfs-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        huge = False
+    os.ftruncate(fd, size_bytes)
+    if not huge:
+        # A process that is handed the file must not be able to shrink it under us: that would be SIGBUS in the daemon.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return fd, huge
+
+
+def _open_in_huge_tmpfs() -> int:
+    with tempfile.TemporaryDirectory(prefix="mfs-slots-") as place:
+        flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+        if _libc.mount(b"mfs-slots", os.fsencode(place), b"tmpfs", flags, b"huge=always,size=100%,mode=0700"):
+            raise OSError(ctypes.get_errno(), "no tmpfs of our own")
+        try:
+            return os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        finally:
+            _libc.umount2(os.fsencode(place), _MNT_DETACH)
 
 
 def memory_available_bytes() -> int:

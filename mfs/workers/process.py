@@ -32,7 +32,9 @@ _MADV_HUGEPAGE = 14
 def main() -> None:
     """Run until the socket closes."""
     socket_fd, slots_fd = int(sys.argv[1]), int(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides what it means
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # They reach the whole group or unit (Ctrl-C, systemd): what they mean, and when we end, the daemon decides.
+        signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=socket_fd) as channel:
         frames = _receive(channel)
         setup = next(frames, None)
@@ -42,6 +44,7 @@ def main() -> None:
             level=setup["log_level"], stream=sys.stderr,
             format="%(asctime)s %(levelname)s worker[%(process)d] %(name)s: %(message)s",
         )  # fmt: skip
+        logging.getLogger("botocore").setLevel(logging.WARNING)  # it names where each credential came from, at INFO
         send = _Sender(channel)
         try:
             jobs = _open_jobs(setup, slots_fd)
