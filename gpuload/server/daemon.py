@@ -1,0 +1,222 @@
+"""The resident process: takes the arenas, listens, ties every lease to a connection, and leaves nothing behind.
+
+A connection holds at most one lease. The kernel closes it when the client dies, however it dies, and a fork shares it,
+so a lease ends exactly when the last process that could use the memory has let go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import stat
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import trio
+
+from gpuload.device.base import Device
+from gpuload.door import first_error
+from gpuload.errors import AwayError, BusyError, ServerError, to_wire
+from gpuload.pipeline import Limits
+from gpuload.server.catalog import Catalog
+from gpuload.server.digests import SETTLED_S, DigestCache
+from gpuload.server.loader import Loader
+from gpuload.server.operations import Answer, Operations, Peer
+from gpuload.server.wire import Channel, close_all
+from mfs.errors import ConfigError, MfsError
+
+log = logging.getLogger("gpuload.server")
+
+VERSION = "0.1.0"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How a server behaves."""
+
+    socket_path: str
+    socket_mode: int = 0o600
+    """0600: this user alone. With more, others may attach and look, never change."""
+    arena_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Device name -> budget, taken at start."""
+    connections_max: int = 1024
+    idle_s: float = 300.0
+    """A connection without a lease that asks nothing for so long is closed."""
+    message_s: float = 30.0
+    """Longest time one message may take either way."""
+    fds_max: int = 4096
+    """Files of one model."""
+    settled_s: float = SETTLED_S
+    """See `digests.DigestCache`."""
+    limits: Limits = field(default_factory=Limits)
+
+
+async def serve(
+    config: ServerConfig,
+    open_one: Callable[[str], Device],
+    *,
+    task_status: trio.TaskStatus[Mapping[str, Loader]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until cancelled. `task_status.started` gets the loaders, once the socket listens.
+
+    Raises: ConfigError, FitError, DeviceError, all before the socket exists.
+    """
+    digests = DigestCache(settled_s=config.settled_s)
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(_listening(config))
+        loaders: dict[str, Loader] = {}
+        for name, nbytes in config.arena_bytes.items():
+            device = open_one(name)
+            stack.callback(device.close)
+            arena = device.create_arena(nbytes)
+            stack.callback(arena.close)
+            if not arena.granules_count:
+                raise ConfigError(f"{nbytes} bytes on {name} are less than one granule of {arena.granule_bytes}")
+            catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
+            loaders[name] = Loader(device, arena, catalog, digests, config.limits)
+        if not loaders:
+            raise ConfigError("no device to serve: give one, such as cpu=4GiB or cuda:0=70GiB")
+        operations = Operations(loaders, version=VERSION)
+        sock.listen(128)
+        places = trio.Semaphore(config.connections_max)
+        async with trio.open_nursery() as nursery:
+            task_status.started(loaders)
+            listener = trio.socket.from_stdlib_socket(sock)
+            while True:
+                await places.acquire()
+                client, _ = await listener.accept()
+                nursery.start_soon(_connection, client, operations, config, places)
+
+
+async def _connection(
+    sock: trio.socket.SocketType, operations: Operations, config: ServerConfig, places: trio.Semaphore
+) -> None:
+    """One client, from accept to its end. No error of a client leaves this function."""
+    channel = Channel(sock)
+    lease = None
+    try:
+        peer = _peer(sock)
+        while True:
+            idle_s = float("inf") if lease else config.idle_s
+            request = await channel.receive(idle_s=idle_s, message_s=config.message_s, fds_max=config.fds_max)
+            if request is None:
+                return
+            message, fds = request
+            try:
+                if lease:
+                    raise ServerError("this connection holds a lease; ask on another one")
+                answer = await _answered(channel, operations, message, fds, peer)
+            finally:
+                close_all(fds)
+            if answer is None:
+                return
+            lease = answer.lease
+            try:
+                await channel.send(answer.message, answer.fds, message_s=config.message_s)
+            finally:
+                close_all(answer.fds)
+    except ServerError as error:  # AwayError too
+        log.info("connection ended: %s", error)
+        with contextlib.suppress(AwayError, trio.Cancelled):
+            await channel.send(to_wire(error), message_s=1.0)
+    finally:
+        sock.close()
+        places.release()
+        if lease:
+            lease[0].catalog.end_lease(lease[1])
+
+
+async def _answered(
+    channel: Channel, operations: Operations, message: dict[str, object], fds: list[int], peer: Peer
+) -> Answer | None:
+    """The answer, or the refusal as an answer; None if the client left meanwhile, which cancels what it asked for."""
+    answers: list[Answer] = []
+
+    async def work() -> None:
+        answers.append(await operations.answer(message, fds, peer))
+        nursery.cancel_scope.cancel()
+
+    async def watch() -> None:
+        await channel.wait_closed()
+        if not answers and await channel.is_closed():
+            nursery.cancel_scope.cancel()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work)
+            nursery.start_soon(watch)
+    except BaseExceptionGroup as group:
+        error = first_error(group)
+        if not isinstance(error, Exception):
+            raise
+        if not isinstance(error, MfsError):
+            log.error("unexpected: %s", error, exc_info=error)
+        return Answer(to_wire(error))
+    return answers[0] if answers else None
+
+
+def _peer(sock: trio.socket.SocketType) -> Peer:
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", raw)
+    return Peer(pid, uid)
+
+
+@contextlib.contextmanager
+def _listening(config: ServerConfig):  # type: ignore[no-untyped-def]
+    """The bound socket, its lock and its name in the file system; all gone afterwards.
+
+    The lock tells a dead server's socket from a live one's without asking it, and without a race.
+    """
+    path = config.socket_path
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        if stat.S_IMODE(os.stat(folder).st_mode) & 0o002 and not os.stat(folder).st_mode & stat.S_ISVTX:
+            raise ConfigError(f"{folder} is writable for everybody; the socket would not be safe there")
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot make a socket at {path}: {error.strerror}") from None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BusyError(f"a server is already running at {path}") from None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        try:
+            sock.bind(path)
+            os.chmod(path, config.socket_mode)
+        except OSError as error:
+            raise ConfigError(f"cannot make a socket at {path}: {error.strerror or error}") from None
+        try:
+            yield sock
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+    finally:
+        sock.close()
+        os.close(lock)
+
+
+def run(config: ServerConfig, open_one: Callable[[str], Device], on_ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until SIGTERM or SIGINT, then leave nothing behind."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                await nursery.start(serve, config, open_one)
+                on_ready()
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+                    return
+
+    try:
+        trio.run(main)
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
