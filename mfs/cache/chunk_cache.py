@@ -321,7 +321,7 @@ class ChunkCache:
         else:
             assert result is not None
             chunk.valid |= fill.mask
-            chunk.saved |= result["resident"]
+            chunk.saved = 0 if result["lost"] else chunk.saved | result["resident"]
             chunk.sums.update(result["sums"])
             chunk.changed_at = time.monotonic()
             self.counters.ssd_hit_bytes += result["ssd_bytes"]

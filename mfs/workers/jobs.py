@@ -64,14 +64,14 @@ class Jobs:
              emit: Emit) -> Frame:  # fmt: skip
         """Bring blocks `mask` of a chunk into a slot: from SSD what verifies there, the rest from the origin.
 
-        Result: {sums: {block: checksum}, ssd_bytes, origin_bytes, requests, resident: mask that came from SSD}.
+        Result: {sums: {block: checksum}, ssd_bytes, origin_bytes, requests, resident: mask that came from SSD,
+        lost: whether the chunk's file turned out bad and is gone, with all its blocks}.
         """
         wanted, view = object_from_wire(obj), self._slot(slot)
         length = len(wanted.chunk_range(index))
         resident, sums = (0, {}) if self._tier is None else self._tier.read_into(wanted, index, mask, view)
         missing = mask & ~resident
-        if self._tier is not None:
-            self._correct_table(wanted, index, mask, resident)
+        lost = self._tier is not None and self._correct_table(wanted, index, mask, resident)
         requests = 0
         for first, end in mask_runs(missing):
             start, stop = run_bytes(first, end, length)
@@ -84,22 +84,30 @@ class Jobs:
                 sums[block] = xxh3_64_intdigest(view[low:high])
         return {
             "sums": list(sums.items()),
-            "resident": resident,
+            "resident": 0 if lost else resident,
+            "lost": lost,
             "ssd_bytes": mask_bytes(resident, length),
             "origin_bytes": mask_bytes(missing, length),
             "requests": requests,
         }
 
-    def _correct_table(self, obj: ObjectId, index: int, mask: int, resident: int) -> None:
-        """A block the table promises and the file lacks must not count against the budget for ever, nor the reverse."""
+    def _correct_table(self, obj: ObjectId, index: int, mask: int, resident: int) -> bool:
+        """A block the table promises and the file lacks must not count against the budget for ever, nor the reverse.
+
+        Returns whether there is no file where the table promised one.
+        """
         masks = self._tables.masks(obj.cache_id)
         promised = int(masks[index]) & mask if len(masks) else 0
-        if promised != resident:
-            header = self._tier.header(obj.cache_id, index) if self._tier else None
-            self._tables.set_mask(obj, index, header.mask if header else 0)
+        if promised == resident:
+            return False
+        header = self._tier.header(obj.cache_id, index) if self._tier else None
+        self._tables.set_mask(obj, index, header.mask if header else 0)
+        return header is None
 
     def persist(self, *, obj: list[Any], index: int, sums: list[list[int]], slot: int, emit: Emit) -> Frame:
-        """Write blocks of a slot to the SSD tier. Result: {bytes, full}; full: the disk has no room (nothing written)."""
+        """Write blocks of a slot to the SSD tier. Result: {bytes, full}; full: the disk has no room (nothing
+        written).
+        """
         target = object_from_wire(obj)
         tier, tables = self._ssd()
         blocks = {int(block): int(checksum) for block, checksum in sums}
