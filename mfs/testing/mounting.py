@@ -132,7 +132,7 @@ class TestMount:
     def stop(self, *, check: bool = True) -> None:
         """Unmount with SIGTERM and wait. check: gauges and log too (see `TestMount`). Raises: AssertionError."""
         assert self._process is not None, "not running"
-        self._close_outsiders()
+        self.close_outsiders()
         if check:
             self.wait_quiet()
         self._process.send_signal(signal.SIGTERM)
@@ -171,7 +171,7 @@ class TestMount:
     def clean_up(self) -> None:
         """End everything, however it stands; for the end of a test that failed."""
         self.abort()
-        self._close_outsiders()
+        self.close_outsiders()
         if self._process is not None:
             self._process.kill()
             self._process.wait(SETTLE_TIMEOUT_S)
@@ -302,7 +302,8 @@ class TestMount:
         except OSError:  # gone already
             pass
 
-    def _close_outsiders(self) -> None:
+    def close_outsiders(self) -> None:
+        """End all processes that `outside` and `call` started."""
         for outsider in self._outsiders:
             outsider.close()
         self._outsiders.clear()
