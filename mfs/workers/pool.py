@@ -1,12 +1,13 @@
 """The daemon's side of the workers: who does which operation when, and what happens when a worker dies or hangs.
 
 Operations queue here, not in the workers, so that what a reader waits for overtakes what was fetched ahead. Three lanes
-have their own bounds: `origin` (fills), `disk` (SSD writes and tables) and `control` (listings). Everything here belongs
-to the trio thread; nothing blocks.
+have their own bounds: `origin` (fills), `disk` (SSD writes and tables) and `control` (listings). Everything here
+belongs to the trio thread; nothing blocks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -30,12 +31,17 @@ from mfs.workers.frames import Decoder, Frame, encode
 logger = logging.getLogger(__name__)
 
 Lane = Literal["origin", "disk", "control"]
-_LANES: dict[str, Lane] = {"fill": "origin", "list": "control", "stat_path": "control"}  # all others: disk
+_LANES: dict[str, Lane] = {"fill": "origin", "list_directory": "control", "stat_path": "control"}  # all others: disk
 _GRACE_S = 5.0  # a worker that has not answered this long after an operation's deadline is killed
 _DISK_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 20.0
-_RESPAWN_PAUSE_S = 0.5
+_RESPAWN_PAUSE_S, _RESPAWN_PAUSE_MAX_S = 0.5, 30.0
+"""Doubled each time a worker ends before it was ready: a fault that stays must not keep a core busy starting Python."""
 _SEND_BUFFER_BYTES = 4 << 20
+
+
+class WorkerEndedError(TransientStoreError):
+    """The worker process ended before it answered; the operation may be given to another."""
 
 
 class Priority(IntEnum):
@@ -66,7 +72,9 @@ class PoolConfig:
 
 @dataclass(eq=False)
 class Job:
-    """One operation asked for. `on_done(result, error)` is called exactly once, on the trio thread, without awaiting."""
+    """One operation asked for. `on_done(result, error)` is called exactly once, on the trio thread, without
+    awaiting.
+    """
 
     operation: str
     arguments: Frame
@@ -94,6 +102,10 @@ class _Worker:
     channel: socket.socket
     jobs: dict[int, Job] = field(default_factory=dict)
     ready: bool = False
+    unsent: bytearray = field(default_factory=bytearray)
+    """Frames its socket had no room for yet; bounded by what the lanes may have in flight."""
+    sending: trio.Event = field(default_factory=trio.Event)
+    """Set when `unsent` gets its first byte."""
 
 
 class WorkerPool:
@@ -183,8 +195,7 @@ class WorkerPool:
                 return
             heapq.heappop(queue)
             if job.priority is Priority.DEMAND and time.monotonic() > job.deadline_s:
-                job.started = True
-                job.finish(None, StoreError(f"no answer within {job.timeout_s:g} s: the origin is not keeping up"))
+                self._give_up(job)
                 continue
             self._start(job, min(workers, key=lambda w: len(w.jobs)))
 
@@ -199,13 +210,15 @@ class WorkerPool:
         arguments = job.arguments if job.lane == "disk" or job.operation == "stat_path" else {
             **job.arguments, "deadline_s": job.deadline_s}  # fmt: skip
         data = encode({"id": job.serial, "op": job.operation, **arguments})
-        try:
-            sent = worker.channel.send(data)
-        except OSError:
-            sent = 0
-        if sent != len(data):  # its buffer holds all a lane may have in flight: a full one means it has stopped reading
-            logger.error("worker %d does not take work; killing it", worker.process.pid)
-            worker.process.kill()
+        sent = 0
+        if not worker.unsent:
+            try:
+                sent = worker.channel.send(data)
+            except OSError:  # full, or dead: then `_receive` hears of it
+                pass
+        if sent < len(data):
+            worker.unsent += data[sent:]
+            worker.sending.set()
 
     def _finished(self, worker: _Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
         del worker.jobs[job.serial]
@@ -255,11 +268,23 @@ class WorkerPool:
 
     async def _keep_worker(self, number: int) -> None:
         """Start the worker, and again whenever it dies."""
+        pause_s = _RESPAWN_PAUSE_S
         while True:
-            worker = await trio.to_thread.run_sync(self._spawn, number)
+            try:
+                worker = await trio.to_thread.run_sync(self._spawn, number)
+            except OSError as error:  # no memory, no processes or descriptors left: that may pass
+                self._failed_start = self._failed_start or ConfigError(f"a worker process cannot be started: {error}")
+                self._notify()
+                logger.error("a worker process cannot be started: %s", error)
+                await trio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _RESPAWN_PAUSE_MAX_S)
+                continue
             self._workers.append(worker)
             try:
-                await self._receive(worker)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._send_rest, worker)
+                    await self._receive(worker)
+                    nursery.cancel_scope.cancel()
             finally:
                 self._workers.remove(worker)
                 worker.process.kill()
@@ -267,7 +292,7 @@ class WorkerPool:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(worker.process.wait)
                 for job in list(worker.jobs.values()):
-                    self._finished(worker, job, None, TransientStoreError(
+                    self._finished(worker, job, None, WorkerEndedError(
                         f"worker process {worker.process.pid} ended during {job.operation}"))  # fmt: skip
             if not worker.ready:
                 self._failed_start = self._failed_start or ConfigError(
@@ -278,21 +303,25 @@ class WorkerPool:
             logger.warning(
                 "worker %d ended (status %s); starting another", worker.process.pid, worker.process.returncode
             )
-            await trio.sleep(_RESPAWN_PAUSE_S)
+            pause_s = _RESPAWN_PAUSE_S if worker.ready else min(2 * pause_s, _RESPAWN_PAUSE_MAX_S)
+            await trio.sleep(pause_s)
 
     def _spawn(self, number: int) -> _Worker:
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-        with theirs:
+        with theirs, contextlib.ExitStack() as on_failure:
+            on_failure.callback(ours.close)
             process = subprocess.Popen(
                 [sys.executable, "-m", "mfs.workers.process", str(theirs.fileno()), str(self._slots_fd)],
                 pass_fds=(theirs.fileno(), self._slots_fd),
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
+            on_failure.pop_all()
         config = self._config
         threads_count = config.origin_limit + config.disk_limit + config.control_limit
-        ours.sendall(encode({**config.setup, "threads_count": threads_count}))
+        with contextlib.suppress(OSError):  # it may have died already; `_receive` will hear of it
+            ours.sendall(encode({**config.setup, "threads_count": threads_count}))
         ours.setblocking(False)
         return _Worker(number, process, ours)
 
@@ -309,8 +338,29 @@ class WorkerPool:
                 return
             if not data:
                 return
-            for frame in decoder.feed(data):
+            try:
+                frames = list(decoder.feed(data))
+            except ValueError as error:  # too long, or no JSON
+                logger.error("worker %d sends what is no answer (%s); killing it", worker.process.pid, error)
+                return
+            for frame in frames:
                 self._take(worker, frame)
+
+    async def _send_rest(self, worker: _Worker) -> None:
+        """Send what did not fit into the socket at once. A worker that never takes it dies of its operations'
+        deadlines.
+        """
+        while True:
+            await worker.sending.wait()
+            await trio.lowlevel.wait_writable(worker.channel)
+            try:
+                del worker.unsent[: worker.channel.send(worker.unsent)]
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+            if not worker.unsent:
+                worker.sending = trio.Event()
 
     def _take(self, worker: _Worker, frame: Frame) -> None:
         if frame["id"] == 0:
@@ -337,6 +387,7 @@ class WorkerPool:
         while True:
             await trio.sleep(1)
             now = time.monotonic()
+            self._expire_queued(now)
             for worker in self._workers:
                 late = [job for job in worker.jobs.values() if now > job.deadline_s + _GRACE_S]
                 if late:
@@ -345,3 +396,15 @@ class WorkerPool:
                         worker.process.pid, late[0].operation, _GRACE_S,
                     )  # fmt: skip
                     worker.process.kill()
+
+    def _expire_queued(self, now: float) -> None:
+        """What a reader waits for fails in time, also when no worker is there to take it."""
+        for lane in self._queues.values():
+            for _, _, job in [item for item in lane if item[2].priority is Priority.DEMAND]:
+                if not job.started and now > job.deadline_s:
+                    self._give_up(job)
+
+    @staticmethod
+    def _give_up(job: Job) -> None:
+        job.started = True  # its place in the queue is skipped
+        job.finish(None, StoreError(f"no answer within {job.timeout_s:g} s: the workers or the origin do not keep up"))

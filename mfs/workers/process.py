@@ -1,8 +1,8 @@
 """A worker process: reads operations from its socket, runs them in threads, answers. `python -m mfs.workers.process`.
 
-argv: socket fd, slots memfd. The first frame is the worker's configuration; the worker answers {hello: pid} or an error.
-It lives exactly as long as its socket: the daemon's death, however it comes, ends it. (PR_SET_PDEATHSIG would not do: it
-fires when the thread that started the process ends, and trio's threads come and go.)
+argv: socket fd, slots memfd. The first frame is the worker's configuration; the worker answers {hello: pid} or an
+error. It lives exactly as long as its socket: the daemon's death, however it comes, ends it. (PR_SET_PDEATHSIG would
+not do: it fires when the thread that started the process ends, and trio's threads come and go.)
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +23,7 @@ def test_spans_cut_a_range_at_chunk_boundaries_without_gap_or_overlap(a: int, b:
     position = span.start
     for index, part in parts:
         assert index * CHUNK_BYTES + part.start == position
-        assert 0 < len(part)
+        assert len(part) > 0
         assert part.stop <= CHUNK_BYTES
         position += len(part)
     assert position == span.stop
@@ -44,7 +46,7 @@ def test_runs_are_the_maximal_runs_of_set_bits(mask: int) -> None:
     runs = list(mask_runs(mask))
     assert sum((1 << end) - (1 << first) for first, end in runs) == mask
     assert all(first < end for first, end in runs)
-    assert all(end < following for (_, end), (following, _) in zip(runs, runs[1:], strict=False))
+    assert all(end < following for (_, end), (following, _) in itertools.pairwise(runs))
 
 
 @given(st.integers(1, CHUNK_BYTES) | edges.filter(bool), masks)

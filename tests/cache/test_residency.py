@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -229,11 +228,11 @@ def test_killed_growers_leave_tables_that_open(tmp_path: Path, tables: Residency
 
 
 @pytest.fixture
-def filled(tmp_path: Path, tier: SsdTier, tables: ResidencyTables) -> Iterator[Path]:
+def filled(tmp_path: Path, tier: SsdTier, tables: ResidencyTables) -> Path:
     put(tier, tables, make_object(), 0, FULL)
     put(tier, tables, make_object(), 1, 0b11)
     put(tier, tables, make_object("other.bin", 3 * CHUNK_BYTES), 2, 0b1000)
-    yield tmp_path
+    return tmp_path
 
 
 TRUTH = {"model.bin": CHUNK_BYTES + 2 * BLOCK_BYTES, "other.bin": BLOCK_BYTES}

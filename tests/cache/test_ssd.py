@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import random
 import struct
@@ -351,8 +350,7 @@ def test_a_full_disk_is_enospc_and_keeps_what_stands(mounted: Path) -> None:
     tier, obj = make_tier(mounted / "cache"), make_object(size=8 * CHUNK_BYTES)
     write_chunk(tier, obj, 0, FULL)
     with pytest.raises(OSError) as caught:
-        for index in range(1, 4):
-            write_chunk(tier, obj, index, FULL)
+        write_chunk(tier, obj, 1, FULL)
     assert caught.value.errno == errno.ENOSPC
     assert read_chunk(tier, obj, 0, FULL) == FULL
     assert not list(mounted.rglob("*.tmp"))

@@ -1,0 +1,122 @@
+"""A worker pool with real processes over a folder, for tests of the pool and of the cache that stands on it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+
+from mfs.cache.chunk_cache import CacheConfig, ChunkCache
+from mfs.cache.ram import SLOTS_COUNT_MIN, RamConfig, SlotMemory
+from mfs.testing import ramp
+from mfs.types import CHUNK_BYTES, ObjectId
+from mfs.workers.pool import PoolConfig, WorkerPool
+
+CACHE_BYTES_MIN = SLOTS_COUNT_MIN * CHUNK_BYTES
+
+
+@dataclass
+class Rig:
+    """Files of an origin, a cache directory, and what runs between them."""
+
+    origin: Path
+    cache_dir: Path
+    memory: SlotMemory
+    pool: WorkerPool
+    cache: ChunkCache
+    contents: dict[ObjectId, bytes] = field(default_factory=dict)
+
+    def put(self, name: str, data: bytes) -> ObjectId:
+        """A file of the origin, written beside its place so that its inode is new; returns its version."""
+        path = self.origin / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".new")
+        temporary.write_bytes(data)
+        temporary.rename(path)
+        status = path.stat()
+        version = f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
+        obj = ObjectId(f"file://{self.origin}", name, len(data), version)
+        self.contents[obj] = data
+        return obj
+
+    def put_ramp(self, name: str, size: int, start: int = 0) -> ObjectId:
+        return self.put(name, ramp(size, start))
+
+    def chunk_file(self, obj: ObjectId, index: int) -> Path:
+        return self.cache_dir / "v1" / "chunks" / obj.cache_id[:2] / f"{obj.cache_id}.{index:08x}"
+
+    def assert_idle(self) -> None:
+        """Every gauge at rest, every slot free or in a chunk nobody holds."""
+        assert self.cache.leases_count == 0
+        assert self.cache.fills_count == 0
+        for lane in ("origin", "disk", "control"):
+            assert self.pool.inflight(lane) == 0, lane
+            assert self.pool.queued(lane) == 0, lane
+        assert self.pool._running_background == 0
+        slots = [*self.memory.free, *(chunk.slot for chunk in self.cache._lru)]
+        assert sorted(slots) == list(range(self.memory.usable_count))
+        assert all(chunk.idle and chunk.valid for chunk in self.cache._lru)
+        assert self.cache.unread_count == sum(chunk.unread for chunk in self.cache._lru)
+        held = {chunk.state for chunk in self.cache._lru}
+        assert all(state in held or state.users for state in self.cache._states.values())
+
+
+async def until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    """Wait for something another process does, asking again and again."""
+    with trio.move_on_after(timeout_s):
+        while not condition():
+            await trio.sleep(0.01)
+        return
+    raise AssertionError(f"{what}: not within {timeout_s} s")
+
+
+def process_state(pid: int) -> str:
+    """'R', 'S', 'T' ... of a process, '' if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
+@contextlib.asynccontextmanager
+async def running_rig(
+    directory: Path, *, ssd: bool = True, slots_count: int = SLOTS_COUNT_MIN, timeout_s: float = 20,
+    cache_dir: Path | None = None, **pool_limits: int,
+) -> AsyncIterator[Rig]:  # fmt: skip
+    """Everything below the mount, running; torn down in the end, whatever happened."""
+    origin = directory / "origin"
+    origin.mkdir(exist_ok=True)
+    cache_dir = cache_dir or directory / "cache"
+    memory = SlotMemory(RamConfig(slots_count * CHUNK_BYTES, page_lock=False))
+    try:
+        await memory.populate()
+        setup = {
+            "sources": [{"url": str(origin), "options": {}}],
+            "cache_dir": str(cache_dir) if ssd else None,
+            "cache_fsync": False,
+            "log_level": "WARNING",
+        }
+        pool = WorkerPool(PoolConfig(setup, **pool_limits), memory.fd)
+        async with pool.running():
+            yield Rig(origin, cache_dir, memory, pool, ChunkCache(CacheConfig(timeout_s, ssd), memory, pool))
+        for lane in ("origin", "disk", "control"):
+            assert pool.inflight(lane) == 0
+    finally:
+        memory.close()
+
+
+@contextlib.contextmanager
+def raises_inside(kind: type[Exception], match: str) -> Iterator[None]:
+    """`pytest.raises` for what comes out of nurseries, wrapped once per nursery."""
+    with pytest.raises(kind, match=match):  # noqa: PT012
+        try:
+            yield
+        except BaseExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                [error] = error.exceptions
+            raise error from None

@@ -1,0 +1,310 @@
+"""The pool with real worker processes: order, deadlines, deaths, and gauges that return to zero."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from mfs.cache.chunks import full_mask
+from mfs.errors import ConfigError, MfsError, NotFoundError, StoreError
+from mfs.types import BLOCK_BYTES, CHUNK_BYTES
+from mfs.workers import pool as pool_module
+from mfs.workers.frames import FRAME_BYTES_MAX, Decoder, encode, object_to_wire
+from mfs.workers.pool import Job, PoolConfig, Priority, WorkerEndedError, WorkerPool
+from tests.workers.rig import Rig, process_state, raises_inside, running_rig, until
+
+FULL = full_mask(CHUNK_BYTES)
+
+
+def fill_arguments(obj: Any, index: int = 0, mask: int = 1, slot: int = 0) -> dict[str, Any]:
+    return {"source": 0, "obj": object_to_wire(obj), "index": index, "mask": mask, "slot": slot}
+
+
+def worker_pids(rig: Rig) -> list[int]:
+    return [worker["pid"] for worker in rig.pool.describe()]
+
+
+async def test_bytes_go_origin_slot_disk_slot(tmp_path: Path) -> None:
+    async with running_rig(tmp_path) as rig:
+        obj = rig.put_ramp("model.bin", CHUNK_BYTES + 300_000)
+        call, data = rig.pool.call, rig.contents[obj]
+        length = 300_000
+        result = await call("fill", **fill_arguments(obj, 1, full_mask(length), slot=3))
+        assert rig.memory.view(3, length) == data[CHUNK_BYTES:]
+        assert (result["ssd_bytes"], result["origin_bytes"], result["requests"]) == (0, length, 1)
+        saved = await call("persist", obj=object_to_wire(obj), index=1, sums=result["sums"], slot=3)
+        assert saved == {"bytes": length, "full": False}
+        (rig.origin / "model.bin").unlink()  # from here on the disk must do
+        result = await call("fill", **fill_arguments(obj, 1, full_mask(length), slot=5))
+        assert rig.memory.view(5, length) == data[CHUNK_BYTES:]
+        assert (result["ssd_bytes"], result["requests"]) == (length, 0)
+        with pytest.raises(NotFoundError):
+            await call("fill", **fill_arguments(obj, 0, 1, slot=6))
+        assert (await call("masks", obj=object_to_wire(obj)))["masks"] == [0, full_mask(length)]
+        assert (await call("residency", objects=[object_to_wire(obj)]))["rows"] == [[length, False]]
+        assert (await call("usage"))["used_bytes"] == length + 4096
+        rig.assert_idle()
+
+
+async def test_verify_evict_and_pin(tmp_path: Path) -> None:
+    async with running_rig(tmp_path) as rig:
+        obj, call = rig.put_ramp("model.bin", 2 * CHUNK_BYTES), rig.pool.call
+        wire, parts = object_to_wire(obj), list[Any]()
+        for index in range(2):
+            filled = await call("fill", **fill_arguments(obj, index, FULL, slot=index))
+            await call("persist", obj=wire, index=index, sums=filled["sums"], slot=index)
+        assert await call("verify", obj=wire, on_part=parts.append) == {"checked_bytes": obj.size, "bad": []}
+        assert [part["checked_bytes"] for part in parts] == [CHUNK_BYTES, 2 * CHUNK_BYTES]
+        with open(rig.chunk_file(obj, 1), "r+b") as file:
+            file.seek(4096 + 5 * BLOCK_BYTES)
+            file.write(b"\xff")
+        result = await call("verify", obj=wire)
+        assert [chunk for chunk, _ in result["bad"]] == [1]
+        assert (await call("masks", obj=wire))["masks"] == [FULL, 0]
+        await call("pin", objects=[wire], pinned=True)
+        assert await call("evict", objects=[wire]) == {"ssd_bytes": 0, "kept_pinned_count": 1}
+        await call("pin", objects=[wire], pinned=False)
+        assert await call("evict", objects=[wire]) == {"ssd_bytes": CHUNK_BYTES, "kept_pinned_count": 0}
+        assert not rig.chunk_file(obj, 0).exists()
+        assert (await call("usage"))["used_bytes"] == 0
+
+
+async def test_bytes_whose_digest_is_wrong_are_dropped_whole(tmp_path: Path) -> None:
+    async with running_rig(tmp_path) as rig:
+        obj, call = rig.put_ramp("model.bin", 1000), rig.pool.call
+        wrong = [*object_to_wire(obj)[:4], f"sha256:{'0' * 64}", ""]
+        filled = await call("fill", source=0, obj=wrong, index=0, mask=1, slot=0)
+        await call("persist", obj=wrong, index=0, sums=filled["sums"], slot=0)
+        result = await call("verify", obj=wrong)
+        assert [chunk for chunk, _ in result["bad"]] == [-1]
+        assert (await call("usage"))["used_bytes"] == 0
+
+
+async def test_a_listing_comes_in_pages(tmp_path: Path) -> None:
+    async with running_rig(tmp_path) as rig:
+        for number in range(2500):
+            (rig.origin / f"{number:04d}.bin").touch()
+        pages: list[Any] = []
+        await rig.pool.call("list_directory", source=0, path="", on_part=pages.append)
+        assert [len(page["page"][1]) for page in pages] == [1000, 1000, 500]
+        assert len({entry[0] for page in pages for entry in page["page"][1]}) == 2500
+        with pytest.raises(NotFoundError):
+            await rig.pool.call("list_directory", source=0, path="nowhere")
+
+
+async def test_orders_larger_than_the_socket_are_no_reason_to_kill(tmp_path: Path) -> None:
+    """500 objects with long names, as the service asks for them, several times at once."""
+    async with running_rig(tmp_path) as rig:
+        wire = [["file:///x", f"{number}/" + "x" * 4000, 1, "v", None, ""] for number in range(500)]
+        before, rows = worker_pids(rig), list[int]()
+
+        async def ask() -> None:
+            rows.append(len((await rig.pool.call("residency", objects=wire))["rows"]))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(ask)
+        assert rows == [500] * 8
+        assert worker_pids(rig) == before
+        rig.assert_idle()
+
+
+async def test_what_a_reader_waits_for_overtakes_what_was_fetched_ahead(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, workers_count=1, origin_limit=1, background_limit=1) as rig:
+        obj = rig.put_ramp("model.bin", 40 * CHUNK_BYTES)
+        order: list[str] = []
+
+        def ask(name: str, priority: Priority, slot: int) -> Job:
+            job = Job("fill", fill_arguments(obj, slot, FULL, slot), lambda r, e: order.append(name), priority, 20)
+            rig.pool.submit(job)
+            return job
+
+        # no checkpoint: the first is under way, all others queue
+        ask("first", Priority.BACKGROUND, 0)
+        ahead = [ask(f"ahead {n}", Priority.BACKGROUND, n) for n in range(1, 5)]
+        ask("reader", Priority.DEMAND, 5)
+        rig.pool.hurry(ahead[2])
+        rig.pool.hurry(ahead[2])
+        assert rig.pool.queued("origin") == 5 + 1  # the hurried one stands twice until its old place is skipped
+        await until(lambda: len(order) == 6, "all done")
+        assert order == ["first", "ahead 3", "reader", "ahead 1", "ahead 2", "ahead 4"] or order == [
+            "first", "reader", "ahead 3", "ahead 1", "ahead 2", "ahead 4"]  # fmt: skip
+        rig.assert_idle()
+
+
+async def test_fetching_ahead_leaves_a_connection_for_readers(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, workers_count=1, origin_limit=3, background_limit=2) as rig:
+        obj = rig.put_ramp("model.bin", 10 * CHUNK_BYTES)
+        [pid] = worker_pids(rig)
+        os.kill(pid, signal.SIGSTOP)
+        done: list[int] = []
+        for slot in range(6):
+            rig.pool.submit(Job("fill", fill_arguments(obj, slot, FULL, slot), lambda r, e: done.append(1),
+                                Priority.BACKGROUND))  # fmt: skip
+        assert rig.pool.inflight("origin") == 2
+        rig.pool.submit(Job("fill", fill_arguments(obj, 7, FULL, 7), lambda r, e: done.append(1)))
+        assert rig.pool.inflight("origin") == 3
+        os.kill(pid, signal.SIGCONT)
+        await until(lambda: len(done) == 7, "all done")
+        rig.assert_idle()
+
+
+# -- deaths
+
+
+async def test_a_killed_worker_is_one_clear_error_and_another_worker(tmp_path: Path) -> None:
+    async with running_rig(tmp_path) as rig:
+        obj = rig.put_ramp("model.bin", CHUNK_BYTES)
+        before = worker_pids(rig)
+        for pid in before:
+            os.kill(pid, signal.SIGSTOP)
+        errors: list[MfsError | None] = []
+        for slot in range(4):
+            rig.pool.submit(Job("fill", fill_arguments(obj, 0, FULL, slot), lambda r, e: errors.append(e)))
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        await until(lambda: len(errors) == 4, "errors")
+        assert all(isinstance(error, WorkerEndedError) and "ended during fill" in str(error) for error in errors)
+        assert all(not process_state(pid) for pid in before)  # only then may the slots be used again
+        await rig.pool.call("fill", **fill_arguments(obj, 0, FULL, 0))
+        assert not set(before) & set(worker_pids(rig))
+        assert rig.pool.restarts_count >= 1
+        rig.assert_idle()
+
+
+async def test_a_hung_worker_is_killed_before_its_slots_are_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_GRACE_S", 0.2)
+    async with running_rig(tmp_path, workers_count=1) as rig:
+        obj = rig.put_ramp("model.bin", CHUNK_BYTES)
+        [pid] = worker_pids(rig)
+        os.kill(pid, signal.SIGSTOP)
+        states_at_answer: list[str] = []
+        rig.pool.submit(Job("fill", fill_arguments(obj, 0, FULL, 0), lambda r, e: states_at_answer.append(
+            process_state(pid)), timeout_s=0.1))  # fmt: skip
+        await until(lambda: bool(states_at_answer), "an answer")
+        assert states_at_answer == [""]
+        await rig.pool.call("fill", **fill_arguments(obj, 0, FULL, 0))
+        rig.assert_idle()
+
+
+async def test_what_is_queued_fails_in_time_though_no_worker_can_take_it(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, workers_count=1, control_limit=1) as rig:
+        [pid] = worker_pids(rig)
+        os.kill(pid, signal.SIGSTOP)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(rig.pool.call, "list_directory", source=0, path=""))
+            await until(lambda: rig.pool.inflight("control") == 1, "the first is given to the worker")
+            with pytest.raises(StoreError, match=r"no answer within 0\.1 s"):
+                await rig.pool.call("stat_path", path="/", timeout_s=0.1)
+            os.kill(pid, signal.SIGCONT)
+        rig.assert_idle()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_signals_to_the_group_are_the_daemons_business(tmp_path: Path, number: signal.Signals) -> None:
+    async with running_rig(tmp_path) as rig:
+        before = worker_pids(rig)
+        for pid in before:
+            os.kill(pid, number)
+        for _ in range(4):
+            await rig.pool.call("stat_path", path="/")
+        assert worker_pids(rig) == before
+
+
+async def test_shutdown_answers_what_is_queued_and_what_runs(tmp_path: Path) -> None:
+    answers: list[MfsError | None] = []
+    async with running_rig(tmp_path, workers_count=1, origin_limit=2, background_limit=1) as rig:
+        obj = rig.put_ramp("model.bin", 10 * CHUNK_BYTES)
+        [pid] = worker_pids(rig)
+        os.kill(pid, signal.SIGSTOP)
+        for slot in range(8):
+            rig.pool.submit(Job("fill", fill_arguments(obj, slot, FULL, slot), lambda r, e: answers.append(e),
+                                Priority(slot % 2)))  # fmt: skip
+    assert len(answers) == 8
+    assert all(isinstance(error, StoreError) for error in answers)
+    rig.pool.submit(Job("usage", {}, lambda r, e: answers.append(e)))
+    assert len(answers) == 9
+    rig.assert_idle()
+    assert not process_state(pid)
+
+
+# -- starts that fail
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        ({"sources": [{"url": "gopher://x", "options": {}}]}, "not a source"),
+        ({"cache_dir": "/proc/nowhere"}, "cannot be used"),
+        ({"cache_dir": "/etc"}, "neither empty nor an mfs cache"),
+    ],
+)
+async def test_a_worker_that_cannot_start_says_why(tmp_path: Path, setup: dict[str, Any], message: str) -> None:
+    async with running_rig(tmp_path) as rig:
+        whole = {"sources": [], "cache_dir": None, "cache_fsync": False, "log_level": "WARNING"} | setup
+        with raises_inside(MfsError, message):
+            async with WorkerPool(PoolConfig(whole), rig.memory.fd).running():
+                raise AssertionError("it runs")
+
+
+async def test_a_worker_that_dies_at_once_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module.sys, "executable", "/bin/false")
+    with raises_inside(ConfigError, "did not start"):
+        async with running_rig(tmp_path):
+            raise AssertionError("it runs")
+    monkeypatch.setattr(pool_module.sys, "executable", "/nonexistent/python")
+    with raises_inside(ConfigError, "cannot be started"):
+        async with running_rig(tmp_path):
+            raise AssertionError("it runs")
+
+
+# -- two processes, one budget
+
+
+async def test_two_daemons_keep_one_budget(tmp_path: Path) -> None:
+    async with (
+        running_rig(tmp_path) as one,
+        running_rig(tmp_path, cache_dir=tmp_path / "cache") as two,
+    ):
+        for number, rig in enumerate([one, two]):
+            obj = rig.put_ramp(f"{number}.bin", 6 * CHUNK_BYTES, start=number)
+            for index in range(6):
+                filled = await rig.pool.call("fill", **fill_arguments(obj, index, FULL, index))
+                await rig.pool.call("persist", obj=object_to_wire(obj), index=index, sums=filled["sums"], slot=index)
+        budget, target = 8 * (CHUNK_BYTES + 4096), 5 * (CHUNK_BYTES + 4096)
+        results: list[Any] = []
+
+        async def enforce(rig: Rig) -> None:
+            results.append(await rig.pool.call("enforce_budget", budget_bytes=budget, target_bytes=target))
+
+        async with trio.open_nursery() as nursery:
+            for rig in [one, two, one, two]:
+                nursery.start_soon(enforce, rig)
+        assert sum(result["evicted_bytes"] for result in results) == 7 * (CHUNK_BYTES + 4096)
+        assert len(list((tmp_path / "cache" / "v1" / "chunks").rglob("*.0*"))) == 5
+        assert (await two.pool.call("usage"))["used_bytes"] == target
+
+
+# -- frames
+
+
+def test_frames_survive_any_cut() -> None:
+    frames = [{"id": n, "text": "é" * n} for n in range(40)]
+    stream = b"".join(map(encode, frames))
+    for size in (1, 3, 4, 5, 17, len(stream)):
+        decoder = Decoder()
+        cut = [stream[at : at + size] for at in range(0, len(stream), size)]
+        assert [frame for piece in cut for frame in decoder.feed(piece)] == frames
+
+
+def test_a_frame_too_long_is_refused_before_it_is_buffered() -> None:
+    with pytest.raises(ValueError, match="expected at most"):
+        list(Decoder().feed((FRAME_BYTES_MAX + 1).to_bytes(4, "little")))
