@@ -5,8 +5,8 @@
                   -> miss                          take a slot, have a worker fill it: SSD first, then origin
     filled -> published to all who wait -> written to SSD, holding the slot meanwhile
 
-Protocol. Everything here runs on the trio thread. Workers write only into blocks of a slot that are neither valid nor in
-another fill. Between checkpoints the following holds:
+Protocol. Everything here runs on the trio thread. Workers write only into blocks of a slot that are neither valid nor
+in another fill. Between checkpoints the following holds:
 
 - a block of a chunk is valid, or in exactly one fill, or absent; `valid` only grows while the chunk has its slot;
 - a chunk with leases, fills or an SSD write under way keeps its slot; any other may lose it at the next checkpoint;
@@ -30,10 +30,11 @@ from mfs.cache.ram import SlotMemory
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Frame, object_to_wire
-from mfs.workers.pool import Job, Priority, WorkerPool
+from mfs.workers.pool import Job, Priority, WorkerEndedError, WorkerPool
 
 logger = logging.getLogger(__name__)
 
+_SAVE_PAUSE_S = 30.0  # without writes to SSD after the disk was full or failed
 _CLEAN_SEARCH_COUNT = 64  # how far from the cold end to look for a slot that costs nothing to lose
 
 
@@ -141,7 +142,7 @@ class ChunkCache:
         self.unread_count = 0
         """Chunks brought ahead of need that nobody has read yet."""
         self.save_suspended_until = 0.0
-        """time.monotonic() until which nothing is written to SSD, because the disk was full."""
+        """time.monotonic() until which nothing is written to SSD, because the disk was full or failed."""
         self.on_changed: Callable[[ObjectState], None] | None = None
         """Told when the origin turns out to hold another version."""
 
@@ -153,6 +154,9 @@ class ChunkCache:
         state = self._states.get(key)
         if state is None:
             state = self._states[key] = ObjectState(obj, source)
+        elif (state.object, state.object.locator) != (obj, obj.locator):
+            # The same bytes by digest under another name or commit: the latest seen is the likeliest still to be there.
+            state.object, state.wire = obj, object_to_wire(obj)
         state.users += 1
         return state
 
@@ -162,8 +166,10 @@ class ChunkCache:
         self._forget_if_unused(state)
 
     def _forget_if_unused(self, state: ObjectState) -> None:
-        if not state.users and not state.chunks:
-            self._states.pop((state.object.cache_id, state.source), None)
+        key = (state.object.cache_id, state.source)
+        # Not another state of that name: a read that outlives its handle may bring a forgotten one back to us.
+        if not state.users and not state.chunks and self._states.get(key) is state:
+            del self._states[key]
 
     # -- reading
 
@@ -234,8 +240,12 @@ class ChunkCache:
             while True:
                 chunk = state.chunks.get(index)
                 if chunk is None:
-                    slot = await self._take_slot(allow_loss=demand)
-                    chunk = self._adopt(state, index, slot)
+                    slot = self._take_slot_nowait(allow_loss=demand)
+                    if slot is None:
+                        await self._slot_freed.wait()
+                        continue  # from the top: another reader may have brought this very chunk meanwhile
+                    chunk = state.chunks[index] = Chunk(state, index, slot)
+                    self._lru[chunk] = None
                 chunk.leases += 1
                 try:
                     if not mask & ~chunk.valid:
@@ -264,16 +274,6 @@ class ChunkCache:
 
     # -- filling
 
-    def _adopt(self, state: ObjectState, index: int, slot: int) -> Chunk:
-        """Give the slot to a chunk, unless another task did so for the same chunk meanwhile."""
-        chunk = state.chunks.get(index)
-        if chunk is not None:
-            self._memory.free.append(slot)
-            return chunk
-        chunk = state.chunks[index] = Chunk(state, index, slot)
-        self._lru[chunk] = None
-        return chunk
-
     def _fill_for(self, chunk: Chunk, mask: int, extra: int, priority: Priority) -> Fill:
         """A fill to wait for that brings at least one missing block of `mask`; all missing ones are under way after."""
         missing = mask & ~chunk.valid
@@ -289,12 +289,12 @@ class ChunkCache:
         if rest:
             fill = Fill((rest | extra) & ~chunk.valid & ~under_way)
             chunk.fills.append(fill)
-            self._submit_fill(chunk, fill, priority)
+            self._submit_fill(chunk, fill, priority, self._config.timeout_s)
             first = first or fill
         assert first is not None
         return first
 
-    def _submit_fill(self, chunk: Chunk, fill: Fill, priority: Priority) -> None:
+    def _submit_fill(self, chunk: Chunk, fill: Fill, priority: Priority, timeout_s: float) -> None:
         state = chunk.state
         fill.attempts += 1
         fill.job = Job(
@@ -302,16 +302,20 @@ class ChunkCache:
             {"source": state.source, "obj": state.wire, "index": chunk.index, "mask": fill.mask, "slot": chunk.slot},
             lambda result, error: self._filled(chunk, fill, result, error),
             priority,
-            self._config.timeout_s,
+            timeout_s,
         )
         self._pool.submit(fill.job)
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame | None, error: MfsError | None) -> None:
         if isinstance(error, TransientStoreError) and fill.attempts == 1 and not self._pool.closing:
-            # Sources retry by themselves; what reaches us as transient is a worker that died. Once more, elsewhere.
             assert fill.job is not None
-            self._submit_fill(chunk, fill, fill.job.priority)
-            return
+            # Once more: with a new deadline where a worker died, else in what is left of the old one. A dead origin
+            # uses its deadline up: asking it for as long again would keep connections from the others.
+            ended = isinstance(error, WorkerEndedError)
+            left_s = self._config.timeout_s if ended else fill.job.deadline_s - time.monotonic()
+            if left_s > 0:
+                self._submit_fill(chunk, fill, fill.job.priority, left_s)
+                return
         chunk.fills.remove(fill)
         if error is not None:
             self.counters.origin_errors += 1
@@ -338,19 +342,17 @@ class ChunkCache:
 
     # -- slots
 
-    async def _take_slot(self, *, allow_loss: bool) -> int:
-        """A free slot, taken from the coldest idle chunk if need be.
+    def _take_slot_nowait(self, *, allow_loss: bool) -> int | None:
+        """A free slot, taken from the coldest idle chunk if need be; None if all are held.
 
         allow_loss: a chunk the SSD does not have yet may go too, if there is no other.
         """
-        while True:
-            if self._memory.free:
-                return self._memory.free.popleft()
+        if not self._memory.free:
             victim = self._victim(allow_loss)
-            if victim is not None:
-                self._drop(victim)
-                continue
-            await self._slot_freed.wait()
+            if victim is None:
+                return None
+            self._drop(victim)
+        return self._memory.free.popleft()
 
     def _victim(self, allow_loss: bool) -> Chunk | None:
         unsaved: Chunk | None = None
@@ -411,12 +413,16 @@ class ChunkCache:
     def _saved(self, chunk: Chunk, mask: int, result: Frame | None, error: MfsError | None) -> None:
         saving, chunk.saving = chunk.saving, None
         assert saving is not None
-        if error is not None:
-            logger.warning("%s; the chunk stays uncached", error)
+        if error is not None and (self._pool.closing or isinstance(error, WorkerEndedError)):
+            logger.warning("%s; the chunk is saved later, if it still can be", error)
+        elif error is not None:
+            # It will hardly go better in a moment, and whoever waits for a clean slot would try for ever.
+            logger.warning("%s; serving on without writing to the cache for %.0f s", error, _SAVE_PAUSE_S)
+            self.save_suspended_until = time.monotonic() + _SAVE_PAUSE_S
         elif result is not None and result["full"]:
             if self._saving_possible:
-                logger.warning("cache disk is full: serving on without writing to it for 30 s")
-            self.save_suspended_until = time.monotonic() + 30
+                logger.warning("cache disk is full: serving on without writing to it for %.0f s", _SAVE_PAUSE_S)
+            self.save_suspended_until = time.monotonic() + _SAVE_PAUSE_S
         else:
             chunk.saved |= mask
             self.counters.saved_bytes += result["bytes"] if result else 0
@@ -456,11 +462,19 @@ class ChunkCache:
                 chunk.unread = True
                 self.unread_count += 1
             if to_ssd:
-                self._save(chunk)
-                if chunk.saving is not None:
-                    await chunk.saving.wait()
+                await self._wait_on_ssd(chunk)
         finally:
             self.release(chunk)
+
+    async def _wait_on_ssd(self, chunk: Chunk) -> None:
+        """Until all of a leased chunk is on SSD, or could not be written."""
+        saved_before = -1
+        while chunk.valid & ~chunk.saved and chunk.saved != saved_before:
+            saved_before = chunk.saved
+            self._save(chunk)
+            if chunk.saving is None:
+                return
+            await chunk.saving.wait()  # perhaps of a part, begun before the rest was there: then once more
 
     # -- residency
 
@@ -477,7 +491,7 @@ class ChunkCache:
         freed = 0
         for chunk in list(state.chunks.values()) if state else []:
             if chunk.idle:
-                freed += chunk.length
+                freed += mask_bytes(chunk.valid, chunk.length)
                 self._drop(chunk)
         return freed
 

@@ -20,7 +20,8 @@ missing), cut at the chunk's length. The header, little-endian:
     36  u32   length of the identity, at most 3072
     40  40s   cache_id, ASCII
     80  32 x u64   xxh3_64 of each present block, 0 for absent ones
-   336  identity: UTF-8 JSON [source, path, size, version, digest], cut off where it does not fit (people read it, nothing
+   336  identity: UTF-8 JSON [source, path, size, version, digest], cut off where it does not fit (people read it,
+   nothing
         is decided by it)
   4088  u64   xxh3_64 of bytes 0 to 4088
 
@@ -248,9 +249,13 @@ class SsdTier:
                 if not self._direct:
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             temporary.rename(path)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            if isinstance(error, FileNotFoundError) and merged != mask:
+                return self.write(
+                    obj, index, sums, slot
+                )  # the old file was evicted meanwhile: there is nothing to keep
             raise
         return merged
 
