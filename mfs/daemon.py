@@ -40,9 +40,8 @@ def main() -> None:
 
 
 async def _run(config: MountConfig, start: DaemonStart) -> None:
-    with suppress(OSError):  # only root may lower it
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write(_OOM_SCORE)
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # only root may lower it
+        file.write(_OOM_SCORE)
     mount = Mount(config)
     record = runtime.record_of_self(
         str(config.mountpoint),
@@ -91,7 +90,7 @@ def _cause(error: BaseException) -> BaseException:
         ours = [e for e in error.exceptions if isinstance(e, MfsError)]
         if len(error.exceptions) > 1 and not ours:
             return StoreError("; ".join(str(e) for e in error.exceptions))
-        error = (ours or list(error.exceptions))[0]
+        error = ours[0] if ours else error.exceptions[0]
     return error
 
 

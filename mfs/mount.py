@@ -70,8 +70,8 @@ class Mount:
         self.kernel = kernel.KernelSettings()
         self.refreshed = RefreshState()
         self.warnings: list[str] = []
-        self.cache.on_changed = lambda state: self._refresh_soon.set()
         self._refresh_soon = trio.Event()
+        self.cache.on_changed = lambda state: self._refresh_soon.set()
         self._saved_at_last_check = -1
 
     # -- serving
@@ -197,7 +197,7 @@ class Mount:
         def on_part(part: Frame) -> None:
             pages.append(part["page"])
 
-        await self.pool.call("list", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part)
+        await self.pool.call("list_directory", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part)
         for directory, entries in pages:
             yield str(directory), [_entry(fields) for fields in entries]  # type: ignore[attr-defined]
 

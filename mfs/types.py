@@ -71,13 +71,6 @@ class ObjectId:
         return f"{self.source}/{self.path} (version {self.version})"
 
 
-class ChunkKey(NamedTuple):
-    """One chunk of one object version."""
-
-    object: ObjectId
-    index: int
-
-
 class EntryKind(IntEnum):
     """What a name in a source's directory stands for."""
 

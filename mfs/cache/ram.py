@@ -64,8 +64,8 @@ class SlotMemory:
         available_bytes = memory_available_bytes()
         if self.size_bytes > available_bytes:
             raise ConfigError(
-                f"RAM budget of {self.size_bytes} bytes does not fit: this machine has {available_bytes} bytes available; "
-                f"lower --ram-size or free memory"
+                f"RAM budget of {self.size_bytes} bytes does not fit: this machine has {available_bytes} bytes "
+                f"available; lower --ram-size or free memory"
             )
         self.fd, self.huge_pages = _create_file(self.size_bytes)
         self._mmap = mmap.mmap(self.fd, self.size_bytes)
@@ -116,8 +116,8 @@ class SlotMemory:
             limit = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard} bytes"
             return (
                 f"slots could not be page-locked ({cause} after {self.locked_bytes} of {self.size_bytes} bytes; "
-                f"RLIMIT_MEMLOCK is {limit}): run 'ulimit -l unlimited' before the mount, set LimitMEMLOCK=infinity in the "
-                f"systemd unit, or grant CAP_IPC_LOCK; serving goes on from ordinary memory"
+                f"RLIMIT_MEMLOCK is {limit}): run 'ulimit -l unlimited' before the mount, set LimitMEMLOCK=infinity in "
+                f"the systemd unit, or grant CAP_IPC_LOCK; serving goes on from ordinary memory"
             )
         _libc.madvise(address, length, _MADV_POPULATE_WRITE)
         return ""
@@ -135,10 +135,10 @@ class SlotMemory:
 def _create_file(size_bytes: int) -> tuple[int, bool]:
     """A file in memory of that size, and whether it is made of huge pages where they can be had.
 
-    memfd gets huge pages only where /sys/kernel/mm/transparent_hugepage/shmem_enabled allows it, mostly nowhere; a tmpfs
-    of our own may ask for them by itself (Documentation/filesystems/tmpfs.rst, huge=). Mounting one takes root; it is
-    detached before anybody could look, and lives as long as the descriptor. Measured on two cores: page faults and
-    page pinning fall from a quarter of the workers' time to nothing.
+    memfd gets huge pages only where /sys/kernel/mm/transparent_hugepage/shmem_enabled allows it, mostly nowhere; a
+    tmpfs of our own may ask for them by itself (Documentation/filesystems/tmpfs.rst, huge=). Mounting one takes root;
+    it is detached before anybody could look, and lives as long as the descriptor. Measured on two cores: page faults
+    and page pinning fall from a quarter of the workers' time to nothing.
     """
     try:
         fd = _open_in_huge_tmpfs()

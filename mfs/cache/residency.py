@@ -3,11 +3,12 @@
 Tables are hints that decide what to evict and what to show; whether a chunk is there is decided by its file. A crash
 loses at most some last-use times; tables that do not open are rebuilt from the chunk files' headers.
 
-Below <cache>/v1/index/, three mmap-ninja numpy arrays. They grow under an exclusive lock on `lock` and never shrink; rows
-are written in place by any process. Structure:
+Below <cache>/v1/index/, three mmap-ninja numpy arrays. They grow under an exclusive lock on `lock` and never shrink;
+rows are written in place by any process. Structure:
 
     meta     uint64 (4,)       [objects used, chunk rows used, generation, reserved]
-    objects  uint64 (rows, 8)  [cache_id digits 0-15, 16-31, 32-39, first chunk row, chunks count, size in bytes, pinned,
+    objects  uint64 (rows, 8)  [cache_id digits 0-15, 16-31, 32-39, first chunk row, chunks count, size in bytes,
+    pinned,
                                reserved]
     chunks   uint32 (rows, 2)  [blocks present, last use in seconds since the epoch]; an object's rows are consecutive
 

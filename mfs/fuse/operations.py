@@ -13,9 +13,9 @@ import itertools
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -90,8 +90,8 @@ class _OpenDirectory:
 
 
 def _translated(
-    handler: Callable[Concatenate[Operations, P], Awaitable[R]],
-) -> Callable[Concatenate[Operations, P], Awaitable[R]]:
+    handler: Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]:
     @functools.wraps(handler)
     async def wrapper(self: Operations, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
@@ -106,10 +106,10 @@ def _translated(
             logger.exception("unforeseen error in %s", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
 
-    return wrapper
+    return cast("Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]", wrapper)
 
 
-class Operations(pyfuse3.Operations):  # type: ignore[misc]
+class Operations(pyfuse3.Operations):
     """One mounted tree."""
 
     supports_dot_lookup = True
@@ -134,7 +134,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
     # -- names
 
     @_translated
-    async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         parent = self._directory(parent_inode)
         if len(name) > _NAME_BYTES_MAX:  # newer kernels send such names on (fs/fuse/dir.c, name_max)
             raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
@@ -149,27 +149,27 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         self._namespace.remember(node.inode)
         return self._attributes(node)
 
-    async def forget(self, inode_list: list[tuple[int, int]]) -> None:
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for inode, count in inode_list:
             self._namespace.forget(inode, count)
             self._headed.discard(inode)
 
     @_translated
-    async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         return self._attributes(self._node(inode))
 
     @_translated
-    async def readlink(self, inode: int, ctx: Any = None) -> bytes:
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         return self._node(inode).target.encode()
 
     @_translated
-    async def access(self, inode: int, mode: int, ctx: Any = None) -> bool:
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         return not mode & os.W_OK
 
     # -- directories
 
     @_translated
-    async def opendir(self, inode: int, ctx: Any = None) -> int:
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         directory = self._directory(inode)
         handle = next(self._handles)
         self._open_directories[handle] = _OpenDirectory(directory, await self._namespace.listing(directory))
@@ -189,7 +189,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
     # -- files
 
     @_translated
-    async def open(self, inode: int, flags: int, ctx: Any = None) -> pyfuse3.FileInfo:
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(errno.EROFS)
         node = self._node(inode)
@@ -222,7 +222,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
             logger.warning("the kernel did not take a header within %g s; not trying again", _STORE_TIMEOUT_S)
 
     @_translated
-    async def read(self, fh: int, off: int, size: int) -> memoryview | bytes:
+    async def read(self, fh: int, off: int, size: int) -> bytes:
         file = self._files[fh]
         span = ByteRange(min(off, file.size), min(off + size, file.size))
         if not len(span):
@@ -239,7 +239,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         # no checkpoint from here to the reply: the view's slot may be recycled at the next one
         counters.count += 1
         counters.bytes += len(span)
-        return view
+        return cast(bytes, view)  # pyfuse3 replies from any contiguous buffer (handlers.pxi, PyObject_GetBuffer)
 
     async def release(self, fh: int) -> None:
         file = self._files.pop(fh, None)
@@ -259,7 +259,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
     # -- the rest
 
     @_translated
-    async def statfs(self, ctx: Any = None) -> pyfuse3.StatvfsData:
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = _BLOCK_BYTES
         data.f_blocks = self._namespace.listed_bytes // _BLOCK_BYTES
@@ -268,11 +268,11 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         return data
 
     @_translated
-    async def listxattr(self, inode: int, ctx: Any = None) -> list[bytes]:
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
         return [f"{_XATTR_PREFIX}{key}".encode() for key in await self._reader.attributes(self._node(inode))]
 
     @_translated
-    async def getxattr(self, inode: int, name: bytes, ctx: Any = None) -> bytes:
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         key = name.decode("utf-8", "replace")
         if not key.startswith(_XATTR_PREFIX):  # security.*, system.posix_acl_*: asked often, never there
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)

@@ -1,4 +1,5 @@
-"""Turns access patterns into orders to the cache: headers at open, the next bytes of a run, then whole files and shards.
+"""Turns access patterns into orders to the cache: headers at open, the next bytes of a run, then whole files and
+shards.
 
 Three kinds of work, in this order: what a reader's run will want next, the files whose weights are being taken, the
 shards beside them. A fixed number of tasks does it, so it is bounded; each order enters the cache by the same door as a
@@ -53,7 +54,8 @@ class PrefetchConfig:
 class _Track:
     """One object that is open, was lately, or is being streamed."""
 
-    __slots__ = ("cursor", "dead", "handles", "header_bytes", "heading", "left_at", "pattern", "paused_until", "ssd_masks", "state",
+    __slots__ = ("cursor", "dead", "handles", "header_bytes", "heading", "left_at", "pattern", "paused_until",
+    "ssd_masks", "state",
                  "streaming", "under_way")  # fmt: skip
 
     def __init__(self, state: ObjectState) -> None:
@@ -106,7 +108,8 @@ class Prefetcher:
         track.left_at = time.monotonic()
 
     async def header(self, state: ObjectState) -> bytes | None:
-        """The whole blocks holding the header of an opened safetensors file; None if it has none or it is not to be had.
+        """The whole blocks holding the header of an opened safetensors file; None if it has none or it is not to be
+        had.
 
         Cancellation: safe.
         """

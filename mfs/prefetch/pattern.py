@@ -1,8 +1,8 @@
 """What the reads of one object say about the next ones. Pure: no I/O, no clock.
 
-Readers that map weights fault in an order that looks random by offset; the tensor table says what a fault is part of. The
-rule: fetch ahead no more than was already consumed, until whole tensors are being taken; then the file will be wanted.
-Kept per object, not per handle: loaders share one descriptor among processes, or open many.
+Readers that map weights fault in an order that looks random by offset; the tensor table says what a fault is part of.
+The rule: fetch ahead no more than was already consumed, until whole tensors are being taken; then the file will be
+wanted. Kept per object, not per handle: loaders share one descriptor among processes, or open many.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a worker can do: each public method of `Jobs` is one operation the pool can ask for, run in a worker thread.
 
-Arguments and results are JSON values (see `frames`); bytes go straight into RAM slots. `emit` sends intermediate frames.
+Arguments and results are JSON values (see `frames`); bytes go straight into RAM slots. `emit` sends intermediate
+frames.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ class Jobs:
         return {"bytes": mask_bytes(mask, len(target.chunk_range(index))), "full": False}
 
     def tensor_boundaries(self, *, slot: int, file_bytes: int, emit: Emit) -> Frame:
-        """{boundaries} of the safetensors file whose first chunk is in a slot: where data starts, then each tensor's end.
+        """{boundaries} of the safetensors file whose first chunk is in a slot: where data starts, then each tensor's
+        end.
 
         Raises: IntegrityError if the header is none.
         """
@@ -130,7 +132,7 @@ class Jobs:
 
     # -- listings
 
-    def list(self, *, source: int, path: str, deadline_s: float, emit: Emit) -> Frame:
+    def list_directory(self, *, source: int, path: str, deadline_s: float, emit: Emit) -> Frame:
         """List a directory; entries come in intermediate frames {page: [directory, [entry, ...]]}."""
         for directory, entries in self._sources[source].list(path, deadline_s=deadline_s):
             for first in range(0, max(1, len(entries)), _PAGE_ENTRIES):
