@@ -253,6 +253,8 @@ async def _run(start: DaemonStart) -> None:
         raise ConfigError(f"{config.sources[0].url} is unreachable: check the name and the network")
     if any(source.url.endswith("/crash") for source in config.sources):
         raise RuntimeError("a defect")
+    if any(source.url.endswith("/silent") for source in config.sources):
+        await trio.sleep_forever()
     cache_dir = str(config.cache_dir) if config.cache_dir else None
     urls = tuple(source.url for source in config.sources)
     record = runtime.record_of_self(
@@ -263,6 +265,8 @@ async def _run(start: DaemonStart) -> None:
         pyfuse3.init(pyfuse3.Operations(), mountpoint, {"fsname=mfs:fake", "subtype=mfs"})
         try:
             daemon = FakeDaemon(example_files(), config)
+            if any(source.url.endswith("/stuck") for source in config.sources):
+                daemon.blocked = set(daemon.files)
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve, daemon, socket_file)
                 nursery.start_soon(_stop_on_sigterm, daemon)

@@ -1,0 +1,217 @@
+"""`mfs mount` and `mfs umount`: with the real daemon, with one that fails, and after a crash."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mfs.cli.launch import start_daemon
+from mfs.config import MountConfig, SourceConfig
+from mfs.control import detach, mountinfo, runtime
+from mfs.errors import ConfigError, StoreError
+from tests.cli.conftest import DEADLINE_S, FakeMount, Mfs
+
+SMALL = ("--ram-size", "64M")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder to mount."""
+    folder = tmp_path / "models"
+    (folder / "llama").mkdir(parents=True)
+    (folder / "llama" / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def mnt(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory; whatever is mounted there in the end is taken away with its daemon."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    yield path
+    record = runtime.read_record(str(path))
+    if mountinfo.mount_at(str(path)) is not None:
+        detach.unmount(str(path), lazy=True)
+    if record is not None and record.is_alive:
+        detach.end_daemon(record, DEADLINE_S)
+
+
+def test_mount_look_read_unmount(mfs: Mfs, models: Path, mnt: Path) -> None:
+    done = mfs("mount", models, mnt, *SMALL)
+    assert done.stdout == f"{models} mounted at {mnt}; look with 'mfs status {mnt}', end with 'mfs umount {mnt}'\n"
+    assert (mnt / "llama" / "config.json").read_text() == "{}"
+    assert "config.json" in mfs("ls", mnt / "llama").stdout
+    assert str(mnt) in mfs("status", mnt).stdout
+    assert mfs("umount", mnt).stdout == f"{mnt} unmounted\n"
+    assert list(mnt.iterdir()) == []
+    assert runtime.read_record(str(mnt)) is None
+    assert "is not under an mfs mount" in mfs.error("umount", mnt)
+
+
+def test_a_mount_from_a_file(mfs: Mfs, models: Path, mnt: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mfs.toml"
+    file.write_text(f'[mount]\nram_size="64M"\n[sources.a]\nurl="{models}"\n[sources.b]\nurl="{models}/llama"\n')
+    done = mfs("mount", "--config", file, mnt, "--log-file", tmp_path / "log", "--log-level", "debug")
+    assert done.stdout.startswith(f"2 sources (a, b) mounted at {mnt}")
+    assert sorted(path.name for path in mnt.iterdir()) == ["a", "b"]
+    settings = mfs.json("config", mnt)
+    assert (settings["log_level"], settings["ram_bytes"]) == ("debug", 64 << 20)
+    assert (tmp_path / "log").stat().st_size > 0
+    mfs("umount", mnt)
+
+
+def test_a_relative_folder_and_mountpoint(mfs: Mfs, models: Path, mnt: Path) -> None:
+    mfs("mount", "models", "mnt", *SMALL, cwd=mnt.parent)
+    assert (mnt / "llama").is_dir()
+    mfs("umount", "mnt/", cwd=mnt.parent)
+
+
+def test_a_live_mount_is_not_replaced(mfs: Mfs, models: Path, mnt: Path) -> None:
+    mfs("mount", models, mnt, *SMALL)
+    pid = mfs.json("status", mnt)["pid"]
+    message = mfs.error("mount", models, mnt, *SMALL)
+    assert f"{mnt} is an mfs mount of {models} (pid {pid}) already: 'mfs umount {mnt}' first" in message
+    assert (mnt / "llama").is_dir()
+    mfs("umount", mnt)
+
+
+def test_a_stale_mount_is_replaced(mfs: Mfs, models: Path, mnt: Path, fake_mount: Callable[..., FakeMount]) -> None:
+    crashed = fake_mount()
+    pid = crashed.record.pid
+    crashed.kill()
+    done = mfs("mount", models, mnt, *SMALL)
+    assert f"replaced a stale mount at {mnt}: its daemon (pid {pid}) had ended without unmounting" in done.stderr
+    assert (mnt / "llama").is_dir()
+    mfs("umount", mnt)
+
+
+def test_a_stale_mount_without_a_record_is_replaced(
+    mfs: Mfs, models: Path, mnt: Path, fake_mount: Callable[..., FakeMount], runtime_dir: Path
+) -> None:
+    crashed = fake_mount()
+    crashed.kill()
+    for file in runtime_dir.iterdir():
+        file.unlink()
+    assert "replaced a stale mount" in mfs("mount", models, mnt, *SMALL).stderr
+    mfs("umount", mnt)
+
+
+def test_a_hung_mount_without_a_record_is_not_taken_for_stale(
+    mfs: Mfs, models: Path, fake_mount: Callable[..., FakeMount], runtime_dir: Path
+) -> None:
+    """Nothing proves that it is dead: a daemon that hangs may come back."""
+    hung = fake_mount()
+    record = hung.record
+    for file in runtime_dir.iterdir():
+        file.unlink()
+    assert "is an mfs mount already" in mfs.error("mount", models, hung.path, *SMALL)
+    detach.unmount(str(hung.path), lazy=True)
+    detach.end_daemon(record, DEADLINE_S)
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_umount_of_a_dead_mount(mfs: Mfs, fake_mount: Callable[..., FakeMount], force: tuple[str, ...]) -> None:
+    crashed = fake_mount()
+    crashed.kill()
+    assert "(its daemon had ended already)" in mfs("umount", crashed.path, *force).stdout
+    assert mountinfo.mount_at(str(crashed.path)) is None
+
+
+def test_umount_of_a_hung_mount(mfs: Mfs, fake_mount: Callable[..., FakeMount]) -> None:
+    hung = fake_mount()
+    os.kill(hung.record.pid, signal.SIGSTOP)
+    record = hung.record
+    assert "still runs after 100ms; --force ends it" in mfs("umount", hung.path, "--timeout", "100ms", status=1).stderr
+    mfs("umount", hung.path, "--timeout", "100ms")  # detached now, but its daemon is still to be ended
+    assert not record.is_alive
+
+
+def test_umount_of_a_mount_in_use(mfs: Mfs, models: Path, mnt: Path) -> None:
+    mfs("mount", models, mnt, *SMALL)
+    fd = os.open(mnt / "llama" / "config.json", os.O_RDONLY)
+    assert f"{mnt} is in use" in mfs.error("umount", mnt)
+    mfs("umount", mnt, "--force")
+    with pytest.raises(OSError, match="not connected"):  # nobody is left to be told of the close
+        os.close(fd)
+    assert mountinfo.mount_at(str(mnt)) is None
+    assert runtime.read_record(str(mnt)) is None
+
+
+def test_umount_wants_the_mountpoint(mfs: Mfs, fake_mount: Callable[..., FakeMount]) -> None:
+    mnt = fake_mount()
+    assert f"name its mount point, {mnt.path}" in mfs.error("umount", mnt / "llama", status=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda mnt: mnt.rmdir(), "does not exist: create it with mkdir -p"),
+        (lambda mnt: (mnt / "x").touch(), "is not empty (it holds 'x')"),
+        (lambda mnt: (mnt.rmdir(), mnt.touch()), "is not a directory"),
+    ],
+)
+def test_bad_mountpoints(mfs: Mfs, models: Path, mnt: Path, make: Callable[[Path], object], complaint: str) -> None:
+    make(mnt)
+    assert complaint in mfs.error("mount", models, mnt, *SMALL)
+
+
+def test_bad_budgets_and_places(mfs: Mfs, models: Path, mnt: Path) -> None:
+    assert "expected at least 64M (16 slots of 4M)" in mfs.error("mount", models, mnt, "--ram-size", "63M")
+    assert "lies inside the mount point" in mfs.error("mount", models, mnt, "--cache-dir", mnt / "c")
+    tiny = ("--cache-dir", mnt.parent / "c", "--cache-size", "1M")
+    assert "expected at least 4M (one chunk)" in mfs.error("mount", models, mnt, *tiny)
+    assert "log file /proc/log cannot be written" in mfs.error("mount", models, mnt, "--log-file", "/proc/log")
+
+
+def test_a_source_that_cannot_be_used(mfs: Mfs, mnt: Path, tmp_path: Path) -> None:
+    assert str(tmp_path / "nowhere") in mfs.error("mount", tmp_path / "nowhere", mnt, *SMALL)
+    assert "'s4://bucket': not a source" in mfs.error("mount", "s4://bucket", mnt, *SMALL, status=2)
+    assert mountinfo.mount_at(str(mnt)) is None
+
+
+class TestStart:
+    """Of a daemon that fails; the fake fails on demand."""
+
+    def start(self, mnt: Path, url: str) -> list[str]:
+        config = MountConfig(mnt, (SourceConfig(url),))
+        return start_daemon(config, deadline_s=DEADLINE_S, module="mfs.testing.fake_daemon")
+
+    def test_its_error_is_ours(self, mnt: Path) -> None:
+        with pytest.raises(ConfigError, match="s3://x/unreachable is unreachable: check the name"):
+            self.start(mnt, "s3://x/unreachable")
+
+    def test_its_crash_is_told_with_its_last_words(self, mnt: Path) -> None:
+        with pytest.raises(StoreError, match=r"ended while it started: RuntimeError: a defect \(log: .*\.log\)"):
+            self.start(mnt, "s3://x/crash")
+
+    def test_its_silence_ends_it(self, mnt: Path) -> None:
+        config = MountConfig(mnt, (SourceConfig("s3://x/silent"),))
+        with pytest.raises(StoreError, match=r"not ready after 0\.1 s without a word"):
+            start_daemon(config, deadline_s=0.1, module="mfs.testing.fake_daemon")
+
+    def test_its_warnings_are_returned(self, fake_mount: Callable[..., FakeMount]) -> None:
+        assert fake_mount().warnings == ["kernel read-ahead is 128 KiB: run 'sudo something' to raise it"]
+
+
+def test_foreground_tells_the_service_manager_and_ends_on_sigterm(models: Path, mnt: Path, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(DEADLINE_S)
+        command = [sys.executable, "-m", "mfs", "mount", str(models), str(mnt), "--foreground", *SMALL]
+        environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with subprocess.Popen(command, env=environment) as process:
+            assert manager.recv(4096).startswith(b"READY=1\n")
+            record = runtime.read_record(str(mnt))
+            assert record is not None
+            assert record.pid == process.pid
+            assert (mnt / "llama").is_dir()
+            process.terminate()
+            assert process.wait(DEADLINE_S) == 0
+    assert mountinfo.mount_at(str(mnt)) is None
