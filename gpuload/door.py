@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from mfs.errors import MfsError
+from gpuload.errors import first_error
 
 T = TypeVar("T")
 
@@ -70,11 +70,3 @@ class Inside(Generic[T]):
 def run_inside(work: Callable[[], Awaitable[T]]) -> T:
     """Run `work` to its end in its own thread and loop. Raises: the one error that ended it."""
     return Inside(work).join()
-
-
-def first_error(error: BaseException) -> BaseException:
-    """The error that tells the reader most out of what a nursery collected: ours before foreign ones."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    leaves = [first_error(e) for e in error.exceptions]
-    return next((e for e in leaves if isinstance(e, MfsError)), leaves[0])

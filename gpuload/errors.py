@@ -13,6 +13,9 @@ From mfs.errors: bad arguments are UsageError, hostile files IntegrityError, fil
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, NotFoundError, StoreError, UsageError
 
 
@@ -74,3 +77,24 @@ def from_wire(wire: dict[str, object]) -> MfsError:
         shortfall = wire.get("shortfall_bytes", 0)
         return FitError(message, shortfall_bytes=shortfall if isinstance(shortfall, int) else 0)
     return cls(message)
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The one error to tell of, out of all that a nursery collected: ours before foreign ones, cancellation last."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [first_error(e) for e in error.exceptions]
+    ours = [e for e in leaves if isinstance(e, MfsError)]
+    return next(iter([*ours, *(e for e in leaves if isinstance(e, Exception)), *leaves]))
+
+
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Around a nursery: what it raises rises as one plain error, so that callers can say `except FitError`."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error = first_error(group)
+        if not isinstance(error, Exception):  # a cancellation belongs to trio, as it is
+            raise
+        raise error from None

@@ -22,6 +22,7 @@ import trio
 
 from gpuload.device.base import Device, Event, Stream
 from gpuload.device.host import view_of
+from gpuload.errors import one_error
 from gpuload.plan import Batch, Piece
 from gpuload.source import Source
 from gpuload.staging import Buffer, Ring
@@ -98,7 +99,11 @@ async def move_batches(
             await trio.to_thread.run_sync(event.wait, limits.step_timeout_s)
             landing.add(batch)
 
-    with Ring(device, buffer_bytes=buffer_bytes, count=buffers_count) as ring, _open_stream(device) as stream:
+    with (
+        one_error(),
+        Ring(device, buffer_bytes=buffer_bytes, count=buffers_count) as ring,
+        _open_stream(device) as stream,
+    ):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(feed)
             nursery.start_soon(land)

@@ -8,6 +8,7 @@ which edits a weight in place edits its own copy of that page.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -113,7 +114,8 @@ class HostStaging:
 
     def close(self) -> None:
         self.view.release()
-        self._map.close()
+        with contextlib.suppress(BufferError):  # the traceback of a failed read may hold a part of it a while longer
+            self._map.close()
 
 
 class HostArena:

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 import trio
 
 from gpuload.device.base import Device
-from gpuload.door import first_error
-from gpuload.errors import AwayError, BusyError, ServerError, to_wire
+from gpuload.errors import AwayError, BusyError, ServerError, first_error, to_wire
 from gpuload.pipeline import Limits
 from gpuload.server.catalog import Catalog
 from gpuload.server.digests import SETTLED_S, DigestCache

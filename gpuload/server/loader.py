@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from gpuload.device.base import Arena, Device
 from gpuload.device.host import HostDevice
-from gpuload.errors import BusyError, FitError
+from gpuload.errors import BusyError, FitError, one_error
 from gpuload.pipeline import Limits, move_batches
 from gpuload.plan import Piece, Placement, Transfer, pack_pieces, plan_transfers
 from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor
@@ -309,10 +309,11 @@ class Loader:
             return self.runs(block, offset, piece.nbytes)
 
         try:
-            async with trio.open_nursery() as nursery:
-                if inside:
-                    nursery.start_soon(trio.to_thread.run_sync, self._copy_inside, inside)
-                nursery.start_soon(self._read, work, outside, self.device, runs_of)
+            with one_error():
+                async with trio.open_nursery() as nursery:
+                    if inside:
+                        nursery.start_soon(trio.to_thread.run_sync, self._copy_inside, inside)
+                    nursery.start_soon(self._read, work, outside, self.device, runs_of)
         finally:
             for block in held:
                 self.catalog.let_go(block)

@@ -1,0 +1,299 @@
+"""For tests only: a suite that every device passes, faults on demand, files to load, and a server in a thread."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+import trio
+import trio.testing
+from safetensors.torch import save_file
+
+from gpuload.device.base import Arena, Device, Event, Memory, Run, Staging, Stream
+from gpuload.device.base import Mapping as DeviceMapping
+from gpuload.device.host import HostDevice
+from gpuload.errors import DeviceError, FitError
+from gpuload.server.daemon import ServerConfig, serve
+from gpuload.server.loader import Loader
+from gpuload.source import Source
+from gpuload.tensors import TORCH_DTYPES
+from mfs.errors import StoreError
+
+T = TypeVar("T")
+
+
+def ramp(nbytes: int, start: int = 0) -> bytes:
+    """Byte i is i mod 251, counted from `start`: whoever is off by anything but 251 sees it."""
+    return bytes((start + i) % 251 for i in range(nbytes))
+
+
+def random_tensors(seed: int, shapes: Mapping[str, Sequence[int]], dtype: str = "BF16") -> dict[str, torch.Tensor]:
+    """Tensors of random bytes, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in shapes.items():
+        flat = torch.empty(tuple(shape), dtype=TORCH_DTYPES[dtype])
+        flat.flatten().view(torch.uint8).random_(0, 256, generator=generator)
+        made[name] = flat
+    return made
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes, whatever its type."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def assert_same(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> None:
+    """Same names, types, shapes and bits."""
+    assert set(got) == set(want)
+    for name, tensor in want.items():
+        assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape), name
+        assert bits(got[name]) == bits(tensor), name
+
+
+def write(path: Path, made: Mapping[str, torch.Tensor]) -> Path:
+    save_file(dict(made), path, metadata={"format": "pt"})
+    return path
+
+
+class DeviceSuite:
+    """What any device must do; subclass it with a `device` fixture. Checks go around the stream under test."""
+
+    @pytest.fixture
+    def device(self) -> Device:
+        raise NotImplementedError
+
+    def test_copies_arrive_in_order(self, device: Device) -> None:
+        arena, staging, stream = self._arena(device, 6), device.alloc_staging(8192), device.open_stream()
+        staging.view[:] = ramp(8192)
+        stream.copy_in(arena.address + 100, staging.address, 8192)
+        stream.copy_within(arena.address + 3 * device.granule_bytes, arena.address + 100, 5000)
+        stream.record().wait(30)
+        assert device.read_back(arena.address + 100, 8192) == ramp(8192)
+        assert device.read_back(arena.address + 3 * device.granule_bytes, 5000) == ramp(5000)
+        self._close(stream, staging, arena)
+
+    def test_rows_are_packed(self, device: Device) -> None:
+        arena, staging, stream = self._arena(device, 1), device.alloc_staging(8192), device.open_stream()
+        staging.view[:] = ramp(8192)
+        stream.copy_in_rows(arena.address, staging.address + 3, row_bytes=17, rows_count=40, pitch_bytes=200)
+        stream.record().wait(30)
+        assert device.read_back(arena.address, 680) == b"".join(ramp(17, 3 + 200 * r) for r in range(40))
+        self._close(stream, staging, arena)
+
+    def test_close_finishes_what_is_queued(self, device: Device) -> None:
+        arena, staging, stream = self._arena(device, 1), device.alloc_staging(4096), device.open_stream()
+        staging.view[:] = ramp(4096)
+        for at in range(0, 4096, 64):
+            stream.copy_in(arena.address + at, staging.address + at, 64)
+        stream.close()
+        stream.close()
+        assert device.read_back(arena.address, 4096) == ramp(4096)
+        self._close(stream, staging, arena)
+
+    def test_granules_are_mapped_in_the_order_asked(self, device: Device) -> None:
+        unit = device.granule_bytes
+        arena, staging, stream = self._arena(device, 5), device.alloc_staging(16), device.open_stream()
+        for granule in range(5):
+            staging.view[:] = bytes([granule]) * 16
+            stream.copy_in(arena.address + granule * unit, staging.address, 16)
+            stream.record().wait(30)
+        runs = [(3, 2), (0, 1)]
+        fds = arena.export(runs)
+        mapping = device.attach(fds, runs)
+        assert mapping.nbytes == 3 * unit
+        for place, granule in enumerate((3, 4, 0)):
+            assert device.read_back(mapping.address + place * unit, 16) == bytes([granule]) * 16
+        mapping.close()
+        trio_close(fds)
+        self._close(stream, staging, arena)
+
+    def test_an_arena_larger_than_the_device_is_refused(self, device: Device) -> None:
+        with pytest.raises(FitError) as caught:
+            device.create_arena(device.memory().total_bytes * 2)
+        assert caught.value.shortfall_bytes > 0
+
+    def test_memory_is_told(self, device: Device) -> None:
+        memory = device.memory()
+        assert 0 < memory.free_bytes <= memory.total_bytes
+
+    def _arena(self, device: Device, granules: int) -> Arena:
+        return device.create_arena(granules * device.granule_bytes)
+
+    def _close(self, stream: Stream, staging: Staging, arena: Arena) -> None:
+        stream.close()
+        staging.close()
+        arena.close()
+
+
+def trio_close(fds: Sequence[int]) -> None:
+    from gpuload.server.wire import close_all
+
+    close_all(fds)
+
+
+class Gate:
+    """Lets the first `passes` callers through, then runs `then` for each: raise, or block until `opened`."""
+
+    def __init__(self, passes: int, *, blocks: bool = False) -> None:
+        self._passes, self._blocks, self._lock = passes, blocks, threading.Lock()
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def pass_or(self, error: Exception) -> None:
+        with self._lock:
+            self._passes -= 1
+            if self._passes >= 0:
+                return
+        self.reached.set()
+        if not self._blocks:
+            raise error
+        assert self.opened.wait(60)
+
+
+class FaultySource:
+    """A source around a source, with a gate in front of every read."""
+
+    def __init__(self, inner: Source, gate: Gate) -> None:
+        self._inner, self._gate = inner, gate
+
+    def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
+        self._gate.pass_or(StoreError("the source failed, as asked"))
+        self._inner.read_into(shard, start, views)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class FaultyDevice:
+    """A device around a device, with a gate in front of every copy; never direct, so that every byte is copied."""
+
+    is_direct = False
+
+    def __init__(self, inner: Device, gate: Gate) -> None:
+        self._inner, self._gate = inner, gate
+        self.name, self.granule_bytes = inner.name, inner.granule_bytes
+        self.staging_count = 0
+
+    def memory(self) -> Memory:
+        return self._inner.memory()
+
+    def open_stream(self) -> Stream:
+        return _GatedStream(self._inner.open_stream(), self._gate)
+
+    def alloc_staging(self, nbytes: int) -> Staging:
+        self.staging_count += 1
+        return _CountedStaging(self._inner.alloc_staging(nbytes), self)
+
+    def create_arena(self, nbytes: int) -> Arena:
+        return self._inner.create_arena(nbytes)
+
+    def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> DeviceMapping:
+        return self._inner.attach(fds, runs)
+
+    def read_back(self, address: int, nbytes: int) -> bytes:
+        return self._inner.read_back(address, nbytes)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _CountedStaging:
+    def __init__(self, inner: Staging, device: FaultyDevice) -> None:
+        self._inner, self._device = inner, device
+        self.address, self.view = inner.address, inner.view
+
+    def close(self) -> None:
+        self._device.staging_count -= 1
+        self._inner.close()
+
+
+class _GatedStream:
+    """The gate stands in the stream's own thread for the host: a copy function that raises fails its stream."""
+
+    def __init__(self, inner: Any, gate: Gate) -> None:
+        self._inner, self._gate = inner, gate
+
+    def copy_in(self, dst: int, src: int, nbytes: int) -> None:
+        def copy() -> None:
+            self._gate.pass_or(DeviceError("the device failed, as asked"))
+            ctypes.memmove(dst, src, nbytes)
+
+        self._inner._queue.put(copy)
+
+    def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
+        self._inner.copy_in_rows(dst, src, row_bytes=row_bytes, rows_count=rows_count, pitch_bytes=pitch_bytes)
+
+    def copy_within(self, dst: int, src: int, nbytes: int) -> None:
+        self.copy_in(dst, src, nbytes)
+
+    def record(self) -> Event:
+        return self._inner.record()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class ServerThread:
+    """A server at work in a thread of this process."""
+
+    def __init__(self, loaders: Mapping[str, Loader], token: trio.lowlevel.TrioToken, socket_path: str) -> None:
+        self.loaders, self.socket_path = loaders, socket_path
+        self._token = token
+
+    def on_loop(self, work: Callable[[], T]) -> T:
+        """Run `work` on the server's trio thread."""
+        return trio.from_thread.run_sync(work, trio_token=self._token)
+
+    def settle(self) -> None:
+        """Return when the server has nothing left to do: connections that we closed are closed there too."""
+        trio.from_thread.run(trio.testing.wait_all_tasks_blocked, 0.01, trio_token=self._token)
+
+    def gauges(self, device: str = "cpu") -> dict[str, int]:
+        self.settle()
+        return self.on_loop(self.loaders[device].catalog.gauges)
+
+
+@contextmanager
+def running_server(config: ServerConfig, open_one: Callable[[str], Device] | None = None) -> Iterator[ServerThread]:
+    """A server in a thread; stopped, and its thread joined, at the end."""
+    started: list[ServerThread] = []
+    ready = threading.Event()
+    errors: list[BaseException] = []
+    scope = trio.CancelScope()
+
+    async def main() -> None:
+        with scope:
+            async with trio.open_nursery() as nursery:
+                loaders = await nursery.start(serve, config, open_one or (lambda _: HostDevice()))
+                started.append(ServerThread(loaders, trio.lowlevel.current_trio_token(), config.socket_path))
+                ready.set()
+
+    def run() -> None:
+        try:
+            trio.run(main)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=run, name="gpuload-test-server")
+    thread.start()
+    ready.wait()
+    try:
+        if errors:
+            raise errors[0]
+        yield started[0]
+    finally:
+        if started:
+            trio.from_thread.run_sync(scope.cancel, trio_token=started[0]._token)
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,92 @@
+"""HostDevice passes the suite, and keeps what it promises about sharing."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import pytest
+
+from gpuload.device import canonical_name, open_device
+from gpuload.device.base import Device
+from gpuload.device.host import HostDevice, view_of
+from gpuload.errors import BusyError, DeviceError
+from gpuload.server.wire import close_all
+from gpuload.testing import DeviceSuite, FaultyDevice, Gate
+from mfs.errors import UsageError
+
+
+class TestHostDevice(DeviceSuite):
+    @pytest.fixture(params=[4096, 2 << 20])
+    def device(self, request: pytest.FixtureRequest) -> Device:
+        return HostDevice(granule_bytes=request.param)
+
+
+def test_nobody_can_map_an_arena_writable() -> None:
+    device = HostDevice(granule_bytes=4096)
+    arena = device.create_arena(8192)
+    fds = arena.export([(0, 2)])
+    writable = os.open(f"/proc/self/fd/{fds[0]}", os.O_RDWR)
+    with pytest.raises(PermissionError):
+        mmap.mmap(writable, 8192)
+    with pytest.raises(PermissionError):
+        os.pwrite(writable, b"x", 0)
+    close_all([*fds, writable])
+    arena.close()
+
+
+def test_a_client_that_writes_changes_only_its_own_pages() -> None:
+    device = HostDevice(granule_bytes=4096)
+    arena = device.create_arena(8192)
+    owner = view_of(arena.address, 8192)
+    owner[:] = b"a" * 8192
+    fds = arena.export([(0, 2)])
+    one, two = device.attach(fds, [(0, 2)]), device.attach(fds, [(0, 2)])
+    view_of(one.address, 8192)[5] = ord("z")
+    assert owner[5] == ord("a") == view_of(two.address, 8192)[5]
+    owner[4096] = ord("b")
+    assert view_of(one.address, 8192)[4096] == ord("b"), "pages that were not written are shared"
+    close_all(fds)
+    one.close()
+    two.close()
+    owner.release()
+    arena.close()
+
+
+def test_a_failed_copy_fails_every_later_event() -> None:
+    device = FaultyDevice(HostDevice(), Gate(1))
+    stream, staging = device.open_stream(), device.alloc_staging(64)
+    stream.copy_in(staging.address, staging.address + 32, 8)
+    good = stream.record()
+    stream.copy_in(staging.address, staging.address + 32, 8)
+    good.wait(30)
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="as asked"):
+            stream.record().wait(30)
+    stream.close()
+    staging.close()
+
+
+def test_a_copy_that_hangs_ends_in_busy() -> None:
+    gate = Gate(0, blocks=True)
+    device = FaultyDevice(HostDevice(), gate)
+    stream, staging = device.open_stream(), device.alloc_staging(64)
+    stream.copy_in(staging.address, staging.address + 32, 8)
+    with pytest.raises(BusyError, match="was not done"):
+        stream.record().wait(0.01)
+    gate.opened.set()
+    stream.close()
+    staging.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [("cpu", "cpu"), ("cpu:0", "cpu"), ("cuda", "cuda:0"), (1, "cuda:1"), ("cuda:07", "cuda:7")]
+)
+def test_names(given: str | int, name: str) -> None:
+    assert canonical_name(given) == name
+
+
+@pytest.mark.parametrize("given", ["", "mps", "cuda:", "cuda:x", "cuda:-1", "cpu:", True])
+def test_names_that_mean_nothing(given: str) -> None:
+    with pytest.raises(UsageError):
+        open_device(given)
