@@ -69,7 +69,7 @@ class Service:
                 "slots_free": len(memory.free),
                 "slots_leased": cache.leases_count,
                 "hits_bytes": counters.ram_hit_bytes,
-                "page_locked": memory.locked_bytes == memory.size_bytes,
+                "page_locked": not memory.note and memory.locked_bytes == memory.usable_count * CHUNK_BYTES,
                 "note": memory.note,
             },
             "origin": {

@@ -87,6 +87,8 @@ class Prefetcher:
         self._pool = pool
         self._siblings = siblings
         self._tracks: dict[ObjectState, _Track] = {}
+        self._streams: dict[_Track, None] = {}
+        """Tracks being streamed and not finished, in the order they began."""
         self._urgent: deque[tuple[_Track, int]] = deque(maxlen=_URGENT_MAX)
         self._wanted = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -144,14 +146,12 @@ class Prefetcher:
     @property
     def active_count(self) -> int:
         """Objects being streamed."""
-        return sum(1 for track in self._tracks.values() if track.streaming and not track.finished)
+        return len(self._streams)
 
     @property
     def queued_bytes(self) -> int:
         """What is meant to be fetched and is not yet."""
-        chunks = sum(
-            t.state.object.chunks_count - t.cursor for t in self._tracks.values() if t.streaming and not t.dead
-        )
+        chunks = sum(track.state.object.chunks_count - track.cursor for track in self._streams)
         return (chunks + len(self._urgent)) * CHUNK_BYTES
 
     # -- deciding
@@ -172,6 +172,7 @@ class Prefetcher:
     def _stream(self, track: _Track) -> None:
         if not track.streaming:
             track.streaming = True
+            self._streams[track] = None
             logger.info("streaming %s ahead of its readers", track.state.object.path)
             self._wake()
 
@@ -187,22 +188,33 @@ class Prefetcher:
             if not track.dead and not self._in_ram(track, index):
                 return track, index, False
         now = time.monotonic()
+        while streams := list(self._streams):
+            for track in streams:
+                if track.paused_until <= now and not self._abandoned(track, now):
+                    order = self._next_of(track)
+                    if order is not None:
+                        return order
+            if streams == list(self._streams):  # else one ended and its sibling began: look again
+                break
+        return None
+
+    def _next_of(self, track: _Track) -> tuple[_Track, int, bool] | None:
+        """The stream's next chunk that is wanted. At its end the stream of the next shard begins."""
         ram_is_full = self._cache.unread_count >= self._config.unread_slots_max
-        for track in self._tracks.values():
-            if not track.streaming or track.finished or track.paused_until > now or self._abandoned(track, now):
+        if ram_is_full and not self._config.ssd:
+            return None
+        while not track.finished:
+            index = track.cursor
+            track.cursor += 1
+            if self._in_ram(track, index):
                 continue
-            while not track.finished:
-                index = track.cursor
-                track.cursor += 1
-                if self._in_ram(track, index):
-                    continue
-                if not ram_is_full:
-                    return track, index, False
-                if not self._config.ssd:
-                    track.cursor -= 1
-                    return None
-                if track.ssd_masks is not None and not track.ssd_masks[index]:
-                    return track, index, True
+            if not ram_is_full:
+                return track, index, False
+            if track.ssd_masks is not None and not track.ssd_masks[index]:
+                return track, index, True
+        del self._streams[track]
+        if not track.dead:
+            self._stream_sibling(track)
         return None
 
     def _abandoned(self, track: _Track, now: float) -> bool:
@@ -252,8 +264,6 @@ class Prefetcher:
                 track.paused_until = time.monotonic() + _PAUSE_S
             finally:
                 track.under_way -= 1
-            if track.streaming and track.finished and not track.dead:
-                self._stream_sibling(track)
 
     def _stream_sibling(self, track: _Track) -> None:
         """A shard is on its way: go on with the next one that is not."""
@@ -313,5 +323,6 @@ class Prefetcher:
             logger.info("residency of %s: %s", track.state.object.path, error)
 
     def _drop(self, track: _Track) -> None:
+        self._streams.pop(track, None)
         if self._tracks.pop(track.state, None) is not None:
             self._cache.close(track.state)
