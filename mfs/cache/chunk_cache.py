@@ -34,6 +34,9 @@ from mfs.workers.pool import Job, Priority, WorkerEndedError, WorkerPool
 
 logger = logging.getLogger(__name__)
 
+_ATTEMPTS_OVER_DEAD_WORKERS = (
+    4  # all workers may die at once, for want of memory say; what kills them must not for ever
+)
 _SAVE_PAUSE_S = 30.0  # without writes to SSD after the disk was full or failed
 _CLEAN_SEARCH_COUNT = 64  # how far from the cold end to look for a slot that costs nothing to lose
 
@@ -307,11 +310,12 @@ class ChunkCache:
         self._pool.submit(fill.job)
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame | None, error: MfsError | None) -> None:
-        if isinstance(error, TransientStoreError) and fill.attempts == 1 and not self._pool.closing:
+        ended = isinstance(error, WorkerEndedError)
+        attempts_max = _ATTEMPTS_OVER_DEAD_WORKERS if ended else 2
+        if isinstance(error, TransientStoreError) and fill.attempts < attempts_max and not self._pool.closing:
             assert fill.job is not None
             # Once more: with a new deadline where a worker died, else in what is left of the old one. A dead origin
             # uses its deadline up: asking it for as long again would keep connections from the others.
-            ended = isinstance(error, WorkerEndedError)
             left_s = self._config.timeout_s if ended else fill.job.deadline_s - time.monotonic()
             if left_s > 0:
                 self._submit_fill(chunk, fill, fill.job.priority, left_s)

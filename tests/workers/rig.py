@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,13 @@ import trio
 
 from mfs.cache.chunk_cache import CacheConfig, ChunkCache
 from mfs.cache.ram import SLOTS_COUNT_MIN, RamConfig, SlotMemory
+from mfs.errors import MfsError
 from mfs.testing import ramp
 from mfs.types import CHUNK_BYTES, ObjectId
 from mfs.workers.pool import PoolConfig, WorkerPool
 
-CACHE_BYTES_MIN = SLOTS_COUNT_MIN * CHUNK_BYTES
+_SITE = Path(__file__).parent / "faulty_site"
+_REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass
@@ -45,6 +48,28 @@ class Rig:
 
     def put_ramp(self, name: str, size: int, start: int = 0) -> ObjectId:
         return self.put(name, ramp(size, start))
+
+    @property
+    def faults(self) -> Path:
+        """The folder where a faulty origin looks for what it shall do wrong."""
+        return Path(f"{self.origin}.faults")
+
+    def gate(self) -> Path:
+        """Make the origin's reads wait until the file returned is gone."""
+        gate = self.faults / "gate"
+        gate.touch()
+        return gate
+
+    def fail(self, count: int, error: type[MfsError]) -> None:
+        """Make the next `count` reads of the origin fail."""
+        for number in range(count):
+            (self.faults / f"fail-{number}").write_text(error.__name__)
+
+    def origin_reads(self) -> list[tuple[str, int, int]]:
+        """(path, start, stop) of all reads the origin has seen."""
+        log = self.faults / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [(path, int(start), int(stop)) for path, start, stop in (line.split() for line in lines)]
 
     def chunk_file(self, obj: ObjectId, index: int) -> Path:
         return self.cache_dir / "v1" / "chunks" / obj.cache_id[:2] / f"{obj.cache_id}.{index:08x}"
@@ -90,12 +115,14 @@ async def running_rig(
     """Everything below the mount, running; torn down in the end, whatever happened."""
     origin = directory / "origin"
     origin.mkdir(exist_ok=True)
+    Path(f"{origin}.faults").mkdir(exist_ok=True)
+    os.environ["PYTHONPATH"] = f"{_SITE}:{_REPOSITORY}"  # conftest puts the environment back after the test
     cache_dir = cache_dir or directory / "cache"
     memory = SlotMemory(RamConfig(slots_count * CHUNK_BYTES, page_lock=False))
     try:
         await memory.populate()
         setup = {
-            "sources": [{"url": str(origin), "options": {}}],
+            "sources": [{"url": f"faulty://{origin}", "options": {}}],
             "cache_dir": str(cache_dir) if ssd else None,
             "cache_fsync": False,
             "log_level": "WARNING",

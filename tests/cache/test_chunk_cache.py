@@ -1,0 +1,344 @@
+"""The conductor of the tiers over real workers: one fetch for all, errors to who waits, nothing held in the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from mfs.cache.chunks import block_mask, full_mask
+from mfs.errors import ChangedError, IntegrityError, NotFoundError, StoreError, TransientStoreError
+from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
+from mfs.workers.pool import Priority
+from tests.workers.rig import Rig, running_rig, until
+
+FULL = full_mask(CHUNK_BYTES)
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with running_rig(tmp_path) as running:
+        yield running
+        await running.cache.wait_saved()
+        await until(lambda: not any(running.pool.inflight(lane) for lane in ("origin", "disk")), "rest")
+        running.assert_idle()
+
+
+async def read(rig: Rig, obj: ObjectId, start: int = 0, stop: int | None = None) -> None:
+    """Read as FUSE does, and compare before the next checkpoint."""
+    state = rig.cache.open(obj, 0)
+    span = ByteRange(start, obj.size if stop is None else stop)
+    try:
+        view = await rig.cache.read(state, span)
+        assert view == rig.contents[obj][span.start : span.stop]
+    finally:
+        rig.cache.close(state)
+
+
+async def test_ram_disk_and_origin_give_the_same_bytes(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", 2 * CHUNK_BYTES + 12345)
+    spans = [(0, 1), (CHUNK_BYTES - 5, CHUNK_BYTES + 5), (2 * CHUNK_BYTES, obj.size), (obj.size - 1, obj.size),
+             (0, obj.size), (BLOCK_BYTES - 1, BLOCK_BYTES + 1), (5, 5)]  # fmt: skip
+    for span in spans:
+        await read(rig, obj, *span)
+    assert rig.cache.counters.origin_bytes == obj.size
+    await read(rig, obj)
+    assert rig.cache.counters.origin_bytes == obj.size
+    rig.cache.save_partial(older_than_s=0)
+    await rig.cache.wait_saved()
+    assert rig.cache.evict(obj, 0) == obj.size
+    assert len(rig.memory.free) == rig.memory.slots_count
+    (rig.origin / "model.bin").unlink()
+    for span in spans:
+        await read(rig, obj, *span)
+    assert rig.cache.counters.ssd_hit_bytes == rig.cache.counters.origin_bytes == obj.size
+
+
+async def test_one_fetch_however_many_wait(rig: Rig) -> None:
+    obj, gate = rig.put_ramp("model.bin", CHUNK_BYTES), rig.gate()
+    async with trio.open_nursery() as nursery:
+        for n in range(30):
+            nursery.start_soon(read, rig, obj, n * BLOCK_BYTES, (n + 2) * BLOCK_BYTES)
+        await until(lambda: bool(rig.origin_reads()), "a fetch")
+        gate.unlink()
+    fetched = [
+        block for _, start, stop in rig.origin_reads() for block in range(start // BLOCK_BYTES, stop // BLOCK_BYTES)
+    ]
+    assert sorted(fetched) == list(range(31))
+
+
+async def test_a_cancelled_reader_fails_nobody_else(rig: Rig) -> None:
+    obj, gate = rig.put_ramp("model.bin", CHUNK_BYTES), rig.gate()
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(read, rig, obj)
+        with trio.move_on_after(0.05):
+            await read(rig, obj)
+        gate.unlink()
+    assert len(rig.origin_reads()) == 1
+
+
+async def test_a_chunk_whose_readers_all_left_is_kept_if_it_came_and_let_go_if_not(rig: Rig) -> None:
+    obj, gate = rig.put_ramp("model.bin", 2 * CHUNK_BYTES), rig.gate()
+    with trio.move_on_after(0.05):
+        await read(rig, obj)
+    assert rig.cache.slots_used == 1
+    gate.unlink()
+    await until(lambda: rig.cache.fills_count == 0, "the fill")
+    assert rig.cache.resident_bytes(obj, 0) == CHUNK_BYTES
+    gate = rig.gate()
+    rig.fail(1, NotFoundError)
+    with trio.move_on_after(0.05):
+        await read(rig, obj, CHUNK_BYTES)
+    gate.unlink()
+    await until(lambda: rig.cache.fills_count == 0, "the fill")
+    assert rig.cache.slots_used == 1
+
+
+async def test_an_error_goes_to_all_who_wait_and_the_next_starts_anew(rig: Rig) -> None:
+    obj, gate = rig.put_ramp("model.bin", CHUNK_BYTES), rig.gate()
+    rig.fail(1, IntegrityError)
+    failed: list[int] = []
+
+    async def expect_failure() -> None:
+        with pytest.raises(IntegrityError):
+            await read(rig, obj, 0, BLOCK_BYTES)
+        failed.append(1)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(expect_failure)
+        await until(lambda: bool(rig.origin_reads()), "a fetch")
+        gate.unlink()
+    assert len(failed) == 5
+    assert len(rig.origin_reads()) == 1
+    await read(rig, obj)
+
+
+async def test_what_may_pass_is_tried_once_more(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", CHUNK_BYTES)
+    rig.fail(1, TransientStoreError)
+    await read(rig, obj, 0, BLOCK_BYTES)
+    rig.fail(2, TransientStoreError)
+    with pytest.raises(TransientStoreError):
+        await read(rig, obj, BLOCK_BYTES, 2 * BLOCK_BYTES)
+    assert len(rig.origin_reads()) == 4
+
+
+async def test_a_dead_origin_is_an_error_in_time_and_keeps_no_connection_after(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, timeout_s=0.5) as rig:
+        obj, warm = rig.put_ramp("model.bin", CHUNK_BYTES), rig.put_ramp("warm.bin", CHUNK_BYTES)
+        await read(rig, warm)
+        gate = rig.gate()
+        with pytest.raises(StoreError):
+            await read(rig, obj)
+        await read(rig, warm)
+        await until(lambda: rig.pool.inflight("origin") == 0, "the connection given back")
+        assert len(rig.origin_reads()) == 2  # not asked for a second deadline's time
+        gate.unlink()
+        await read(rig, obj)
+        await rig.cache.wait_saved()
+        rig.assert_idle()
+
+
+async def test_a_killed_worker_costs_a_reader_nothing(rig: Rig) -> None:
+    obj, gate = rig.put_ramp("model.bin", 4 * CHUNK_BYTES), rig.gate()
+    async with trio.open_nursery() as nursery:
+        for index in range(4):
+            nursery.start_soon(read, rig, obj, index * CHUNK_BYTES, (index + 1) * CHUNK_BYTES)
+        await until(lambda: len(rig.origin_reads()) == 4, "fetches")
+        for worker in rig.pool.describe():
+            os.kill(worker["pid"], signal.SIGKILL)
+        gate.unlink()
+    assert len(rig.origin_reads()) == 8
+
+
+async def test_a_worker_killed_while_it_saves_leaves_the_chunk_to_be_saved_later(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", CHUNK_BYTES)
+    await read(rig, obj, 0, BLOCK_BYTES)
+    for worker in rig.pool.describe():
+        os.kill(worker["pid"], signal.SIGSTOP)
+    rig.cache.save_partial(older_than_s=0)
+    assert rig.pool.inflight("disk") == 1
+    for worker in rig.pool.describe():
+        os.kill(worker["pid"], signal.SIGKILL)
+    await rig.cache.wait_saved()
+    assert rig.cache.counters.saved_bytes == 0
+    await until(lambda: rig.pool.restarts_count == 2 and len(rig.pool.describe()) == 2, "new workers")
+    rig.cache.save_partial(older_than_s=0)
+    await rig.cache.wait_saved()
+    assert rig.cache.counters.saved_bytes == BLOCK_BYTES
+    assert rig.chunk_file(obj, 0).exists()
+
+
+async def test_more_readers_than_slots_all_get_their_bytes(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", 40 * CHUNK_BYTES)
+    async with trio.open_nursery() as nursery:
+        for index in range(40):
+            nursery.start_soon(read, rig, obj, index * CHUNK_BYTES + 3, min(obj.size, (index + 2) * CHUNK_BYTES - 3))
+
+
+async def test_who_waits_for_a_slot_sees_a_chunk_that_another_brought(rig: Rig) -> None:
+    """All slots held but one that comes free: two wait for the same chunk, one slot must do for both."""
+    obj, held = rig.put_ramp("model.bin", 17 * CHUNK_BYTES), rig.put_ramp("held.bin", 16 * CHUNK_BYTES)
+    state = rig.cache.open(held, 0)
+    leased = [await rig.cache.lease(state, index, 1) for index in range(16)]
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(read, rig, obj, 0, 100)
+        await trio.testing.wait_all_tasks_blocked()
+        rig.cache.release(leased.pop())
+    for chunk in leased:
+        rig.cache.release(chunk)
+    rig.cache.close(state)
+
+
+async def test_without_a_slot_in_time_a_read_fails_and_holds_nothing(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, timeout_s=0.2) as rig:
+        obj, held = rig.put_ramp("model.bin", 100), rig.put_ramp("held.bin", 16 * CHUNK_BYTES)
+        state = rig.cache.open(held, 0)
+        leased = [await rig.cache.lease(state, index, 1) for index in range(16)]
+        with pytest.raises(StoreError, match=r"no answer within 0\.2 s"):
+            await read(rig, obj)
+        for chunk in leased:
+            rig.cache.release(chunk)
+        rig.cache.close(state)
+        await read(rig, obj)
+        await rig.cache.wait_saved()
+        rig.assert_idle()
+
+
+# -- versions
+
+
+async def test_an_old_handle_gets_old_bytes_or_an_error(rig: Rig) -> None:
+    told: list[ObjectId] = []
+    rig.cache.on_changed = lambda state: told.append(state.object)
+    old = rig.put_ramp("model.bin", 2 * CHUNK_BYTES)
+    await read(rig, old, 0, 1000)
+    new = rig.put_ramp("model.bin", 2 * CHUNK_BYTES, start=77)
+    await read(rig, old, 500, 700)
+    with pytest.raises(ChangedError):
+        await read(rig, old, CHUNK_BYTES, CHUNK_BYTES + 1)
+    await read(rig, new)
+    assert told == [old]
+
+
+async def test_equal_bytes_under_another_name_are_fetched_by_the_name_seen_last(rig: Rig) -> None:
+    first = rig.put_ramp("a.bin", CHUNK_BYTES)
+    second = rig.put_ramp("b.bin", CHUNK_BYTES)
+    digest = "sha256:" + "1" * 64
+    a, b = (ObjectId(o.source, o.path, o.size, o.version, digest) for o in (first, second))
+    rig.contents |= {a: rig.contents[first], b: rig.contents[second]}
+    state = rig.cache.open(a, 0)
+    (rig.origin / "a.bin").unlink()
+    await read(rig, b)
+    rig.cache.close(state)
+
+
+async def test_a_read_that_outlives_its_handle_forgets_nobody_elses_state(rig: Rig) -> None:
+    obj, gate = rig.put_ramp("model.bin", CHUNK_BYTES), rig.gate()
+    lost = rig.cache.open(obj, 0)
+    rig.cache.close(lost)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.cache.read, lost, ByteRange(0, 10))
+        await trio.testing.wait_all_tasks_blocked()
+        state = rig.cache.open(obj, 0)
+        assert state is not lost
+        gate.unlink()
+    [chunk] = lost.chunks.values()
+    await rig.cache.wait_saved()
+    rig.cache._drop(chunk)
+    assert rig.cache.open(obj, 0) is state
+    rig.cache.close(state)
+    rig.cache.close(state)
+
+
+# -- the disk
+
+
+async def test_bringing_to_disk_returns_when_all_of_the_chunk_is_there(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", CHUNK_BYTES)
+    await read(rig, obj, 0, BLOCK_BYTES)
+    for worker in rig.pool.describe():
+        os.kill(worker["pid"], signal.SIGSTOP)
+    rig.cache.save_partial(older_than_s=0)  # of one block: under way while the rest comes
+    state = rig.cache.open(obj, 0)
+    async with trio.open_nursery() as nursery:
+
+        async def bring() -> None:
+            await rig.cache.bring(state, 0, to_ssd=True)
+
+        nursery.start_soon(bring)
+        await trio.testing.wait_all_tasks_blocked()
+        for worker in rig.pool.describe():
+            os.kill(worker["pid"], signal.SIGCONT)
+    assert (await rig.pool.call("masks", obj=state.wire))["masks"] == [FULL]
+    rig.cache.close(state)
+
+
+async def test_a_disk_that_fails_is_left_alone_for_a_while(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    obj = rig.put_ramp("model.bin", 40 * CHUNK_BYTES)
+    shutil.rmtree(rig.cache_dir / "v1" / "chunks")
+    (rig.cache_dir / "v1" / "chunks").touch()
+    state = rig.cache.open(obj, 0)
+    for index in range(40):
+        await rig.cache.bring(state, index, to_ssd=False)
+    await rig.cache.wait_saved()
+    rig.cache.close(state)
+    assert 1 <= caplog.text.count("serving on without writing") <= 16
+    await read(rig, obj, 0, 100)
+
+
+async def test_dropped_from_disk_is_saved_again(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", CHUNK_BYTES)
+    await read(rig, obj)
+    await rig.cache.wait_saved()
+    assert rig.chunk_file(obj, 0).exists()
+    await rig.pool.call("evict", objects=[rig.cache.open(obj, 0).wire])
+    rig.cache.note_unsaved(obj, 0)
+    assert not rig.chunk_file(obj, 0).exists()
+    rig.cache.save_partial(older_than_s=0)
+    await rig.cache.wait_saved()
+    assert rig.chunk_file(obj, 0).exists()
+    rig.cache.close(rig.cache.open(obj, 0))
+
+
+async def test_unread_chunks_are_counted_until_read_or_dropped(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", 3 * CHUNK_BYTES)
+    state = rig.cache.open(obj, 0)
+    for index in range(3):
+        await rig.cache.bring(state, index, to_ssd=False, ahead=True)
+    assert rig.cache.unread_count == 3
+    await read(rig, obj, 0, 1)
+    assert rig.cache.unread_count == 2
+    await rig.cache.wait_saved()
+    rig.cache.evict(obj, 0)
+    assert rig.cache.unread_count == 0
+    rig.cache.close(state)
+
+
+async def test_a_lease_ahead_of_need_is_hurried_by_a_reader(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, workers_count=1, origin_limit=2, background_limit=1) as rig:
+        obj, gate = rig.put_ramp("model.bin", 4 * CHUNK_BYTES), rig.gate()
+        state = rig.cache.open(obj, 0)
+        async with trio.open_nursery() as nursery:
+
+            async def bring(index: int) -> None:
+                chunk = await rig.cache.lease(state, index, block_mask(0, 1), priority=Priority.BACKGROUND)
+                rig.cache.release(chunk)
+
+            for index in range(4):
+                nursery.start_soon(bring, index)
+                await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(read, rig, obj, 3 * CHUNK_BYTES, 3 * CHUNK_BYTES + 1)
+            await until(lambda: len(rig.origin_reads()) == 2, "two fetches")
+            assert {start for _, start, _ in rig.origin_reads()} == {0, 3 * CHUNK_BYTES}
+            gate.unlink()
+        rig.cache.close(state)
+        rig.assert_idle()
