@@ -36,9 +36,7 @@ class TestRealDaemon(ControlSuite):
         mountpoint.mkdir()
         sources = (SourceConfig(str(tmp_path / "models")),)
         cache_dir = tmp_path / "cache"
-        config = MountConfig(
-            mountpoint, (source,), cache_dir=tmp_path / "cache", cache_bytes=1 << 30, ram_bytes=64 << 20
-        )
+        config = MountConfig(mountpoint, sources, cache_dir=cache_dir, cache_bytes=1 << 30, ram_bytes=64 << 20)
         with tempfile.TemporaryDirectory(prefix="mfs-rt-") as folder:  # tmp_path may be too long for a socket
             monkeypatch.setenv("MFS_RUNTIME_DIR", folder)
             start_daemon(config, deadline_s=DEADLINE_S)
