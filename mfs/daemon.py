@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 import trio
 
-from mfs.config import MountConfig
-from mfs.control import runtime, server
+from mfs.config import MountConfig, mask_url
+from mfs.control import mountinfo, runtime, server
 from mfs.control.ready import DaemonStart, notify
 from mfs.errors import MfsError, StoreError
 from mfs.mount import Mount
@@ -42,13 +44,15 @@ def main() -> None:
 async def _run(config: MountConfig, start: DaemonStart) -> None:
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # only root may lower it
         file.write(_OOM_SCORE)
+    # mountinfo, records and sockets know real paths only
+    config = replace(config, mountpoint=Path(mountinfo.real_mountpoint(str(config.mountpoint))))
     mount = Mount(config)
     record = runtime.record_of_self(
         str(config.mountpoint),
         cache_dir=str(config.cache_dir) if config.cache_dir else None,
         log_file=str(config.log_file) if config.log_file else None,
         started_at=mount.started_at,
-        sources=tuple(source.url for source in config.sources),
+        sources=tuple(mask_url(source.url) for source in config.sources),
     )
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals, \
             runtime.registered(record) as socket_path:  # fmt: skip

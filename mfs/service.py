@@ -85,10 +85,7 @@ class Service:
             "prefetch": {
                 "queued_bytes": mount.prefetcher.queued_bytes, "active_objects": mount.prefetcher.active_count,
             },
-            "workers": [
-                {"pid": w["pid"], "inflight": w["inflight"], "restarts": mount.pool.restarts_count}
-                for w in mount.pool.describe()
-            ],
+            "workers": mount.pool.describe(),
             "kernel": {
                 "read_ahead_kb": mount.kernel.read_ahead_kb,
                 "max_background": mount.kernel.max_background,

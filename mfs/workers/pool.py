@@ -123,7 +123,8 @@ class WorkerPool:
         self._changed = trio.Event()
         self.identities: list[str] = []
         """Of each source, known once a worker runs."""
-        self.restarts_count = 0
+        self._restarts = [0] * config.workers_count
+        """How often each worker was started anew."""
         self.closing = False
 
     # -- asking
@@ -174,9 +175,16 @@ class WorkerPool:
     def queued(self, lane: Lane) -> int:
         return sum(1 for _, _, job in self._queues[lane] if not job.started)
 
+    @property
+    def restarts_count(self) -> int:
+        """Workers started anew since the start."""
+        return sum(self._restarts)
+
     def describe(self) -> list[Frame]:
-        """[{pid, inflight}] for status."""
-        return [{"pid": w.process.pid, "inflight": len(w.jobs), "ready": w.ready} for w in self._workers]
+        """[{pid, inflight, restarts}] for status."""
+        return [
+            {"pid": w.process.pid, "inflight": len(w.jobs), "restarts": self._restarts[w.number]} for w in self._workers
+        ]
 
     # -- dispatch
 
@@ -299,7 +307,7 @@ class WorkerPool:
                     "a worker process did not start; see the log file"
                 )
                 self._notify()
-            self.restarts_count += 1
+            self._restarts[number] += 1
             logger.warning(
                 "worker %d ended (status %s); starting another", worker.process.pid, worker.process.returncode
             )
