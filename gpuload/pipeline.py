@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -25,7 +25,7 @@ from gpuload.device.host import view_of
 from gpuload.errors import one_error
 from gpuload.plan import Batch, Piece
 from gpuload.source import Source
-from gpuload.staging import Buffer, Ring
+from gpuload.staging import Buffer, open_ring
 
 RunsOf = Callable[[Piece], Sequence[tuple[int, int]]]
 """Where a piece belongs: (address, nbytes) runs on the device, in order; empty where it is not wanted there."""
@@ -99,12 +99,12 @@ async def move_batches(
             await trio.to_thread.run_sync(event.wait, limits.step_timeout_s)
             landing.add(batch)
 
-    with (
-        one_error(),
-        Ring(device, buffer_bytes=buffer_bytes, count=buffers_count) as ring,
-        _open_stream(device) as stream,
-    ):
-        async with trio.open_nursery() as nursery:
+    with one_error():
+        async with (
+            open_ring(device, buffer_bytes=buffer_bytes, count=buffers_count) as ring,
+            _open_stream(device) as stream,
+            trio.open_nursery() as nursery,
+        ):
             nursery.start_soon(feed)
             nursery.start_soon(land)
             async with events_in:
@@ -120,14 +120,13 @@ def move_one_by_one(
         if device.is_direct and _is_plain(batch):
             _read_direct(batch, source, runs_of, None)
             continue
-        with _open_stream(device) as stream:
-            buffer = Buffer(device.alloc_staging(batch.nbytes))
-            try:
-                _fill(batch, buffer, source, None, limits)
-                queue_copies(stream, batch, buffer.staging.address, runs_of).wait(limits.step_timeout_s)
-            finally:
-                stream.close()
-                buffer.staging.close()
+        stream, buffer = device.open_stream(), Buffer(device.alloc_staging(batch.nbytes))
+        try:
+            _fill(batch, buffer, source, None, limits)
+            queue_copies(stream, batch, buffer.staging.address, runs_of).wait(limits.step_timeout_s)
+        finally:
+            stream.close()
+            buffer.staging.close()
 
 
 def queue_copies(stream: Stream, batch: Batch, address: int, runs_of: RunsOf) -> Event:
@@ -195,13 +194,14 @@ def _is_plain(batch: Batch) -> bool:
     return all(piece.rows_count == 1 for piece in batch.pieces)
 
 
-@contextmanager
-def _open_stream(device: Device) -> Iterator[Stream]:
-    stream = device.open_stream()
+@asynccontextmanager
+async def _open_stream(device: Device) -> AsyncIterator[Stream]:
+    stream = await trio.to_thread.run_sync(device.open_stream)
     try:
         yield stream
     finally:
-        stream.close()  # waits for what is queued: the buffers must outlive it
+        with trio.CancelScope(shield=True):  # what is queued must end before its buffers go; not on this thread
+            await trio.to_thread.run_sync(stream.close)
 
 
 class _Landing:

@@ -6,7 +6,8 @@ next waits for that event in a thread, so nobody watches events and nothing is f
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -28,23 +29,12 @@ class Buffer:
 
 
 class Ring:
-    """`count` buffers of `buffer_bytes`, taken page-locked at construction, given back at exit.
+    """Buffers going round. Made by `open_ring`."""
 
-    Leave the `with` block only when no stream copies from them any more.
-    """
-
-    def __init__(self, device: Device, *, buffer_bytes: int, count: int) -> None:
-        self.buffer_bytes = buffer_bytes
-        self._buffers: list[Buffer] = []
-        self._put, self._get = trio.open_memory_channel[Buffer](count)
-        try:
-            for _ in range(count):
-                buffer = Buffer(device.alloc_staging(buffer_bytes))
-                self._buffers.append(buffer)
-                self._put.send_nowait(buffer)
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self._put, self._get = trio.open_memory_channel[Buffer](len(buffers))
+        for buffer in buffers:
+            self._put.send_nowait(buffer)
 
     async def take(self) -> Buffer:
         """The buffer that was put back longest ago; waits while all are out."""
@@ -53,16 +43,26 @@ class Ring:
     def put(self, buffer: Buffer) -> None:
         self._put.send_nowait(buffer)
 
-    @property
-    def free_count(self) -> int:
-        return self._put.statistics().current_buffer_used
 
-    def close(self) -> None:
-        while self._buffers:
-            self._buffers.pop().staging.close()
+@asynccontextmanager
+async def open_ring(device: Device, *, buffer_bytes: int, count: int) -> AsyncIterator[Ring]:
+    """`count` buffers of `buffer_bytes`, page-locked now and given back at the end, both in a thread.
 
-    def __enter__(self) -> Ring:
-        return self
+    Leave the block only when no stream copies from them any more. Raises: DeviceError.
+    """
+    buffers: list[Buffer] = []
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+    def take_all() -> None:
+        for _ in range(count):
+            buffers.append(Buffer(device.alloc_staging(buffer_bytes)))  # noqa: PERF401  kept if a later one fails
+
+    def close_all() -> None:
+        while buffers:
+            buffers.pop().staging.close()
+
+    try:
+        await trio.to_thread.run_sync(take_all)
+        yield Ring(buffers)
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(close_all)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from gpuload.device.base import Arena, Device, Event, Memory, Run, Staging, Stream
 from gpuload.device.base import Mapping as DeviceMapping
 from gpuload.device.host import HostDevice
-from gpuload.errors import DeviceError, FitError
+from gpuload.errors import DeviceError, FitError, first_error
 from gpuload.server.daemon import ServerConfig, serve
 from gpuload.server.loader import Loader
 from gpuload.source import Source
@@ -280,7 +280,7 @@ def running_server(config: ServerConfig, open_one: Callable[[str], Device] | Non
         try:
             trio.run(main)
         except BaseException as error:
-            errors.append(error)
+            errors.append(first_error(error))
         finally:
             ready.set()
 

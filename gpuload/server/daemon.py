@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import trio
 
 from gpuload.device.base import Device
-from gpuload.errors import AwayError, BusyError, ServerError, first_error, to_wire
+from gpuload.errors import AwayError, BusyError, ServerError, first_error, one_error, to_wire
 from gpuload.pipeline import Limits
 from gpuload.server.catalog import Catalog
 from gpuload.server.digests import SETTLED_S, DigestCache
@@ -66,7 +66,7 @@ async def serve(
     Raises: ConfigError, FitError, DeviceError, all before the socket exists.
     """
     digests = DigestCache(settled_s=config.settled_s)
-    with contextlib.ExitStack() as stack:
+    with one_error(), contextlib.ExitStack() as stack:
         sock = stack.enter_context(_listening(config))
         loaders: dict[str, Loader] = {}
         for name, nbytes in config.arena_bytes.items():

@@ -1,0 +1,165 @@
+"""Granules, layouts and the catalog: pure bookkeeping, against slow and obvious models of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpuload.errors import FitError
+from gpuload.plan import Transfer
+from gpuload.server.catalog import Catalog, Model
+from gpuload.server.digests import DigestCache
+from gpuload.server.granules import Granules
+from gpuload.server.layout import ALIGN_BYTES, BLOCK_GRANULES, plan_blocks
+
+
+@settings(max_examples=200)
+@given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 12)), max_size=60))
+def test_granules_are_never_given_twice_and_never_lost(steps: list[tuple[bool, int]]) -> None:
+    granules, held = Granules(40), []
+    for takes, n in steps:
+        if takes and n <= granules.free_count:
+            held.append(granules.take(n))
+        elif takes:
+            with pytest.raises(ValueError, match="free"):
+                granules.take(n)
+        elif held:
+            granules.put(held.pop(n % len(held)))
+        used = [g for runs in held for first, count in runs for g in range(first, first + count)]
+        assert len(used) == len(set(used)) == granules.count - granules.free_count
+        assert all(0 <= g < 40 for g in used)
+    for runs in held:
+        granules.put(runs)
+    assert granules.take(40) == [(0, 40)], "all free granules are one run again"
+
+
+def test_what_is_free_is_not_given_back_twice() -> None:
+    granules = Granules(10)
+    runs = granules.take(4)
+    granules.put(runs)
+    with pytest.raises(ValueError, match="not taken"):
+        granules.put(runs)
+
+
+def transfers(sizes: list[int]) -> list[Transfer]:
+    return [Transfer(f"t{i}", "U8", (n,), "cpu", 0, 8, n, 1, n) for i, n in enumerate(sizes)]
+
+
+@given(sizes=st.lists(st.integers(0, 200_000), max_size=40))
+def test_layouts_place_everything_once_and_waste_little(sizes: list[int]) -> None:
+    blocks = plan_blocks(transfers(sizes), 4096)
+    placed = {p.transfer: (i, p.offset) for i, b in enumerate(blocks) for p in b.placed}
+    assert sorted(placed) == [i for i, n in enumerate(sizes) if n]
+    for i, block in enumerate(blocks):
+        ends = sorted((p.offset, p.offset + sizes[p.transfer]) for p in block.placed)
+        assert all(a[1] <= b[0] < a[1] + ALIGN_BYTES for a, b in pairwise(ends)), i
+        assert ends[0][0] == 0
+        assert ends[-1][1] == block.nbytes
+        assert all(start % ALIGN_BYTES == 0 for start, _ in ends)
+    granules = sum(b.granules_count(4096) for b in blocks)
+    slack = len(sizes) * ALIGN_BYTES + 2 * 4096
+    assert granules * 4096 <= sum(sizes) * (1 + 1 / BLOCK_GRANULES) + slack
+
+
+def test_a_large_tensor_is_a_block_of_its_own_wherever_it_stands() -> None:
+    large = BLOCK_GRANULES * 4096
+    for sizes in ([large, 10], [10, large], [10, 3, large, 7]):
+        assert [b.nbytes for b in plan_blocks(transfers(sizes), 4096) if len(b.placed) == 1 and b.nbytes >= large]
+
+
+def model(catalog: Catalog, name: str, contents: list[bytes]) -> Model:
+    """A model whose blocks are named by `contents`, 10 granules each."""
+    blocks = []
+    for content in contents:
+        equal = catalog.blocks.get(content)
+        if equal is not None:
+            catalog.hold(equal)
+            blocks.append(equal)
+        else:
+            blocks.append(catalog.complete(catalog.reserve(10 * 4096), content, [(0, 5, content)]))
+    made = Model(name, "".join(c.hex() for c in contents), [], blocks, [])
+    catalog.publish(made)
+    return made
+
+
+def test_room_is_made_by_oldest_use_first_and_refusals_touch_nothing() -> None:
+    catalog = Catalog("cpu", 50, 4096)
+    a, b, c = (model(catalog, n, [n.encode()]) for n in "abc")
+    catalog.touch(a)
+    assert catalog.make_room(20, "x") == []
+    assert catalog.make_room(21, "x") == [b]
+    assert catalog.make_room(31, "x") == [b, c]
+    catalog.lease(b)
+    c.is_pinned = True
+    assert catalog.make_room(30, "x") == [a]
+    with pytest.raises(FitError, match=r"short by 4096 bytes; nothing was evicted") as caught:
+        catalog.make_room(31, "x")
+    assert caught.value.shortfall_bytes == 4096
+    assert set(catalog.models) == {"a", "b", "c"}
+
+
+def test_evicting_one_of_two_that_share_frees_only_its_own() -> None:
+    catalog = Catalog("cpu", 30, 4096)
+    a, b = model(catalog, "a", [b"1", b"2"]), model(catalog, "b", [b"2", b"3"])
+    assert catalog.granules.free_count == 0
+    assert catalog.make_room(10, "x") == [a]
+    assert catalog.make_room(11, "x") == [a, b]
+    catalog.retire(a)
+    assert catalog.granules.free_count == 10
+    catalog.retire(b)
+    assert set(catalog.gauges().values()) == {0}
+
+
+def test_a_retired_model_lives_until_its_last_lease() -> None:
+    catalog = Catalog("cpu", 30, 4096)
+    old = model(catalog, "a", [b"1"])
+    catalog.lease(old)
+    catalog.lease(old)
+    new = model(catalog, "a", [b"2"])
+    assert (new.generation, old.name) == (2, None)
+    catalog.end_lease(old)
+    assert catalog.gauges()["granules_used"] == 20
+    catalog.end_lease(old)
+    assert catalog.gauges()["granules_used"] == 10
+
+
+def test_retain_lease_goes_with_the_last_lease() -> None:
+    catalog = Catalog("cpu", 30, 4096)
+    made = model(catalog, "a", [b"1"])
+    made.retain = "lease"
+    catalog.lease(made)
+    catalog.end_lease(made)
+    assert set(catalog.gauges().values()) == {0}
+
+
+def test_a_piece_is_found_in_whatever_block_still_has_it() -> None:
+    catalog = Catalog("cpu", 30, 4096)
+    first = catalog.complete(catalog.reserve(4096), b"x", [(0, 5, b"p")])
+    second = catalog.complete(catalog.reserve(4096), b"y", [(7, 5, b"p")])
+    catalog.let_go(first)
+    assert catalog.find_piece(b"p") == (second, 7)
+    catalog.let_go(second)
+    assert catalog.find_piece(b"p") is None
+
+
+def test_digests_of_files_that_just_changed_are_not_remembered() -> None:
+    cache = DigestCache(settled_s=2.0)
+    key = (1, 2, 3, 10_000_000_000, 10_000_000_000)
+    cache.add(key, 11_000_000_000, [((0, 1, 1, 1), b"d")])
+    assert cache.find(key) == {}
+    cache.add(key, 12_000_000_000, [((0, 1, 1, 1), b"d")])
+    assert cache.find(key) == {(0, 1, 1, 1): b"d"}
+
+
+def test_the_digest_cache_is_bounded() -> None:
+    cache = DigestCache(entries_max=10, settled_s=0)
+    for inode in range(20):
+        cache.add((1, inode, 3, 0, 0), 0, [((i, 1, 1, 1), b"d") for i in range(4)])
+        assert cache.entries_count <= 10
+    assert cache.find((1, 0, 3, 0, 0)) == {}
+    assert len(cache.find((1, 19, 3, 0, 0))) == 4
+    cache.forget((1, 19, 3, 0, 0))
+    assert cache.entries_count == 4
