@@ -34,7 +34,7 @@ class Outside:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mfs.testing.outside"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd
         )
-        self._buffer = b""
+        self._buffer = bytearray()
 
     @property
     def pid(self) -> int:
@@ -101,8 +101,8 @@ class Outside:
                     raise EOFError(f"the process outside ended with status {self._process.wait(10)}")
                 self._buffer += data
         (length,) = _LENGTH.unpack_from(self._buffer)
-        body, self._buffer = self._buffer[8 : 8 + length], self._buffer[8 + length :]
-        outcome: tuple[Any, BaseException | None] = pickle.loads(body)
+        outcome: tuple[Any, BaseException | None] = pickle.loads(memoryview(self._buffer)[8 : 8 + length])
+        self._buffer = self._buffer[8 + length :]
         return outcome
 
     def _is_whole(self) -> bool:

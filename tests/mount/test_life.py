@@ -83,7 +83,9 @@ class TestEnding:
         readers = [mount.outside() for _ in range(3)]
         for reader, name in zip(readers, ("w.safetensors", "w.safetensors", "v.bin"), strict=True):
             reader.start(touching.read_failure, str(mount.path / name), 5_000_000)
-        assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] >= 3)
+        assert mount.wait_for(
+            lambda: mount.client.status()["reads"]["waiting"] >= 2
+        )  # of one page the kernel asks once
         os.kill(mount.pid, 15)
         mount.wait_ended()
         assert mount.status == 0
@@ -130,7 +132,7 @@ class TestWorkers:
         self, folder: origins.FolderOrigin, mounted: Mounted
     ) -> None:
         folder.put("w.bin", ramp(SIZE))
-        mount = mounted(folder, timeout_s=2)
+        mount = mounted(folder, timeout_s=1)
         mount.alarms_expected.append("killing it")
         before = mount.worker_pids
         for pid in before:
