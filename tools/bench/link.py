@@ -1,0 +1,33 @@
+"""A link of a given rate: what the origin sends over our namespace's loopback goes through a token bucket.
+
+Only the origin's answers (by source port) are slowed; what Ceph's own daemons say to each other is not. The namespace
+is `run`'s, so nobody else's loopback is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tools.bench.processes import run
+
+
+def bring_up_loopback() -> None:
+    """A new network namespace starts with its loopback down."""
+    run(["ip", "link", "set", "lo", "up"])
+
+
+@contextmanager
+def capped(port: int, gbit_s: float) -> Iterator[None]:
+    """While this is open, TCP from local `port` flows at `gbit_s` at most, headers included."""
+    run(["tc", "qdisc", "replace", "dev", "lo", "root", "handle", "1:", "htb", "default", "0"])
+    try:
+        rate = f"{int(gbit_s * 1000)}mbit"
+        run(
+            ["tc", "class", "add", "dev", "lo", "parent", "1:", "classid", "1:1", "htb", "rate", rate, "burst", "256kb"]
+        )
+        match = ["u32", "match", "ip", "protocol", "6", "0xff", "match", "ip", "sport", str(port), "0xffff"]
+        run(["tc", "filter", "add", "dev", "lo", "parent", "1:", "protocol", "ip", *match, "flowid", "1:1"])
+        yield
+    finally:
+        run(["tc", "qdisc", "del", "dev", "lo", "root"])
