@@ -1,0 +1,270 @@
+"""A CUDA device. With `driver.py` the only place that knows CUDA. NOT YET RUN ON A GPU; see driver.py for what was.
+
+Arenas are made of separate physical granules (cuMemCreate), mapped side by side for their owner. A client imports the
+granules of its model as file descriptors and maps them, read-only, in the order of its layout: no address has to match
+between processes, no legacy IPC handle is involved, and PID namespaces do not matter.
+Source: CUDA Driver API, chapter Virtual Memory Management.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
+
+from gpuload.device import driver as cu
+from gpuload.device.base import Memory, Run
+from gpuload.device.host import view_of
+from gpuload.errors import BusyError, DeviceError, FitError
+
+GRANULE_BYTES = 8 << 20
+"""Four times the hardware's smallest: 2,000 imports and mappings for a 16 GB model rather than 8,000, for a waste below
+one granule per block. Not yet measured."""
+
+POLL_S = 50e-6
+"""Between two looks at an event: an eighth of what 16 MiB take at 50 GB/s."""
+
+
+class CudaEvent:
+    """See `base.Event`. Asked rather than waited for, since cuEventSynchronize knows no deadline."""
+
+    def __init__(self, device: CudaDevice, stream: c_void_p) -> None:
+        self._device = device
+        self._handle = c_void_p()
+        device.call("cuEventCreate", ctypes.byref(self._handle), cu.EVENT_DISABLE_TIMING)
+        device.call("cuEventRecord", self._handle, stream)
+
+    def wait(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        self._device.enter()
+        while not self._device.driver.is_ready(self._handle):
+            if time.monotonic() > deadline:
+                raise BusyError(f"a copy to {self._device.name} was not done after {timeout_s:.0f} s")
+            time.sleep(POLL_S)
+
+    def __del__(self) -> None:
+        if self._handle:
+            self._device.call("cuEventDestroy_v2", self._handle)
+
+
+class CudaStream:
+    """See `base.Stream`."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self._handle: c_void_p | None = c_void_p()
+        device.call("cuStreamCreate", ctypes.byref(self._handle), cu.STREAM_NON_BLOCKING)
+
+    def copy_in(self, dst: int, src: int, nbytes: int) -> None:
+        self._device.call("cuMemcpyHtoDAsync_v2", dst, src, nbytes, self._handle)
+
+    def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
+        copy = cu.Memcpy2D(
+            srcMemoryType=cu.MEMORYTYPE_HOST,
+            srcHost=src,
+            srcPitch=pitch_bytes,
+            dstMemoryType=cu.MEMORYTYPE_DEVICE,
+            dstDevice=dst,
+            dstPitch=row_bytes,
+            WidthInBytes=row_bytes,
+            Height=rows_count,
+        )
+        self._device.call("cuMemcpy2DAsync_v2", ctypes.byref(copy), self._handle)
+
+    def copy_within(self, dst: int, src: int, nbytes: int) -> None:
+        self._device.call("cuMemcpyDtoDAsync_v2", dst, src, nbytes, self._handle)
+
+    def record(self) -> CudaEvent:
+        assert self._handle is not None
+        return CudaEvent(self._device, self._handle)
+
+    def close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            try:
+                self._device.call("cuStreamSynchronize", handle)
+            finally:
+                self._device.call("cuStreamDestroy_v2", handle)
+
+
+class CudaStaging:
+    """See `base.Staging`. Page-locked by the driver, for every context."""
+
+    def __init__(self, device: CudaDevice, nbytes: int) -> None:
+        self._device = device
+        self.address = device.number("cuMemHostAlloc", c_void_p, max(nbytes, 1), cu.MEMHOSTALLOC_PORTABLE)
+        self.view = view_of(self.address, nbytes)
+
+    def close(self) -> None:
+        if self.address:
+            self.view.release()
+            self._device.call("cuMemFreeHost", self.address)
+            self.address = 0
+
+
+class _Mapped:
+    """Granules side by side in this process's address space."""
+
+    def __init__(self, device: CudaDevice, count: int) -> None:
+        self._device, self._unit = device, device.granule_bytes
+        self.nbytes = count * self._unit
+        self.address = device.number("cuMemAddressReserve", c_ulonglong, self.nbytes, 0, 0, 0)
+        self._mapped_count = 0
+
+    def add(self, handle: int) -> None:
+        at = self.address + self._mapped_count * self._unit
+        self._device.call("cuMemMap", at, self._unit, 0, handle, 0)
+        self._mapped_count += 1
+
+    def allow(self, access: int) -> None:
+        description = cu.MemAccessDesc(cu.MemLocation(cu.LOCATION_TYPE_DEVICE, self._device.index), access)
+        self._device.call("cuMemSetAccess", self.address, self.nbytes, ctypes.byref(description), 1)
+
+    def close(self) -> None:
+        if not self.address:
+            return
+        for i in range(self._mapped_count):
+            self._device.call("cuMemUnmap", self.address + i * self._unit, self._unit)
+        self._device.call("cuMemAddressFree", self.address, self.nbytes)
+        self.address = self._mapped_count = 0
+
+
+class CudaArena:
+    """See `base.Arena`."""
+
+    def __init__(self, device: CudaDevice, granules_count: int) -> None:
+        self._device = device
+        self.granule_bytes, self.granules_count = device.granule_bytes, granules_count
+        self._handles: list[int] = []
+        self._mapped = _Mapped(device, granules_count)
+        self.address = self._mapped.address
+        try:
+            for _ in range(granules_count):
+                properties = ctypes.byref(device.properties)
+                handle = device.number("cuMemCreate", c_ulonglong, self.granule_bytes, properties, 0)
+                self._handles.append(handle)
+                self._mapped.add(handle)
+            self._mapped.allow(cu.ACCESS_READWRITE)
+        except BaseException:
+            self.close()
+            raise
+
+    def export(self, runs: Sequence[Run]) -> list[int]:
+        from gpuload.server.wire import close_all
+
+        fds: list[int] = []
+        try:
+            for first, count in runs:
+                for handle in self._handles[first : first + count]:
+                    kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+                    fds.append(self._device.number("cuMemExportToShareableHandle", c_int, handle, kind, 0))
+        except BaseException:
+            close_all(fds)
+            raise
+        return fds
+
+    def close(self) -> None:
+        self._mapped.close()
+        while self._handles:
+            self._device.call("cuMemRelease", self._handles.pop())
+
+
+class CudaMapping:
+    """See `base.Mapping`. Read-only: the driver faults a kernel that writes."""
+
+    def __init__(self, device: CudaDevice, fds: Sequence[int]) -> None:
+        self._mapped = _Mapped(device, len(fds))
+        self.address, self.nbytes = self._mapped.address, self._mapped.nbytes
+        try:
+            for fd in fds:
+                kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+                handle = device.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
+                try:
+                    self._mapped.add(handle)
+                finally:
+                    device.call("cuMemRelease", handle)  # the mapping keeps the memory
+            self._mapped.allow(cu.ACCESS_READ)
+        except BaseException:
+            self._mapped.close()
+            raise
+
+    def close(self) -> None:
+        self._mapped.close()
+
+
+class CudaDevice:
+    """See `base.Device`. Uses the primary context, which torch uses too."""
+
+    is_direct = False
+
+    def __init__(self, index: int, *, granule_bytes: int = GRANULE_BYTES, driver: cu.Driver | None = None) -> None:
+        self.driver = driver or cu.load_driver()
+        self.index, self.name = index, f"cuda:{index}"
+        count = self.driver.number("cuDeviceGetCount", c_int)
+        if index >= count:
+            raise DeviceError(f"no {self.name}: this machine has {count} CUDA devices")
+        self._ordinal = self.driver.number("cuDeviceGet", c_int, index)
+        self._context = c_void_p()
+        self.driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._ordinal)
+        self.properties = cu.MemAllocationProp(
+            type=cu.ALLOCATION_TYPE_PINNED,
+            requestedHandleTypes=cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+            location=cu.MemLocation(cu.LOCATION_TYPE_DEVICE, self._ordinal),
+        )
+        properties = ctypes.byref(self.properties)
+        smallest = self.number("cuMemGetAllocationGranularity", c_size_t, properties, cu.GRANULARITY_MINIMUM)
+        self.granule_bytes = -(-granule_bytes // smallest) * smallest
+
+    def enter(self) -> None:
+        """Make this device's context the calling thread's. Every thread that calls the driver must, and it is cheap."""
+        self.driver.call("cuCtxSetCurrent", self._context)
+
+    def call(self, name: str, *args: object) -> None:
+        self.enter()
+        self.driver.call(name, *args)
+
+    def number(self, name: str, kind: type, *args: object) -> int:
+        self.enter()
+        return self.driver.number(name, kind, *args)
+
+    def model_name(self) -> str:
+        """What the card is called."""
+        name = ctypes.create_string_buffer(256)
+        self.driver.call("cuDeviceGetName", name, len(name), self._ordinal)
+        return name.value.decode("utf-8", "replace")
+
+    def memory(self) -> Memory:
+        free, total = c_size_t(), c_size_t()
+        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return Memory(total.value, free.value)
+
+    def open_stream(self) -> CudaStream:
+        return CudaStream(self)
+
+    def alloc_staging(self, nbytes: int) -> CudaStaging:
+        return CudaStaging(self, nbytes)
+
+    def create_arena(self, nbytes: int) -> CudaArena:
+        free = self.memory().free_bytes
+        if nbytes > free:
+            raise FitError(
+                f"an arena of {nbytes} bytes does not fit {self.name}: {free} bytes free", shortfall_bytes=nbytes - free
+            )
+        return CudaArena(self, nbytes // self.granule_bytes)
+
+    def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> CudaMapping:
+        if len(fds) != sum(count for _, count in runs):
+            raise DeviceError(f"{len(fds)} granules came, expected {sum(count for _, count in runs)}")
+        return CudaMapping(self, fds)
+
+    def read_back(self, address: int, nbytes: int) -> bytes:
+        buffer = bytearray(nbytes)
+        self.call("cuMemcpyDtoH_v2", (ctypes.c_ubyte * nbytes).from_buffer(buffer), address, nbytes)
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Give up this object's hold on the primary context; others' (torch's, another device object's) remain."""
+        if self._context:
+            self.driver.call("cuDevicePrimaryCtxRelease_v2", self._ordinal)
+            self._context = c_void_p()

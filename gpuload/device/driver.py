@@ -1,0 +1,149 @@
+"""The CUDA driver library through ctypes: only the calls that `cuda.py` makes, declared exactly, always checked.
+
+The driver API, not the runtime's: it alone has virtual memory management, needs no package, and shares the primary
+context with torch. NOT YET RUN against a real driver: prototypes and structs were written from cuda.h (CUDA 12), and
+tests/gpuload/device/test_cuda_standin.py runs them against a stand-in library that was compiled from the same
+prototypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_ushort, c_void_p
+from functools import cache
+from typing import Any
+
+from gpuload.errors import DeviceError
+
+LIBRARY = "libcuda.so.1"
+
+SUCCESS, ERROR_NOT_READY = 0, 600
+EVENT_DISABLE_TIMING = 0x2
+STREAM_NON_BLOCKING = 0x1
+MEMHOSTALLOC_PORTABLE = 0x1
+MEMORYTYPE_HOST, MEMORYTYPE_DEVICE = 0x1, 0x2
+ALLOCATION_TYPE_PINNED = 0x1
+HANDLE_TYPE_POSIX_FILE_DESCRIPTOR = 0x1
+LOCATION_TYPE_DEVICE = 0x1
+ACCESS_READ, ACCESS_READWRITE = 0x1, 0x3
+GRANULARITY_MINIMUM = 0x0
+
+
+class MemLocation(ctypes.Structure):
+    _fields_ = [("type", c_int), ("id", c_int)]
+
+
+class _AllocFlags(ctypes.Structure):
+    _fields_ = [
+        ("compressionType", ctypes.c_ubyte),
+        ("gpuDirectRDMACapable", ctypes.c_ubyte),
+        ("usage", c_ushort),
+        ("reserved", ctypes.c_ubyte * 4),
+    ]
+
+
+class MemAllocationProp(ctypes.Structure):
+    _fields_ = [
+        ("type", c_int),
+        ("requestedHandleTypes", c_int),
+        ("location", MemLocation),
+        ("win32HandleMetaData", c_void_p),
+        ("allocFlags", _AllocFlags),
+    ]
+
+
+class MemAccessDesc(ctypes.Structure):
+    _fields_ = [("location", MemLocation), ("flags", c_int)]
+
+
+class Memcpy2D(ctypes.Structure):
+    _fields_ = [
+        ("srcXInBytes", c_size_t), ("srcY", c_size_t), ("srcMemoryType", c_int), ("srcHost", c_void_p),
+        ("srcDevice", c_ulonglong), ("srcArray", c_void_p), ("srcPitch", c_size_t),
+        ("dstXInBytes", c_size_t), ("dstY", c_size_t), ("dstMemoryType", c_int), ("dstHost", c_void_p),
+        ("dstDevice", c_ulonglong), ("dstArray", c_void_p), ("dstPitch", c_size_t),
+        ("WidthInBytes", c_size_t), ("Height", c_size_t),
+    ]  # fmt: skip
+
+
+_PROTOTYPES: dict[str, list[Any]] = {
+    "cuInit": [c_uint],
+    "cuGetErrorName": [c_int, POINTER(c_char_p)],
+    "cuDriverGetVersion": [POINTER(c_int)],
+    "cuDeviceGetCount": [POINTER(c_int)],
+    "cuDeviceGet": [POINTER(c_int), c_int],
+    "cuDeviceGetName": [c_char_p, c_int, c_int],
+    "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
+    "cuDevicePrimaryCtxRelease_v2": [c_int],
+    "cuCtxSetCurrent": [c_void_p],
+    "cuMemGetInfo_v2": [POINTER(c_size_t), POINTER(c_size_t)],
+    "cuMemHostAlloc": [POINTER(c_void_p), c_size_t, c_uint],
+    "cuMemFreeHost": [c_void_p],
+    "cuStreamCreate": [POINTER(c_void_p), c_uint],
+    "cuStreamSynchronize": [c_void_p],
+    "cuStreamDestroy_v2": [c_void_p],
+    "cuEventCreate": [POINTER(c_void_p), c_uint],
+    "cuEventRecord": [c_void_p, c_void_p],
+    "cuEventQuery": [c_void_p],
+    "cuEventDestroy_v2": [c_void_p],
+    "cuMemcpyHtoDAsync_v2": [c_ulonglong, c_void_p, c_size_t, c_void_p],
+    "cuMemcpyDtoDAsync_v2": [c_ulonglong, c_ulonglong, c_size_t, c_void_p],
+    "cuMemcpyDtoH_v2": [c_void_p, c_ulonglong, c_size_t],
+    "cuMemcpy2DAsync_v2": [POINTER(Memcpy2D), c_void_p],
+    "cuMemGetAllocationGranularity": [POINTER(c_size_t), POINTER(MemAllocationProp), c_int],
+    "cuMemAddressReserve": [POINTER(c_ulonglong), c_size_t, c_size_t, c_ulonglong, c_ulonglong],
+    "cuMemAddressFree": [c_ulonglong, c_size_t],
+    "cuMemCreate": [POINTER(c_ulonglong), c_size_t, POINTER(MemAllocationProp), c_ulonglong],
+    "cuMemRelease": [c_ulonglong],
+    "cuMemMap": [c_ulonglong, c_size_t, c_size_t, c_ulonglong, c_ulonglong],
+    "cuMemUnmap": [c_ulonglong, c_size_t],
+    "cuMemSetAccess": [c_ulonglong, c_size_t, POINTER(MemAccessDesc), c_size_t],
+    "cuMemExportToShareableHandle": [c_void_p, c_ulonglong, c_int, c_ulonglong],
+    "cuMemImportFromShareableHandle": [POINTER(c_ulonglong), c_void_p, c_int],
+}
+"""Source: CUDA Driver API reference; the _v2 names are what cuda.h maps the plain ones to."""
+
+
+class Driver:
+    """The loaded library. Calls release the GIL."""
+
+    def __init__(self, path: str = LIBRARY) -> None:
+        try:
+            library = ctypes.CDLL(path)
+            self._functions = {name: getattr(library, name) for name in _PROTOTYPES}
+        except OSError as error:
+            raise DeviceError(f"no CUDA driver on this machine ({error})") from None
+        except AttributeError as error:
+            raise DeviceError(f"the CUDA driver is too old for virtual memory management: {error}") from None
+        for name, function in self._functions.items():
+            function.argtypes, function.restype = _PROTOTYPES[name], c_int
+        self.call("cuInit", 0)
+
+    def call(self, name: str, *args: Any) -> None:
+        """Raises: DeviceError naming the call and the driver's word for what went wrong."""
+        result = self._functions[name](*args)
+        if result != SUCCESS:
+            raise DeviceError(f"{name} failed: {self._name_of(result)}")
+
+    def is_ready(self, event: c_void_p) -> bool:
+        result = self._functions["cuEventQuery"](event)
+        if result not in (SUCCESS, ERROR_NOT_READY):
+            raise DeviceError(f"a copy to the GPU failed: {self._name_of(result)}")
+        return bool(result == SUCCESS)
+
+    def number(self, name: str, kind: Any, *args: Any) -> int:
+        """A call whose first argument is where it writes one number, which is returned."""
+        out = kind()
+        self.call(name, ctypes.byref(out), *args)
+        return int(out.value or 0)
+
+    def _name_of(self, result: int) -> str:
+        text = c_char_p()
+        self._functions["cuGetErrorName"](result, ctypes.byref(text))
+        return f"{text.value.decode() if text.value else 'unknown'} ({result})"
+
+
+@cache
+def load_driver() -> Driver:
+    """The one driver of this process. Raises: DeviceError if there is none."""
+    return Driver()

@@ -1,0 +1,128 @@
+/* A stand-in for libcuda.so.1 on host memory: the calls of gpuload/device/driver.py with the prototypes of cuda.h.
+ *
+ * It shows that arguments, structs and descriptors cross ctypes as meant, and that granules are mapped, exported and
+ * imported in the right order. It shows nothing about a real driver, its speed or its rules beyond those checked here:
+ * a context must be current, sizes must be multiples of the granularity, access must be set before use.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+typedef int CUresult;
+typedef unsigned long long CUdeviceptr, CUhandle;
+typedef struct { int type, id; } CUmemLocation;
+typedef struct {
+    int type, requestedHandleTypes;
+    CUmemLocation location;
+    void *win32HandleMetaData;
+    struct { unsigned char compressionType, gpuDirectRDMACapable; unsigned short usage; unsigned char reserved[4]; } allocFlags;
+} CUmemAllocationProp;
+typedef struct { CUmemLocation location; int flags; } CUmemAccessDesc;
+typedef struct {
+    size_t srcXInBytes, srcY; int srcMemoryType; const void *srcHost; CUdeviceptr srcDevice; void *srcArray; size_t srcPitch;
+    size_t dstXInBytes, dstY; int dstMemoryType; void *dstHost; CUdeviceptr dstDevice; void *dstArray; size_t dstPitch;
+    size_t WidthInBytes, Height;
+} CUDA_MEMCPY2D;
+
+enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, TOTAL = 1 << 30, UNIT = 65536 };
+static __thread void *current;
+static int context_mark;
+#define NEED_CONTEXT if (current != &context_mark) return INVALID_CONTEXT
+
+CUresult cuInit(unsigned flags) { return flags ? INVALID_VALUE : OK; }
+CUresult cuGetErrorName(CUresult e, const char **s) {
+    *s = e == INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE" : e == INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT" : "CUDA_ERROR";
+    return OK;
+}
+CUresult cuDriverGetVersion(int *v) { *v = 12040; return OK; }
+CUresult cuDeviceGetCount(int *n) { *n = 1; return OK; }
+CUresult cuDeviceGet(int *d, int ordinal) { *d = ordinal; return ordinal ? INVALID_VALUE : OK; }
+CUresult cuDeviceGetName(char *s, int n, int d) { strncpy(s, "stand-in", n); return d ? INVALID_VALUE : OK; }
+CUresult cuDevicePrimaryCtxRetain(void **c, int d) { *c = &context_mark; return d ? INVALID_VALUE : OK; }
+CUresult cuDevicePrimaryCtxRelease_v2(int d) { return d ? INVALID_VALUE : OK; }
+CUresult cuCtxSetCurrent(void *c) { current = c; return OK; }
+CUresult cuMemGetInfo_v2(size_t *f, size_t *t) { NEED_CONTEXT; *t = TOTAL; *f = TOTAL / 2; return OK; }
+CUresult cuMemHostAlloc(void **p, size_t n, unsigned flags) {
+    NEED_CONTEXT;
+    return flags != 1 || posix_memalign(p, 4096, n) ? INVALID_VALUE : OK;
+}
+CUresult cuMemFreeHost(void *p) { NEED_CONTEXT; free(p); return OK; }
+CUresult cuStreamCreate(void **s, unsigned flags) { NEED_CONTEXT; *s = malloc(1); return flags == 1 ? OK : INVALID_VALUE; }
+CUresult cuStreamSynchronize(void *s) { NEED_CONTEXT; return s ? OK : INVALID_VALUE; }
+CUresult cuStreamDestroy_v2(void *s) { NEED_CONTEXT; free(s); return OK; }
+CUresult cuEventCreate(void **e, unsigned flags) { NEED_CONTEXT; *e = calloc(1, 1); return flags == 2 ? OK : INVALID_VALUE; }
+CUresult cuEventRecord(void *e, void *s) { NEED_CONTEXT; *(char *)e = 1; return s ? OK : INVALID_VALUE; }
+CUresult cuEventQuery(void *e) { NEED_CONTEXT; return ++*(char *)e < 4 ? 600 : (*(char *)e = 3, OK); }
+CUresult cuEventDestroy_v2(void *e) { NEED_CONTEXT; free(e); return OK; }
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void *s, size_t n, void *stream) {
+    NEED_CONTEXT;
+    memcpy((void *)d, s, n);
+    return stream ? OK : INVALID_VALUE;
+}
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr d, CUdeviceptr s, size_t n, void *stream) {
+    return cuMemcpyHtoDAsync_v2(d, (void *)s, n, stream);
+}
+CUresult cuMemcpyDtoH_v2(void *d, CUdeviceptr s, size_t n) { NEED_CONTEXT; memcpy(d, (void *)s, n); return OK; }
+CUresult cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D *c, void *stream) {
+    NEED_CONTEXT;
+    if (c->srcMemoryType != 1 || c->dstMemoryType != 2 || c->srcXInBytes || c->srcY || c->dstXInBytes || c->dstY) return INVALID_VALUE;
+    if (c->WidthInBytes > c->srcPitch || c->WidthInBytes > c->dstPitch || !stream) return INVALID_VALUE;
+    for (size_t y = 0; y < c->Height; y++)
+        memcpy((char *)c->dstDevice + y * c->dstPitch, (const char *)c->srcHost + y * c->srcPitch, c->WidthInBytes);
+    return OK;
+}
+static int is_plain(const CUmemAllocationProp *p) {
+    return p->type == 1 && p->requestedHandleTypes == 1 && p->location.type == 1 && !p->location.id && !p->win32HandleMetaData
+        && !p->allocFlags.compressionType && !p->allocFlags.usage;
+}
+CUresult cuMemGetAllocationGranularity(size_t *g, const CUmemAllocationProp *p, int option) {
+    NEED_CONTEXT;
+    *g = UNIT;
+    return is_plain(p) && !option ? OK : INVALID_VALUE;
+}
+CUresult cuMemAddressReserve(CUdeviceptr *p, size_t n, size_t align, CUdeviceptr at, unsigned long long flags) {
+    NEED_CONTEXT;
+    if (!n || n % UNIT || align || at || flags) return INVALID_VALUE;
+    *p = (CUdeviceptr)mmap(NULL, n, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return OK;
+}
+CUresult cuMemAddressFree(CUdeviceptr p, size_t n) { NEED_CONTEXT; return munmap((void *)p, n) ? INVALID_VALUE : OK; }
+CUresult cuMemCreate(CUhandle *h, size_t n, const CUmemAllocationProp *p, unsigned long long flags) {
+    NEED_CONTEXT;
+    if (n % UNIT || flags || !is_plain(p)) return INVALID_VALUE;
+    int fd = memfd_create("standin", MFD_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, n)) return OUT_OF_MEMORY;
+    *h = ((CUhandle)1 << 32) + fd; /* wider than 32 bits, as real ones may be */
+    return OK;
+}
+CUresult cuMemRelease(CUhandle h) { NEED_CONTEXT; return close((int)h) ? INVALID_VALUE : OK; }
+CUresult cuMemMap(CUdeviceptr p, size_t n, size_t offset, CUhandle h, unsigned long long flags) {
+    NEED_CONTEXT;
+    if (h >> 32 != 1 || offset || flags) return INVALID_VALUE;
+    return mmap((void *)p, n, PROT_NONE, MAP_SHARED | MAP_FIXED, (int)h, 0) == MAP_FAILED ? INVALID_VALUE : OK;
+}
+CUresult cuMemUnmap(CUdeviceptr p, size_t n) {
+    NEED_CONTEXT;
+    return mmap((void *)p, n, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED ? INVALID_VALUE : OK;
+}
+CUresult cuMemSetAccess(CUdeviceptr p, size_t n, const CUmemAccessDesc *d, size_t count) {
+    NEED_CONTEXT;
+    if (count != 1 || d->location.type != 1 || d->location.id || (d->flags != 1 && d->flags != 3)) return INVALID_VALUE;
+    return mprotect((void *)p, n, d->flags == 3 ? PROT_READ | PROT_WRITE : PROT_READ) ? INVALID_VALUE : OK;
+}
+CUresult cuMemExportToShareableHandle(void *out, CUhandle h, int type, unsigned long long flags) {
+    NEED_CONTEXT;
+    if (type != 1 || flags) return INVALID_VALUE;
+    *(int *)out = fcntl((int)h, F_DUPFD_CLOEXEC, 0);
+    return OK;
+}
+CUresult cuMemImportFromShareableHandle(CUhandle *h, void *fd, int type) {
+    NEED_CONTEXT;
+    if (type != 1) return INVALID_VALUE;
+    *h = ((CUhandle)1 << 32) + fcntl((int)(intptr_t)fd, F_DUPFD_CLOEXEC, 0);
+    return OK;
+}

@@ -1,0 +1,128 @@
+"""CudaDevice against a stand-in driver on host memory. NO GPU is involved: see standin/libcuda.c for what it shows.
+
+The same suite runs on a real GPU in tests/gpuload/device/test_cuda.py, where there is one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpuload.client
+from gpuload.client import attach, load_resident
+from gpuload.device import driver as cu
+from gpuload.device.base import Device
+from gpuload.device.cuda import CudaDevice
+from gpuload.errors import DeviceError
+from gpuload.server.daemon import ServerConfig
+from gpuload.testing import DeviceSuite, assert_same, random_tensors, running_server, write
+
+SOURCE = Path(__file__).parent / "standin" / "libcuda.c"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> cu.Driver:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler here: the stand-in driver cannot be built")
+    out = tmp_path_factory.mktemp("standin") / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", out, SOURCE], check=True)
+    return cu.Driver(str(out))
+
+
+class TestCudaDeviceOnStandin(DeviceSuite):
+    @pytest.fixture
+    def device(self, library: cu.Driver) -> Device:
+        return CudaDevice(0, granule_bytes=65536, driver=library)
+
+
+def test_structs_have_the_sizes_of_cuda_h() -> None:
+    assert ctypes.sizeof(cu.MemAllocationProp) == 32
+    assert ctypes.sizeof(cu.MemAccessDesc) == 12
+    assert ctypes.sizeof(cu.Memcpy2D) == 128
+
+
+def test_granules_are_rounded_up_to_the_hardware(library: cu.Driver) -> None:
+    assert CudaDevice(0, granule_bytes=70_000, driver=library).granule_bytes == 131072
+
+
+def test_what_the_driver_refuses_is_named(library: cu.Driver) -> None:
+    with pytest.raises(DeviceError, match=r"this machine has 1 CUDA devices"):
+        CudaDevice(3, driver=library)
+    device = CudaDevice(0, granule_bytes=65536, driver=library)
+    with pytest.raises(DeviceError, match=r"cuMemMap failed: CUDA_ERROR_INVALID_VALUE \(1\)"):
+        device.call("cuMemMap", 0, 65536, 0, 5, 0)
+    assert device.model_name() == "stand-in"
+
+
+def test_a_client_maps_read_only(library: cu.Driver) -> None:
+    device = CudaDevice(0, granule_bytes=65536, driver=library)
+    arena = device.create_arena(3 * 65536)
+    fds = arena.export([(1, 2)])
+    mapping = device.attach(fds, [(1, 2)])
+    rights = {
+        line.split()[1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.startswith(f"{mapping.address:x}-")
+    }
+    assert rights == {"r--s"}
+    with pytest.raises(DeviceError, match="2 granules came, expected 1"):
+        device.attach(fds, [(1, 1)])
+    for fd in fds:
+        os.close(fd)
+    mapping.close()
+    arena.close()
+
+
+def test_nothing_is_left_open(library: cu.Driver) -> None:
+    device = CudaDevice(0, granule_bytes=65536, driver=library)
+    before = len(os.listdir("/proc/self/fd"))
+    arena = device.create_arena(5 * 65536)
+    fds = arena.export([(0, 5)])
+    device.attach(fds, [(0, 5)]).close()
+    for fd in fds:
+        os.close(fd)
+    arena.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_server_on_it(
+    library: cu.Driver, config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the server's CUDA path but torch: granules as descriptors, tensors read at the mapped addresses."""
+
+    def open_one(name: str) -> Device:
+        return CudaDevice(0, granule_bytes=65536, driver=library)
+
+    monkeypatch.setattr(gpuload.client, "open_device", open_one)
+    over, empty = gpuload.client.tensors.over_memory, torch.empty
+    monkeypatch.setattr(gpuload.client.tensors, "over_memory", lambda owner, at, n, _: over(owner, at, n, "cpu"))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **{**kwargs, "device": "cpu"}))
+    old = random_tensors(1, {f"w.{i}": (300, 1000) for i in range(6)} | {"n": (5,), "none": (0,)})
+    new = {**old, "w.3": random_tensors(2, {"x": (300, 1000)})["x"]}
+    with running_server(replace(config, arena_bytes={"cuda:0": 16 << 20}), open_one) as server:
+        where = {"socket_path": server.socket_path}
+        load_resident(write(tmp_path / "a.safetensors", old), "m", "cuda:0", **where)
+        held = attach("m", **where)
+        assert_same(held, old)
+        report = load_resident(write(tmp_path / "b.safetensors", new), "m", "cuda:0", is_swap=True, **where)["report"]
+        assert report["bytes_copied"] == 600_000
+        now = attach("m", **where)
+        assert_same(now, new)
+        assert_same(held, old)
+        del held, now
+        gc.collect()
+        assert server.gauges("cuda:0")["leases"] == 0
+
+
+def test_without_a_driver(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="no CUDA driver on this machine"):
+        cu.Driver(str(tmp_path / "libcuda.so.1"))

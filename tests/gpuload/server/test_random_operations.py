@@ -1,0 +1,126 @@
+"""A thousand random operations against a dict: what is attached is what was loaded, and nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gpuload.client import Attached, ask, attach, load_resident
+from gpuload.device.host import HostDevice
+from gpuload.errors import FitError
+from gpuload.server.daemon import ServerConfig
+from gpuload.testing import assert_same, random_tensors, running_server, write
+from mfs.errors import NotFoundError, UsageError
+
+OPERATIONS = 1000
+GRANULES = 110
+"""The models need 26 to 90: sometimes two fit, sometimes one, sometimes none beside what is leased."""
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+def family(folder: Path) -> list[tuple[Path, dict[str, torch.Tensor]]]:
+    """Twelve models: three bases, and three relatives of each that share most of their bytes with it."""
+    made = []
+    for base in range(3):
+        shapes = {f"l.{i}": (4 + 3 * base, 2048) for i in range(6)} | {f"n.{i}": (50,) for i in range(4)}
+        tensors = random_tensors(base, shapes)
+        made.append(tensors)
+        for relative in range(3):
+            other = dict(tensors)
+            other[f"l.{relative}"] = random_tensors(100 + base * 10 + relative, {"x": shapes[f"l.{relative}"]})["x"]
+            if relative == 2:
+                other["extra"] = random_tensors(7, {"x": (30, 2048)})["x"]
+            made.append(other)
+    return [(write(folder / f"{i}.safetensors", t), t) for i, t in enumerate(made)]
+
+
+def test_a_thousand_operations(config: ServerConfig, small_granules: None, tmp_path: Path) -> None:
+    chance = random.Random(20_26)
+    models = family(tmp_path)
+    served: dict[str, dict[str, torch.Tensor]] = {}
+    pinned: set[str] = set()
+    leases: list[tuple[str, Attached, dict[str, torch.Tensor]]] = []
+    seen = dict.fromkeys(("load", "swap", "unload", "attach", "release", "pin", "refused", "evicted", "gap"), 0)
+
+    config = replace(config, arena_bytes={"cpu": GRANULES * 4096})
+    with running_server(config, lambda _: HostDevice(granule_bytes=4096)) as server:
+        where = {"socket_path": server.socket_path}
+        for _ in range(OPERATIONS):
+            name, (path, tensors) = chance.choice(NAMES), chance.choice(models)
+            match chance.choice(
+                ["load", "load", "swap", "swap", "attach", "attach", "release", "release", "unload", "pin"]
+            ):
+                case "load" | "swap" as verb:
+                    options = {"allow_gap": verb == "swap" and chance.random() < 0.3}
+                    server.settle()
+                    try:
+                        reply = load_resident(path, name, "cpu", is_swap=verb == "swap", options=options, **where)
+                    except FitError:
+                        seen["refused"] += 1
+                    except UsageError:
+                        assert verb == "load"
+                        assert served[name] is not tensors
+                    else:
+                        report = reply["report"]
+                        moved = report["bytes_kept"] + report["bytes_moved_inside"] + report["bytes_copied"]
+                        assert moved == report["bytes_total"] == sum(t.nbytes for t in tensors.values())
+                        for victim in report["evicted"]:
+                            assert (victim == name and options["allow_gap"]) or victim not in pinned
+                            assert not any(n == victim and served[victim] is t for n, _, t in leases)
+                            del served[victim]
+                            pinned.discard(victim)
+                        served[name] = tensors
+                        if verb == "swap" and not reply["pinned"]:
+                            pinned.discard(name)
+                        seen[verb] += 1
+                        seen["evicted"] += len(report["evicted"])
+                        seen["gap"] += report["had_gap"]
+                case "attach":
+                    if name in served:
+                        leases.append((name, attach(name, **where), served[name]))
+                        seen["attach"] += 1
+                case "release":
+                    if leases:
+                        leases.pop(chance.randrange(len(leases)))
+                        gc.collect(0)
+                        seen["release"] += 1
+                case "unload":
+                    if name in served:
+                        ask({"op": "unload", "model": name}, **where)
+                        del served[name]
+                        pinned.discard(name)
+                        seen["unload"] += 1
+                case "pin":
+                    if name in served and chance.random() < 0.3:
+                        value = chance.random() < 0.3
+                        ask({"op": "pin", "model": name, "pinned": value}, **where)
+                        pinned = pinned | {name} if value else pinned - {name}
+                        seen["pin"] += 1
+            if leases and chance.random() < 0.2:
+                assert_same(*chance.choice(leases)[1:])
+            del leases[:-4]
+
+        assert min(seen.values()) > 0, f"an operation was never seen: {seen}"
+        gc.collect()
+        gauges = server.gauges()
+        assert (gauges["models"], gauges["leases"]) == (len(served), len(leases))
+        for name, tensors in served.items():
+            assert_same(attach(name, **where), tensors)
+        for lease in leases:
+            assert_same(*lease[1:])
+        lease = None
+        leases.clear()
+        for name in list(served):
+            ask({"op": "unload", "model": name}, **where)
+        try:
+            attach(NAMES[0], **where)
+        except NotFoundError:
+            pass
+        gc.collect()
+        assert set(server.gauges().values()) == {0}
+        catalog = server.loaders["cpu"].catalog
+        assert catalog.granules.take(catalog.granules.count) == [(0, GRANULES)], "no fragment is left of a day of swaps"
