@@ -78,6 +78,15 @@ class ConnectionPool:
                 raise
             self.drop(connection)
 
+    def add_idle(self, origin: Origin, deadline_s: float) -> None:
+        """Open one more connection and leave it idle; nothing where the bound is reached. Raises: as `take`."""
+        with self._changed:
+            self._refuse_if_closed(origin)
+            if self._open_count.get(origin, 0) >= self._connections_max:
+                return
+            self._open_count[origin] = self._open_count.get(origin, 0) + 1
+        self.give(self._open(origin, deadline_s))
+
     def _take_idle_or_reserve(self, origin: Origin, deadline_s: float, fresh: bool) -> Connection | None:
         """An idle connection, or None: then the caller holds the right to open one."""
         with self._changed:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, StoreError, TransientStoreError
 from mfs.fetch.connections import Connection, ConnectionPool, Origin
 from mfs.fetch.environment import Proxy, proxy_for
-from mfs.fetch.wire import TunnelRefusedError
+from mfs.fetch.wire import TunnelRefusedError, read_head
 from mfs.types import ByteRange
 
 ERROR_BODY_BYTES = 4096
@@ -118,10 +118,12 @@ class Transport:
         out: memoryview,
         size: int,
         headers: Mapping[str, str] | None = None,
+        name: str | None = None,
         deadline_s: float,
     ) -> Reply:
         """Fill `out` with bytes [span.start, span.stop) of an object of `size` bytes.
 
+        name: what error messages call the object where its URL would say little (a signed address, say).
         Returns the 206 (or 200, where the span is the whole object) after `out` was filled; any other status comes
         back with the start of its body, `out` untouched, for the caller to make sense of.
         Raises: IntegrityError for an answer with other bytes than asked for; ChangedError if the object has another
@@ -133,6 +135,8 @@ class Transport:
         if not span:
             return Reply(206, http.client.HTTPMessage(), b"")
         target = parse_target(url)
+        if name:
+            target = target._replace(shown=f"{name} at {target.origin}")
         wanted = {**(headers or {}), "Range": f"bytes={span.start}-{span.stop - 1}"}
         try:
             connection, response = self._exchange("GET", target, wanted, deadline_s)
@@ -163,7 +167,7 @@ class Transport:
 
         def open_one() -> None:
             try:
-                self._pool.give(self._pool.take(target.origin, deadline_s, fresh=True))
+                self._pool.add_idle(target.origin, deadline_s)
             except Exception:  # whatever it was, the request that needs the connection reports it
                 return
 
@@ -272,9 +276,7 @@ def _request_message(method: str, target: Target, headers: Mapping[str, str], pr
 
 def _send(connection: Connection, method: str, target: Target, headers: Mapping[str, str]) -> http.client.HTTPResponse:
     connection.wire.sendall(_request_message(method, target, headers, connection.proxy))
-    response = http.client.HTTPResponse(connection.wire, method=method)  # type: ignore[arg-type]  # enough of a socket
-    response.begin()
-    return response
+    return read_head(connection.wire, method)
 
 
 def _check_range_answer(response: http.client.HTTPResponse, span: ByteRange, size: int, target: Target) -> None:

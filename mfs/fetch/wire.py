@@ -52,6 +52,8 @@ class Wire:
         self._deadline_s = deadline_s
         self._armed_until_s = -math.inf
         self._stall_s = 0.0
+        self.has_ended = False
+        """Whether the peer has said that nothing more will come."""
         if not self._is_tls:
             sock.settimeout(None)
         self.arm(deadline_s)
@@ -79,9 +81,12 @@ class Wire:
             self._stall_s = left_s
             self._set_timeout(left_s)
         try:
-            return self._sock.recv_into(view, 0, flags)
+            count = self._sock.recv_into(view, 0, flags)
         except BlockingIOError:
             raise TimeoutError(f"silent for {self._stall_s:.1f} s") from None
+        if not count:
+            self.has_ended = True
+        return count
 
     def receive_all(self, view: memoryview) -> int:
         """Receive until `view` is full or the peer closes; the bytes received. Raises: TimeoutError, OSError."""
@@ -172,7 +177,19 @@ def _open_tunnel(wire: Wire, host: str, port: int, proxy: Proxy) -> None:
     if proxy.authorization:
         lines.append(f"Proxy-Authorization: {proxy.authorization}")
     wire.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
-    response = http.client.HTTPResponse(wire, method="CONNECT")  # type: ignore[arg-type]  # a socket as far as it looks
-    response.begin()
+    response = read_head(wire, "CONNECT")
     if not 200 <= response.status < 300:
         raise TunnelRefusedError(response.status, response.reason)
+
+
+def read_head(wire: Wire, method: str) -> http.client.HTTPResponse:
+    """Read status and headers of the answer to a `method` request.
+
+    http.client takes the end of the connection for the end of the headers, and would believe half of them.
+    Raises: ConnectionError if the connection ends within them, TimeoutError, OSError, http.client.HTTPException.
+    """
+    response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # enough of a socket
+    response.begin()
+    if wire.has_ended:
+        raise ConnectionResetError("the connection ended within the headers of the answer")
+    return response

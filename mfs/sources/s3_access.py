@@ -74,9 +74,9 @@ class S3Access:
             return {}
         frozen = self._frozen_credentials()
         slot = (url, frozen.access_key, self.region)
-        now_s = time.monotonic()
+        now_s = time.time()  # the clock that stands in the signature, also after a suspend
         known = self._signed.get(slot)
-        if known and now_s - known[0] < SIGNATURE_S:
+        if known and 0 <= now_s - known[0] < SIGNATURE_S:
             return known[1]
         headers = self._sign(url, frozen)
         if len(self._signed) >= SIGNATURES_MAX:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
-from mfs.errors import ChangedError, NotFoundError, StoreError, TransientStoreError
+from mfs.errors import ChangedError, IntegrityError, NotFoundError, StoreError, TransientStoreError
 from mfs.sources.base import Page
 from mfs.types import ByteRange, Entry, EntryKind, ObjectId
 
@@ -70,6 +70,8 @@ class MemorySource:
         content, version, _ = found
         if version != obj.version:
             raise ChangedError(f"{obj}: is version {version} now")
+        if span.stop > len(content):
+            raise IntegrityError(f"{obj}: has {len(content)} bytes, asked for {span.start}-{span.stop}")
         out[:] = content[span.start : span.stop]
 
     def close(self) -> None:

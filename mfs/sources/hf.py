@@ -1,0 +1,217 @@
+"""Models on the Hugging Face Hub: `hf://org/name[@revision]`.
+
+Version: sha256 (LFS) or git blob id of the content, read at the commit the revision meant when it was listed. A branch
+that moves shows with the next listing; what is open keeps its commit, which the Hub keeps too.
+Requests for a first listing: two, and one more per further 1000 entries; one less if the revision is a commit. Then all
+directories are known. For a file's first read two (where is it; the bytes), afterwards one per range.
+
+Traps: the Hub limits how often addresses may be asked for, so they are kept until they expire and renewed when the CDN
+refuses them. The token goes to the Hub only, never to the CDN. Files have no modification time there. Xet-backed files
+arrive as plain bytes through the same redirect.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from mfs.errors import NotFoundError, StoreError, TransientStoreError
+from mfs.fetch.redirects import Hop, follow, next_hop
+from mfs.fetch.retry import with_retries
+from mfs.fetch.transport import Reply, Transport, parse_target
+from mfs.sources.base import Page
+from mfs.sources.hf_access import HUB_URL, error_of, expiry_s, hub_endpoint, hub_token, parse_hf_url
+from mfs.sources.options import SourceOptions
+from mfs.sources.tree import TreeBuilder
+from mfs.types import ByteRange, Entry, EntryKind, ObjectId
+
+ADDRESSES_MAX = 4096
+"""Addresses of files remembered; at the limit all are forgotten, which costs one request per file in use."""
+
+LOCKS_COUNT = 16
+"""Files whose addresses can be asked for at once; readers of one file wait for one answer."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
+
+
+class _Address(NamedTuple):
+    hop: Hop
+    expires_s: float
+    """time.time() value."""
+
+
+class HfSource:
+    """One repository at a branch, tag or commit. Thread-safe."""
+
+    def __init__(self, repo: str, revision: str, options: SourceOptions) -> None:
+        self._repo = repo
+        self._revision = revision
+        self._endpoint = hub_endpoint(options.endpoint_url)
+        self._token = options.token or hub_token()
+        self._transport = Transport(connections_max=options.connections_max)
+        self._closed = threading.Event()
+        self._addresses: dict[tuple[str, str], _Address] = {}
+        self._locks = [threading.Lock() for _ in range(LOCKS_COUNT)]
+        self.identity = f"hf://{repo}" if self._endpoint == HUB_URL else f"hf://{repo}@{self._endpoint}"
+
+    def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
+        """Pin the revision and yield all directories at `path` and below; see `Source.list`."""
+        where = f"hf://{self._repo}@{self._revision}"
+        commit = self._pin(where, deadline_s)
+        tree = TreeBuilder(where, "")
+        url: str | None = f"{self._api('tree', commit)}?recursive=true"
+        while url:
+            reply = self._get(url, where, deadline_s)
+            _add_page(tree, reply.body, commit, where)
+            following = self._next_page(reply, where)
+            if following == url:
+                raise StoreError(f"{where}: the listing goes in circles: a page names itself as the next")
+            url = following
+        pages = [page for page in tree.pages() if not path or page[0] == path or page[0].startswith(f"{path}/")]
+        if not pages:
+            raise NotFoundError(f"{where}: no directory {path!r}")
+        yield from pages
+
+    def get_range(self, obj: ObjectId, span: ByteRange, *, out: memoryview, deadline_s: float) -> None:
+        """Fill `out` from the file at its commit; see `Source.get_range`."""
+        commit = obj.locator
+        if not _COMMIT.fullmatch(commit):
+            raise StoreError(f"{obj}: expected a commit as its locator, got {commit!r}")
+        where = f"hf://{self._repo}@{commit[:12]}/{obj.path}"
+
+        def send(hop: Hop) -> Reply:
+            headers = self._headers(hop)
+            return self._transport.read_range(
+                hop.url, span, out=out, size=obj.size, headers=headers, name=where, deadline_s=deadline_s
+            )
+
+        def attempt() -> None:
+            address, is_new = self._address(commit, obj.path, where, deadline_s)
+            reply, hop = follow(address.hop, send)
+            if reply.status in (401, 403, 404, 410) and not is_new:  # the address has died before its time
+                self._forget(commit, obj.path, address)
+                address, _ = self._address(commit, obj.path, where, deadline_s)
+                reply, hop = follow(address.hop, send)
+            if reply.status not in (200, 206):
+                self._forget(commit, obj.path, address)
+                raise self._error(reply, where)
+            if hop != address.hop:
+                self._addresses[commit, obj.path] = _Address(hop, expiry_s(hop.url))
+
+        if not span:
+            return
+        what = f"{where}: bytes {span.start}-{span.stop}"
+        with_retries(attempt, what=what, deadline_s=deadline_s, stopped=self._closed)
+
+    def close(self) -> None:
+        """Drop connections; see `Source.close`."""
+        self._closed.set()
+        self._transport.close()
+
+    def _pin(self, where: str, deadline_s: float) -> str:
+        """The commit that the revision means now."""
+        if _COMMIT.fullmatch(self._revision):
+            return self._revision
+        reply = self._get(self._api("revision", self._revision), where, deadline_s)
+        try:
+            commit = json.loads(reply.body)["sha"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise StoreError(f"{where}: expected the revision's commit, got {reply.body[:60]!r}: {e!r}") from e
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise StoreError(f"{where}: expected a commit of 40 hex digits, got {commit!r}")
+        return commit
+
+    def _address(self, commit: str, path: str, where: str, deadline_s: float) -> tuple[_Address, bool]:
+        """Where a file's bytes are, and whether that was asked just now. One request per file, however many wait."""
+        key = (commit, path)
+        known = self._addresses.get(key)
+        if known and time.time() < known.expires_s:
+            return known, False
+        lock = self._locks[hash(key) % LOCKS_COUNT]
+        if not lock.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
+            raise TransientStoreError(f"{where}: its address was not known before the deadline")
+        try:
+            known = self._addresses.get(key)
+            if known and time.time() < known.expires_s:
+                return known, False
+            hop = Hop(f"{self._endpoint}/{self._repo}/resolve/{commit}/{quote(path, safe='/-_.~')}")
+            reply = self._transport.request(hop.url, method="HEAD", headers=self._headers(hop), deadline_s=deadline_s)
+            there = next_hop(hop, reply)
+            if there is None and reply.status != 200:
+                raise self._error(reply, where)
+            address = _Address(there or hop, expiry_s((there or hop).url))
+            if len(self._addresses) >= ADDRESSES_MAX:
+                self._addresses.clear()
+            self._addresses[key] = address
+            return address, True
+        finally:
+            lock.release()
+
+    def _forget(self, commit: str, path: str, address: _Address) -> None:
+        """Forget an address, unless somebody has already renewed it."""
+        lock = self._locks[hash((commit, path)) % LOCKS_COUNT]
+        with lock:
+            if self._addresses.get((commit, path)) == address:
+                del self._addresses[commit, path]
+
+    def _get(self, url: str, where: str, deadline_s: float) -> Reply:
+        """An answer 200 of the API; renamed repositories are followed."""
+
+        def send(hop: Hop) -> Reply:
+            return self._transport.request(hop.url, headers=self._headers(hop), deadline_s=deadline_s)
+
+        def attempt() -> Reply:
+            reply, _ = follow(Hop(url), send)
+            if reply.status != 200:
+                raise self._error(reply, where)
+            return reply
+
+        return with_retries(attempt, what=f"listing {where}", deadline_s=deadline_s, stopped=self._closed)
+
+    def _next_page(self, reply: Reply, where: str) -> str | None:
+        match = _NEXT.search(reply.headers.get("Link", ""))
+        if not match:
+            return None
+        if parse_target(match[1]).origin != parse_target(self._endpoint).origin:
+            raise StoreError(f"{where}: the listing continues on another host: {parse_target(match[1]).origin}")
+        return match[1]
+
+    def _api(self, kind: str, revision: str) -> str:
+        return f"{self._endpoint}/api/models/{self._repo}/{kind}/{quote(revision, safe='')}"
+
+    def _headers(self, hop: Hop) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._token}"} if self._token and hop.is_home else {}
+
+    def _error(self, reply: Reply, where: str) -> Exception:
+        return error_of(reply, where, self._repo, self._endpoint, has_token=self._token is not None)
+
+
+def _add_page(tree: TreeBuilder, body: bytes, commit: str, where: str) -> None:
+    """Put one page of the tree API into the tree. Raises: StoreError if it is none."""
+    try:
+        for item in json.loads(body):
+            if item["type"] == "file":
+                tree.add_file(item["path"], _entry(item, commit))
+            elif item["type"] == "directory":
+                tree.add_directory(item["path"])
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise StoreError(f"{where}: expected a page of the repository's tree, got {body[:60]!r}: {e!r}") from e
+
+
+def _entry(item: dict[str, Any], commit: str) -> Entry:
+    if lfs := item.get("lfs"):
+        sha256 = str(lfs["oid"]).removeprefix("sha256:")
+        return Entry("", EntryKind.FILE, int(lfs["size"]), 0, sha256, f"sha256:{sha256}", commit)
+    return Entry("", EntryKind.FILE, int(item["size"]), 0, str(item["oid"]), None, commit)
+
+
+def open_url(url: str, options: SourceOptions) -> HfSource:
+    """The repository that an hf:// URL names. Raises: UsageError."""
+    repo, revision = parse_hf_url(url)
+    return HfSource(repo, revision, options)

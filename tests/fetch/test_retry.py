@@ -1,0 +1,82 @@
+"""Trying again: what, how often, how long."""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import threading
+import time
+
+import pytest
+
+from mfs.errors import ChangedError, StoreError, TransientStoreError
+from mfs.fetch.retry import wished_pause_s, with_retries
+
+
+def failing(times: int, error: Exception) -> tuple[list[float], object]:
+    calls: list[float] = []
+
+    def attempt() -> str:
+        calls.append(time.monotonic())
+        if len(calls) <= times:
+            raise error
+        return "done"
+
+    return calls, attempt
+
+
+def test_what_may_pass_is_tried_again() -> None:
+    calls, attempt = failing(3, TransientStoreError("reset"))
+    assert with_retries(attempt, what="x", deadline_s=time.monotonic() + 20) == "done"  # type: ignore[arg-type]
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("error", [ChangedError("c"), StoreError("s"), ValueError("v")])
+def test_what_will_not_pass_is_not(error: Exception) -> None:
+    calls, attempt = failing(3, error)
+    with pytest.raises(type(error)):
+        with_retries(attempt, what="x", deadline_s=time.monotonic() + 20)  # type: ignore[arg-type]
+    assert len(calls) == 1
+
+
+def test_the_last_message_says_how_often_how_long_and_why() -> None:
+    calls, attempt = failing(1000, TransientStoreError("connection refused"))
+    deadline_s = time.monotonic() + 0.3
+    with pytest.raises(TransientStoreError) as caught:
+        with_retries(attempt, what="s3://b/k: bytes 0-9", deadline_s=deadline_s)  # type: ignore[arg-type]
+    assert len(calls) >= 2
+    assert str(caught.value).startswith(f"s3://b/k: bytes 0-9: given up after {len(calls)} attempts in 0.")
+    assert str(caught.value).endswith("s: connection refused")
+    assert all(call < deadline_s for call in calls)
+
+
+def test_a_wish_beyond_the_deadline_is_not_waited_for() -> None:
+    _, attempt = failing(1, TransientStoreError("429", retry_after_s=3600))
+    with pytest.raises(TransientStoreError, match=r"1 attempt in .*the server asks to wait 3600 s") as caught:
+        with_retries(attempt, what="x", deadline_s=time.monotonic() + 20)  # type: ignore[arg-type]
+    assert caught.value.retry_after_s == 3600
+
+
+def test_a_pause_ends_when_the_source_is_closed() -> None:
+    _, attempt = failing(1, TransientStoreError("429", retry_after_s=3600))
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(StoreError, match="closed"):
+        with_retries(attempt, what="x", deadline_s=time.monotonic() + 9000, stopped=stopped)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wished_s"),
+    [
+        ("Retry-After", "7", 7.0),
+        ("retry-after", email.utils.formatdate(0, usegmt=True), 0.0),
+        ("Retry-After", "soon", None),
+        ("RateLimit", '"api";r=0;t=55', 55.0),
+        ("RateLimit", '"api";r=12;t=55', None),
+        ("X", "1", None),
+    ],
+)
+def test_what_servers_ask_for(name: str, value: str, wished_s: float | None) -> None:
+    headers = http.client.HTTPMessage()
+    headers[name] = value
+    assert wished_pause_s(headers) == wished_s

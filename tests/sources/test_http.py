@@ -1,0 +1,300 @@
+"""A web server's folder as a source, against nginx."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mfs.errors import AccessError, ChangedError, NotFoundError, StoreError, TransientStoreError, UsageError
+from mfs.sources import open_source
+from mfs.sources.base import Source
+from mfs.testing import ramp
+from mfs.testing.suite import SourceSuite, deadline, list_tree, object_of, read
+from mfs.types import EntryKind
+from tests.servers.liar import LiarServer, Lie
+from tests.servers.nginx import NginxServer
+
+
+class HttpOrigin:
+    """A folder of its own on nginx. Each write has a time of its own: nginx tells versions apart by whole seconds."""
+
+    def __init__(self, base: str, files: Path) -> None:
+        self.name = uuid.uuid4().hex[:12]
+        self.base = base
+        self.root = files / self.name
+        self.root.mkdir(parents=True)
+        self.seconds = 1_767_225_600
+        self.opened: list[Source] = []
+
+    def source(self, prefix: str = "", suffix: str = "", base: str = "") -> Source:
+        source = open_source(f"{base or self.base}{prefix}{self.name}/{suffix}")
+        self.opened.append(source)
+        return source
+
+    def put(self, path: str, content: bytes) -> None:
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        self.seconds += 1
+        os.utime(target, (self.seconds, self.seconds))
+
+    def delete(self, path: str) -> None:
+        (self.root / path).unlink()
+
+    def close(self) -> None:
+        for source in self.opened:
+            source.close()
+
+
+@pytest.fixture
+def origin(nginx: NginxServer) -> Iterator[HttpOrigin]:
+    origin = HttpOrigin(nginx.url, nginx.files)
+    yield origin
+    origin.close()
+
+
+class TestAutoindex(SourceSuite):
+    @pytest.fixture
+    def origin(self, origin: HttpOrigin) -> HttpOrigin:
+        return origin
+
+
+class ManifestOrigin(HttpOrigin):
+    """The same folder, described by a manifest that is rewritten with every change."""
+
+    fields: tuple[str, ...] = ("etag", "mtime")
+
+    def put(self, path: str, content: bytes) -> None:
+        super().put(path, content)
+        self.write_manifest()
+
+    def delete(self, path: str) -> None:
+        super().delete(path)
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        files = [self.describe(f) for f in sorted(self.root.rglob("*")) if f.is_file() and f.parent != self.root]
+        files += [self.describe(f) for f in self.root.iterdir() if f.is_file() and f.suffix != ".json"]
+        (self.root / "mfs-manifest.json").write_text(json.dumps({"files": files}))
+
+    def describe(self, file: Path) -> dict[str, Any]:
+        status = file.stat()
+        facts = {
+            "etag": f'"{int(status.st_mtime):x}-{status.st_size:x}"',
+            "mtime": int(status.st_mtime),
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        described = {field: facts[field] for field in self.fields}
+        return {"path": str(file.relative_to(self.root)), "size": status.st_size, **described}
+
+
+class ManifestOriginByTime(ManifestOrigin):
+    fields = ("sha256", "mtime")
+
+
+class TestManifest(SourceSuite):
+    @pytest.fixture(params=[ManifestOrigin, ManifestOriginByTime])
+    def origin(self, nginx: NginxServer, request: pytest.FixtureRequest) -> Iterator[HttpOrigin]:
+        origin = request.param(nginx.url, nginx.files)
+        yield origin
+        origin.close()
+
+
+def test_a_manifest_gives_the_whole_tree_in_two_requests_and_digests(nginx: NginxServer) -> None:
+    origin = ManifestOriginByTime(nginx.url, nginx.files)
+    origin.put("a/b/c.bin", b"123")
+    origin.put("top", b"1")
+    nginx.forget_requests()
+    source = origin.source()
+    pages = dict(source.list("", deadline_s=deadline()))
+    assert set(pages) == {"", "a", "a/b"}
+    (entry,) = pages["a/b"]
+    assert entry.digest == f"sha256:{hashlib.sha256(b'123').hexdigest()}"
+    assert len(nginx.requests()) == 2
+    named = origin.source(suffix="mfs-manifest.json")
+    assert named.identity == source.identity
+    assert dict(named.list("a", deadline_s=deadline())).keys() == {"a", "a/b"}
+    assert len(nginx.requests()) == 3
+    origin.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"files": {}}',
+        '{"files": [{"path": "a"}]}',
+        '{"files": [{"path": "a", "size": -1}]}',
+        '{"files": [{"path": "a", "size": 1, "sha256": "xyz"}]}',
+        '{"files": [{"path": 1, "size": 1}]}',
+        '{"files": [7]}',
+    ],
+)
+def test_a_bad_manifest_is_named_with_what_is_wrong(origin: HttpOrigin, text: str) -> None:
+    (origin.root / "mfs-manifest.json").write_text(text)
+    with pytest.raises(StoreError, match=r"mfs-manifest\.json: (expected|entry 0)"):
+        list_tree(origin.source())
+
+
+def test_a_manifest_cannot_reach_outside(origin: HttpOrigin) -> None:
+    files = [{"path": path, "size": 1, "mtime": 1} for path in ("../x", "/etc/passwd", "a//b", "a\nb", "good")]
+    (origin.root / "mfs-manifest.json").write_text(json.dumps({"files": files}))
+    assert set(list_tree(origin.source())) == {"good"}
+
+
+def test_the_url_may_come_without_a_slash_and_with_raw_characters(nginx: NginxServer, origin: HttpOrigin) -> None:
+    origin.put("mo del/é", b"1")
+    for suffix in ("mo del", "mo%20del/"):
+        source = origin.source(suffix=suffix)
+        assert set(list_tree(source)) == {"é"}
+        assert source.identity == f"{nginx.url}{origin.name}/mo%20del/"
+
+
+@pytest.mark.parametrize("url", ["http://", "http://h:x/", "http://h/?a=b", "http://h/#x"])
+def test_urls_without_a_meaning_are_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="http"):
+        open_source(url)
+
+
+def test_a_server_without_ranges_is_said_so(origin: HttpOrigin) -> None:
+    origin.put("w.bin", ramp(1000))
+    source = origin.source("~no-ranges/")
+    obj = object_of(source, "w.bin", list_tree(source)["w.bin"])
+    with pytest.raises(StoreError, match="no range support"):
+        read(source, obj, 10, 20)
+    assert read(source, obj) == ramp(1000)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "error", "text"),
+    [
+        ("~html-index/", StoreError, "autoindex_format json"),
+        ("~no-index/", AccessError, "autoindex_format json"),
+        ("~forbidden/", AccessError, "403"),
+        ("~private/", AccessError, "user and a password"),
+        ("~nothing/", NotFoundError, "404"),
+    ],
+)
+def test_folders_that_cannot_be_listed_say_what_to_do(
+    origin: HttpOrigin, prefix: str, error: type[Exception], text: str
+) -> None:
+    origin.put("w.bin", b"1")
+    with pytest.raises(error, match=text):
+        list_tree(origin.source(prefix))
+
+
+def test_a_folder_without_an_index_serves_by_its_manifest(origin: HttpOrigin) -> None:
+    origin.put("w.bin", b"123")
+    files = [{"path": "w.bin", "size": 3, "mtime": origin.seconds}]
+    (origin.root / "mfs-manifest.json").write_text(json.dumps({"files": files}))
+    source = origin.source("~no-index/")
+    assert read(source, object_of(source, "w.bin", list_tree(source)["w.bin"])) == b"123"
+
+
+def test_credentials_from_the_url_and_from_netrc_stay_hidden(
+    nginx: NginxServer, origin: HttpOrigin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin.put("w.bin", b"123")
+    base = nginx.url.replace("//", f"//{nginx.user}:{nginx.password}@")
+    source = origin.source("~private/", base=base)
+    assert read(source, object_of(source, "w.bin", list_tree(source)["w.bin"])) == b"123"
+    assert nginx.password not in source.identity + repr(source)
+    wrong = origin.source("~private/", base=base.replace(nginx.password, "hunter2"))
+    with pytest.raises(AccessError) as caught:
+        list_tree(wrong)
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(UsageError) as refused:
+        open_source("http://user:hunter2@host/?x")
+    assert "hunter2" not in str(refused.value)
+    (tmp_path / ".netrc").write_text(f"machine 127.0.0.1 login {nginx.user} password {nginx.password}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert set(list_tree(origin.source("~private/"))) == {"w.bin"}
+
+
+def test_redirects_are_followed(origin: HttpOrigin) -> None:
+    origin.put("m/w.bin", ramp(1000))
+    source = origin.source("~moved/")
+    obj = object_of(source, "m/w.bin", list_tree(source)["m/w.bin"])
+    assert read(source, obj, 5, 15) == ramp(10, 5)
+
+
+def test_tls_is_checked_against_the_trusted_certificates(
+    nginx: NginxServer, origin: HttpOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin.put("w.bin", ramp(5 << 20))
+    with pytest.raises(StoreError, match=r"certificate not trusted.*SSL_CERT_FILE"):
+        list_tree(origin.source(base=nginx.tls_url))
+    for variable in ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        with monkeypatch.context() as patched:
+            patched.setenv(variable, str(nginx.ca_file))
+            source = origin.source(base=nginx.tls_url)
+            assert read(source, object_of(source, "w.bin", list_tree(source)["w.bin"])) == ramp(5 << 20)
+    with pytest.raises(StoreError, match="does not speak TLS"):
+        list_tree(origin.source(base=nginx.url.replace("http", "https")))
+
+
+@pytest.mark.parametrize("lie", [Lie.CHANGED, Lie.SHRUNK, Lie.GROWN, Lie.OTHER_TOTAL])
+def test_an_object_that_changed_is_a_changed_error(liar: LiarServer, lie: Lie) -> None:
+    origin = ManifestOrigin(liar.url, liar.files)
+    origin.put("w.bin", ramp(1000))
+    etag = _etag(liar, f"{origin.name}/w.bin")
+    files = [{"path": "w.bin", "size": 1000, "etag": etag}]
+    (origin.root / "mfs-manifest.json").write_text(json.dumps({"files": files}))
+    source = origin.source()
+    obj = object_of(source, "w.bin", list_tree(source)["w.bin"])
+    assert read(source, obj) == ramp(1000)
+    liar.lie(lie, pattern="*.bin")
+    with pytest.raises(ChangedError, match=r"w\.bin"):
+        read(source, obj, 600, 900)
+    origin.close()
+
+
+def test_a_server_that_ignores_conditions_is_caught_by_its_etag(liar: LiarServer) -> None:
+    origin = ManifestOrigin(liar.url, liar.files)
+    origin.put("w.bin", ramp(1000))
+    files = [{"path": "w.bin", "size": 1000, "etag": _etag(liar, f"{origin.name}/w.bin")}]
+    (origin.root / "mfs-manifest.json").write_text(json.dumps({"files": files}))
+    source = origin.source()
+    obj = object_of(source, "w.bin", list_tree(source)["w.bin"])
+    liar.lie(Lie.NEW_ETAGS, pattern="*.bin")
+    with pytest.raises(ChangedError, match="ETag"):
+        read(source, obj, 0, 10)
+    origin.close()
+
+
+def _etag(liar: LiarServer, path: str) -> str:
+    import urllib.request
+
+    with urllib.request.urlopen(liar.url + path) as answer:
+        return str(answer.headers["ETag"])
+
+
+def test_a_busy_server_is_asked_again(liar: LiarServer) -> None:
+    origin = HttpOrigin(liar.url, liar.files)
+    origin.put("w.bin", ramp(1000))
+    source = origin.source()
+    obj = object_of(source, "w.bin", list_tree(source)["w.bin"])
+    liar.lie(Lie.STATUS, status=503, retry_after_s=0, count=3)
+    assert read(source, obj, 1, 9) == ramp(8, 1)
+    assert liar.lies_told() == 3
+    liar.lie(Lie.STATUS, status=503, retry_after_s=3600)
+    with pytest.raises(TransientStoreError, match="asks to wait 3600 s"):
+        read(source, obj, 1, 9)
+    origin.close()
+
+
+def test_what_is_neither_file_nor_directory_is_left_out(origin: HttpOrigin) -> None:
+    origin.put("good", b"1")
+    os.mkfifo(origin.root / "pipe")
+    os.close(os.open(os.fsencode(origin.root) + b"/latin-\xe9", os.O_CREAT | os.O_WRONLY))
+    found = list_tree(origin.source())
+    assert [(path, entry.kind) for path, entry in found.items()] == [("good", EntryKind.FILE)]

@@ -1,0 +1,108 @@
+"""Every source that uses the network, through a network that fails: exact bytes or an error in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from mfs.errors import MfsError, TransientStoreError
+from mfs.sources import SourceOptions, open_source
+from mfs.sources.base import Source
+from mfs.testing import ramp
+from mfs.testing.suite import deadline, list_tree, object_of, read
+from mfs.types import ObjectId
+from tests.servers.chaos import ChaosProxy
+from tests.servers.hub import HubServer
+from tests.servers.nginx import NginxServer
+from tests.servers.swift import SwiftServer
+
+SIZE = 3 << 20
+
+Reached = tuple[Source, ObjectId, ChaosProxy]
+
+
+@pytest.fixture(params=["s3", "http", "hf"])
+def reached(
+    request: pytest.FixtureRequest,
+    swift: SwiftServer,
+    s3_bucket: str,
+    nginx: NginxServer,
+    hub: HubServer,
+    chaos: Callable[[str], ChaosProxy],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Reached]:
+    """A source whose every byte crosses a chaos proxy, and an object of it."""
+    if request.param == "s3":
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", swift.access_key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", swift.secret_key)
+        client = swift.client()
+        client.put_object(Bucket=s3_bucket, Key="m/w.txt", Body=ramp(SIZE))
+        client.close()
+        proxy = chaos(swift.endpoint)
+        source = open_source(f"s3://{s3_bucket}", SourceOptions(endpoint_url=proxy.url))
+    elif request.param == "http":
+        folder = nginx.files / "faults" / "m"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "w.txt").write_bytes(ramp(SIZE))
+        proxy = chaos(nginx.url)
+        source = open_source(f"{proxy.url}faults/")
+    else:
+        # Small enough for git, so that the bytes come from the hub itself and not from a CDN beside the proxy.
+        hub.commit("faults/model", {"m/w.txt": ramp(90_000)})
+        proxy = chaos(hub.endpoint)
+        source = open_source("hf://faults/model", SourceOptions(endpoint_url=proxy.url))
+    found = list_tree(source)
+    yield source, object_of(source, "m/w.txt", found["m/w.txt"]), proxy
+    source.close()
+
+
+@pytest.mark.parametrize("fault", ["reset_after_bytes", "truncate_after_bytes"])
+@pytest.mark.parametrize("after_bytes", [0, 50, 40_000])
+def test_cut_answers_are_fetched_again_and_exact(reached: Reached, fault: str, after_bytes: int) -> None:
+    source, obj, proxy = reached
+    proxy.set(**{fault: after_bytes}, faults_count=3)
+    assert read(source, obj) == ramp(obj.size)
+
+
+def test_cut_answers_are_fetched_again_by_many_threads(reached: Reached) -> None:
+    source, obj, proxy = reached
+    proxy.set(reset_after_bytes=3000, faults_count=12)
+    step = obj.size // 24
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(lambda start: read(source, obj, start, start + step), range(0, 24 * step, step)))
+    assert b"".join(parts) == ramp(24 * step)
+
+
+def test_refused_connections_are_tried_again(reached: Reached) -> None:
+    source, obj, proxy = reached
+    proxy.stop()
+    proxy.start()
+    proxy.set(refuse=True, faults_count=2)
+    assert read(source, obj, 100, 200) == ramp(100, 100)
+
+
+@pytest.mark.parametrize("after_bytes", [0, 40_000])
+def test_a_stall_ends_at_the_deadline_and_the_source_recovers(reached: Reached, after_bytes: int) -> None:
+    source, obj, proxy = reached
+    proxy.set(stall_after_bytes=after_bytes)
+    with pytest.raises(TransientStoreError, match=r"w\.txt"):
+        read(source, obj, deadline_s=deadline(0.5))
+    proxy.clear()
+    assert read(source, obj) == ramp(obj.size)
+
+
+def test_listings_are_tried_again_too(reached: Reached) -> None:
+    source, _, proxy = reached
+    proxy.set(reset_after_bytes=60, faults_count=3)
+    assert set(list_tree(source)) == {"m", "m/w.txt"}
+
+
+def test_a_dead_origin_fails_a_listing_by_the_deadline(reached: Reached) -> None:
+    source, _, proxy = reached
+    proxy.stop()
+    with pytest.raises(MfsError, match=r"given up after \d+ attempts? in .*refused"):
+        list(source.list("", deadline_s=deadline(0.5)))
+    proxy.start()
+    assert set(list_tree(source)) == {"m", "m/w.txt"}
