@@ -104,7 +104,7 @@ class Service:
             self._usage = await self._mount.pool.call("usage")
         full = time.monotonic() < cache.save_suspended_until
         return {
-            **self._usage, "budget_bytes": config.cache_bytes, "state": "disk full" if full else "ok",
+            **self._usage, "budget_bytes": config.cache_bytes, "state": "not writing" if full else "ok",
             "hits_bytes": cache.counters.ssd_hit_bytes,
         }  # fmt: skip
 

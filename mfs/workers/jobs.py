@@ -102,7 +102,10 @@ class Jobs:
         if promised == resident:
             return False
         header = self._tier.header(obj.cache_id, index) if self._tier else None
-        self._tables.set_mask(obj, index, header.mask if header else 0)
+        try:
+            self._tables.set_mask(obj, index, header.mask if header else 0)
+        except OSError as error:  # somebody removed the cache under us; what is being read must not suffer for it
+            logger.warning("cache: the residency tables cannot be written (%s)", error)
         return header is None
 
     def persist(self, *, obj: list[Any], index: int, sums: list[list[int]], slot: int, emit: Emit) -> Frame:
