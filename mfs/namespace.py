@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 ROOT_INODE = 1
 _EPOCH_NS = 10**9  # mtime of a directory whose source has none: the same on every mount, and not zero
+_MTIME_MAX_NS = 2**63 - 1  # the year 2262; a source may claim any
+_SIZE_MAX = 2**63 - 1
 _REFRESH_PARALLEL = 4
 
 Page = tuple[str, list[Entry]]
@@ -61,7 +63,7 @@ class _Strings:
 
     def __init__(self, values: Sequence[str]) -> None:
         self._ends = array("I")
-        parts = [value.encode() for value in values]
+        parts = [value.encode("utf-8", "surrogatepass") for value in values]  # versions and locators may hold anything
         total = 0
         for part in parts:
             total += len(part)
@@ -72,7 +74,7 @@ class _Strings:
         return self._text[self._ends[index - 1] if index else 0 : self._ends[index]]
 
     def __getitem__(self, index: int) -> str:
-        return self.raw(index).decode()
+        return self.raw(index).decode("utf-8", "surrogatepass")
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -87,7 +89,7 @@ class Listing:
         self.names = _Strings([e.name for e in entries])
         self.kinds = bytes(e.kind for e in entries)
         self.sizes = array("Q", [e.size for e in entries])
-        self.mtimes = array("Q", [max(0, e.mtime_ns) for e in entries])
+        self.mtimes = array("Q", [min(max(0, e.mtime_ns), _MTIME_MAX_NS) for e in entries])
         self.inodes = array("Q", inodes)
         self._versions = _Strings([e.version for e in entries])
         self._digests = _Strings([e.digest or "" for e in entries])
@@ -172,6 +174,7 @@ class Namespace:
         self._orphans: dict[int, Node] = {}
         """Files that left the tree and that the kernel still knows."""
         self._directories: dict[int, Directory] = {}
+        self._refreshing = trio.Lock()
         single = list(mounts) == [""]
         self.root = self._directories[ROOT_INODE] = Directory(ROOT_INODE, None, "", 0 if single else -1, "", 0)
         if not single:
@@ -244,7 +247,7 @@ class Namespace:
         directory, node = self.root, self.node(ROOT_INODE)
         for part in (part for part in path.split("/") if part):
             current = self.directory(node.inode) if node else None
-            found = await self.lookup(current, part.encode()) if current else None
+            found = await self.lookup(current, part.encode("utf-8", "surrogatepass")) if current else None
             if found is None:
                 raise NotFoundError(f"{path}: no such file or directory in the mount (looking for {part!r})")
             directory, node = current or directory, found
@@ -315,7 +318,7 @@ class Namespace:
         # no checkpoint until all of it is published: a reader sees the old tree or the new one
         for path in sorted(pages):
             target = directory if path == directory.path else self._below(directory, path)
-            if target is not None:
+            if target is not None and not target.removed:
                 self._publish(target, pages[path], changes)
                 seen.add(target.inode)
 
@@ -335,10 +338,17 @@ class Namespace:
         Cancellation: what was published stays.
         """
         changes, seen = Changes(), set[int]()
-        missing: list[tuple[Directory, NotFoundError]] = []
-        pending = [d for d in self._directories.values() if d.listing is not None and d.source >= 0]
-        pending.sort(key=lambda d: d.path.count("/") + bool(d.path), reverse=True)
+        async with self._refreshing:  # of two at once, the one that looked first could publish last
+            by_depth: dict[int, list[Directory]] = {}
+            for directory in self._directories.values():
+                if directory.listing is not None and directory.source >= 0:
+                    by_depth.setdefault(directory.path.count("/") + bool(directory.path), []).append(directory)
+            # Parents first: a source may bring all below a directory along, and a child that is gone is not asked for.
+            for depth in sorted(by_depth):
+                await self._refresh_all(by_depth[depth], changes, seen)
+        return changes
 
+    async def _refresh_all(self, pending: list[Directory], changes: Changes, seen: set[int]) -> None:
         async def worker() -> None:
             while pending:
                 directory = pending.pop()
@@ -347,17 +357,12 @@ class Namespace:
                 seen.add(directory.inode)
                 try:
                     await self._load(directory, changes, seen)
-                except NotFoundError as error:
-                    missing.append((directory, error))
                 except MfsError as error:
                     changes.errors.append(str(error))
 
         async with trio.open_nursery() as nursery:
-            for _ in range(_REFRESH_PARALLEL):
+            for _ in range(min(_REFRESH_PARALLEL, len(pending))):
                 nursery.start_soon(worker)
-        # A folder that is gone was perhaps asked for before its parent's new listing said so: no error then.
-        changes.errors += [str(error) for directory, error in missing if not directory.removed]
-        return changes
 
     # -- publishing
 
@@ -411,8 +416,9 @@ class Namespace:
 
     def _orphan(self, inode: int) -> None:
         """An inode leaves the tree; what the kernel still knows stays answerable."""
-        directory = self._directories.get(inode)
         node = self.node(inode)
+        known = self._lookups[inode] and node is not None and node.kind is EntryKind.DIRECTORY
+        directory = self.directory(inode) if known else self._directories.get(inode)
         if directory is not None:
             directory.removed = True
             self._orphan_children(directory)
@@ -450,14 +456,30 @@ def _same(a: Entry, b: Entry) -> bool:
     return (a.kind, a.size, a.version, a.digest) == (b.kind, b.size, b.version, b.digest)
 
 
+def _link_fault(directory: Directory, target: str) -> str | None:
+    """Why a link must not be shown: it could lead out of its source.
+
+    Steps up are allowed at the start alone, so that no directory link on the way makes them lead higher than they look.
+    """
+    parts = target.split("/")
+    up_count = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
+    if up_count > len(directory.path.split("/") if directory.path else []):
+        return "leads out of the source"
+    if any(name_fault(part) for part in parts[up_count:] if part != "."):
+        return f"is a link to {target!r}"
+    return None
+
+
 def _legal(directory: Directory, entries: Sequence[Entry]) -> list[Entry]:
     """Entries that can stand in a directory, sorted by name; others are left out and said once."""
     by_name: dict[bytes, Entry] = {}
     refused: list[str] = []
     for entry in entries:
         fault = name_fault(entry.name)
-        if fault is None and entry.kind is EntryKind.SYMLINK and entry.version.startswith("/"):
-            fault = "is an absolute link"
+        if fault is None and entry.kind is EntryKind.SYMLINK:
+            fault = _link_fault(directory, entry.version)
+        if fault is None and not 0 <= entry.size <= _SIZE_MAX:
+            fault = f"has the size {entry.size}"
         if fault is not None:
             refused.append(f"{entry.name!r} {fault}")
             continue

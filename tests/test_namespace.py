@@ -1,0 +1,538 @@
+"""The tree against a dict: what is published, what keeps its inode, what stays answerable, what moves an mtime."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfs.errors import NotFoundError, StoreError
+from mfs.namespace import Directory, Namespace, Node, Page
+from mfs.types import Entry, EntryKind
+
+FILE, DIRECTORY, SYMLINK = EntryKind
+
+
+@dataclass
+class Origin:
+    """A tree of paths, listed one directory at a time or, as object stores do, with all below it."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    is_flat: bool = False
+    failing: set[str] = field(default_factory=set)
+    listed: list[str] = field(default_factory=list)
+    gate: trio.Event | None = None
+
+    def put(self, path: str, version: str = "v1", size: int = 1, **fields: object) -> None:
+        """A file, and the directories it needs; what stood in its way is gone."""
+        self.remove(path)
+        parts = path.split("/")
+        for depth in range(1, len(parts)):
+            above = "/".join(parts[:depth])
+            if above in self.entries and self.entries[above].kind is not DIRECTORY:
+                self.remove(above)
+            self.entries.setdefault(above, Entry(parts[depth - 1], DIRECTORY))
+        self.entries[path] = Entry(parts[-1], FILE, size, 5, version, **fields)  # type: ignore[arg-type]
+
+    def mkdir(self, path: str) -> None:
+        self.put(f"{path}/x")
+        self.remove(f"{path}/x")
+
+    def remove(self, path: str) -> None:
+        for known in [p for p in self.entries if p == path or p.startswith(f"{path}/")]:
+            del self.entries[known]
+
+    def children(self, path: str) -> dict[str, Entry]:
+        prefix = f"{path}/" if path else ""
+        return {
+            p[len(prefix) :]: entry
+            for p, entry in self.entries.items()
+            if p.startswith(prefix) and "/" not in p[len(prefix) :]
+        }
+
+    async def list(self, source: int, path: str) -> AsyncIterator[Page]:
+        self.listed.append(path)
+        if self.gate is not None:
+            await self.gate.wait()
+        await trio.lowlevel.checkpoint()
+        if path in self.failing:
+            raise StoreError(f"{path}: asked to fail")
+        if path and (path not in self.entries or self.entries[path].kind is not DIRECTORY):
+            raise NotFoundError(f"{path}: no such directory")
+        below = [path] + [
+            p for p, entry in self.entries.items()
+            if self.is_flat and entry.kind is DIRECTORY and (not path or p.startswith(f"{path}/"))
+        ]  # fmt: skip
+        for directory in below:
+            entries = list(self.children(directory).values())
+            middle = len(entries) // 2
+            yield directory, entries[:middle]  # in several pages, in no order
+            yield directory, entries[middle:]
+
+
+def make(origin: Origin) -> Namespace:
+    return Namespace([""], origin.list, lambda source: "test://origin")
+
+
+async def children(tree: Namespace, directory: Directory) -> dict[str, Node]:
+    listing = await tree.listing(directory)
+    return {name.decode(): node for _, name, node in tree.nodes(directory, listing, 0)}
+
+
+async def directory_at(tree: Namespace, path: str) -> Directory:
+    directory = tree.directory((await tree.resolve(path)).inode)
+    assert directory is not None
+    return directory
+
+
+# -- against the model
+
+names = st.sampled_from(["a", "b", "ä", "a.b", "B"])
+paths = st.lists(names, min_size=1, max_size=3).map("/".join)
+changes = st.one_of(
+    st.tuples(st.just("put"), paths, st.sampled_from(["v1", "v2", "v3"])),
+    st.tuples(st.just("mkdir"), paths, st.just("")),
+    st.tuples(st.just("remove"), paths, st.just("")),
+    st.tuples(st.just("look"), paths, st.just("")),
+    st.tuples(st.just("forget"), paths, st.just("")),
+    st.tuples(st.just("fail"), paths, st.just("")),
+    st.tuples(st.just("refresh"), st.just(""), st.just("")),
+)
+
+
+class Seen:
+    """What the kernel would know: inode -> what it was told, and how often."""
+
+    def __init__(self, tree: Namespace) -> None:
+        self.tree = tree
+        self.nodes: dict[int, Node] = {}
+        self.counts: dict[int, int] = {}
+        self.ever: dict[int, Node] = {}
+
+    def tell(self, node: Node) -> None:
+        self.tree.remember(node.inode)
+        self.counts[node.inode] = self.counts.get(node.inode, 0) + 1
+        self.nodes[node.inode] = self.ever[node.inode] = node
+
+    def forget(self, inode: int) -> None:
+        self.tree.forget(inode, self.counts.pop(inode))
+        del self.nodes[inode]
+
+    def check(self) -> None:
+        """An inode stands for what it stood for when it was told, whatever happened to the tree."""
+        for inode, told in self.nodes.items():
+            now = self.tree.node(inode)
+            assert now is not None, told
+            if told.kind is DIRECTORY:
+                assert now.kind is DIRECTORY
+                directory = self.tree.directory(inode)
+                assert directory is not None
+                if directory.removed:
+                    assert directory.listing is not None
+                    assert not len(directory.listing)
+            else:
+                assert now == told
+
+
+async def walk_visible(tree: Namespace, directory: Directory) -> dict[str, Node]:
+    """All that is published below, without listing anything."""
+    found = {}
+    if directory.listing is not None:
+        for _, _name, node in tree.nodes(directory, directory.listing, 0):
+            found[node.path] = node
+            below = tree.directory(node.inode) if node.kind is DIRECTORY else None
+            if below is not None:
+                found |= await walk_visible(tree, below)
+    return found
+
+
+async def follow(is_flat: bool, orders: list[tuple[str, str, str]]) -> None:
+    origin = Origin(is_flat=is_flat)
+    tree = make(origin)
+    await tree.listing(tree.root)
+    seen, clock = Seen(tree), {}  # type: ignore[var-annotated]
+    for order, path, version in orders:
+        match order:
+            case "put":
+                origin.put(path, version)
+            case "mkdir":
+                origin.mkdir(path)
+            case "remove":
+                origin.remove(path)
+            case "look":
+                try:
+                    node = await tree.resolve(path)
+                    seen.tell(node)
+                    if (below := tree.directory(node.inode)) is not None:
+                        for child in (await children(tree, below)).values():
+                            seen.tell(child)
+                except NotFoundError:
+                    pass
+                except StoreError:
+                    if not origin.failing:
+                        raise
+            case "forget":
+                for inode in [i for i, node in seen.nodes.items() if node.path == path]:
+                    seen.forget(inode)
+            case "fail":
+                origin.failing ^= {path}
+            case "refresh":
+                before = await walk_visible(tree, tree.root)
+                listings = {d.inode: (d.mtime_ns, d.listing) for d in tree._directories.values() if not d.removed}
+                found = await tree.refresh()
+                after = await walk_visible(tree, tree.root)
+                compare(before, after)
+                for inode, (mtime_ns, listing) in listings.items():
+                    directory = tree._directories.get(inode)
+                    if directory is None or directory.removed or listing is None:
+                        continue
+                    assert directory.listing is not None
+                    moved = [*listing.inodes] != [*directory.listing.inodes]
+                    assert (directory.mtime_ns > mtime_ns) if moved else (directory.mtime_ns == mtime_ns)
+                if not origin.failing:
+                    assert not found.errors
+                    expect = {p: (e.kind, e.version) for p, e in origin.entries.items() if p in after}
+                    assert {p: (n.kind, n.object.version if n.object else "") for p, n in after.items()} == expect
+                    for place in {p.rpartition("/")[0] for p in after}:  # published whole
+                        assert set(origin.children(place)) == {
+                            p.rpartition("/")[2] for p in after if p.rpartition("/")[0] == place
+                        }
+        seen.check()
+        for inode, node in (await all_nodes(tree)).items():
+            assert clock.setdefault(inode, (node.kind, node.path, node.object)) == (node.kind, node.path, node.object)
+
+
+async def all_nodes(tree: Namespace) -> dict[int, Node]:
+    return {node.inode: node for node in (await walk_visible(tree, tree.root)).values()}
+
+
+def compare(before: dict[str, Node], after: dict[str, Node]) -> None:
+    """The same version keeps its inode; anything else has one that was never used."""
+    used = {node.inode for node in before.values()}
+    for path, node in after.items():
+        old = before.get(path)
+        if old is not None and old.kind is node.kind and old.object == node.object:
+            assert old.inode == node.inode
+            assert node.kind is DIRECTORY or old.mtime_ns == node.mtime_ns
+        else:
+            assert node.inode not in used
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.booleans(), st.lists(changes, max_size=30))
+def test_the_tree_follows_its_origin(is_flat: bool, orders: list[tuple[str, str, str]]) -> None:
+    trio.run(follow, is_flat, orders)
+
+
+# -- looking
+
+
+async def test_one_listing_however_many_look() -> None:
+    origin = Origin(gate=trio.Event())
+    origin.put("a/b")
+    tree, found = make(origin), list[Node | None]()
+
+    async def look() -> None:
+        found.append(await tree.lookup(tree.root, b"a"))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(look)
+        await trio.testing.wait_all_tasks_blocked()
+        assert origin.gate is not None
+        origin.gate.set()
+    assert origin.listed == [""]
+    assert len({node.inode for node in found if node}) == 1
+
+
+async def test_the_first_to_look_may_be_cancelled() -> None:
+    origin = Origin(gate=trio.Event())
+    origin.put("a")
+    tree = make(origin)
+    async with trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        async def impatient() -> None:
+            with scope:
+                await tree.lookup(tree.root, b"a")
+
+        nursery.start_soon(impatient)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(tree.lookup, tree.root, b"a")
+        await trio.testing.wait_all_tasks_blocked()
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert origin.gate is not None
+        origin.gate.set()
+    assert origin.listed == ["", ""]
+    assert len(await tree.listing(tree.root)) == 1
+
+
+async def test_a_listing_that_fails_fails_for_all_and_is_tried_again() -> None:
+    origin = Origin(gate=trio.Event(), failing={""})
+    origin.put("a")
+    tree, errors = make(origin), list[StoreError]()
+
+    async def look() -> None:
+        try:
+            await tree.lookup(tree.root, b"a")
+        except StoreError as error:
+            errors.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(look)
+        await trio.testing.wait_all_tasks_blocked()
+        assert origin.gate is not None
+        origin.gate.set()
+    assert len(errors) == 5
+    assert len(origin.listed) == 1
+    origin.failing.clear()
+    assert await tree.lookup(tree.root, b"a") is not None
+
+
+async def test_a_flat_listing_saves_those_below() -> None:
+    origin = Origin(is_flat=True)
+    for number in range(20):
+        origin.put(f"models/{number}/weights")
+    tree = make(origin)
+    await tree.listing(tree.root)
+    for number in range(20):
+        await children(tree, await directory_at(tree, f"models/{number}"))
+    assert origin.listed == [""]
+    origin.listed.clear()
+    origin.gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tree.refresh)
+        await trio.testing.wait_all_tasks_blocked()
+        origin.gate.set()
+    assert origin.listed == [""]
+
+
+# -- refresh
+
+
+async def test_two_refreshes_at_once_publish_in_the_order_they_looked() -> None:
+    origin = Origin()
+    origin.put("a", "old")
+    tree = make(origin)
+    await tree.listing(tree.root)
+    origin.gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tree.refresh)
+        nursery.start_soon(tree.refresh)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(origin.listed) == 2  # the first listing, and one refresh: the other waits for its turn
+        origin.put("a", "new")
+        origin.gate.set()
+    node = await tree.resolve("a")
+    assert node.object is not None
+    assert node.object.version == "new"
+
+
+async def test_a_failed_refresh_keeps_the_old_tree_and_says_so() -> None:
+    origin = Origin()
+    origin.put("a/b")
+    origin.put("c/d")
+    tree = make(origin)
+    nodes = [await tree.resolve(path) for path in ("a/b", "c/d")]
+    origin.put("a/b", "v2")
+    origin.put("c/d", "v2")
+    origin.failing = {"a"}
+    changes = await tree.refresh()
+    assert changes.errors == ["a: asked to fail"]
+    assert await tree.resolve("a/b") == nodes[0]
+    assert (await tree.resolve("c/d")).inode != nodes[1].inode
+    assert (changes.changed_count, changes.added_count, changes.removed_count) == (1, 0, 0)
+
+
+async def test_what_changed_is_counted_and_named() -> None:
+    origin = Origin()
+    for name in ("same", "changed", "gone", "flipped"):
+        origin.put(name)
+    tree = make(origin)
+    await tree.listing(tree.root)
+    origin.put("changed", "v2")
+    origin.remove("gone")
+    origin.put("new")
+    origin.mkdir("flipped")
+    changes = await tree.refresh()
+    assert (changes.changed_count, changes.added_count, changes.removed_count) == (2, 1, 1)
+    assert sorted(changes.names) == [(1, name) for name in ("changed", "flipped", "gone", "new")]
+    assert (await tree.resolve("flipped")).kind is DIRECTORY
+
+
+async def test_a_changed_digest_or_size_is_another_file_a_changed_date_is_not() -> None:
+    origin = Origin()
+    origin.put("a", size=5, digest="sha256:1")
+    tree = make(origin)
+    first = await tree.resolve("a")
+    origin.put("a", size=5, digest="sha256:1", locator="commit-2")
+    origin.entries["a"] = origin.entries["a"]._replace(mtime_ns=10**18)
+    await tree.refresh()
+    second = await tree.resolve("a")
+    assert (second.inode, second.mtime_ns) == (first.inode, first.mtime_ns)
+    assert second.object is not None
+    assert second.object.locator == "commit-2"
+    origin.put("a", size=5, digest="sha256:2")
+    await tree.refresh()
+    assert (await tree.resolve("a")).inode != first.inode
+
+
+async def test_an_open_file_of_a_removed_subtree_stays_until_forgotten() -> None:
+    origin = Origin()
+    origin.put("model/1/weights")
+    tree = make(origin)
+    nodes = [await tree.resolve(path) for path in ("model", "model/1", "model/1/weights")]
+    for node in nodes:
+        tree.remember(node.inode)
+    origin.remove("model")
+    await tree.refresh()
+    for node in nodes:
+        found = tree.node(node.inode)
+        assert found is not None
+        assert found.object == node.object
+    for node in nodes[:2]:
+        directory = tree.directory(node.inode)
+        assert directory is not None
+        assert not len(await tree.listing(directory))
+        assert await tree.lookup(directory, b"1") is None
+    with pytest.raises(NotFoundError):
+        await tree.resolve("model")
+    for node in reversed(nodes):
+        tree.forget(node.inode, 1)
+        assert tree.node(node.inode) is None
+    assert len(tree._directories) == 1
+    assert not tree._orphans
+
+
+async def test_a_removed_directory_nobody_had_looked_into_is_an_empty_one() -> None:
+    origin = Origin()
+    origin.put("model/weights")
+    tree = make(origin)
+    node = await tree.resolve("model")
+    tree.remember(node.inode)
+    origin.remove("model")
+    await tree.refresh()
+    directory = tree.directory(node.inode)
+    assert directory is not None
+    assert not len(await tree.listing(directory))
+
+
+async def test_a_directory_that_goes_while_it_is_listed_stays_empty() -> None:
+    origin = Origin()
+    origin.put("model/weights")
+    tree = make(origin)
+    await tree.listing(tree.root)
+    directory = await directory_at(tree, "model")
+    tree.remember(directory.inode)
+    origin.gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tree.listing, directory)
+        await trio.testing.wait_all_tasks_blocked()
+        gate, origin.gate = origin.gate, None
+        kept, origin.entries = origin.entries, {}
+        await tree.refresh()
+        origin.entries = kept  # the listing under way had begun before
+        gate.set()
+    assert directory.removed
+    assert not len(await tree.listing(directory))
+
+
+# -- hostile sources
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "\0", "a\nb", "\x1b[31m", "\x9b", "x" * 256, "\udcff", "é" * 128]
+)
+async def test_names_that_cannot_stand_in_a_directory_are_left_out(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    origin = Origin({name: Entry(name, FILE, 1, 1, "v"), "good": Entry("good", FILE, 1, 1, "v")})
+    origin.children = lambda path: origin.entries  # type: ignore[method-assign]
+    tree = make(origin)
+    assert set(await children(tree, tree.root)) == {"good"}
+    assert "cannot be shown" in caplog.text
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "..", "../x", "a/../../x", "d/..", "", "a//b", "a/\nb", "./.."])
+async def test_links_that_could_lead_out_are_left_out(target: str) -> None:
+    tree = make(Origin({"link": Entry("link", SYMLINK, version=target)}))
+    assert not await children(tree, tree.root)
+
+
+async def test_links_that_stay_inside_are_shown() -> None:
+    origin = Origin()
+    origin.put("models/blob")
+    origin.entries |= {
+        "models/link": Entry("link", SYMLINK, version="../models/blob"),
+        "models/here": Entry("here", SYMLINK, version="."),
+    }
+    tree = make(origin)
+    found = await children(tree, await directory_at(tree, "models"))
+    assert (found["link"].target, found["link"].size) == ("../models/blob", 14)
+    assert found["here"].target == "."
+
+
+async def test_claims_beyond_reason_do_no_harm() -> None:
+    origin = Origin({
+        "old": Entry("old", FILE, 1, -5, "v"),
+        "far": Entry("far", FILE, 1, 10**30, "v"),
+        "huge": Entry("huge", FILE, 2**63, 1, "v"),
+        "negative": Entry("negative", FILE, -1, 1, "v"),
+        "odd": Entry("odd", FILE, 1, 1, 'W/"\udcff\x00"', locator="\udc80"),
+    })  # fmt: skip
+    tree = make(origin)
+    found = await children(tree, tree.root)
+    assert set(found) == {"old", "far", "odd"}
+    assert found["old"].mtime_ns > 0
+    assert found["far"].mtime_ns < 2**63
+    assert found["odd"].object is not None
+    assert found["odd"].object.version == 'W/"\udcff\x00"'
+    with pytest.raises(NotFoundError):
+        await tree.resolve("\ud800")
+
+
+async def test_a_file_and_a_directory_of_one_name_are_a_directory() -> None:
+    origin = Origin({"a": Entry("a", DIRECTORY)})
+    plain = origin.children
+    origin.children = lambda path: plain(path) | ({"a ": Entry("a", FILE, 1, 1, "v")} if not path else {})  # type: ignore[method-assign]
+    tree = make(origin)
+    assert (await tree.resolve("a")).kind is DIRECTORY
+
+
+# -- several sources, and the clock
+
+
+async def test_sources_below_one_root_do_not_mix() -> None:
+    origin = Origin()
+    origin.put("m/w")
+    tree = Namespace(["one", "two"], origin.list, lambda source: f"test://{source}")
+    first, second = await tree.resolve("one/m/w"), await tree.resolve("two/m/w")
+    assert first.object is not None
+    assert second.object is not None
+    assert (first.object.source, second.object.source) == ("test://0", "test://1")
+    assert first.inode != second.inode
+    found = tree.directory_at(1, "m")
+    assert found is not None
+    assert found.full_path == "two/m"
+    assert tree.directory_at(1, "x") is None
+    assert [path async for path, _ in tree.walk(tree.node(1), "")] == ["one/m/w", "two/m/w"]  # type: ignore[arg-type]
+
+
+async def test_a_directorys_mtime_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = Origin()
+    tree = make(origin)
+    await tree.listing(tree.root)
+    dice, last = random.Random(1), tree.root.mtime_ns
+    for number in range(50):
+        monkeypatch.setattr("mfs.namespace.time.time_ns", lambda: dice.randrange(2 * 10**18))
+        origin.put(f"{number}")
+        await tree.refresh()
+        assert tree.root.mtime_ns > last
+        last = tree.root.mtime_ns
+        await tree.refresh()
+        assert tree.root.mtime_ns == last
