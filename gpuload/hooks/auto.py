@@ -1,0 +1,69 @@
+"""Started at interpreter start, by the .pth or by `gpuload run`. Costs nothing until somebody imports safetensors.
+
+Imports neither torch nor the rest of gpuload: every Python process of a machine may run this line.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+VARIABLE = "GPULOAD_AUTO"
+"""The hook is on where this is set and not '0'."""
+
+TARGET = "safetensors"
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Sees the first import of safetensors, lets the others find it, and patches it once it is there."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, inner: importlib.abc.Loader) -> None:
+        self._inner = inner
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        patch_now()
+
+
+def patch_now() -> None:
+    """Patch safetensors; whatever goes wrong, the program goes on without us and says so once."""
+    try:
+        from gpuload.hooks import safetensors_patch
+
+        safetensors_patch.install()
+    except Exception as error:  # a hook must never break its host
+        print(f"gpuload: not used here: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def start() -> None:
+    """Install the hook if the environment asks for it. Idempotent."""
+    if os.environ.get(VARIABLE, "0") in ("", "0") or any(isinstance(f, _Finder) for f in sys.meta_path):
+        return
+    if TARGET in sys.modules:
+        patch_now()
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+start()
