@@ -354,6 +354,9 @@ class _Verify(_Work):
             result = await self._mount.pool.call(
                 "verify", obj=object_to_wire(node.object), on_part=on_part, timeout_s=float("inf")
             )
+            if result["bad"]:  # RAM may hold the same bytes: what stays leased there is at least written anew
+                self._mount.cache.evict(node.object, node.source)
+                self._mount.cache.note_unsaved(node.object, node.source)
             self._checked += result["checked_bytes"]
             self.done_bytes = before + node.size
             self._bad += [{"path": path, "chunk": chunk, "reason": reason} for chunk, reason in result["bad"]]
