@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 _HEADER_SUFFIX = ".safetensors"
 _HEAD_BYTES = BLOCK_BYTES  # first request for a file: the length field, and most headers whole
 _LINGER_S = 10.0  # a loader may close and reopen between tensors
-_URGENT_MAX = 1024
+_URGENT_MAX = 256
+_AHEAD_BYTES_MAX = 64 << 20  # of a tensor asked for at each read: more would be queued over and over
 _PAUSE_S = 5.0
 _HEADER_STORED_MAX = 1 << 20  # longer tables are left to the kernel's own reading
 
@@ -54,9 +55,8 @@ class PrefetchConfig:
 class _Track:
     """One object that is open, was lately, or is being streamed."""
 
-    __slots__ = ("cursor", "dead", "handles", "header_bytes", "heading", "left_at", "pattern", "paused_until",
-    "ssd_masks", "state",
-                 "streaming", "under_way")  # fmt: skip
+    __slots__ = ("cursor", "dead", "handles", "header_bytes", "heading", "left_at", "passed_on",
+                 "pattern", "paused_until", "ssd_masks", "staged", "state", "streaming", "under_way")  # fmt: skip
 
     def __init__(self, state: ObjectState) -> None:
         self.state = state
@@ -65,6 +65,10 @@ class _Track:
         self.left_at = 0.0
         self.streaming = False
         self.cursor = 0
+        """Chunks before it were brought to RAM, or are on their way."""
+        self.staged = 0
+        """Chunks before it were brought to SSD, where RAM had no room."""
+        self.passed_on = False
         self.ssd_masks: list[int] | None = None
         self.heading: trio.Event | None = None
         """Set once the header is in RAM or could not be had."""
@@ -90,6 +94,9 @@ class Prefetcher:
         self._streams: dict[_Track, None] = {}
         """Tracks being streamed and not finished, in the order they began."""
         self._urgent: deque[tuple[_Track, int]] = deque(maxlen=_URGENT_MAX)
+        self._urgent_set: set[tuple[_Track, int]] = set()
+        self._coming_count = 0
+        """Chunks on their way into RAM that nobody has read yet: they take slots as those that are there do."""
         self._wanted = trio.Event()
         self._nursery: trio.Nursery | None = None
 
@@ -105,9 +112,10 @@ class Prefetcher:
 
     def closed(self, state: ObjectState) -> None:
         """A handle was closed."""
-        track = self._tracks[state]
-        track.handles -= 1
-        track.left_at = time.monotonic()
+        track = self._tracks.get(state)
+        if track is not None:  # else the mount is ending, and all was given back
+            track.handles -= 1
+            track.left_at = time.monotonic()
 
     async def header(self, state: ObjectState) -> bytes | None:
         """The whole blocks holding the header of an opened safetensors file; None if it has none or it is not to be
@@ -115,8 +123,8 @@ class Prefetcher:
 
         Cancellation: safe.
         """
-        track = self._tracks[state]
-        if track.heading is None:
+        track = self._tracks.get(state)
+        if track is None or track.heading is None:
             return None
         await track.heading.wait()
         if not 0 < track.header_bytes <= _HEADER_STORED_MAX:
@@ -132,7 +140,8 @@ class Prefetcher:
         track = self._track(state)
         ahead = track.pattern.note(span)
         if track.streaming:
-            ahead = ByteRange(span.stop, max(span.stop, track.pattern.tensor_stop(span.stop - 1)))
+            stop = min(track.pattern.tensor_stop(span.stop - 1), span.stop + _AHEAD_BYTES_MAX)
+            ahead = ByteRange(span.stop, max(span.stop, stop))
         elif track.pattern.taking_weights and not track.dead:
             self._stream(track)
         if ahead is not None:
@@ -165,8 +174,11 @@ class Prefetcher:
 
     def _want(self, track: _Track, span: ByteRange) -> None:
         for index in range(span.start // CHUNK_BYTES, -(-span.stop // CHUNK_BYTES)):
-            if not self._in_ram(track, index):
+            if not self._in_ram(track, index) and (track, index) not in self._urgent_set:
+                if len(self._urgent) == _URGENT_MAX:
+                    self._urgent_set.discard(self._urgent[0])
                 self._urgent.append((track, index))
+                self._urgent_set.add((track, index))
         self._wake()
 
     def _stream(self, track: _Track) -> None:
@@ -183,11 +195,12 @@ class Prefetcher:
 
     def _next(self) -> tuple[_Track, int, bool] | None:
         """(track, chunk, to SSD alone) of the next order; None if there is nothing to do now."""
-        while self._urgent:
-            track, index = self._urgent.popleft()
-            if not track.dead and not self._in_ram(track, index):
-                return track, index, False
         now = time.monotonic()
+        while self._urgent and not self._ram_is_full:
+            track, index = self._urgent.popleft()
+            self._urgent_set.discard((track, index))
+            if not track.dead and track.paused_until <= now and not self._in_ram(track, index):
+                return track, index, False
         while streams := list(self._streams):
             for track in streams:
                 if track.paused_until <= now and not self._abandoned(track, now):
@@ -198,24 +211,36 @@ class Prefetcher:
                 break
         return None
 
+    @property
+    def _ram_is_full(self) -> bool:
+        return self._cache.unread_count + self._coming_count >= self._config.unread_slots_max
+
     def _next_of(self, track: _Track) -> tuple[_Track, int, bool] | None:
-        """The stream's next chunk that is wanted. At its end the stream of the next shard begins."""
-        ram_is_full = self._cache.unread_count >= self._config.unread_slots_max
-        if ram_is_full and not self._config.ssd:
-            return None
-        while not track.finished:
-            index = track.cursor
-            track.cursor += 1
-            if self._in_ram(track, index):
-                continue
-            if not ram_is_full:
-                return track, index, False
-            if track.ssd_masks is not None and not track.ssd_masks[index]:
-                return track, index, True
-        del self._streams[track]
-        if not track.dead:
-            self._stream_sibling(track)
+        """The stream's next chunk that is wanted. When all of it is there or on SSD, the next shard's stream begins."""
+        if not self._ram_is_full:
+            while not track.finished:
+                index = track.cursor
+                track.cursor += 1
+                if not self._in_ram(track, index):
+                    return track, index, False
+            del self._streams[track]
+            self._begin_sibling(track)
+        elif self._config.ssd and track.ssd_masks is not None:
+            # `cursor` waits for readers to take what is in RAM; what is still at the origin goes on to SSD meanwhile.
+            track.staged = max(track.staged, track.cursor)
+            while track.staged < track.state.object.chunks_count and not track.dead:
+                index = track.staged
+                track.staged += 1
+                whole = full_mask(len(track.state.object.chunk_range(index)))
+                if track.ssd_masks[index] != whole and not self._in_ram(track, index):
+                    return track, index, True
+            self._begin_sibling(track)
         return None
+
+    def _begin_sibling(self, track: _Track) -> None:
+        if not track.dead and not track.passed_on:
+            track.passed_on = True
+            self._stream_sibling(track)
 
     def _abandoned(self, track: _Track, now: float) -> bool:
         """Whether nobody has the model open any more: no handle on any of its shards for a while."""
@@ -255,6 +280,7 @@ class Prefetcher:
                 continue
             track, index, ssd_alone = order
             track.under_way += 1
+            self._coming_count += not ssd_alone
             try:
                 await self._cache.bring(track.state, index, to_ssd=ssd_alone, ahead=not ssd_alone)
             except ChangedError:
@@ -264,6 +290,7 @@ class Prefetcher:
                 track.paused_until = time.monotonic() + _PAUSE_S
             finally:
                 track.under_way -= 1
+                self._coming_count -= not ssd_alone
 
     def _stream_sibling(self, track: _Track) -> None:
         """A shard is on its way: go on with the next one that is not."""

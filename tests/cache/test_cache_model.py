@@ -45,37 +45,43 @@ class Model:
     def put(self, number: int, generation: int) -> None:
         self.current[number] = self.rig.put_ramp(f"{number}.bin", SIZES[number], start=31 * generation + number)
 
-    def state(self, dice: random.Random) -> ObjectState:
-        """A handle: mostly on a file as it is now, now and then one opened long ago."""
+    @contextlib.contextmanager
+    def state(self, dice: random.Random) -> Iterator[ObjectState]:
+        """A handle: mostly on a file as it is now, now and then one opened long ago. Held as the kernel holds it."""
         if not self.handles or dice.random() < 0.3:
             obj = self.current[dice.randrange(len(SIZES))]
             self.handles.append(self.rig.cache.open(obj, 0))
-        return dice.choice(self.handles)
+        state = dice.choice(self.handles)
+        state.users += 1
+        try:
+            yield state
+        finally:
+            self.rig.cache.close(state)
 
     async def read(self, dice: random.Random) -> None:
-        state = self.state(dice)
-        size = state.object.size
-        start = dice.choice([dice.randrange(size), dice.randrange(size) // CHUNK_BYTES * CHUNK_BYTES])
-        length = dice.choice([1, 4096, BLOCK_BYTES, BLOCK_BYTES + 1, CHUNK_BYTES, dice.randrange(1, 3 * CHUNK_BYTES)])
-        for each in {start, max(0, size - length)}:
-            span = ByteRange(each, min(size, each + length))
-            await self._check(state, span, whole_chunks=dice.random() < 0.3)
+        with self.state(dice) as state:
+            size = state.object.size
+            start = dice.choice([dice.randrange(size), dice.randrange(size) // CHUNK_BYTES * CHUNK_BYTES])
+            lengths = [1, 4096, BLOCK_BYTES, BLOCK_BYTES + 1, CHUNK_BYTES, dice.randrange(1, 3 * CHUNK_BYTES)]
+            length = dice.choice(lengths)
+            for each in {start, max(0, size - length)}:
+                span = ByteRange(each, min(size, each + length))
+                await self._check(state, span, whole_chunks=dice.random() < 0.3)
 
     async def _check(self, state: ObjectState, span: ByteRange, *, whole_chunks: bool) -> None:
-        state.users += 1  # as a handle does
         try:
             view = await self.rig.cache.read(state, span, whole_chunks=whole_chunks)
             assert view == self.rig.contents[state.object][span.start : span.stop], f"{state.object} {span}"
         except (ChangedError, NotFoundError):
             assert state.object not in self.current.values()
-        finally:
-            self.rig.cache.close(state)
 
     async def read_together(self, dice: random.Random) -> None:
         """Many readers of one chunk: each block of it is fetched once."""
-        state = self.state(dice)
-        index = dice.randrange(state.object.chunks_count)
-        span = state.object.chunk_range(index)
+        with self.state(dice) as state:
+            await self._read_together(state, dice)
+
+    async def _read_together(self, state: ObjectState, dice: random.Random) -> None:
+        span = state.object.chunk_range(dice.randrange(state.object.chunks_count))
         async with trio.open_nursery() as nursery:
             for _ in range(5):
                 start = dice.randrange(span.start, span.stop)
@@ -91,15 +97,12 @@ class Model:
                 scope.cancel()
 
     async def bring(self, dice: random.Random) -> None:
-        state = self.state(dice)
-        state.users += 1
-        try:
+        with self.state(dice) as state:
             index = dice.randrange(state.object.chunks_count)
-            await self.rig.cache.bring(state, index, to_ssd=dice.random() < 0.5, ahead=dice.random() < 0.5)
-        except (ChangedError, NotFoundError):
-            assert state.object not in self.current.values()
-        finally:
-            self.rig.cache.close(state)
+            try:
+                await self.rig.cache.bring(state, index, to_ssd=dice.random() < 0.5, ahead=dice.random() < 0.5)
+            except (ChangedError, NotFoundError):
+                assert state.object not in self.current.values()
 
     async def evict_ram(self, dice: random.Random) -> None:
         obj = dice.choice(list(self.current.values()))
@@ -107,9 +110,9 @@ class Model:
         assert 0 <= self.rig.cache.evict(obj, 0) <= before
 
     async def evict_ssd(self, dice: random.Random) -> None:
-        state = self.state(dice)
-        await self._ask("evict", objects=[state.wire])
-        self.rig.cache.note_unsaved(state.object, 0)
+        with self.state(dice) as state:
+            await self._ask("evict", objects=[state.wire])
+            self.rig.cache.note_unsaved(state.object, 0)
 
     async def enforce_budget(self, dice: random.Random) -> None:
         budget = dice.randrange(10 * CHUNK_BYTES)
@@ -117,7 +120,8 @@ class Model:
         assert result is None or result["used_bytes"] <= budget or result["evicted_bytes"] == 0
 
     async def verify(self, dice: random.Random) -> None:
-        await self._ask("verify", obj=self.state(dice).wire)
+        with self.state(dice) as state:
+            await self._ask("verify", obj=state.wire)
 
     async def _ask(self, operation: str, **arguments: Any) -> Frame | None:
         """What a worker answers, None if it was killed meanwhile: such an order is its caller's to repeat."""
