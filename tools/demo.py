@@ -231,7 +231,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     os.environ["MFS_RUNTIME_DIR"] = str(folder / "run")
     tour = Tour(folder)
-    tour.run()
+    try:
+        tour.run()
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted; everything is taken away again")
     if tour.failed_count:
         console.print(f"\n[bold red]{tour.failed_count} of the checks failed[/]")
         sys.exit(1)

@@ -11,5 +11,5 @@
     readahead  the kernel's read-ahead, varied
     results    samples, ratios, goals;  report: the tables and the JSON file
 
-Everything runs in namespaces of its own (network, mounts, processes: see `namespaces`), so nothing survives the command.
+Everything runs in namespaces of its own (see `namespaces`), so nothing that it starts or mounts survives the command.
 """

@@ -50,6 +50,7 @@ class Throughput:
             steps.append(self._ours_cold_and_warm)
         if "cold" in self.cases:
             steps += [lambda n, peer=peer: self._peer_cold(peer, n) for peer in self.peers]  # type: ignore[misc]
+            steps.append(self._store)
         if "ssd" in self.cases:
             steps += [self._ours_ssd, self._local_cold]
         if "zeros" in self.cases:
@@ -87,6 +88,8 @@ class Throughput:
         reading = read(system.file, self.model, seed=number)
         if isinstance(system, Ours):
             system.wait_quiet(self.model.size_bytes)  # what a pass costs includes what it leaves to be written
+            fetched = system.status()["origin"]["fetched_bytes"]
+            self.results.add(f"fetched/{name}", fetched / self.model.size_bytes)
         self._add(name, reading.gb_s)
         self.results.add(cpu, (system.cpu_s() - before) / self.model.size_bytes * 1e9)
         self.results.add(f"header/{name}", reading.header_s * 1000)
@@ -133,14 +136,22 @@ class Throughput:
 
     def _link(self, gbit_s: float, number: int) -> None:
         with link.capped(self.origin.port, gbit_s):
-            url = self.origin.presigned_url(LINK_MODEL)
-            argv = [sys.executable, "-m", "tools.bench.ranges", url, self.link_model.size_bytes]
-            ceiling = json.loads(run(argv, timeout_s=300))
-            self._add(f"link-{gbit_s:g}/ceiling", ceiling["bytes"] / ceiling["seconds"] / 1e9)
+            self._ceiling(f"link-{gbit_s:g}/ceiling", LINK_MODEL, self.link_model)
             self._link_ours.forget()
             with self._link_ours as system:
                 drop_page_cache()
                 self._add(f"link-{gbit_s:g}/mfs", read(system.file, self.link_model, seed=number).gb_s)
+                fetched = system.status()["origin"]["fetched_bytes"]
+                self.results.add(f"fetched/link-{gbit_s:g}", fetched / self.link_model.size_bytes)
+
+    def _store(self, number: int) -> None:
+        self._ceiling("cold/store", MODEL, self.model)
+
+    def _ceiling(self, name: str, key: str, model: Model) -> None:
+        """What the origin and the way to it give to plain parallel ranged GETs."""
+        argv = [sys.executable, "-m", "tools.bench.ranges", self.origin.presigned_url(key), model.size_bytes]
+        found = json.loads(run(argv, timeout_s=300))
+        self._add(name, found["bytes"] / found["seconds"] / 1e9)
 
     def _add(self, name: str, gb_s: float) -> None:
         self.results.add(name, gb_s)
@@ -170,6 +181,8 @@ def rate_rows(results: Results) -> list[Row]:
     for peer in ("mfs", *PEERS):
         note = {"boto3": "download_file to disk, then load", "runai": "no mount: its own loader"}.get(peer, "")
         rows += results.row(f"cold/{peer}", f"cold: {peer}", "GB/s", note=note)
+    rows += results.row("cold/store", "parallel GETs, no mount", "GB/s", note="what the store gives on this machine")
+    rows += results.row("fetched/cold/mfs", "cold: bytes fetched / bytes of the model", "×", note="mfs; 1 is ideal")
     rows += results.row("zeros", "stub FUSE that answers zeros", "GB/s", note="the price of FUSE and pyfuse3 alone")
     for case in ("ssd", "warm"):
         for system in ("mfs", "local"):
