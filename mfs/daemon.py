@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 
-from mfs.config import MountConfig, mask_url
+from mfs.config import MountConfig, check_paths, mask_url
 from mfs.control import mountinfo, runtime, server
 from mfs.control.ready import DaemonStart, notify
 from mfs.errors import MfsError, StoreError
@@ -56,6 +56,8 @@ async def _run(config: MountConfig, start: DaemonStart) -> None:
     )
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals, \
             runtime.registered(record) as socket_path:  # fmt: skip
+        # The shell command looks too, before it starts us; a service manager that starts us need not.
+        await trio.to_thread.run_sync(check_paths, config)
         async with mount.serving() as ended, trio.open_nursery() as nursery:
             service = Service(mount, ended.cancel, nursery)
             await nursery.start(server.serve, service, socket_path)
