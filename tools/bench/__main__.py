@@ -26,6 +26,7 @@ from tools.bench.workload import FILE_NAME, Model, make_model
 
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CASES = (*cases.CASES, "latency", "listing")
+Tables = dict[str, list[Row]]
 _LINK_BYTES_MAX = 600 << 20  # five seconds at 1 Gbit/s
 _NOTE = """\
 Every cold pass: fresh process, fresh mount, page cache dropped, and the guest's memory touched right before the clock \
@@ -44,7 +45,7 @@ def main() -> None:
     try:
         namespaces.enter()
         with _folder(args.dir) as folder:
-            rows, results = (_run_mount if args.command == "mount" else _run_readahead)(args, folder, console, say)
+            tables, results = (_run_mount if args.command == "mount" else _run_readahead)(args, folder, say)
             described = machine.describe(folder)
     except BaseException as error:
         if interrupted.is_set():  # Ctrl-C also reaches the servers, whose clients may fail before we are told
@@ -52,11 +53,13 @@ def main() -> None:
         if isinstance(error, BenchError | ServerError):
             sys.exit(f"bench: error: {error}")
         raise
-    for line in results.missing:
-        console.print(f"[yellow]not measured[/]: {line}")
     name = f"{args.command}-{described['date'][:16].replace(':', '')}.json"
     path = args.json or report.RESULTS_FOLDER / name
-    report.write(path, sys.argv[1:], described, rows, results)
+    report.write(path, sys.argv[1:], described, [row for rows in tables.values() for row in rows], results)
+    for title, rows in tables.items():
+        report.print_rows(console, title, rows)
+    for line in results.missing:
+        console.print(f"[yellow]not measured[/]: {line}")
     machine_line = "{cpu}, {cores} cores, {memory_gib} GiB, kernel {kernel}".format(**described)
     load = f"load average {described['load_average'][0]:.1f}, {time.monotonic() - started:.0f} s"
     console.print(f"\n{machine_line}, {described['disk']['file_system']}; {load}\n{_NOTE}\nresults: {path}")
@@ -102,9 +105,7 @@ def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-def _run_mount(
-    args: argparse.Namespace, folder: Path, console: Console, say: Callable[[str], None]
-) -> tuple[list[Row], Results]:
+def _run_mount(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> tuple[Tables, Results]:
     results, goals, rates = Results(), [], []
     peers = _present(args.peers, results)
     chosen = frozenset(args.only)
@@ -128,14 +129,10 @@ def _run_mount(
         listing.measure(folder, models_count, results, say)
         goals += listing.rows(results, models_count)
         rates += listing.rate_rows(results)
-    report.print_rows(console, "Figures", rates)
-    report.print_rows(console, "Goals", goals)
-    return goals + rates, results
+    return {"Figures": rates, "Goals": goals}, results
 
 
-def _run_readahead(
-    args: argparse.Namespace, folder: Path, console: Console, say: Callable[[str], None]
-) -> tuple[list[Row], Results]:
+def _run_readahead(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> tuple[Tables, Results]:
     results = Results()
     with _origin(folder, say) as origin:
         model = _model(folder / "model", args.size, 1, say)
@@ -143,9 +140,7 @@ def _run_readahead(
         for number in range(args.rounds):
             say(f"[bold]round {number + 1} of {args.rounds}[/]")
             readahead.round(folder, origin, model, number, results, say)
-    rows = readahead.rows(results)
-    report.print_rows(console, "Kernel read-ahead, shuffled mmap reads", rows)
-    return rows, results
+    return {"Kernel read-ahead, shuffled mmap reads": readahead.rows(results)}, results
 
 
 def _present(peers: tuple[str, ...], results: Results) -> tuple[str, ...]:
