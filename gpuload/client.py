@@ -91,7 +91,7 @@ def open_resident(
 def load_resident(
     where: str | os.PathLike[str],
     model: str,
-    device: str,
+    device: str | None,
     *,
     is_swap: bool = False,
     options: Mapping[str, Any] | None = None,

@@ -25,7 +25,7 @@ from gpuload.device.host import view_of
 from gpuload.errors import one_error
 from gpuload.plan import Batch, Piece
 from gpuload.source import Source
-from gpuload.staging import Buffer, open_ring
+from gpuload.staging import Buffer, Ring, open_ring
 
 RunsOf = Callable[[Piece], Sequence[tuple[int, int]]]
 """Where a piece belongs: (address, nbytes) runs on the device, in order; empty where it is not wanted there."""
@@ -57,9 +57,12 @@ async def move_batches(
     limits: Limits,
     check: Check | None = None,
     on_landed: Callable[[int], None] | None = None,
+    lent: Ring | None = None,
 ) -> None:
     """Move every batch; return when every byte is in its place.
 
+    lent: a ring to use, of `limits.buffer_bytes` at least; all its buffers are back in it afterwards, whatever
+        happens. None: one is made for this call.
     runs_of: called on the trio thread where a copy is queued, in a reader's thread for direct reads.
     on_landed: told, on the trio thread, the index of each transfer as its last byte is in place, in no fixed order.
     Raises: what source, device or check raise. Cancellation: safe; the destination's bytes are undefined.
@@ -88,10 +91,11 @@ async def move_batches(
                     landing.add(batch)
                     continue
                 buffer = await ring.take()
-                await trio.to_thread.run_sync(_fill, batch, buffer, source, check, limits, limiter=threads)
-                event = queue_copies(stream, batch, buffer.staging.address, runs_of)
-                buffer.pending = event
-                ring.put(buffer)
+                try:
+                    await trio.to_thread.run_sync(_fill, batch, buffer, source, check, limits, limiter=threads)
+                    event = buffer.pending = queue_copies(stream, batch, buffer.staging.address, runs_of)
+                finally:
+                    ring.put(buffer)
                 await own.send((event, batch))
 
     async def land() -> None:
@@ -101,7 +105,7 @@ async def move_batches(
 
     with one_error():
         async with (
-            open_ring(device, buffer_bytes=buffer_bytes, count=buffers_count) as ring,
+            _ring(lent, device, buffer_bytes, buffers_count) as ring,
             _open_stream(device) as stream,
             trio.open_nursery() as nursery,
         ):
@@ -192,6 +196,18 @@ def _read_direct(batch: Batch, source: Source, runs_of: RunsOf, check: Check | N
 
 def _is_plain(batch: Batch) -> bool:
     return all(piece.rows_count == 1 for piece in batch.pieces)
+
+
+@asynccontextmanager
+async def _ring(lent: Ring | None, device: Device, buffer_bytes: int, count: int) -> AsyncIterator[Ring]:
+    if lent is None:
+        async with open_ring(device, buffer_bytes=buffer_bytes, count=count) as ring:
+            yield ring
+        return
+    try:
+        yield lent
+    finally:
+        lent.forget_copies()  # the stream is closed by now; a failed copy must not fail the next load
 
 
 @asynccontextmanager

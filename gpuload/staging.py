@@ -32,6 +32,7 @@ class Ring:
     """Buffers going round. Made by `open_ring`."""
 
     def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self._buffers = buffers
         self._put, self._get = trio.open_memory_channel[Buffer](len(buffers))
         for buffer in buffers:
             self._put.send_nowait(buffer)
@@ -42,6 +43,11 @@ class Ring:
 
     def put(self, buffer: Buffer) -> None:
         self._put.send_nowait(buffer)
+
+    def forget_copies(self) -> None:
+        """For whoever knows that no stream copies from any of these buffers any more."""
+        for buffer in self._buffers:
+            buffer.pending = None
 
 
 @asynccontextmanager
@@ -62,7 +68,7 @@ async def open_ring(device: Device, *, buffer_bytes: int, count: int) -> AsyncIt
 
     try:
         await trio.to_thread.run_sync(take_all)
-        yield Ring(buffers)
+        yield Ring(tuple(buffers))
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(close_all)

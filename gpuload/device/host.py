@@ -130,7 +130,7 @@ class HostArena:
             os.ftruncate(self._fd, self._nbytes)
             if self._nbytes:
                 os.posix_fallocate(self._fd, 0, self._nbytes)
-            self._map = mmap.mmap(self._fd, max(self._nbytes, 1) if self._nbytes else mmap.PAGESIZE)
+            self._map = mmap.mmap(self._fd, self._nbytes or mmap.PAGESIZE, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except (OSError, ValueError) as error:
             os.close(self._fd)
             raise DeviceError(f"cannot take an arena of {self._nbytes} bytes: {error}") from None

@@ -27,11 +27,15 @@ from gpuload.server.digests import SETTLED_S, DigestCache
 from gpuload.server.loader import Loader
 from gpuload.server.operations import Answer, Operations, Peer
 from gpuload.server.wire import Channel, close_all
+from gpuload.staging import open_ring
 from mfs.errors import ConfigError, MfsError
 
 log = logging.getLogger("gpuload.server")
 
 VERSION = "0.1.0"
+
+ACCEPT_PAUSE_S = 0.2
+"""After a failed accept, before the next: long enough not to spin, short enough not to be noticed."""
 
 
 @dataclass(frozen=True)
@@ -63,33 +67,42 @@ async def serve(
 ) -> None:
     """Serve until cancelled. `task_status.started` gets the loaders, once the socket listens.
 
-    Raises: ConfigError, FitError, DeviceError, all before the socket exists.
+    Raises: ConfigError, FitError, DeviceError, BusyError, all before it listens.
     """
     digests = DigestCache(settled_s=config.settled_s)
-    with one_error(), contextlib.ExitStack() as stack:
-        sock = stack.enter_context(_listening(config))
-        loaders: dict[str, Loader] = {}
-        for name, nbytes in config.arena_bytes.items():
-            device = open_one(name)
-            stack.callback(device.close)
-            arena = device.create_arena(nbytes)
-            stack.callback(arena.close)
-            if not arena.granules_count:
-                raise ConfigError(f"{nbytes} bytes on {name} are less than one granule of {arena.granule_bytes}")
-            catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
-            loaders[name] = Loader(device, arena, catalog, digests, config.limits)
-        if not loaders:
-            raise ConfigError("no device to serve: give one, such as cpu=4GiB or cuda:0=70GiB")
-        operations = Operations(loaders, version=VERSION)
-        sock.listen(128)
-        places = trio.Semaphore(config.connections_max)
-        async with trio.open_nursery() as nursery:
-            task_status.started(loaders)
-            listener = trio.socket.from_stdlib_socket(sock)
-            while True:
-                await places.acquire()
-                client, _ = await listener.accept()
-                nursery.start_soon(_connection, client, operations, config, places)
+    with one_error():
+        async with contextlib.AsyncExitStack() as stack:
+            sock = stack.enter_context(_listening(config))
+            loaders: dict[str, Loader] = {}
+            for name, nbytes in config.arena_bytes.items():
+                device = open_one(name)
+                stack.callback(device.close)
+                arena = device.create_arena(nbytes)
+                stack.callback(arena.close)
+                if not arena.granules_count:
+                    raise ConfigError(f"{nbytes} bytes on {name} are less than one granule of {arena.granule_bytes}")
+                catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
+                buffer_bytes, count = config.limits.buffer_bytes, config.limits.buffers_count
+                ring = await stack.enter_async_context(open_ring(device, buffer_bytes=buffer_bytes, count=count))
+                loaders[name] = Loader(device, arena, catalog, digests, config.limits, ring)
+            if not loaders:
+                raise ConfigError("no device to serve: give one, such as cpu=4GiB or cuda:0=70GiB")
+            operations = Operations(loaders, version=VERSION)
+            sock.listen(128)
+            places = trio.Semaphore(config.connections_max)
+            async with trio.open_nursery() as nursery:
+                task_status.started(loaders)
+                listener = trio.socket.from_stdlib_socket(sock)
+                while True:
+                    await places.acquire()
+                    try:
+                        client, _ = await listener.accept()
+                    except OSError as error:  # out of descriptors, say: those who are connected go on
+                        log.warning("cannot accept a connection: %s", error)
+                        places.release()
+                        await trio.sleep(ACCEPT_PAUSE_S)
+                        continue
+                    nursery.start_soon(_connection, client, operations, config, places)
 
 
 async def _connection(

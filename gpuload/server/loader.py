@@ -39,6 +39,7 @@ from gpuload.server.digests import (
 from gpuload.server.layout import BlockPlan, plan_blocks
 from gpuload.shards import Shard
 from gpuload.source import FileSource, Source
+from gpuload.staging import Ring
 from mfs.errors import ChangedError, UsageError
 
 WAITING_MAX = 64
@@ -131,9 +132,12 @@ class _Work:
 class Loader:
     """All loads of one device."""
 
-    def __init__(self, device: Device, arena: Arena, catalog: Catalog, digests: DigestCache, limits: Limits) -> None:
+    def __init__(
+        self, device: Device, arena: Arena, catalog: Catalog, digests: DigestCache, limits: Limits, ring: Ring
+    ) -> None:
         self.device, self.arena, self.catalog = device, arena, catalog
         self._digests, self._limits = digests, limits
+        self._ring = ring  # page-locked once, for all loads: one at a time uses it
         self._turn = trio.Lock()
 
     @property

@@ -273,7 +273,7 @@ def test_a_client_that_leaves_cancels_its_load(config: ServerConfig, tmp_path: P
         assert set(server.gauges().values()) == {0}
         load(server, path)
         assert_same(attached(server), base_model())
-    assert device.staging_count == 0
+    assert device.staging_count == 0, "the server's ring is given back when it ends"
 
 
 @pytest.mark.parametrize("passes", [0, 1, 5, 10])

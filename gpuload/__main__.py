@@ -1,0 +1,5 @@
+"""`python -m gpuload` is `gpuload`."""
+
+from gpuload.cli import main
+
+main()

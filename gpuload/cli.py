@@ -1,0 +1,305 @@
+"""`gpuload`: the command line. Parses, asks, prints; nothing else happens here. Exit status: 0, 1 failure, 2 usage."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpuload import printing
+from gpuload.paths import SOCKET_VARIABLE, default_socket
+from mfs.errors import MfsError, UsageError
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def parse_bytes(text: str) -> int:
+    """'4GiB', '70GB', '123456' in bytes. Raises: UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    if not match or match[2].lower() not in UNITS:
+        raise UsageError(f"{text!r} is no size: expected such as 4GiB, 70GB or a number of bytes")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def parse_rules(given: tuple[str, ...]) -> dict[str, int | None]:
+    """'GLOB=AXIS' or 'GLOB=whole', in order. Raises: UsageError."""
+    rules: dict[str, int | None] = {}
+    for text in given:
+        pattern, _, axis = text.rpartition("=")
+        if not pattern or not (axis == "whole" or axis.isdigit()):
+            raise UsageError(f"rule {text!r}: expected GLOB=AXIS or GLOB=whole")
+        rules[pattern] = None if axis == "whole" else int(axis)
+    return rules
+
+
+socket_option = click.option(
+    "--socket", "socket_path", metavar="PATH", help=f"The server's socket. Default: ${SOCKET_VARIABLE}, else per user."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+device_option = click.option("--device", metavar="NAME", help="'cpu' or 'cuda:N'. Default: the server's only device.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mfs", prog_name="gpuload")
+def cli() -> None:
+    """Model weights into device memory at link speed, kept there, shared, swapped by difference.
+
+    \b
+    One process per node holds the weights; programs attach to them without a copy:
+      gpuload serve --arena cuda:0=70GiB &
+      gpuload load /mnt/models/llama-a --name llama
+      gpuload swap /mnt/models/llama-b --name llama
+    In Python: gpuload.attach("llama"). For programs that know nothing of gpuload: gpuload run -- COMMAND.
+
+    Exit status: 0 done, 1 it failed, 2 the command makes no sense. Errors are one line on stderr.
+    """
+
+
+@cli.command()
+@click.option("--arena", "arenas", multiple=True, metavar="DEVICE=SIZE", help="Memory to take, per device: cpu=4GiB.")
+@click.option("--mode", default="600", show_default=True, metavar="OCTAL", help="Of the socket: who may attach.")
+@socket_option
+def serve(arenas: tuple[str, ...], mode: str, socket_path: str | None) -> None:
+    """Hold weights for every process of this node, until SIGTERM or Ctrl-C.
+
+    The arenas are taken at once and reused for ever: nothing is allocated later, nothing fragments. Users that the
+    socket's mode admits may attach and look; only this user and root may load, swap, pin and unload.
+    """
+    from gpuload.device import canonical_name, open_device
+    from gpuload.server.daemon import ServerConfig, run
+
+    budget: dict[str, int] = {}
+    for text in arenas or ("cpu=4GiB",):
+        name, separator, size = text.partition("=")
+        if not separator:
+            raise UsageError(f"--arena {text!r}: expected DEVICE=SIZE")
+        budget[canonical_name(name)] = parse_bytes(size)
+    if not re.fullmatch(r"[0-7]{3,4}", mode):
+        raise UsageError(f"--mode {mode!r}: expected an octal mode such as 600")
+    path = socket_path or default_socket()
+    config = ServerConfig(socket_path=path, socket_mode=int(mode, 8), arena_bytes=budget)
+    run(config, open_device, lambda: click.echo(f"gpuload: serving at {path}", err=True))
+
+
+def _loading(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that `load` and `swap` share."""
+    for option in reversed(
+        [
+            click.argument("model", type=click.Path()),
+            click.option("--name", metavar="NAME", help="What to serve it as. Default: the folder's or file's name."),
+            device_option,
+            click.option("--pin", is_flag=True, help="Never evict it."),
+            click.option("--rank", default=0, show_default=True, help="Tensor-parallel rank to hold."),
+            click.option("--world", default=1, show_default=True, help="Tensor-parallel size."),
+            click.option(
+                "--rule", "rules", multiple=True, metavar="GLOB=AXIS", help="How to cut; else Megatron's way."
+            ),
+            json_option,
+            socket_option,
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@_loading
+@click.option(
+    "--retain", type=click.Choice(["lru", "lease"]), default="lru", show_default=True, help="How long it stays."
+)
+def load(model: str, retain: str, **given: Any) -> None:
+    """Make MODEL (a folder, an index, or a .safetensors file) resident.
+
+    It is refused, with the shortfall named and nothing evicted, if it cannot fit even after evicting what is neither
+    leased nor pinned. --retain lru: stays until its room is needed; lease: goes when the last program lets go of it.
+    """
+    _load(model, is_swap=False, options={"retain": retain}, **given)
+
+
+@cli.command()
+@_loading
+@click.option("--allow-gap", is_flag=True, help="If both do not fit, drop the old one first; a failure leaves neither.")
+def swap(model: str, allow_gap: bool, **given: Any) -> None:
+    """Serve MODEL in place of what has its name; only bytes that differ are moved.
+
+    The old model serves until the new one is complete, and goes on serving if anything fails. Programs that are
+    attached keep the old bytes until they let go.
+    """
+    _load(model, is_swap=True, options={"allow_gap": allow_gap}, **given)
+
+
+def _load(
+    model: str,
+    *,
+    is_swap: bool,
+    options: dict[str, Any],
+    name: str | None,
+    device: str | None,
+    pin: bool,
+    rank: int,
+    world: int,
+    rules: tuple[str, ...],
+    as_json: bool,
+    socket_path: str | None,
+) -> None:
+    from gpuload.client import ask, load_resident
+    from gpuload.plan import MEGATRON_RULES
+
+    if name is None and is_swap:
+        devices = ask({"op": "status"}, socket_path=socket_path)["devices"]
+        served = [m["model"] for d in devices for m in d["models"] if m["model"] and device in (None, d["device"])]
+        if len(served) != 1:
+            raise UsageError(f"{len(served)} models are resident: say which to replace, with --name")
+        name = served[0]
+    cut = parse_rules(rules) or dict(MEGATRON_RULES)
+    options |= {"pinned": pin, "rank": rank, "world": world, "rules": cut if world > 1 else {}}
+    name = name or Path(os.path.abspath(model)).name.removesuffix(".safetensors")
+    reply = load_resident(model, name, device, is_swap=is_swap, options=options, socket_path=socket_path)
+    printing.show_report(reply, as_json)
+
+
+@cli.command()
+@click.argument("name")
+@device_option
+@json_option
+@socket_option
+def unload(name: str, device: str | None, as_json: bool, socket_path: str | None) -> None:
+    """Stop serving NAME. Its memory is free at once, or when the last program that is attached lets go."""
+    from gpuload.client import ask
+
+    reply = ask({"op": "unload", "model": name, "device": device}, socket_path=socket_path)
+    printing.show_unloaded(reply, as_json)
+
+
+cli.add_command(unload, "evict")
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--off", is_flag=True, help="Let it be evicted again.")
+@device_option
+@json_option
+@socket_option
+def pin(name: str, off: bool, device: str | None, as_json: bool, socket_path: str | None) -> None:
+    """Never evict NAME."""
+    from gpuload.client import ask
+
+    reply = ask({"op": "pin", "model": name, "pinned": not off, "device": device}, socket_path=socket_path)
+    printing.show_json_or(reply, as_json, f"{name}: {'may be evicted' if off else 'pinned'}")
+
+
+@cli.command()
+@json_option
+@socket_option
+def status(as_json: bool, socket_path: str | None) -> None:
+    """Show what is resident, who holds it, and what is free."""
+    from gpuload.client import ask
+
+    printing.show_status(ask({"op": "status"}, socket_path=socket_path), as_json)
+
+
+@cli.command()
+@click.argument("model", type=click.Path())
+@click.option("--kv-cache", "tokens", default=0, metavar="TOKENS", help="Room for so many tokens of key-value cache.")
+@click.option("--device", metavar="NAME", help="Also against this device, with what is in use there now.")
+@click.option("--rule", "rules", multiple=True, metavar="GLOB=AXIS", help="How to cut; else Megatron's way.")
+@json_option
+@socket_option
+def plan(
+    model: str, tokens: int, device: str | None, rules: tuple[str, ...], as_json: bool, socket_path: str | None
+) -> None:
+    """Say whether MODEL fits, from its headers and config alone: nothing is loaded.
+
+    Bytes per dtype, per tensor-parallel rank, and the smallest tensor-parallel size for cards of 80 and 141 GB, and for
+    --device. Activations and a framework's own buffers are not in the sum.
+    """
+    from gpuload.planning import examine
+
+    printing.show_plan(examine(model, tokens, device, parse_rules(rules), socket_path), as_json)
+
+
+@cli.command()
+@json_option
+@socket_option
+def doctor(as_json: bool, socket_path: str | None) -> None:
+    """Say what this machine lacks. Status 1 if something cannot work."""
+    from gpuload.doctor import examine
+
+    findings = list(examine(socket_path))
+    printing.show_findings(findings, as_json)
+    if any(f.state == "bad" for f in findings):
+        raise SystemExit(1)
+
+
+@cli.command()
+@click.option("--device", default="cpu", show_default=True, metavar="NAME")
+@click.option("--size", default="1GiB", show_default=True, help="Of the model that is made up for it.")
+@click.option("--dir", "folder", default="/tmp", show_default=True, type=click.Path(file_okay=False))
+@json_option
+def bench(device: str, size: str, folder: str, as_json: bool) -> None:
+    """Measure loading, attaching and swapping on this machine, beside safetensors and the bare copy."""
+    from gpuload.bench import run_bench
+
+    printing.show_bench(run_bench(device, parse_bytes(size), folder), as_json)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--socket", "socket_path", metavar="PATH", help="The server's socket.")
+def run(command: tuple[str, ...], socket_path: str | None) -> None:
+    """Run COMMAND with safetensors served by the resident server: gpuload run -- python server.py.
+
+    Nothing else changes; without a server the program loads as ever and logs one line.
+    """
+    site = str(Path(__file__).parent / "hooks" / "site")
+    paths = [site, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "GPULOAD_AUTO": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    if socket_path:
+        environment[SOCKET_VARIABLE] = os.path.abspath(socket_path)
+    try:
+        os.execvpe(command[0], list(command), environment)
+    except OSError as error:
+        raise UsageError(f"cannot run {command[0]!r}: {error.strerror}") from None
+
+
+@cli.command()
+@click.argument("action", type=click.Choice(["install", "remove", "status"]))
+def hook(action: str) -> None:
+    """The .pth in this Python's site-packages: with GPULOAD_AUTO=1, every program it runs is as under `gpuload run`."""
+    from gpuload.hooks import pth
+
+    if action == "status":
+        click.echo(f"{pth.location()}: {'installed' if pth.is_installed() else 'not installed'}")
+    else:
+        path = pth.install() if action == "install" else pth.remove()
+        click.echo(f"{path}: {'installed; set GPULOAD_AUTO=1 to use it' if action == 'install' else 'removed'}")
+
+
+def main() -> None:
+    """The entry point. Every failure is one line on stderr and a status; never a traceback."""
+    try:
+        cli.main(prog_name="gpuload", standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as done:
+        code = done.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("gpuload: interrupted", err=True)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except MfsError as error:
+        click.echo(f"gpuload: {error}", err=True)
+        code = 2 if isinstance(error, UsageError) else 1
+    except Exception as error:
+        click.echo(f"gpuload: internal error, please report it: {type(error).__name__}: {error}", err=True)
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,126 @@
+"""Does it fit? Weights, key-value cache, staging and what is there already, against a device. Pure.
+
+Estimates name what they leave out: activations and a framework's own buffers are not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gpuload.plan import Placement, slice_tensor
+from gpuload.server.layout import plan_blocks
+from mfs.errors import UsageError
+from mfs.safetensors import Header
+
+CONTEXT_BYTES = 600 << 20
+"""What a process with CUDA and cuBLAS takes before its first tensor. From reports, not measured here."""
+
+CARDS = {"80 GB": 81_559 << 20, "141 GB": 143_771 << 20}
+"""Memory that nvidia-smi reports for an A100/H100 of 80 GB and an H200."""
+
+WORLDS = (1, 2, 4, 8, 16)
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's tables say."""
+
+    tensors_count: int
+    shards_count: int
+    bytes_total: int
+    bytes_by_dtype: Mapping[str, int]
+    """Largest first."""
+    rank_bytes: Mapping[int, int]
+    """Tensor-parallel size -> bytes of its largest rank."""
+    whole: Mapping[int, int]
+    """Tensor-parallel size -> tensors that a rule names and that cannot be cut so, kept whole on every rank."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One sum. All in bytes."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    context_bytes: int
+    staging_bytes: int
+    resident_bytes: int
+    """Weights the server holds there already."""
+    others_bytes: int
+    """Everything else that is in use there."""
+    device_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.weights_bytes + self.kv_cache_bytes + self.context_bytes + self.staging_bytes
+
+    @property
+    def shortfall_bytes(self) -> int:
+        """0 if it fits."""
+        return max(0, self.needed_bytes + self.resident_bytes + self.others_bytes - self.device_bytes)
+
+
+def model_sizes(headers: Sequence[Header], rules: Mapping[str, int | None]) -> Sizes:
+    """Sum the tables up, for one card and for every tensor-parallel size."""
+    tensors = [(shard, t) for shard, header in enumerate(headers) for t in header.tensors]
+    by_dtype: dict[str, int] = {}
+    for _, t in tensors:
+        by_dtype[t.dtype] = by_dtype.get(t.dtype, 0) + t.nbytes
+    rank_bytes: dict[int, int] = {}
+    whole: dict[int, int] = {}
+    for world in WORLDS:
+        placement, total = Placement(world=world, rules=rules), 0
+        for shard, t in tensors:
+            try:
+                total += slice_tensor(t, shard, placement).nbytes
+            except UsageError:
+                total += t.nbytes
+                whole[world] = whole.get(world, 0) + 1
+        rank_bytes[world] = total
+    return Sizes(
+        tensors_count=len(tensors),
+        shards_count=len(headers),
+        bytes_total=sum(by_dtype.values()),
+        bytes_by_dtype=dict(sorted(by_dtype.items(), key=lambda item: -item[1])),
+        rank_bytes=rank_bytes,
+        whole=whole,
+    )
+
+
+def arena_bytes(headers: Sequence[Header], granule_bytes: int) -> int:
+    """What the model takes in an arena on an otherwise empty device, whole granules counted."""
+    transfers = [slice_tensor(t, shard, Placement()) for shard, header in enumerate(headers) for t in header.tensors]
+    return sum(b.granules_count(granule_bytes) for b in plan_blocks(transfers, granule_bytes)) * granule_bytes
+
+
+def kv_cache_bytes(config: Mapping[str, Any], tokens: int, world: int = 1) -> int:
+    """Bytes of one rank's key-value cache for `tokens` tokens in all sequences together, from a config.json.
+
+    Latent attention (DeepSeek's kv_lora_rank) is whole on every rank; sliding windows are not considered, so models
+    with them need less. Raises: UsageError if the config does not say enough.
+    """
+    text = config.get("text_config", config)
+    try:
+        layers = int(text["num_hidden_layers"])
+        dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "bfloat16")
+        item_bytes = _DTYPE_BYTES.get(dtype.removeprefix("torch."), 2)
+        if text.get("kv_lora_rank"):
+            return tokens * layers * (int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])) * item_bytes
+        heads = int(text.get("num_key_value_heads") or text["num_attention_heads"])
+        head_dim = int(text.get("head_dim") or int(text["hidden_size"]) // int(text["num_attention_heads"]))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"config.json does not say how large a key-value cache is: {error!r}") from None
+    return tokens * layers * 2 * max(1, -(-heads // world)) * head_dim * item_bytes
+
+
+def smallest_world(sizes: Sizes, config: Mapping[str, Any] | None, tokens: int, base: Fit) -> int | None:
+    """The smallest tensor-parallel size with which one rank fits `base`'s device; None if none of WORLDS does."""
+    for world in WORLDS:
+        kv = kv_cache_bytes(config, tokens, world) if config is not None and tokens else 0
+        if not replace(base, weights_bytes=sizes.rank_bytes[world], kv_cache_bytes=kv).shortfall_bytes:
+            return world
+    return None

@@ -1,0 +1,148 @@
+"""The command, as people run it: real processes, a real server, statuses and single lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpuload.cli import parse_bytes, parse_rules
+from gpuload.testing import random_tensors, write
+from mfs.errors import UsageError
+
+COMMANDS = ["serve", "load", "swap", "unload", "evict", "pin", "status", "plan", "doctor", "bench", "run", "hook"]
+
+
+def gpuload(*args: object, socket_path: Path | None = None, status: int = 0) -> str:
+    """Run it; its stdout, or its stderr where it is to fail."""
+    environment = {**os.environ, "GPULOAD_SOCKET": str(socket_path or "/nonexistent/s.sock")}
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuload", *map(str, args)], env=environment, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == status, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def socket_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("cli") / "s.sock"
+    command = [sys.executable, "-m", "gpuload", "serve", "--socket", str(path), "--arena", "cpu=64MiB"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        assert "serving" in server.stderr.readline()
+        yield path
+        server.send_signal(signal.SIGINT)
+    assert server.returncode == 0
+    assert not path.exists()
+
+
+def test_a_life_of_a_model(socket_path: Path, tmp_path: Path) -> None:
+    one = random_tensors(1, {"a": (1000, 1000), "b": (1000, 1000)})
+    first = write(tmp_path / "first.safetensors", one)
+    second = write(tmp_path / "second.safetensors", {**one, "b": random_tensors(2, {"b": (1000, 1000)})["b"]})
+    assert "nothing resident" in gpuload("status", socket_path=socket_path)
+    assert "first on cpu" in gpuload("load", first, socket_path=socket_path)
+    report = json.loads(gpuload("swap", second, "--json", socket_path=socket_path))["report"]
+    assert report["bytes_copied"] == 2_000_000
+    assert "pinned" in gpuload("pin", "first", socket_path=socket_path)
+    status = json.loads(gpuload("status", "--json", socket_path=socket_path))
+    assert [(m["model"], m["pinned"], m["generation"]) for m in status["devices"][0]["models"]] == [("first", True, 2)]
+    assert "second.safetensors" in gpuload("status", socket_path=socket_path)
+    large = write(tmp_path / "large.safetensors", random_tensors(3, {"x": (32 << 20,)}))
+    refused = gpuload("load", large, socket_path=socket_path, status=1)
+    assert "short by" in refused
+    assert refused.count("\n") == 1
+    assert "other content" in gpuload("load", first, "--name", "first", socket_path=socket_path, status=2)
+    assert "released" in gpuload("evict", "first", socket_path=socket_path)
+    assert "there are: none" in gpuload("unload", "first", socket_path=socket_path, status=1)
+
+
+def test_run_serves_a_program_that_knows_nothing(socket_path: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", random_tensors(1, {"a": (300, 300)}))
+    code = "import sys; from safetensors.torch import load_file; print(load_file(sys.argv[1])['a'].shape)"
+    out = gpuload("run", "--socket", socket_path, "--", sys.executable, "-c", code, path)
+    assert "300, 300" in out
+    models = json.loads(gpuload("status", "--json", socket_path=socket_path))["devices"][0]["models"]
+    assert [m["model"].startswith("content:") for m in models] == [True]
+    assert "cannot run" in gpuload("run", "/nonexistent/program", status=2)
+
+
+def test_plan_reads_headers_only(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", random_tensors(1, {"a.q_proj.weight": (64, 64)}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64})
+    )
+    found = json.loads(gpuload("plan", tmp_path, "--kv-cache", "100", "--device", "cpu", "--json"))
+    assert (found["bytes_total"], found["kv_cache_bytes"]) == (8192, 100 * 2 * 2 * 4 * 16 * 2)
+    assert found["rank_bytes"] == {"1": 8192, "2": 4096, "4": 2048, "8": 1024, "16": 512}
+    assert [t["target"] for t in found["targets"]] == ["a card of 80 GB", "a card of 141 GB", "cpu"]
+    assert all(t["fits"] and t["tensor_parallel"] == 1 for t in found["targets"])
+    assert "fits" in gpuload("plan", tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert "needs a config.json" in gpuload("plan", tmp_path, "--kv-cache", "100", status=2)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "said"),
+    [
+        (["dance"], 2, "No such command"),
+        (["load"], 2, "Missing argument"),
+        (["load", "/nonexistent"], 1, "no such file or folder: /nonexistent"),
+        (["status"], 1, "start one with `gpuload serve`"),
+        (["serve", "--arena", "cpu"], 2, "expected DEVICE=SIZE"),
+        (["serve", "--arena", "cpu=lots"], 2, "is no size"),
+        (["serve", "--arena", "tpu=1GiB"], 2, "no such device"),
+        (["serve", "--arena", "cpu=1000TiB"], 2, "is no size"),
+        (["serve", "--arena", "cpu=999999GiB", "--socket", "/tmp/gpuload-test-never.sock"], 1, "does not fit"),
+        (["serve", "--mode", "999"], 2, "octal"),
+        (["plan", "/nonexistent"], 1, "no such file"),
+        (["plan", "/tmp", "--kv-cache", "-1"], 2, "number of tokens"),
+        (["bench", "--size", "1MiB"], 2, "something to measure"),
+        (["load", "/tmp", "--world", "2", "--rule", "x"], 2, "GLOB=AXIS"),
+    ],
+)  # fmt: skip
+def test_what_fails_is_one_line_and_a_status(args: list[str], status: int, said: str) -> None:
+    assert said in gpuload(*args, status=status)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    from click.testing import CliRunner
+
+    from gpuload.cli import cli
+
+    result = CliRunner().invoke(cli, [command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 6
+
+
+def test_doctor_says_what_there_is() -> None:
+    findings = {f["what"]: f["state"] for f in json.loads(gpuload("doctor", "--json"))["findings"]}
+    assert findings["torch"] == findings["shared memory"] == "ok"
+    assert "cuda" in gpuload("doctor")
+
+
+@pytest.mark.parametrize(
+    ("text", "n"), [("4GiB", 4 << 30), ("70GB", 70 * 10**9), ("12", 12), ("1.5 KiB", 1536), ("7b", 7)]
+)
+def test_sizes(text: str, n: int) -> None:
+    assert parse_bytes(text) == n
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "4 TiB", "1e9", "GiB"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_bytes(text)
+
+
+def test_rules() -> None:
+    assert parse_rules(("*.a=0", "b==1", "c=whole")) == {"*.a": 0, "b=": 1, "c": None}
+    with pytest.raises(UsageError):
+        parse_rules(("=1",))
