@@ -89,9 +89,9 @@ def test_a_refused_lock_says_what_to_do_and_serves_on(limit: int) -> None:
 
 
 _SHRINKER = """
-import fcntl, os
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
+import os
 from mfs.cache.ram import *
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
 memory = SlotMemory(RamConfig(SLOTS_COUNT_MIN * 4194304, page_lock=False))
 assert not memory.huge_pages
 for size in (0, 4194304, 2 * memory.size_bytes):
