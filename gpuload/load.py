@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 
 import torch
 import trio
@@ -15,8 +16,9 @@ from gpuload.device.base import Device
 from gpuload.door import Inside, run_inside
 from gpuload.pipeline import Limits, RunsOf, move_batches
 from gpuload.plan import MEGATRON_RULES, Batch, Piece, Placement, Transfer, plan_batches, plan_transfers
+from gpuload.pool import open_source
 from gpuload.shards import Shard, close_shards, find_shards, open_shards
-from gpuload.source import FileSource, Source
+from gpuload.source import Source
 from mfs.errors import UsageError
 
 Where = str | os.PathLike[str]
@@ -132,12 +134,12 @@ async def move_all(
     def runs_of(piece: Piece) -> list[tuple[int, int]]:
         return [(addresses[piece.transfer] + piece.offset, piece.nbytes)]
 
-    source = FileSource(shards)
-    async with trio.open_nursery() as nursery:
-        for name in dict.fromkeys(t.device for t in transfers):
-            tensors.settle(name)
-            batches = plan_batches(transfers, buffer_bytes=limits.buffer_bytes, device=name)
-            nursery.start_soon(_move_to, open_one(name), batches, source, runs_of, limits, on_landed)
+    with closing(open_source(shards)) as source:
+        async with trio.open_nursery() as nursery:
+            for name in dict.fromkeys(t.device for t in transfers):
+                tensors.settle(name)
+                batches = plan_batches(transfers, buffer_bytes=limits.buffer_bytes, device=name)
+                nursery.start_soon(_move_to, open_one(name), batches, source, runs_of, limits, on_landed)
 
 
 async def _move_to(

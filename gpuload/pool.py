@@ -1,8 +1,8 @@
 """The pool path: tensors' bytes straight out of the mount daemon's RAM slots, without FUSE and without the page cache.
 
-`PoolSource` is a `Source` for files under an mfs mount whose slots we may map (the same user as the mount's, or root). Each
-reading thread has a connection of its own. Elsewhere `open_source` gives a `FileSource`, and nobody sees a difference but
-speed: tests/gpuload/test_pool.py holds both to equal bytes.
+`PoolSource` is a `Source` for files under an mfs mount whose slots we may map (the same user as the mount's, or root).
+Each reading thread has a connection of its own. Elsewhere `open_source` gives a `FileSource`, and nobody sees a
+difference but speed: tests/gpuload/test_pool.py holds both to equal bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 
 def open_source(shards: Sequence[Shard]) -> Source:
-    """The best source for these files: their mount's slots if all stand on one mount that lends them, else the files."""
+    """The best source for these files: their mount's slots if all stand on one mount that lends them, else the
+    files.
+    """
     places = [slots_client.find(os.path.abspath(shard.path)) for shard in shards]
     doors = {place[0] for place in places if place is not None}
     if len(doors) == 1 and all(places):

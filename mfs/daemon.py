@@ -13,9 +13,11 @@ from pathlib import Path
 import trio
 
 from mfs.config import MountConfig, check_paths, mask_url
-from mfs.control import mountinfo, runtime, server
+from mfs.control import mountinfo, runtime, server, slots
 from mfs.control.ready import DaemonStart, notify
+from mfs.control.slots_client import slots_path
 from mfs.errors import MfsError, StoreError
+from mfs.lending import SlotLender
 from mfs.mount import Mount
 from mfs.service import Service
 
@@ -61,6 +63,7 @@ async def _run(config: MountConfig, start: DaemonStart) -> None:
         async with mount.serving() as ended, trio.open_nursery() as nursery:
             service = Service(mount, ended.cancel, nursery)
             await nursery.start(server.serve, service, socket_path)
+            await nursery.start(slots.serve, SlotLender(mount), slots_path(socket_path))
             nursery.start_soon(_stop_on_signal, signals, ended)
             start.ready(mount.warnings)
             logger.info("%s is served", config.mountpoint)

@@ -192,14 +192,16 @@ class Mount:
     # -- what the parts ask each other
 
     async def _list(self, source: int, path: str) -> AsyncIterator[Page]:
-        pages: list[list[object]] = []
+        pages: list[tuple[str, list[list[object]]]] = []
 
         def on_part(part: Frame) -> None:
             pages.append(part["page"])
 
-        await self.pool.call("list_directory", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part)
+        await self.pool.call(
+            "list_directory", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part
+        )
         for directory, entries in pages:
-            yield str(directory), [_entry(fields) for fields in entries]  # type: ignore[attr-defined]
+            yield directory, [_entry(fields) for fields in entries]
 
     def _identity(self, source: int) -> str:
         return self.pool.identities[source]

@@ -14,10 +14,10 @@ from mfs.workers.pool import WorkerPool
 class OpenObject:
     """One handle on one object version."""
 
-    __slots__ = ("_cache", "_prefetcher", "_state", "size")
+    __slots__ = ("_cache", "_prefetcher", "size", "state")
 
     def __init__(self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher) -> None:
-        self._state = state
+        self.state = state
         self._cache = cache
         self._prefetcher = prefetcher
         self.size = state.object.size
@@ -25,16 +25,19 @@ class OpenObject:
 
     async def read(self, span: ByteRange) -> memoryview | bytes:
         """The bytes of `span`, good until the next checkpoint. Raises: MfsError."""
-        whole_chunks = self._prefetcher.note(self._state, span)
-        return await self._cache.read(self._state, span, whole_chunks=whole_chunks)
+        return await self._cache.read(self.state, span, whole_chunks=self.note(span))
+
+    def note(self, span: ByteRange) -> bool:
+        """Say that `span` is read now. Returns whether missing chunks should be fetched whole."""
+        return self._prefetcher.note(self.state, span)
 
     async def header(self) -> bytes | None:
         """The blocks that hold the file's header, None where it has none we know or it could not be fetched."""
-        return await self._prefetcher.header(self._state)
+        return await self._prefetcher.header(self.state)
 
     def close(self) -> None:
-        self._prefetcher.closed(self._state)
-        self._cache.close(self._state)
+        self._prefetcher.closed(self.state)
+        self._cache.close(self.state)
 
 
 class ObjectReader:

@@ -209,11 +209,12 @@ class ChunkCache:
             length = len(state.object.chunk_range(index))
             chunk = await self.lease(state, index, mask, extra=full_mask(length) if whole_chunk else 0)
         # no checkpoint until the caller's reply
-        self._note_delivery(chunk, mask)
+        self.note_delivery(chunk, mask)
         self.release(chunk)
         return self._memory.view(chunk.slot)[part.start : part.stop]
 
-    def _note_delivery(self, chunk: Chunk, mask: int) -> None:
+    def note_delivery(self, chunk: Chunk, mask: int) -> None:
+        """Blocks of a leased chunk go to a reader."""
         chunk.delivered |= mask
         if chunk.unread:
             chunk.unread = False

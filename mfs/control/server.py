@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
-import struct
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -20,12 +18,11 @@ from urllib.parse import parse_qsl
 
 import trio
 
-from mfs.control import wire
+from mfs.control import listening, wire
 from mfs.control.api import DaemonApi, Json
 from mfs.control.http import ClientGone, HttpConnection, Limits
 from mfs.errors import (
     AccessError,
-    ConfigError,
     MfsError,
     NotFoundError,
     StoreError,
@@ -35,7 +32,6 @@ from mfs.errors import (
 )
 
 log = logging.getLogger(__name__)
-_BACKLOG = 64
 _SHUTDOWN_ANSWER_S = 5.0
 
 
@@ -64,42 +60,17 @@ async def serve(
     Raises: ConfigError if the socket cannot be made. A failing operation or client never ends the server.
     Cancellation: requests under way are cancelled, except that the answer to `shutdown` is still sent.
     """
-    listener = _listen(socket_path, config.socket_mode)
+    listener = listening.listen(socket_path, config.socket_mode)
     server = _Server(api, config)
     try:
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                stream = trio.SocketStream(await _accept(listener))
+                stream = trio.SocketStream(await listening.accept(listener))
                 nursery.start_soon(server.handle_connection, stream)
     finally:
         listener.close()
         socket_path.unlink(missing_ok=True)
-
-
-async def _accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
-    while True:
-        try:
-            return (await listener.accept())[0]
-        except OSError as error:  # out of descriptors, or a client that left the queue: neither is a reason to stop
-            log.warning("control socket: accept failed: %s", error)
-            await trio.sleep(0.1)
-
-
-def _listen(path: Path, mode: int) -> trio.socket.SocketType:
-    """A listening socket under its final name only once it listens, so that nobody is refused in between."""
-    temporary = path.with_name(f"{path.stem[:16]}.{os.getpid()}")  # never longer than the name it gets
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        temporary.unlink(missing_ok=True)
-        sock.bind(str(temporary))
-        temporary.chmod(mode)
-        sock.listen(_BACKLOG)
-        temporary.replace(path)
-    except OSError as error:
-        sock.close()
-        raise ConfigError(f"control socket {path} cannot be made: {error.strerror or error}") from error
-    return trio.socket.from_stdlib_socket(sock)
 
 
 class _Server:
@@ -120,7 +91,7 @@ class _Server:
                     )
                     await connection.refuse(busy)
                     return
-                uid = _peer_uid(stream)
+                uid = listening.peer_uid(stream.socket)
                 while await self._handle_request(connection, uid):
                     pass
         except (ClientGone, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -257,9 +228,3 @@ def _values(target: str, body: bytes) -> dict[str, Any]:
             raise UsageError("the request's body is not a JSON object")
         values |= sent
     return values
-
-
-def _peer_uid(stream: trio.SocketStream) -> int:
-    """Who connected, as the kernel says: unix(7), SO_PEERCRED."""
-    raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", raw)[1])

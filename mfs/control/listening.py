@@ -1,0 +1,51 @@
+"""Unix sockets as the daemon's doors: how they are made, accepted from, and who is on the other side."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+from pathlib import Path
+
+import trio
+
+from mfs.errors import ConfigError
+
+log = logging.getLogger(__name__)
+_BACKLOG = 64
+
+
+def listen(path: Path, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> trio.socket.SocketType:
+    """A listening socket under its final name only once it listens, so that nobody is refused in between.
+
+    mode: permissions of the socket; they decide who may connect. Raises: ConfigError if it cannot be made.
+    """
+    temporary = path.with_name(f"{path.stem[:16]}.{os.getpid()}")  # never longer than the name it gets
+    sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
+    try:
+        temporary.unlink(missing_ok=True)
+        sock.bind(str(temporary))
+        temporary.chmod(mode)
+        sock.listen(_BACKLOG)
+        temporary.replace(path)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"control socket {path} cannot be made: {error.strerror or error}") from error
+    return trio.socket.from_stdlib_socket(sock)
+
+
+async def accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
+    """The next connection. Never raises for what clients do."""
+    while True:
+        try:
+            return (await listener.accept())[0]
+        except OSError as error:  # out of descriptors, or a client that left the queue: neither is a reason to stop
+            log.warning("control socket: accept failed: %s", error)
+            await trio.sleep(0.1)
+
+
+def peer_uid(sock: trio.socket.SocketType) -> int:
+    """Who connected, as the kernel says: unix(7), SO_PEERCRED."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", raw)[1])

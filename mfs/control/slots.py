@@ -1,0 +1,156 @@
+"""The pool path's door: local processes get the RAM slots as a file descriptor, and leases on what stands in them.
+
+One SOCK_SEQPACKET connection per reading thread; one JSON message each way per question. This docstring is the
+protocol's only reference:
+
+    -> on connecting: {size_bytes, lease_bytes_max} with the slots' descriptor, read-only, as SCM_RIGHTS
+    <- {open: path from the mount's root, inode: as fstat says, or null}    -> {file, size, identity}
+    <- {file, start, stop}      -> {lease, pieces: [[offset in the slots, nbytes], ...]}, the bytes of the range in
+    order <- {release: lease}         -> nothing
+    any failure                 -> {error: [name, message]} as `mfs.errors.to_wire`
+
+A lease keeps its slots until it is released or the connection ends, however it ends. The descriptor is read-only, but
+shows all slots: who may connect may read every model of the mount. The socket's mode and SO_PEERCRED (the daemon's uid
+and root) decide who that is.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+
+from mfs.control import listening
+from mfs.errors import AccessError, MfsError, UsageError, to_wire
+
+log = logging.getLogger(__name__)
+
+MESSAGE_BYTES_MAX = 64 << 10
+CONNECTIONS_MAX = 64
+_SOCKET_MODE = 0o600
+
+
+class Lender(Protocol):
+    """What stands behind the door."""
+
+    fd: int
+    """Read-only descriptor of the slots."""
+    size_bytes: int
+    lease_bytes_max: int
+    """Longest range of one lease."""
+
+    async def open(self, path: str, inode: int | None) -> Any:
+        """A hold on one object version: has `.size`, `.identity`, `.close()`. Raises MfsError."""
+        ...
+
+    async def lease(self, file: Any, start: int, stop: int) -> tuple[Any, list[tuple[int, int]]]:
+        """(a hold with `.release()`, its pieces). Raises MfsError. Cancellation: nothing is held."""
+        ...
+
+
+async def serve(
+    lender: Lender, socket_path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serve until cancelled; then every lease is given back. Raises: ConfigError if the socket cannot be made."""
+    listener = listening.listen(socket_path, _SOCKET_MODE, socket.SOCK_SEQPACKET)
+    limit = trio.CapacityLimiter(CONNECTIONS_MAX)
+    try:
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                sock = await listening.accept(listener)
+                nursery.start_soon(_serve_one, lender, sock, limit)
+    finally:
+        listener.close()
+        socket_path.unlink(missing_ok=True)
+
+
+async def _serve_one(lender: Lender, sock: trio.socket.SocketType, limit: trio.CapacityLimiter) -> None:
+    with sock:
+        try:
+            if listening.peer_uid(sock) not in (0, os.geteuid()):
+                await _send(sock, {"error": to_wire(AccessError("only root and the mount's own user may lease slots"))})
+                return
+            limit.acquire_on_behalf_of_nowait(sock)
+        except (OSError, trio.WouldBlock):
+            return
+        conversation = _Conversation(lender, sock)
+        try:
+            await conversation.run()
+        except OSError as error:
+            log.debug("a reader of slots went away: %s", error)
+        finally:
+            conversation.close()
+            limit.release_on_behalf_of(sock)
+
+
+class _Conversation:
+    """One connection and what it holds."""
+
+    def __init__(self, lender: Lender, sock: trio.socket.SocketType) -> None:
+        self._lender = lender
+        self._sock = sock
+        self._files: dict[int, Any] = {}
+        self._leases: dict[int, Any] = {}
+        self._serial = 0
+
+    async def run(self) -> None:
+        lender = self._lender
+        greeting = json.dumps({"size_bytes": lender.size_bytes, "lease_bytes_max": lender.lease_bytes_max}).encode()
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [lender.fd]))
+        await self._sock.sendmsg([greeting], [rights])
+        while message := await self._sock.recv(MESSAGE_BYTES_MAX):
+            try:
+                answer = await self._answer(_parsed(message))
+            except MfsError as error:
+                answer = {"error": to_wire(error)}
+            if answer is not None:
+                await _send(self._sock, answer)
+
+    async def _answer(self, ask: dict[str, Any]) -> dict[str, Any] | None:
+        match ask:
+            case {"open": str(path), "inode": int() | None as inode}:
+                file = await self._lender.open(path, inode)
+                number = self._keep(self._files, file)
+                return {"file": number, "size": file.size, "identity": file.identity}
+            case {"file": int(number), "start": int(start), "stop": int(stop)} if number in self._files:
+                file = self._files[number]
+                if not 0 <= start <= stop <= file.size or stop - start > self._lender.lease_bytes_max:
+                    raise UsageError(f"range [{start}, {stop}) of a file of {file.size} bytes cannot be leased at once")
+                lease, pieces = await self._lender.lease(file, start, stop)
+                return {"lease": self._keep(self._leases, lease), "pieces": pieces}
+            case {"release": int(number)} if number in self._leases:
+                self._leases.pop(number).release()
+                return None
+        raise UsageError(f"not a question this door knows: {str(ask)[:200]}")
+
+    def _keep(self, table: dict[int, Any], held: Any) -> int:
+        self._serial += 1
+        table[self._serial] = held
+        return self._serial
+
+    def close(self) -> None:
+        for lease in self._leases.values():
+            lease.release()
+        for file in self._files.values():
+            file.close()
+
+
+async def _send(sock: trio.socket.SocketType, answer: dict[str, Any]) -> None:
+    await sock.send(json.dumps(answer).encode())
+
+
+def _parsed(message: bytes) -> dict[str, Any]:
+    try:
+        ask = json.loads(message)
+    except ValueError:
+        ask = None
+    if not isinstance(ask, dict):
+        raise UsageError(f"not a JSON object: {message[:100]!r}")
+    return ask

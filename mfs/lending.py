@@ -1,0 +1,96 @@
+"""Lends RAM slots to local processes (the pool path): what `control.slots` calls Lender, from the mount's parts."""
+
+from __future__ import annotations
+
+import os
+
+import trio
+
+from mfs.cache.chunk_cache import Chunk, ChunkCache
+from mfs.cache.chunks import block_mask, chunk_spans, full_mask
+from mfs.errors import ChangedError, NotFoundError
+from mfs.mount import Mount
+from mfs.reader import OpenObject
+from mfs.types import CHUNK_BYTES, ByteRange
+
+_LEASE_BYTES_MAX = 64 << 20  # far above a staging buffer, far below what would starve readers
+_SHARE = 4  # a quarter of the slots at most is lent at once: the mount's own readers come first
+
+
+class LentFile:
+    """One object version a borrower has open."""
+
+    def __init__(self, handle: OpenObject) -> None:
+        self.size = handle.size
+        self.identity = handle.state.object.cache_id
+        self.handle = handle
+
+    def close(self) -> None:
+        self.handle.close()
+
+
+class Loan:
+    """Chunks held for a borrower, and the permits they count against."""
+
+    def __init__(self, chunks: list[Chunk], cache: ChunkCache, limit: trio.CapacityLimiter) -> None:
+        self.chunks = chunks
+        self.tokens: list[object] = []
+        self._cache = cache
+        self._limit = limit
+
+    def release(self) -> None:
+        for chunk in self.chunks:
+            self._cache.release(chunk)
+        for token in self.tokens:
+            self._limit.release_on_behalf_of(token)
+        self.chunks, self.tokens = [], []
+
+
+class SlotLender:
+    """Opens and leases on behalf of borrowers."""
+
+    def __init__(self, mount: Mount) -> None:
+        self._mount = mount
+        self.fd = os.open(f"/proc/self/fd/{mount.memory.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        self.size_bytes = mount.memory.size_bytes
+        lendable_count = max(2, mount.memory.slots_count // _SHARE)
+        self.lease_bytes_max = min(
+            _LEASE_BYTES_MAX, (lendable_count - 1) * CHUNK_BYTES
+        )  # any range of it touches no more
+        self._limit = trio.CapacityLimiter(lendable_count)
+        self._turn = trio.Lock()
+
+    async def open(self, path: str, inode: int | None) -> LentFile:
+        """See Lender.open."""
+        node = await self._mount.namespace.resolve(path)
+        if inode is not None and inode != node.inode:
+            raise ChangedError(f"{path}: the mount shows another version than the one that was opened; open it again")
+        if node.object is None:
+            raise NotFoundError(f"{path} is no file")
+        return LentFile(self._mount.reader.open(node))
+
+    async def lease(self, file: LentFile, start: int, stop: int) -> tuple[Loan, list[tuple[int, int]]]:
+        """See Lender.lease."""
+        cache, state = self._mount.cache, file.handle.state
+        span = ByteRange(start, stop)
+        whole_chunks = file.handle.note(span)
+        loan = Loan([], cache, self._limit)
+        pieces = []
+        parts = list(chunk_spans(span))
+        try:
+            async with self._turn:  # two borrowers that each hold half of what both need would wait for ever
+                for _ in parts:
+                    token = object()
+                    await self._limit.acquire_on_behalf_of(token)
+                    loan.tokens.append(token)
+            for index, part in parts:
+                extra = full_mask(len(state.object.chunk_range(index))) if whole_chunks else 0
+                mask = block_mask(part.start, part.stop)
+                chunk = await cache.lease(state, index, mask, extra=extra)
+                loan.chunks.append(chunk)
+                cache.note_delivery(chunk, mask)
+                pieces.append((chunk.slot * CHUNK_BYTES + part.start, len(part)))
+        except BaseException:
+            loan.release()
+            raise
+        return loan, pieces
