@@ -27,7 +27,6 @@ from tools.bench.workload import FILE_NAME, Model, make_model
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CASES = (*cases.CASES, "latency", "listing")
 Tables = dict[str, list[Row]]
-_LINK_BYTES_MAX = 600 << 20  # five seconds at 1 Gbit/s
 _NOTE = """\
 Every cold pass: fresh process, fresh mount, page cache dropped, and the guest's memory touched right before the clock \
 starts; in a virtual machine first touch of memory is slow (0.4-1 GB/s) and would be measured instead. Every pass is \
@@ -114,10 +113,8 @@ def _run_mount(args: argparse.Namespace, folder: Path, say: Callable[[str], None
         if chosen - {"listing"}:
             origin = stack.enter_context(_origin(folder, say))
             model = _model(folder / "model", args.size, 1, say)
-            small = _model(folder / "link", min(args.size, _LINK_BYTES_MAX), 2, say) if "link" in chosen else model
-            for name, made in ((cases.MODEL, model), (cases.LINK_MODEL, small)):
-                origin.put(name, made)
-            passes = cases.Throughput(folder, origin, model, small, peers, chosen, results, say)
+            origin.put(cases.MODEL, model)
+            passes = cases.Throughput(folder, origin, model, peers, chosen, results, say)
             for number in range(args.rounds if chosen & set(cases.CASES) else 0):
                 say(f"[bold]round {number + 1} of {args.rounds}[/]")
                 passes.round(number)

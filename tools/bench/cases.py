@@ -17,7 +17,7 @@ from tools.bench.processes import BenchError, run
 from tools.bench.results import Goal, Results, Row
 from tools.bench.workload import Model, read
 
-MODEL, LINK_MODEL = "model", "link"
+MODEL = "model"
 LINKS_GBIT_S = (1.0, 2.5)
 PEERS = ("s3fs", "rclone", "boto3", "runai")
 _MOUNT_PEERS = ("s3fs", "rclone")
@@ -32,7 +32,6 @@ class Throughput:
     folder: Path
     origin: Origin
     model: Model
-    link_model: Model
     peers: tuple[str, ...]
     cases: frozenset[str]
     results: Results
@@ -40,7 +39,6 @@ class Throughput:
 
     def __post_init__(self) -> None:
         self._ours = Ours(self.folder / "ours", f"s3://{BUCKET}/{MODEL}", self.origin.environ)
-        self._link_ours = Ours(self.folder / "ours-link", f"s3://{BUCKET}/{LINK_MODEL}", self.origin.environ)
         self._dropped_peers: set[str] = set()
 
     def round(self, number: int) -> None:
@@ -73,14 +71,10 @@ class Throughput:
                     self._warm("warm/local", self.model.path, number + attempt, prime=attempt == 0)
 
     def _ours_ssd(self, number: int) -> None:
-        if not (self._ours.folder / "cache").exists() or "cold" not in self.cases or number % 2:
-            self._fill_ssd()
+        with self._ours:  # whatever the passes before left of the cache
+            self._ours.command("prefetch", self._ours.mountpoint)
         with self._ours:
             self._pass("ssd/mfs", self._ours, number, cpu="cpu-ssd/mfs")
-
-    def _fill_ssd(self) -> None:
-        with self._ours:
-            self._ours.command("prefetch", self._ours.mountpoint)
 
     def _pass(self, name: str, system: MountedSystem, number: int, *, cpu: str) -> None:
         drop_page_cache()
@@ -136,20 +130,20 @@ class Throughput:
 
     def _link(self, gbit_s: float, number: int) -> None:
         with link.capped(self.origin.port, gbit_s):
-            self._ceiling(f"link-{gbit_s:g}/ceiling", LINK_MODEL, self.link_model)
-            self._link_ours.forget()
-            with self._link_ours as system:
+            self._ceiling(f"link-{gbit_s:g}/ceiling")
+            self._ours.forget()
+            with self._ours as system:
                 drop_page_cache()
-                self._add(f"link-{gbit_s:g}/mfs", read(system.file, self.link_model, seed=number).gb_s)
+                self._add(f"link-{gbit_s:g}/mfs", read(system.file, self.model, seed=number).gb_s)
                 fetched = system.status()["origin"]["fetched_bytes"]
-                self.results.add(f"fetched/link-{gbit_s:g}", fetched / self.link_model.size_bytes)
+                self.results.add(f"fetched/link-{gbit_s:g}", fetched / self.model.size_bytes)
 
     def _store(self, number: int) -> None:
-        self._ceiling("cold/store", MODEL, self.model)
+        self._ceiling("cold/store")
 
-    def _ceiling(self, name: str, key: str, model: Model) -> None:
+    def _ceiling(self, name: str) -> None:
         """What the origin and the way to it give to plain parallel ranged GETs."""
-        argv = [sys.executable, "-m", "tools.bench.ranges", self.origin.presigned_url(key), model.size_bytes]
+        argv = [sys.executable, "-m", "tools.bench.ranges", self.origin.presigned_url(MODEL), self.model.size_bytes]
         found = json.loads(run(argv, timeout_s=300))
         self._add(name, found["bytes"] / found["seconds"] / 1e9)
 
