@@ -6,7 +6,8 @@ import os
 
 import trio
 
-from mfs.cache.chunk_cache import Chunk, ChunkCache
+from mfs.cache.chunk_cache import ChunkCache
+from mfs.cache.chunk_state import Chunk
 from mfs.cache.chunks import block_mask, chunk_spans, full_mask
 from mfs.errors import ChangedError, NotFoundError
 from mfs.mount import Mount

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from mfs.cache.chunk_cache import CacheConfig, ChunkCache, ObjectState
+from mfs.cache.chunk_cache import CacheConfig, ChunkCache
+from mfs.cache.chunk_state import ObjectState
 from mfs.cache.ram import SLOTS_COUNT_MIN, RamConfig, SlotMemory
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import mountinfo

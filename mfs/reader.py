@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mfs.cache.chunk_cache import ChunkCache, ObjectState
+from mfs.cache.chunk_cache import ChunkCache
+from mfs.cache.chunk_state import ObjectState
 from mfs.errors import MfsError
 from mfs.namespace import Node
 from mfs.prefetch.engine import Prefetcher

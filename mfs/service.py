@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from mfs.cache.chunk_cache import ObjectState
+from mfs.cache.chunk_state import ObjectState
 from mfs.cache.chunks import full_mask
 from mfs.control.api import EvictTier, Json, Tier
 from mfs.errors import MfsError, StoreError

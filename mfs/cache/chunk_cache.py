@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import trio
 
+from mfs.cache.chunk_state import Chunk, Fill, ObjectState
 from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes
 from mfs.cache.ram import SlotMemory
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
@@ -34,9 +35,7 @@ from mfs.workers.pool import Job, Priority, WorkerEndedError, WorkerPool
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS_OVER_DEAD_WORKERS = (
-    4  # all workers may die at once, for want of memory say; what kills them must not for ever
-)
+_ATTEMPTS_OVER_DEAD_WORKERS = 4  # all may die at once, for want of memory say; what kills them must not for ever
 _SAVE_PAUSE_S = 30.0  # without writes to SSD after the disk was full or failed
 _CLEAN_SEARCH_COUNT = 64  # how far from the cold end to look for a slot that costs nothing to lose
 
@@ -63,71 +62,6 @@ class CacheCounters:
     saved_bytes: int = 0
     lost_bytes: int = 0
     """Given up unsaved, because readers needed the slot before the disk had taken it."""
-
-
-class Fill:
-    """One order to bring blocks into a chunk; `done` is set when they are there or `error` says why not."""
-
-    __slots__ = ("attempts", "done", "error", "job", "mask")
-
-    def __init__(self, mask: int) -> None:
-        self.mask = mask
-        self.done = trio.Event()
-        self.error: MfsError | None = None
-        self.job: Job | None = None
-        self.attempts = 0
-
-
-class Chunk:
-    """A chunk that has a slot."""
-
-    __slots__ = (
-        "changed_at", "delivered", "fills", "index", "keep", "leases", "length", "saved", "saving", "slot", "state",
-        "sums", "unread", "valid",
-    )  # fmt: skip
-
-    def __init__(self, state: ObjectState, index: int, slot: int) -> None:
-        self.state = state
-        self.index = index
-        self.slot = slot
-        self.length = len(state.object.chunk_range(index))
-        self.valid = 0
-        """Blocks whose bytes may be handed out."""
-        self.saved = 0
-        """Blocks the SSD tier is known to hold."""
-        self.delivered = 0
-        """Blocks handed to a reader; then the kernel's page cache has them."""
-        self.unread = False
-        """Brought ahead of need, and nobody came yet."""
-        self.keep = False
-        """Asked into RAM by a person: not the first to go once delivered."""
-        self.sums: dict[int, int] = {}
-        self.fills: list[Fill] = []
-        self.leases = 0
-        self.saving: trio.Event | None = None
-        self.changed_at = 0.0
-
-    @property
-    def complete(self) -> bool:
-        return self.valid == full_mask(self.length)
-
-    @property
-    def idle(self) -> bool:
-        return not self.leases and not self.fills and self.saving is None
-
-
-class ObjectState:
-    """An object version somebody uses: its chunks in RAM and its place among the sources."""
-
-    __slots__ = ("chunks", "object", "source", "users", "wire")
-
-    def __init__(self, obj: ObjectId, source: int) -> None:
-        self.object = obj
-        self.source = source
-        self.chunks: dict[int, Chunk] = {}
-        self.users = 0
-        """Open handles and others that hold it."""
-        self.wire = object_to_wire(obj)
 
 
 class ChunkCache:

@@ -22,7 +22,8 @@ import trio
 
 from mfs.errors import MfsError
 from mfs.fuse.errnos import errno_of
-from mfs.namespace import Directory, Listing, Namespace, Node
+from mfs.listing import Listing
+from mfs.namespace import Directory, Namespace, Node
 from mfs.types import ByteRange, EntryKind
 
 logger = logging.getLogger(__name__)

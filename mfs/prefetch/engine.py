@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import trio
 
-from mfs.cache.chunk_cache import ChunkCache, ObjectState
+from mfs.cache.chunk_cache import ChunkCache
+from mfs.cache.chunk_state import ObjectState
 from mfs.cache.chunks import block_mask, full_mask
 from mfs.errors import ChangedError, MfsError
 from mfs.prefetch.pattern import AccessPattern

@@ -23,7 +23,7 @@ import trio
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mfs.cache.chunk_cache import ObjectState
+from mfs.cache.chunk_state import ObjectState
 from mfs.errors import ChangedError, NotFoundError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.frames import Frame

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from mfs.cache.chunk_cache import ObjectState
+from mfs.cache.chunk_state import ObjectState
 from mfs.cache.chunks import full_mask
 from mfs.errors import AccessError, NotFoundError
 from mfs.prefetch import engine

@@ -1,0 +1,79 @@
+"""What the conductor knows of a chunk that has a slot, of an order to fill it, of an object in use. No behaviour.
+
+Only `chunk_cache` changes these, on the trio thread; others may look.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from mfs.cache.chunks import full_mask
+from mfs.errors import MfsError
+from mfs.types import ObjectId
+from mfs.workers.frames import object_to_wire
+from mfs.workers.pool import Job
+
+
+class Fill:
+    """One order to bring blocks into a chunk; `done` is set when they are there or `error` says why not."""
+
+    __slots__ = ("attempts", "done", "error", "job", "mask")
+
+    def __init__(self, mask: int) -> None:
+        self.mask = mask
+        self.done = trio.Event()
+        self.error: MfsError | None = None
+        self.job: Job | None = None
+        self.attempts = 0
+
+
+class Chunk:
+    """A chunk that has a slot."""
+
+    __slots__ = (
+        "changed_at", "delivered", "fills", "index", "keep", "leases", "length", "saved", "saving", "slot", "state",
+        "sums", "unread", "valid",
+    )  # fmt: skip
+
+    def __init__(self, state: ObjectState, index: int, slot: int) -> None:
+        self.state = state
+        self.index = index
+        self.slot = slot
+        self.length = len(state.object.chunk_range(index))
+        self.valid = 0
+        """Blocks whose bytes may be handed out."""
+        self.saved = 0
+        """Blocks the SSD tier is known to hold."""
+        self.delivered = 0
+        """Blocks handed to a reader; then the kernel's page cache has them."""
+        self.unread = False
+        """Brought ahead of need, and nobody came yet."""
+        self.keep = False
+        """Asked into RAM by a person: not the first to go once delivered."""
+        self.sums: dict[int, int] = {}
+        self.fills: list[Fill] = []
+        self.leases = 0
+        self.saving: trio.Event | None = None
+        self.changed_at = 0.0
+
+    @property
+    def complete(self) -> bool:
+        return self.valid == full_mask(self.length)
+
+    @property
+    def idle(self) -> bool:
+        return not self.leases and not self.fills and self.saving is None
+
+
+class ObjectState:
+    """An object version somebody uses: its chunks in RAM and its place among the sources."""
+
+    __slots__ = ("chunks", "object", "source", "users", "wire")
+
+    def __init__(self, obj: ObjectId, source: int) -> None:
+        self.object = obj
+        self.source = source
+        self.chunks: dict[int, Chunk] = {}
+        self.users = 0
+        """Open handles and others that hold it."""
+        self.wire = object_to_wire(obj)
