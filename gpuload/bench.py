@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file as reference_load_file
 from safetensors.torch import save_file
 
-from gpuload.client import attach, load_resident
+from gpuload.asking import load_resident
+from gpuload.client import attach
 from gpuload.device import canonical_name, open_device
 from gpuload.errors import DeviceError
 from gpuload.load import load_file, stream

@@ -147,7 +147,7 @@ def _load(
     as_json: bool,
     socket_path: str | None,
 ) -> None:
-    from gpuload.client import ask, load_resident
+    from gpuload.asking import ask, load_resident
     from gpuload.plan import MEGATRON_RULES
 
     if name is None and is_swap:
@@ -170,7 +170,7 @@ def _load(
 @socket_option
 def unload(name: str, device: str | None, as_json: bool, socket_path: str | None) -> None:
     """Stop serving NAME. Its memory is free at once, or when the last program that is attached lets go."""
-    from gpuload.client import ask
+    from gpuload.asking import ask
 
     reply = ask({"op": "unload", "model": name, "device": device}, socket_path=socket_path)
     printing.show_unloaded(reply, as_json)
@@ -187,7 +187,7 @@ cli.add_command(unload, "evict")
 @socket_option
 def pin(name: str, off: bool, device: str | None, as_json: bool, socket_path: str | None) -> None:
     """Never evict NAME."""
-    from gpuload.client import ask
+    from gpuload.asking import ask
 
     reply = ask({"op": "pin", "model": name, "pinned": not off, "device": device}, socket_path=socket_path)
     printing.show_json_or(reply, as_json, f"{name}: {'may be evicted' if off else 'pinned'}")
@@ -198,7 +198,7 @@ def pin(name: str, off: bool, device: str | None, as_json: bool, socket_path: st
 @socket_option
 def status(as_json: bool, socket_path: str | None) -> None:
     """Show what is resident, who holds it, and what is free."""
-    from gpuload.client import ask
+    from gpuload.asking import ask
 
     printing.show_status(ask({"op": "status"}, socket_path=socket_path), as_json)
 

@@ -91,7 +91,7 @@ def _maps() -> Finding:
 
 
 def _server(socket_path: str | None) -> Finding:
-    from gpuload.client import ask
+    from gpuload.asking import ask
 
     path = socket_path or default_socket()
     try:

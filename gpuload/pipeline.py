@@ -61,7 +61,7 @@ async def move_batches(
 ) -> None:
     """Move every batch; return when every byte is in its place.
 
-    lent: a ring to use, of `limits.buffer_bytes` at least; all its buffers are back in it afterwards, whatever
+    lent: a ring to use, whose buffers hold the largest batch; all its buffers are back in it afterwards, whatever
         happens. None: one is made for this call.
     runs_of: called on the trio thread where a copy is queued, in a reader's thread for direct reads.
     on_landed: told, on the trio thread, the index of each transfer as its last byte is in place, in no fixed order.
@@ -77,6 +77,8 @@ async def move_batches(
     feed_in, feed_out = trio.open_memory_channel[Batch](0)
     events_in, events_out = trio.open_memory_channel[tuple[Event, Batch]](max(1, buffers_count))
     buffer_bytes = max(batch.nbytes for batch in batches) if staged else 0
+    if lent is not None and lent.buffer_bytes < buffer_bytes:
+        raise ValueError(f"a batch of {buffer_bytes} bytes does not fit the lent buffers of {lent.buffer_bytes}")
 
     async def feed() -> None:
         async with feed_in:

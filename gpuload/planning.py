@@ -90,7 +90,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 def _resident(device: str, socket_path: str | None) -> tuple[int, int]:
     """(bytes of weights, bytes of the arena they stand in) of a server on that device, if one answers."""
-    from gpuload.client import ask
+    from gpuload.asking import ask
 
     try:
         reply = ask({"op": "status"}, socket_path=socket_path, timeout_s=5)

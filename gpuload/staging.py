@@ -31,7 +31,8 @@ class Buffer:
 class Ring:
     """Buffers going round. Made by `open_ring`."""
 
-    def __init__(self, buffers: Sequence[Buffer]) -> None:
+    def __init__(self, buffers: Sequence[Buffer], buffer_bytes: int) -> None:
+        self.buffer_bytes = buffer_bytes
         self._buffers = buffers
         self._put, self._get = trio.open_memory_channel[Buffer](len(buffers))
         for buffer in buffers:
@@ -68,7 +69,7 @@ async def open_ring(device: Device, *, buffer_bytes: int, count: int) -> AsyncIt
 
     try:
         await trio.to_thread.run_sync(take_all)
-        yield Ring(tuple(buffers))
+        yield Ring(tuple(buffers), buffer_bytes)
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(close_all)

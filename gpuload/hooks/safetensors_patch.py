@@ -163,7 +163,7 @@ def attach_file(path: str, device: str) -> Any:
 
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return open_resident([fd], [path], device)
+            return open_resident([fd], [os.path.abspath(path)], device)
         finally:
             os.close(fd)
     except Exception as error:  # whatever it is, the library can still load the file

@@ -24,6 +24,7 @@ from gpuload.errors import AwayError, BusyError, ServerError, first_error, one_e
 from gpuload.pipeline import Limits
 from gpuload.server.catalog import Catalog
 from gpuload.server.digests import SETTLED_S, DigestCache
+from gpuload.server.layout import PIECE_BYTES
 from gpuload.server.loader import Loader
 from gpuload.server.operations import Answer, Operations, Peer
 from gpuload.server.wire import Channel, close_all
@@ -82,7 +83,7 @@ async def serve(
                 if not arena.granules_count:
                     raise ConfigError(f"{nbytes} bytes on {name} are less than one granule of {arena.granule_bytes}")
                 catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
-                buffer_bytes, count = config.limits.buffer_bytes, config.limits.buffers_count
+                buffer_bytes, count = max(config.limits.buffer_bytes, PIECE_BYTES), config.limits.buffers_count
                 ring = await stack.enter_async_context(open_ring(device, buffer_bytes=buffer_bytes, count=count))
                 loaders[name] = Loader(device, arena, catalog, digests, config.limits, ring)
             if not loaders:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import asdict, dataclass, field
 
 import trio
@@ -25,6 +25,7 @@ from gpuload.device.host import HostDevice
 from gpuload.errors import BusyError, FitError, one_error
 from gpuload.pipeline import Limits, move_batches
 from gpuload.plan import Piece, Placement, Transfer, pack_pieces, plan_transfers
+from gpuload.pool import open_source
 from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor
 from gpuload.server.digests import (
     Digest,
@@ -38,7 +39,6 @@ from gpuload.server.digests import (
 )
 from gpuload.server.layout import BlockPlan, plan_blocks
 from gpuload.shards import Shard
-from gpuload.source import FileSource, Source
 from gpuload.staging import Ring
 from mfs.errors import ChangedError, UsageError
 
@@ -209,8 +209,16 @@ class Loader:
                 sorted(with_shards, key=lambda sp: (sp[0], sp[1].start)), buffer_bytes=self._limits.buffer_bytes
             )
         )
-        source: Source = FileSource(work.job.shards)
-        await move_batches(batches, source=source, device=device, runs_of=runs_of, limits=self._limits, check=check)
+        with closing(await trio.to_thread.run_sync(open_source, work.job.shards)) as source:
+            await move_batches(
+                batches,
+                source=source,
+                device=device,
+                runs_of=runs_of,
+                limits=self._limits,
+                check=check,
+                lent=self._ring,
+            )
         for shard, key in zip(work.job.shards, work.keys, strict=True):
             if file_key(shard.fd) != key:
                 raise ChangedError(f"{shard.path} changed while it was loaded; load it again")

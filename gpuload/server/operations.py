@@ -203,7 +203,21 @@ def _summary(loader: Loader, model: Model) -> dict[str, Any]:
 
 
 def _shards(paths: Sequence[str], fds: Sequence[int]) -> list[Shard]:
-    return [Shard(path, fd, read_header(fd, path)) for path, fd in zip(paths, fds, strict=True)]
+    """The descriptor is what is loaded. The name beside it may lead to a faster way to the same file (a mount's slots),
+    and is only believed where it leads to that very file: else a client could name what it may not read.
+    """
+    shards = []
+    for path, fd in zip(paths, fds, strict=True):
+        name = path if _is_same_file(path, fd) else f"(descriptor) {path}"
+        shards.append(Shard(name, fd, read_header(fd, name)))
+    return shards
+
+
+def _is_same_file(path: str, fd: int) -> bool:
+    try:
+        return os.path.isabs(path) and os.path.samestat(os.stat(path), os.fstat(fd))
+    except (OSError, ValueError):
+        return False
 
 
 def _placement(device: str, request: dict[str, Any]) -> Placement:

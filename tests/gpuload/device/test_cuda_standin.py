@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import gpuload.client
-from gpuload.client import attach, load_resident
+from gpuload.asking import load_resident
+from gpuload.client import attach
 from gpuload.device import driver as cu
 from gpuload.device.base import Device
 from gpuload.device.cuda import CudaDevice

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from gpuload.client import Attached, ask, attach, load_resident
+from gpuload.asking import ask, load_resident
+from gpuload.client import Attached, attach
 from gpuload.device.host import HostDevice
 from gpuload.errors import FitError
 from gpuload.server.daemon import ServerConfig

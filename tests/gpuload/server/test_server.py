@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpuload.client import Attached, ask, attach, load_resident, open_resident
+from gpuload.asking import ask, load_resident
+from gpuload.client import Attached, attach, open_resident
 from gpuload.device.host import HostDevice
 from gpuload.errors import AwayError, BusyError, FitError, ServerError
 from gpuload.server import wire
