@@ -104,7 +104,11 @@ class TestMount:
         with open(config_write, "wb") as file:
             file.write(config.to_json().encode())
         with open(ready_read, "rb", buffering=0) as pipe:
-            answer = self._read_answer(pipe.fileno())
+            try:
+                answer = self._read_answer(pipe.fileno())
+            except BaseException:
+                self.clean_up()
+                raise
         if "error" in answer:
             self.status = self._process.wait(SETTLE_TIMEOUT_S)
             self._process = None
@@ -203,6 +207,11 @@ class TestMount:
     def pid(self) -> int:
         assert self._process is not None, "not running"
         return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has not been ended from here."""
+        return self._process is not None
 
     @property
     def worker_pids(self) -> list[int]:

@@ -223,3 +223,18 @@ def read_failures_together(paths: list[str]) -> list[str]:
 
     with ThreadPoolExecutor(len(paths)) as pool:
         return list(pool.map(read_failure, paths))
+
+
+def read_outcome(path: str, offset: int, length: int) -> bytes | str:
+    """The bytes, or the errno name."""
+    try:
+        return pread(path, length, offset)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def drop_pages_if_there(path: str) -> None:
+    try:
+        drop_pages(path)
+    except FileNotFoundError:
+        pass
