@@ -195,14 +195,15 @@ class Tour:
 def make_model(folder: Path) -> int:
     """Write a small model as transformers lays it out, the same bytes every time; returns its size."""
     random = np.random.default_rng(0)
-    shapes = {"model.embed_tokens.weight": (_VOCABULARY, _WIDTH)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (_VOCABULARY, _WIDTH)}
     for layer in range(_LAYERS_COUNT):
         prefix = f"model.layers.{layer}"
         shapes |= {f"{prefix}.self_attn.{which}_proj.weight": (_WIDTH, _WIDTH) for which in "qkvo"}
         shapes |= {f"{prefix}.mlp.{which}_proj.weight": (_INNER, _WIDTH) for which in ("gate", "up")}
         shapes |= {f"{prefix}.mlp.down_proj.weight": (_WIDTH, _INNER), f"{prefix}.input_layernorm.weight": (_WIDTH,)}
     folder.mkdir(parents=True)
-    names, weight_map, total = list(shapes), {}, 0
+    weight_map: dict[str, str] = {}
+    names, total = list(shapes), 0
     per_shard = -(-len(names) // SHARDS_COUNT)
     for number in range(SHARDS_COUNT):
         part = names[number * per_shard : (number + 1) * per_shard]

@@ -92,4 +92,5 @@ def _runai(bucket: str, key: str, pretouch_bytes: int) -> dict[str, object]:
 if __name__ == "__main__":
     way, *words = sys.argv[1:]
     words, size_text = words[:-2], words[-1]
-    print(json.dumps({"boto3": _boto3, "runai": _runai}[way](*words, int(size_text))))
+    child = _boto3 if way == "boto3" else _runai
+    print(json.dumps(child(*words, int(size_text))))

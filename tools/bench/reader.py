@@ -74,7 +74,7 @@ def main() -> None:
             size += file.get_tensor(name).clone().nbytes
         seconds = time.perf_counter() - start
         cpu = _cpu_s() - cpu_before
-        result = {"bytes": size, "seconds": seconds, "header_s": header_s, "reader_cpu_s": cpu}
+        result: dict[str, object] = {"bytes": size, "seconds": seconds, "header_s": header_s, "reader_cpu_s": cpu}
         if not args.no_digest:
             result["digest"] = digest(file)
     print(json.dumps(result))

@@ -42,7 +42,7 @@ class Zeros(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
-    async def read(self, fh: int, off: int, size: int) -> memoryview | bytes:
+    async def read(self, fh: int, off: int, size: int) -> memoryview | bytes:  # type: ignore[override]
         size = min(size, self._size - off)
         if off >= len(self._header):
             return self._zeros[:size]
