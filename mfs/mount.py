@@ -193,16 +193,20 @@ class Mount:
     # -- what the parts ask each other
 
     async def _list(self, source: int, path: str) -> AsyncIterator[Page]:
-        pages: list[tuple[str, list[list[object]]]] = []
+        pages: list[Page] = []
 
         def on_part(part: Frame) -> None:
-            pages.append(part["page"])
+            if "again" in part:
+                pages.clear()
+            else:
+                directory, entries = part["page"]
+                pages.append((directory, [_entry(fields) for fields in entries]))
 
         await self.pool.call(
             "list_directory", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part
         )
-        for directory, entries in pages:
-            yield directory, [_entry(fields) for fields in entries]
+        for page in pages:
+            yield page
 
     def _identity(self, source: int) -> str:
         return self.pool.identities[source]

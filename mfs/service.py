@@ -349,7 +349,7 @@ class _Verify(_Work):
             before = self.done_bytes
 
             def on_part(part: dict[str, Any], before: int = before) -> None:
-                self.done_bytes = before + part["checked_bytes"]
+                self.done_bytes = before + part.get("checked_bytes", 0)
 
             result = await self._mount.pool.call(
                 "verify", obj=object_to_wire(node.object), on_part=on_part, timeout_s=float("inf")

@@ -114,7 +114,10 @@ def open_directory(directory: Path) -> None:
             )
         else:
             temporary = marker.with_suffix(f".{_PROCESS}.tmp")
-            temporary.write_text(json.dumps({"format": FORMAT}))
+            with open(temporary, "w") as file:
+                file.write(json.dumps({"format": FORMAT}))
+                file.flush()
+                os.fsync(file.fileno())  # the one file of a cache that may not be lost: without it nothing starts
             temporary.rename(marker)
         (directory / "v1" / "chunks").mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, AttributeError) as error:

@@ -108,6 +108,10 @@ class _Worker:
     """Set when `unsent` gets its first byte."""
 
 
+def _nobody(result: Frame | None, error: MfsError | None) -> None:
+    """Nobody waits for the answer."""
+
+
 class WorkerPool:
     """Worker processes behind queues."""
 
@@ -152,7 +156,19 @@ class WorkerPool:
         self, operation: str, *, timeout_s: float = _DISK_TIMEOUT_S, on_part: Callable[[Frame], None] | None = None,
         priority: Priority = Priority.DEMAND, **arguments: Any,
     ) -> Frame:  # fmt: skip
-        """Do one operation and wait for it. Raises what the worker raised. Cancellation: the answer is then ignored."""
+        """Do one operation and wait for it; once more if its worker dies, since all of them may be repeated.
+
+        on_part: intermediate frames; those of a dead worker come again from the start, after a frame {again: true}.
+        Raises: what the worker raised. Cancellation: the answer is then ignored.
+        """
+        try:
+            return await self._call_once(Job(operation, arguments, _nobody, priority, timeout_s, on_part))
+        except WorkerEndedError:
+            if on_part is not None:
+                on_part({"again": True})
+            return await self._call_once(Job(operation, arguments, _nobody, priority, timeout_s, on_part))
+
+    async def _call_once(self, job: Job) -> Frame:
         done = trio.Event()
         outcome: list[Any] = [None, None]
 
@@ -160,7 +176,8 @@ class WorkerPool:
             outcome[:] = result, error
             done.set()
 
-        self.submit(Job(operation, arguments, on_done, priority, timeout_s, on_part))
+        job.on_done = on_done
+        self.submit(job)
         await done.wait()
         if outcome[1] is not None:
             raise outcome[1]

@@ -308,3 +308,20 @@ def test_frames_survive_any_cut() -> None:
 def test_a_frame_too_long_is_refused_before_it_is_buffered() -> None:
     with pytest.raises(ValueError, match="expected at most"):
         list(Decoder().feed((FRAME_BYTES_MAX + 1).to_bytes(4, "little")))
+
+
+async def test_a_question_is_asked_again_when_its_worker_dies(tmp_path: Path) -> None:
+    async with running_rig(tmp_path) as rig:
+        rig.put_ramp("model.bin", 10)
+        parts: list[dict[str, object]] = []
+        before = worker_pids(rig)
+        for pid in before:
+            os.kill(pid, signal.SIGSTOP)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(rig.pool.call, "list_directory", source=0, path="", on_part=parts.append))
+            await until(lambda: rig.pool.inflight("control") == 1, "the question is with a worker")
+            for pid in before:
+                os.kill(pid, signal.SIGKILL)
+        assert parts[0] == {"again": True}
+        assert "page" in parts[1]
+        rig.assert_idle()
