@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from mfs.errors import AccessError, ChangedError, ConfigError, NotFoundError, TransientStoreError, UsageError
-from mfs.sources import SourceOptions, open_source, s3
+from mfs.sources import SourceOptions, open_source, s3, s3_access
 from mfs.sources.base import Source
 from mfs.testing import ramp
 from mfs.testing.suite import SourceSuite, deadline, list_tree, object_of, read
-from mfs.types import EntryKind
+from mfs.types import EntryKind, ObjectId
+from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
 
 
@@ -212,6 +213,39 @@ def test_a_dead_server_fails_by_the_deadline_and_serves_again_after_its_return(
     finally:
         origin.swift.ensure_started()
     assert read(source, obj) == ramp(1000)
+
+
+def test_a_wrong_region_is_corrected_by_what_the_server_says(origin: S3Origin) -> None:
+    origin.put("a", ramp(1000))
+    source = origin.source(region="eu-west-3")
+    obj = object_of(source, "a", list_tree(source)["a"])
+    other = origin.source(region="eu-west-3")
+    assert read(other, obj, 1, 9) == ramp(8, 1)
+
+
+def test_unsigned_requests_need_no_credentials(nginx: NginxServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nginx stands for a public bucket: Swift has none without a further middleware."""
+    folder = nginx.files / "public-bucket"
+    folder.mkdir()
+    (folder / "w.bin").write_bytes(ramp(1000))
+    status = (folder / "w.bin").stat()
+    source = open_source("s3://public-bucket", SourceOptions(endpoint_url=nginx.url, unsigned=True))
+    obj = ObjectId(source.identity, "w.bin", 1000, f"{int(status.st_mtime):x}-{status.st_size:x}")
+    assert read(source, obj, 10, 20) == ramp(10, 10)
+    source.close()
+
+
+def test_a_replaced_urllib3_is_warned_of_once(
+    origin: S3Origin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import urllib3
+
+    monkeypatch.setattr(urllib3, "__version__", "2.13.900")
+    monkeypatch.setattr(s3_access, "warned_of", [])
+    for _ in range(2):
+        origin.source()
+    assert [message for message in caplog.messages if "urllib3" in message] == caplog.messages
+    assert len(caplog.messages) == 1
 
 
 def test_closing_ends_calls(origin: S3Origin, source: Source) -> None:
