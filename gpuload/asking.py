@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpuload.errors import AwayError, BusyError, from_wire
-from gpuload.paths import default_socket
+from gpuload.paths import SOCKET_VARIABLE, default_socket
 from gpuload.server import wire
 from gpuload.shards import find_shards, from_os_error
 from mfs.errors import AccessError
@@ -76,6 +77,12 @@ def connect(socket_path: str | None, timeout_s: float) -> socket.socket:
         raise AwayError(
             f"no gpuload server at {path} ({error.strerror or error}); start one with `gpuload serve`"
         ) from None
+    _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    if socket_path is None and SOCKET_VARIABLE not in os.environ and owner not in (0, os.geteuid()):
+        sock.close()  # nobody named this socket: whoever was first to make it could hand us any weights
+        raise AccessError(
+            f"the server at {path} belongs to user {owner}; if you trust it, name it with ${SOCKET_VARIABLE}"
+        )
     sock.settimeout(timeout_s)
     return sock
 

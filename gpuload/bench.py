@@ -93,7 +93,9 @@ def _server_rows(
 
 
 def _report(model: Path, device: str, socket_path: str, *, is_swap: bool = False) -> dict[str, Any]:
-    return load_resident(model, "bench", device, is_swap=is_swap, socket_path=socket_path)["report"]
+    reply = load_resident(model, "bench", device, is_swap=is_swap, socket_path=socket_path)
+    report: dict[str, Any] = reply["report"]
+    return report
 
 
 def _fresh_attach(socket_path: str) -> float:

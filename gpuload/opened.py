@@ -17,7 +17,7 @@ from gpuload.plan import Piece, Transfer, cut_axis, plan_batches
 from gpuload.shards import close_shards, open_shards
 from gpuload.source import FileSource
 from mfs.errors import NotFoundError, UsageError
-from mfs.safetensors import TensorInfo
+from mfs.safetensors import Header, TensorInfo
 
 OVERLAP_BYTES_MIN = 32 << 20
 """Above this a tensor is worth a pipeline; below, setting one up (about 1 ms) costs more than overlap gains."""
@@ -82,7 +82,7 @@ class safe_open:
         self.close()
 
     @property
-    def _header(self):  # type: ignore[no-untyped-def]
+    def _header(self) -> Header:
         if not self._shards:
             raise UsageError(f"{self._path} is closed")
         return self._shards[0].header

@@ -77,7 +77,7 @@ def over_memory(owner: Any, address: int, nbytes: int, device: str) -> torch.Ten
         return torch.empty(0, dtype=torch.uint8, device=device)
     if device == "cpu":
         buffer = (ctypes.c_ubyte * nbytes).from_address(address)
-        buffer.owner = owner  # the storage holds the buffer, the buffer holds the owner
+        buffer.owner = owner  # type: ignore[attr-defined]  # the storage holds the buffer, the buffer holds the owner
         return torch.frombuffer(buffer, dtype=torch.uint8)
     return torch.as_tensor(_CudaBytes(owner, address, nbytes), device=device)
 

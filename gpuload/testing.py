@@ -235,7 +235,8 @@ class _GatedStream:
         self.copy_in(dst, src, nbytes)
 
     def record(self) -> Event:
-        return self._inner.record()
+        event: Event = self._inner.record()
+        return event
 
     def close(self) -> None:
         self._inner.close()

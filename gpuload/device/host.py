@@ -64,12 +64,12 @@ class HostStream:
     """See `base.Stream`. The first copy that fails fails every later event: what comes after it cannot be trusted."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[Callable[[], None] | HostEvent | None] = queue.Queue(QUEUE_LENGTH_MAX)
+        self._queue: queue.Queue[Callable[[], object] | HostEvent | None] = queue.Queue(QUEUE_LENGTH_MAX)
         self._thread = threading.Thread(target=self._work, name="gpuload-host-stream", daemon=True)
         self._thread.start()
 
     def copy_in(self, dst: int, src: int, nbytes: int) -> None:
-        self._queue.put(lambda: ctypes.memmove(dst, src, nbytes) and None)
+        self._queue.put(lambda: ctypes.memmove(dst, src, nbytes))
 
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         def copy() -> None:

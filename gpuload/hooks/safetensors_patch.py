@@ -84,7 +84,7 @@ def install() -> None:
         return
     import safetensors
 
-    opened = safetensors.safe_open
+    opened: Any = safetensors.safe_open
     real = {n: getattr(opened, n) for n in ("__init__", "__exit__", "get_tensor", "get_slice")}
     real_get_tensors = getattr(opened, "get_tensors", None)  # since 0.8
     slice_type = _slice_type(opened)

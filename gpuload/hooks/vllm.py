@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 LOAD_FORMAT = "gpuload"
@@ -38,14 +38,14 @@ def register() -> None:
 
 
 def _loader_class(module: Any) -> type:
-    original = getattr(module, _ITERATOR)
+    original: Callable[..., Iterator[Any]] = getattr(module, _ITERATOR)
 
     def iterate(files: Sequence[str], *args: Any, local_expert_ids: Any = None, **kwargs: Any) -> Iterator[Any]:
         if local_expert_ids is not None:
             return original(files, *args, local_expert_ids=local_expert_ids, **kwargs)
         return weights_of(files)
 
-    class GpuloadModelLoader(module.DefaultModelLoader):  # type: ignore[misc,name-defined]
+    class GpuloadModelLoader(module.DefaultModelLoader):  # type: ignore[misc]
         """DefaultModelLoader whose safetensors come from gpuload."""
 
         def __init__(self, load_config: Any) -> None:

@@ -189,7 +189,10 @@ def _listening(config: ServerConfig):  # type: ignore[no-untyped-def]
     folder = os.path.dirname(os.path.abspath(path))
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        if stat.S_IMODE(os.stat(folder).st_mode) & 0o002 and not os.stat(folder).st_mode & stat.S_ISVTX:
+        found = os.stat(folder)
+        if found.st_uid not in (0, os.geteuid()):
+            raise ConfigError(f"{folder} belongs to user {found.st_uid}; the socket would not be safe there")
+        if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
             raise ConfigError(f"{folder} is writable for everybody; the socket would not be safe there")
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:

@@ -27,8 +27,8 @@ RULES_MAX = 10_000
 PROTOCOL = 1
 """Raised whenever an old client could misread a new server."""
 
-CHANGES = frozenset({"load", "swap", "unload", "pin"})
-"""Operations that need the server's own user."""
+CHANGES = frozenset({"load", "swap", "open", "unload", "pin"})
+"""Operations that take or give up room, which only the server's own user and root may."""
 
 
 @dataclass(frozen=True)
