@@ -1,50 +1,49 @@
-"""Length-prefixed JSON frames between the daemon and its workers; both ends use this module.
+"""MessagePack frames between the daemon and its workers; both ends use this module.
 
-A frame is a 4-byte little-endian length and that many bytes of JSON. Bulk bytes never travel here: they go into slots.
+Bulk bytes never travel here: they go into slots. JSON took a tenth of the daemon's time and half of a worker's Python.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator
 from typing import Any
+
+import msgpack
 
 from mfs.types import ObjectId
 
 Frame = dict[str, Any]
 FRAME_BYTES_MAX = 16 << 20
 """A page of a listing is about 100 KB; anything near this limit is a bug."""
+_TEXT = "surrogatepass"  # what a source calls a version may be any text
 
 
 def encode(frame: Frame) -> bytes:
-    """One frame as bytes."""
-    body = json.dumps(frame, separators=(",", ":")).encode()
-    return struct.pack("<I", len(body)) + body
+    """One frame as bytes. Raises: ValueError or OverflowError for what no frame can hold (integers beyond 64 bits)."""
+    packed: bytes = msgpack.packb(frame, unicode_errors=_TEXT)
+    return packed
 
 
 class Decoder:
     """Cuts a byte stream into frames."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._unpacker = msgpack.Unpacker(max_buffer_size=FRAME_BYTES_MAX, strict_map_key=False, unicode_errors=_TEXT)
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """Add received bytes, yield the frames now complete. Raises ValueError on a frame that is too long."""
-        self._buffer += data
-        while len(self._buffer) >= 4:
-            (length,) = struct.unpack_from("<I", self._buffer)
-            if length > FRAME_BYTES_MAX:
-                raise ValueError(f"frame of {length} bytes: expected at most {FRAME_BYTES_MAX}")
-            if len(self._buffer) < 4 + length:
-                return
-            body = bytes(self._buffer[4 : 4 + length])
-            del self._buffer[: 4 + length]
-            yield json.loads(body)
+        """Add received bytes, yield the frames now complete. Raises: ValueError on bytes that are no frame of ours."""
+        try:
+            self._unpacker.feed(data)
+            for frame in self._unpacker:
+                if not isinstance(frame, dict):
+                    raise ValueError(f"not a frame: {str(frame)[:100]}")
+                yield frame
+        except msgpack.exceptions.BufferFull:
+            raise ValueError(f"frame of more than {FRAME_BYTES_MAX} bytes") from None
 
 
 def object_to_wire(obj: ObjectId) -> list[Any]:
-    """An ObjectId as a JSON list."""
+    """An ObjectId as a list."""
     return [obj.source, obj.path, obj.size, obj.version, obj.digest, obj.locator]
 
 

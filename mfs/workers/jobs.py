@@ -1,6 +1,6 @@
 """What a worker can do: each public method of `Jobs` is one operation the pool can ask for, run in a worker thread.
 
-Arguments and results are JSON values (see `frames`); bytes go straight into RAM slots. `emit` sends intermediate
+Arguments and results are plain values (see `frames`); bytes go straight into RAM slots. `emit` sends intermediate
 frames.
 """
 
@@ -30,7 +30,7 @@ from mfs.workers.frames import Frame, object_from_wire
 logger = logging.getLogger(__name__)
 
 Emit = Callable[[Frame], None]
-_PAGE_ENTRIES = 1000  # entries per frame of a listing: about 1 ms of JSON on the daemon's loop
+_PAGE_ENTRIES = 1000  # entries per frame of a listing: a fraction of a millisecond on the daemon's loop
 _RECONCILE_S = 3600
 
 

@@ -365,7 +365,7 @@ class WorkerPool:
                 return
             try:
                 frames = list(decoder.feed(data))
-            except ValueError as error:  # too long, or no JSON
+            except ValueError as error:  # too long, or no frame
                 logger.error("worker %d sends what is no answer (%s); killing it", worker.process.pid, error)
                 return
             for frame in frames:

@@ -305,9 +305,19 @@ def test_frames_survive_any_cut() -> None:
         assert [frame for piece in cut for frame in decoder.feed(piece)] == frames
 
 
-def test_a_frame_too_long_is_refused_before_it_is_buffered() -> None:
-    with pytest.raises(ValueError, match="expected at most"):
-        list(Decoder().feed((FRAME_BYTES_MAX + 1).to_bytes(4, "little")))
+def test_a_frame_too_long_is_refused_and_not_buffered_for_ever() -> None:
+    decoder, piece = Decoder(), bytes(1 << 20)
+    head = b"\xc6" + (FRAME_BYTES_MAX + 1).to_bytes(4, "big")  # a binary string of that length
+    assert list(decoder.feed(head)) == []
+    with pytest.raises(ValueError, match="more than"):
+        for _ in range(FRAME_BYTES_MAX // len(piece) + 1):
+            list(decoder.feed(piece))
+
+
+def test_what_is_no_frame_is_refused() -> None:
+    for garbage in (b"\xc1", b"\x93\x01\x02\x03", b"GET / HTTP/1.1\r\n"):
+        with pytest.raises(ValueError):
+            list(Decoder().feed(garbage))
 
 
 async def test_a_question_is_asked_again_when_its_worker_dies(tmp_path: Path) -> None:
