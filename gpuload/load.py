@@ -84,7 +84,7 @@ def stream(
 def _landing(
     shards: Sequence[Shard], transfers: Sequence[Transfer], limits: Limits
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    made = [_make(t) for t in transfers]
+    made = make_all(transfers)
     landed: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     async def work() -> None:
@@ -113,7 +113,7 @@ def _load(paths: Sequence[Where], placement: Placement, limits: Limits) -> dict[
     shards = open_shards(paths)
     try:
         transfers = plan_transfers([s.header for s in shards], placement)
-        made = [_make(t) for t in transfers]
+        made = make_all(transfers)
         run_inside(lambda: move_all(shards, transfers, made, limits))
         return {t.name: tensor for t, tensor in zip(transfers, made, strict=True)}
     finally:
@@ -128,7 +128,7 @@ async def move_all(
     on_landed: Callable[[int], None] | None = None,
     open_one: Callable[[str], Device] = open_device,
 ) -> None:
-    """Fill every tensor of `made` from its transfer, all devices at once."""
+    """Fill every tensor of `made` (by `make_all`) from its transfer, all devices at once."""
     addresses = [tensor.data_ptr() for tensor in made]
 
     def runs_of(piece: Piece) -> list[tuple[int, int]]:
@@ -137,7 +137,6 @@ async def move_all(
     with closing(open_source(shards)) as source:
         async with trio.open_nursery() as nursery:
             for name in dict.fromkeys(t.device for t in transfers):
-                tensors.settle(name)
                 batches = plan_batches(transfers, buffer_bytes=limits.buffer_bytes, device=name)
                 nursery.start_soon(_move_to, open_one(name), batches, source, runs_of, limits, on_landed)
 
@@ -156,8 +155,12 @@ async def _move_to(
         device.close()
 
 
-def _make(transfer: Transfer) -> torch.Tensor:
-    return tensors.empty(transfer.dtype, transfer.shape, transfer.name, transfer.device)
+def make_all(transfers: Sequence[Transfer]) -> list[torch.Tensor]:
+    """Memory for every transfer, free of the caller's earlier kernels; call it in their thread: streams are per thread."""
+    made = [tensors.empty(t.dtype, t.shape, t.name, t.device) for t in transfers]
+    for device in dict.fromkeys(t.device for t in transfers):
+        tensors.settle(device)
+    return made
 
 
 def _placement(

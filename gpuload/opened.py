@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from gpuload import tensors
 from gpuload.device import canonical_name, open_device
 from gpuload.door import run_inside
-from gpuload.load import move_all
+from gpuload.load import make_all, move_all
 from gpuload.pipeline import Limits, move_one_by_one
 from gpuload.plan import Piece, Transfer, cut_axis, plan_batches
 from gpuload.shards import close_shards, open_shards
@@ -60,7 +59,7 @@ class safe_open:
             Transfer(t.name, t.dtype, t.shape, self._name, 0, t.start, t.nbytes, 1, t.nbytes)
             for t in self._header.tensors
         ]
-        made = [tensors.empty(t.dtype, t.shape, t.name, self._name) for t in transfers]
+        made = make_all(transfers)
         run_inside(lambda: move_all(self._shards, transfers, made, Limits()))
         return {t.name: tensor for t, tensor in zip(transfers, made, strict=True)}
 
@@ -94,12 +93,11 @@ class safe_open:
         return info
 
     def _move(self, transfer: Transfer) -> torch.Tensor:
-        made = tensors.empty(transfer.dtype, transfer.shape, transfer.name, self._name)
+        made = make_all([transfer])[0]
         limits = Limits()
         if transfer.nbytes > OVERLAP_BYTES_MIN:
             run_inside(lambda: move_all(self._shards, [transfer], [made], limits))
             return made
-        tensors.settle(self._name)
         address = made.data_ptr()
 
         def runs_of(piece: Piece) -> list[tuple[int, int]]:

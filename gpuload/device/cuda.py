@@ -8,6 +8,7 @@ Source: CUDA Driver API, chapter Virtual Memory Management.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from collections.abc import Sequence
@@ -45,7 +46,8 @@ class CudaEvent:
 
     def __del__(self) -> None:
         if self._handle:
-            self._device.call("cuEventDestroy_v2", self._handle)
+            with contextlib.suppress(DeviceError):  # the driver may be gone already when a process ends
+                self._device.call("cuEventDestroy_v2", self._handle)
 
 
 class CudaStream:
@@ -174,6 +176,7 @@ class CudaMapping:
     """See `base.Mapping`. Read-only: the driver faults a kernel that writes."""
 
     def __init__(self, device: CudaDevice, fds: Sequence[int]) -> None:
+        self._device = device
         self._mapped = _Mapped(device, len(fds))
         self.address, self.nbytes = self._mapped.address, self._mapped.nbytes
         try:
@@ -190,6 +193,8 @@ class CudaMapping:
             raise
 
     def close(self) -> None:
+        if self._mapped.address:
+            self._device.call("cuCtxSynchronize")  # a kernel that reads these weights may still be queued
         self._mapped.close()
 
 

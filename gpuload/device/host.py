@@ -180,6 +180,15 @@ class HostMapping:
             self.address = 0
 
 
+def _cgroup_number(name: str) -> int | None:
+    """A container's own limit or use (cgroup v2), as the container sees it; None where there is none."""
+    try:
+        with open(f"/sys/fs/cgroup/{name}") as file:
+            return int(file.read())
+    except (OSError, ValueError):  # no such file, or 'max'
+        return None
+
+
 class HostDevice:
     """See `base.Device`.
 
@@ -197,7 +206,11 @@ class HostDevice:
     def memory(self) -> Memory:
         with open("/proc/meminfo") as file:
             fields = {name: int(rest.split()[0]) << 10 for name, rest in (line.split(":") for line in file)}
-        return Memory(fields["MemTotal"], fields["MemAvailable"])
+        total, free = fields["MemTotal"], fields["MemAvailable"]
+        limit, used = (_cgroup_number(name) for name in ("memory.max", "memory.current"))
+        if limit is not None and used is not None and limit < total:
+            return Memory(limit, max(0, min(free, limit - used)))
+        return Memory(total, free)
 
     def open_stream(self) -> HostStream:
         return HostStream()

@@ -36,6 +36,7 @@ class _File:
 
     def __init__(self, path: str, device: str) -> None:
         self.path, self.device = path, device
+        self._seen = os.stat(path)
         self._lock = threading.Lock()
         self._tensors: Any = None
         self._is_tried = False
@@ -45,7 +46,7 @@ class _File:
         with self._lock:
             if not self._is_tried:
                 self._is_tried = True
-                self._tensors = attach_file(self.path, self.device)
+                self._tensors = attach_file(self.path, self.device, self._seen)
         found = None if self._tensors is None else self._tensors.get(name)
         return None if found is None else found.detach()
 
@@ -151,8 +152,11 @@ def _served(filename: Any = None, framework: Any = None, device: Any = "cpu", **
         return None
 
 
-def attach_file(path: str, device: str) -> Any:
-    """The file's tensors from the server, or None, with the reason logged the first time."""
+def attach_file(path: str, device: str, seen: os.stat_result | None = None) -> Any:
+    """The file's tensors from the server, or None, with the reason logged the first time.
+
+    seen: what `path` was when the library opened it; another file of that name is not mixed with it.
+    """
     global _away_until, _has_logged
     if time.monotonic() < _away_until:
         return None
@@ -160,9 +164,13 @@ def attach_file(path: str, device: str) -> Any:
 
     try:
         from gpuload.client import open_resident
+        from mfs.errors import ChangedError
 
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            now = os.fstat(fd)
+            if seen is not None and (not os.path.samestat(seen, now) or seen.st_ctime_ns != now.st_ctime_ns):
+                raise ChangedError("the file was replaced since it was opened")
             return open_resident([fd], [os.path.abspath(path)], device)
         finally:
             os.close(fd)

@@ -135,7 +135,7 @@ async def _connection(
                 close_all(answer.fds)
     except ServerError as error:  # AwayError too
         log.info("connection ended: %s", error)
-        with contextlib.suppress(AwayError, trio.Cancelled):
+        with contextlib.suppress(AwayError):
             await channel.send(to_wire(error), message_s=1.0)
     finally:
         sock.close()

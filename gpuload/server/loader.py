@@ -23,7 +23,7 @@ from blake3 import blake3
 from gpuload.device.base import Arena, Device
 from gpuload.device.host import HostDevice
 from gpuload.errors import BusyError, FitError, one_error
-from gpuload.pipeline import Limits, move_batches
+from gpuload.pipeline import Limits, RunsOf, move_batches
 from gpuload.plan import Piece, Placement, Transfer, pack_pieces, plan_transfers
 from gpuload.pool import open_source
 from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor
@@ -101,6 +101,8 @@ class _Work:
     began_ns: int
     digests: dict[PieceKey, Digest] = field(default_factory=dict)
     own: list[Block | None] = field(default_factory=list)
+    inherits_pin: bool = False
+    """A pin belongs to the name, so a swap passes it on."""
     report: Report = field(default_factory=Report)
 
     @property
@@ -193,7 +195,7 @@ class Loader:
         await self._read(work, unknown, HostDevice(is_direct=False), lambda _: [])
         self._remember(work)
 
-    async def _read(self, work, pieces, device, runs_of) -> None:  # type: ignore[no-untyped-def]
+    async def _read(self, work: _Work, pieces: Sequence[Piece], device: Device, runs_of: RunsOf) -> None:
         """Move `pieces`; every byte that passes is hashed, and refused if it is not what was remembered."""
 
         def check(piece: Piece, views: Sequence[memoryview]) -> None:
@@ -274,6 +276,7 @@ class Loader:
         missing = [i for i, block in enumerate(work.own) if block is None]
         need = sum(work.plans[i].granules_count(unit) for i in missing)
         old = catalog.models.get(job.name) if job.name is not None else None
+        work.inherits_pin = old is not None and old.is_pinned
         what = f"{'swapping in' if job.is_swap else 'loading'} {job.label}"
         try:
             victims = catalog.make_room(need, what, keep=[old] if old else [])
@@ -371,7 +374,7 @@ class Loader:
             blocks=[block for block in work.own if block is not None],
             metadata=[s.header.metadata for s in job.shards],
             label=job.label,
-            is_pinned=job.is_pinned,
+            is_pinned=job.is_pinned or work.inherits_pin,
             retain=job.retain,
         )
         catalog.publish(model)

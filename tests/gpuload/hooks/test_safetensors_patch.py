@@ -85,6 +85,28 @@ def test_without_a_server_it_is_silent_but_for_one_line(tmp_path: Path) -> None:
     assert "without the server" in lines[0]
 
 
+REPLACED = """
+import os, sys
+import gpuload.client
+from gpuload.device.host import HostDevice
+gpuload.client.open_device = lambda name: HostDevice(granule_bytes=4096)
+from safetensors import safe_open
+with safe_open(sys.argv[1], "pt") as f:
+    os.replace(sys.argv[2], sys.argv[1])
+    print(f.get_tensor("w").tolist())
+with safe_open(sys.argv[1], "pt") as f:
+    print(f.get_tensor("w").tolist())
+"""
+
+
+@one_way
+def test_a_file_replaced_while_open_is_not_mixed_with_the_new_one(server: ServerThread, tmp_path: Path) -> None:
+    made = [random_tensors(i, {"w": (4,)}, "I32") for i in (1, 2)]
+    old, new = (write(tmp_path / f"{i}.safetensors", t) for i, t in enumerate(made))
+    out = run(REPLACED, old, new, socket_path=server.socket_path).stdout.splitlines()
+    assert out == [str(t["w"].tolist()) for t in made]
+
+
 def test_a_program_that_loads_nothing_pays_nothing() -> None:
     code = "import sys; print([m for m in ('torch', 'safetensors', 'trio', 'gpuload.client') if m in sys.modules])"
     assert run(code, socket_path=None).stdout.strip() == "[]"

@@ -75,8 +75,7 @@ def test_a_thousand_operations(config: ServerConfig, small_granules: None, tmp_p
                             del served[victim]
                             pinned.discard(victim)
                         served[name] = tensors
-                        if verb == "swap" and not reply["pinned"]:
-                            pinned.discard(name)
+                        pinned = pinned | {name} if reply["pinned"] else pinned - {name}
                         seen[verb] += 1
                         seen["evicted"] += len(report["evicted"])
                         seen["gap"] += report["had_gap"]

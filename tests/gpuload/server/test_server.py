@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from gpuload.asking import ask, load_resident
 from gpuload.client import Attached, attach, open_resident
 from gpuload.device.host import HostDevice
-from gpuload.errors import AwayError, BusyError, FitError, ServerError
+from gpuload.errors import AwayError, BusyError, DeviceError, FitError, ServerError, from_wire, to_wire
 from gpuload.server import wire
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import FaultyDevice, Gate, ServerThread, assert_same, random_tensors, running_server, write
@@ -186,6 +187,8 @@ def test_a_swap_with_a_gap_where_both_do_not_fit(server: ServerThread, tmp_path:
     with pytest.raises(FitError):
         swap(server, path)
     assert swap(server, path, allow_gap=True)["had_gap"]
+    status = ask({"op": "status"}, socket_path=server.socket_path)
+    assert status["devices"][0]["models"][0]["pinned"], "a pin belongs to the name"
     assert_same(attached(server), new)
 
 
@@ -257,6 +260,43 @@ def test_a_client_keeps_its_weights_when_the_server_dies(tmp_path: Path, small_g
     assert not os.path.exists(path), "a server that is told to end removes its socket"
 
 
+def test_a_server_killed_under_load_is_an_error_and_its_successor_starts_clean(
+    tmp_path: Path, small_granules: None
+) -> None:
+    path = str(tmp_path / "s.sock")
+    code = (
+        "import sys, threading\n"
+        "from gpuload.server.daemon import ServerConfig, run\n"
+        "from gpuload.device.host import HostDevice\n"
+        "from gpuload.testing import FaultyDevice, Gate\n"
+        "gate = Gate(int(sys.argv[2]), blocks=True)\n"
+        "def tell():\n"
+        "    gate.reached.wait()\n"
+        "    print('reached', flush=True)\n"
+        "threading.Thread(target=tell, daemon=True).start()\n"
+        "run(ServerConfig(sys.argv[1], arena_bytes={'cpu': 1 << 20}),\n"
+        "    lambda n: FaultyDevice(HostDevice(granule_bytes=4096), gate), lambda: print('ready', flush=True))\n"
+    )
+    want = base_model()
+    file = write(tmp_path / "a.safetensors", want)
+    with subprocess.Popen([sys.executable, "-c", code, path, "3"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(load_resident, file, "m", "cpu", socket_path=path)
+            assert process.stdout.readline() == "reached\n"
+            process.send_signal(signal.SIGKILL)
+            with pytest.raises(AwayError):
+                loading.result(timeout=60)
+    with subprocess.Popen([sys.executable, "-c", code, path, "999999"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        load_resident(file, "m", "cpu", socket_path=path)
+        assert_same(attach("m", socket_path=path), want)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
+
+
 def test_a_client_that_leaves_cancels_its_load(config: ServerConfig, tmp_path: Path, small_granules: None) -> None:
     gate = Gate(3, blocks=True)
     device = FaultyDevice(HostDevice(granule_bytes=4096), gate)
@@ -289,8 +329,6 @@ def test_a_swap_that_fails_leaves_the_old_one_serving(
         before = server.gauges()
         gate._passes = passes
         path = write(tmp_path / "b.safetensors", new)
-        from gpuload.errors import DeviceError
-
         with pytest.raises(DeviceError, match="as asked"):
             swap(server, path)
         assert server.gauges() == before
@@ -359,8 +397,6 @@ def test_unwanted_descriptors_are_closed(server: ServerThread) -> None:
 
 
 def test_errors_cross_the_wire_as_they_are() -> None:
-    from gpuload.errors import from_wire, to_wire
-
     again = from_wire(to_wire(FitError("x", shortfall_bytes=7)))
     assert isinstance(again, FitError)
     assert again.shortfall_bytes == 7
