@@ -1,8 +1,8 @@
 """What the reads of one object say about the next ones. Pure: no I/O, no clock.
 
 Readers that map weights fault in an order that looks random by offset; the tensor table says what a fault is part of.
-The rule: fetch ahead no more than was already consumed, until whole tensors are being taken; then the file will be
-wanted. Kept per object, not per handle: loaders share one descriptor among processes, or open many.
+The rule: fetch ahead no more than was already consumed; once a large tensor was taken whole, the rest of each tensor
+that is touched; once weights are being taken, the file. Kept per object, not per handle: loaders share one descriptor among processes, or open many.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from mfs.types import ByteRange
 _MIB = 1 << 20
 WEIGHTS_BYTES_MIN = 16 * _MIB
 """Fewer bytes than this are never taken for a load: four kernel read-arounds touch as much by accident."""
-WEIGHTS_BYTES_MAX = 64 * _MIB
+WEIGHTS_BYTES_MAX = 32 * _MIB
+"""However large the file: until then the link runs at the speed of the reader's own faults."""
 WEIGHTS_SHARE = 0.05
 BURST_BYTES = 4 * _MIB
 """What one page fault alone reads, by the kernel's read-around (`fuse.kernel.READ_AHEAD_KB`): no sign of a run."""
@@ -35,6 +36,8 @@ class AccessPattern:
         self._boundaries: Sequence[int] = ()
         self._seen: list[int] = []
         self._taken_count = 0
+        self._takes_whole = False
+        """Whether a tensor too large to be read by accident was taken whole."""
         self._data_bytes = 0
         self._runs: deque[list[int]] = deque(maxlen=_RUNS_MAX)
         """[next offset, bytes consumed, offset already asked for]; the latest first."""
@@ -60,12 +63,12 @@ class AccessPattern:
         self._count(span)
         run = next((r for r in self._runs if abs(span.start - r[0]) <= _RUN_SLACK_BYTES), None)
         if run is None:
-            self._runs.appendleft([span.stop, len(span), span.stop])
-            return None
+            run = [span.stop, 0, span.stop]
+            self._runs.appendleft(run)
         run[0] = max(run[0], span.stop)
         run[1] += len(span)
-        ahead_bytes = min(run[1] - BURST_BYTES, _AHEAD_BYTES_MAX)
-        ahead_stop = min(run[0] + max(0, ahead_bytes), self.tensor_stop(span.stop - 1))
+        ahead_bytes = _AHEAD_BYTES_MAX if self._takes_whole else min(max(0, run[1] - BURST_BYTES), _AHEAD_BYTES_MAX)
+        ahead_stop = min(run[0] + ahead_bytes, self.tensor_stop(span.stop - 1))
         start = max(run[0], run[2])
         if ahead_stop <= start:
             return None
@@ -96,4 +99,6 @@ class AccessPattern:
         size = self._boundaries[index + 1] - self._boundaries[index]
         was_taken = self._seen[index] >= size * _TAKEN_SHARE
         self._seen[index] += nbytes
-        self._taken_count += not was_taken and self._seen[index] >= size * _TAKEN_SHARE
+        if not was_taken and self._seen[index] >= size * _TAKEN_SHARE:
+            self._taken_count += 1
+            self._takes_whole = self._takes_whole or size > BURST_BYTES

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfs.prefetch.pattern import BURST_BYTES, AccessPattern
+from mfs.prefetch.pattern import BURST_BYTES, WEIGHTS_BYTES_MAX, AccessPattern
 from mfs.types import ByteRange
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -150,12 +150,24 @@ def test_many_tensors_read_in_part_are_no_load() -> None:
     assert not pattern.taking_weights
 
 
-def test_a_file_without_a_table_is_loaded_by_volume() -> None:
-    pattern = AccessPattern(1000 * MIB)
-    for span in spans(0, 49 * MIB):
+def test_after_one_large_tensor_the_next_one_touched_is_fetched_to_its_end() -> None:
+    bounds = table(*[20 * MIB] * 100)
+    pattern = AccessPattern(bounds[-1])
+    pattern.set_table(bounds)
+    assert pattern.note(ByteRange(bounds[7], bounds[7] + MIB)) is None
+    for span in spans(bounds[7] + MIB, bounds[8]):
         pattern.note(span)
     assert not pattern.taking_weights
-    for span in spans(49 * MIB, 51 * MIB):
+    touched = ByteRange(bounds[50] + 3 * MIB, bounds[50] + 4 * MIB)
+    assert pattern.note(touched) == ByteRange(touched.stop, bounds[51])
+
+
+def test_a_file_without_a_table_is_loaded_by_volume() -> None:
+    pattern = AccessPattern(1000 * MIB)
+    for span in spans(0, WEIGHTS_BYTES_MAX - MIB):
+        pattern.note(span)
+    assert not pattern.taking_weights
+    for span in spans(WEIGHTS_BYTES_MAX - MIB, WEIGHTS_BYTES_MAX + MIB):
         pattern.note(span)
     assert pattern.taking_weights
 
