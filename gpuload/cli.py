@@ -61,7 +61,13 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--arena", "arenas", multiple=True, metavar="DEVICE=SIZE", help="Memory to take, per device: cpu=4GiB.")
+@click.option(
+    "--arena",
+    "arenas",
+    multiple=True,
+    metavar="DEVICE=SIZE",
+    help="Memory to take, once per device. Default: cpu=4GiB.",
+)
 @click.option("--mode", default="600", show_default=True, metavar="OCTAL", help="Of the socket: who may attach.")
 @socket_option
 def serve(arenas: tuple[str, ...], mode: str, socket_path: str | None) -> None:

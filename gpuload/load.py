@@ -156,7 +156,7 @@ async def _move_to(
 
 
 def make_all(transfers: Sequence[Transfer]) -> list[torch.Tensor]:
-    """Memory for every transfer, free of the caller's earlier kernels; call it in their thread: streams are per thread."""
+    """Memory for every transfer, free of the caller's earlier kernels. Call it in their thread, as streams are."""
     made = [tensors.empty(t.dtype, t.shape, t.name, t.device) for t in transfers]
     for device in dict.fromkeys(t.device for t in transfers):
         tensors.settle(device)

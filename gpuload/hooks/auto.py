@@ -20,15 +20,24 @@ TARGET = "safetensors"
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Sees the first import of safetensors, lets the others find it, and patches it once it is there."""
+    """Sees the first import of safetensors, lets the others find it, and patches it once it is there.
+
+    Stays until then: programs ask `find_spec` whether safetensors exists long before they import it.
+    """
+
+    def __init__(self) -> None:
+        self._is_asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != TARGET:
+        if fullname != TARGET or self._is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._is_asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._is_asking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec
@@ -42,7 +51,10 @@ class _Loader(importlib.abc.Loader):
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self._inner
         self._inner.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         patch_now()
 
 

@@ -61,7 +61,15 @@ print("again", digest(load_file(path)["w"]))
 
 
 @one_way
-@pytest.mark.parametrize("early", ["", "from safetensors import safe_open; from safetensors.torch import load_file"])
+@pytest.mark.parametrize(
+    "early",
+    [
+        "",
+        "from safetensors import safe_open; from safetensors.torch import load_file",
+        "import importlib.util as u; assert u.find_spec('safetensors') and u.find_spec('safetensors')",
+    ],
+    ids=["late", "imported before", "asked for before"],
+)
 def test_unmodified_safetensors_is_served_and_cannot_tell(server: ServerThread, tmp_path: Path, early: str) -> None:
     path = write(
         tmp_path / "a.safetensors", {**random_tensors(1, {"w": (64, 200)}), **random_tensors(2, {"h": (9,)}, "F32")}
