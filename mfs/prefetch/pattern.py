@@ -2,7 +2,8 @@
 
 Readers that map weights fault in an order that looks random by offset; the tensor table says what a fault is part of.
 The rule: fetch ahead no more than was already consumed; once a large tensor was taken whole, the rest of each tensor
-that is touched; once weights are being taken, the file. Kept per object, not per handle: loaders share one descriptor among processes, or open many.
+that is touched; once weights are being taken, the file. Kept per object, not per handle: loaders share one descriptor
+among processes, or open many.
 """
 
 from __future__ import annotations
