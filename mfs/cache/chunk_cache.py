@@ -264,7 +264,12 @@ class ChunkCache:
         else:
             assert result is not None
             chunk.valid |= fill.mask
-            chunk.saved = 0 if result["lost"] else chunk.saved | result["resident"]
+            if result["lost"]:
+                chunk.saved = 0
+                for other in chunk.fills:
+                    other.file_lost = True
+            elif not fill.file_lost:
+                chunk.saved |= result["resident"]
             chunk.sums.update(result["sums"])
             chunk.changed_at = time.monotonic()
             self.counters.ssd_hit_bytes += result["ssd_bytes"]

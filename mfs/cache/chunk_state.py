@@ -17,7 +17,7 @@ from mfs.workers.pool import Job
 class Fill:
     """One order to bring blocks into a chunk; `done` is set when they are there or `error` says why not."""
 
-    __slots__ = ("attempts", "done", "error", "job", "mask")
+    __slots__ = ("attempts", "done", "error", "file_lost", "job", "mask")
 
     def __init__(self, mask: int) -> None:
         self.mask = mask
@@ -25,6 +25,8 @@ class Fill:
         self.error: MfsError | None = None
         self.job: Job | None = None
         self.attempts = 0
+        self.file_lost = False
+        """Another fill found the chunk's SSD file bad and dropped it: what this one reads from there is not kept."""
 
 
 class Chunk:

@@ -51,6 +51,7 @@ def mounted(tmp_path: Path) -> Iterator[Mounted]:
     with contextlib.ExitStack() as stack:
 
         def make(what: origins.Origin | str, *, name: str = "m", **settings: Any) -> TestMount:
+            settings = {"workers_count": 2} | settings  # as users have: two must agree on what they do
             if isinstance(what, str):
                 mount = TestMount(tmp_path / name, what, **settings)
             else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +18,9 @@ from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
 
 MIB = 1 << 20
-SHARDS_COUNT = 6
+SHARDS_COUNT = 4
 TENSOR_BYTES = 4 * MIB
-TENSORS_PER_SHARD = 12
+TENSORS_PER_SHARD = 8
 
 
 def shard_name(number: int) -> str:
@@ -112,10 +111,10 @@ class TestOnlyWhatIsNeeded:
     def test_nothing_is_fetched_twice(self, model: Counted, mounted: Mounted) -> None:
         mount = mounted(model.origin)
         name = shard_name(0)
-        for offset in (0, 5 * MIB, 100, 20 * MIB, 5 * MIB + 1000, 30 * MIB):
+        for offset in (0, 5 * MIB, 100, 20 * MIB, 5 * MIB + 1000, 28 * MIB):
             mount.call(touching.pread, str(mount.path / name), 70_000, offset)
         assert mount.call(touching.read, str(mount.path / name)) == shard(0)
-        mount.wait_quiet()
+        mount.wait_quiet(prefetch=False)
         spans = sorted(model.spans(name))
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)), spans
         assert model.bytes(name) == model.sizes[name]
@@ -131,7 +130,7 @@ class TestOnlyWhatIsNeeded:
                 reader.start(touching.read, path)
         for reader in readers:
             assert reader.finish(timeout_s=60) == content
-        mount.wait_quiet()
+        mount.wait_quiet(prefetch=False)
         assert model.bytes(shard_name(1)) == len(content)
 
     def test_two_names_of_one_digest_are_fetched_once(self, hub: object, mounted: Mounted) -> None:
@@ -186,11 +185,3 @@ class TestMemory:
         print(f"page cache held by {len(chunks)} chunk files: {cached:,} bytes")
         assert cached <= len(chunks) * 128 * 1024
         assert mount.call(touching.resident_pages, path) * 4096 >= len(content)
-
-
-def test_reads_do_not_touch_what_stands_beside(model: Counted, mounted: Mounted, tmp_path: Path) -> None:
-    """A whole read of one small shard must not drag the model in within its bounds of RAM."""
-    mount = mounted(model.origin, ram_bytes=64 << 20, cache_dir=None)
-    assert mount.call(touching.read, str(mount.path / shard_name(5))) == shard(5)
-    mount.call(touching.list_names, str(mount.path))
-    print(f"one shard of {model.sizes[shard_name(5)]:,} read without SSD: {model.total():,} bytes fetched")

@@ -192,5 +192,5 @@ class MountMachine(RuleBasedStateMachine):
 
 TestMountMachine = MountMachine.TestCase
 TestMountMachine.settings = settings(
-    max_examples=8, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=5, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
