@@ -107,8 +107,15 @@ class _Sender:
 
 def _receive(channel: socket.socket) -> Iterator[Frame]:
     decoder = Decoder()
-    while data := channel.recv(1 << 16):
+    while data := _receive_some(channel):
         yield from decoder.feed(data)
+
+
+def _receive_some(channel: socket.socket) -> bytes:
+    try:
+        return channel.recv(1 << 16)
+    except ConnectionResetError:  # the daemon died before it had read all our answers
+        return b""
 
 
 if __name__ == "__main__":
