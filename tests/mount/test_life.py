@@ -124,8 +124,7 @@ class TestWorkers:
                 os.kill(worker["pid"], 9)
         liar.tell_truth()
         assert reader.finish() == ramp(2_000, 4_500_003)
-        assert mount.wait_for(lambda: len(mount.worker_pids) == len(before))
-        assert set(mount.worker_pids) != set(before)
+        assert mount.wait_for(lambda: len(mount.worker_pids) == len(before) and set(mount.worker_pids) != set(before))
         assert mount.call(touching.read, str(mount.path / "v.bin")) == ramp(SIZE, 3)
 
     def test_a_stopped_worker_is_killed_after_its_deadline(
