@@ -16,7 +16,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -63,7 +63,7 @@ class HfSource:
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Pin the revision and yield all directories at `path` and below; see `Source.list`."""
         where = f"hf://{self._repo}@{self._revision}"
-        commit = self._pin(where, deadline_s)
+        commit, is_gated = self._pin(where, deadline_s)
         tree = TreeBuilder(where, "")
         url: str | None = f"{self._api('tree', commit)}?recursive=true"
         while url:
@@ -76,7 +76,20 @@ class HfSource:
         pages = [page for page in tree.pages() if not path or page[0] == path or page[0].startswith(f"{path}/")]
         if not pages:
             raise NotFoundError(f"{where}: no directory {path!r}")
+        if is_gated:
+            self._check_access(commit, pages, where, deadline_s)
         yield from pages
+
+    def _check_access(self, commit: str, pages: Sequence[Page], where: str, deadline_s: float) -> None:
+        """The Hub lists a gated repository for everyone: asking for a file says now what reading would say later."""
+        files = [f"{folder}/{e.name}" if folder else e.name for folder, found in pages for e in found
+                 if e.kind is EntryKind.FILE]  # fmt: skip
+        if files:
+            # The weights' own address, which their first reader then finds known.
+            path = next((file for file in files if file.endswith(".safetensors")), files[0])
+            what = f"access to {where}"
+            with_retries(lambda: self._address(commit, path, where, deadline_s), what=what, deadline_s=deadline_s,
+                         stopped=self._closed)  # fmt: skip
 
     def get_range(self, obj: ObjectId, span: ByteRange, *, out: memoryview, deadline_s: float) -> None:
         """Fill `out` from the file at its commit; see `Source.get_range`."""
@@ -114,18 +127,19 @@ class HfSource:
         self._closed.set()
         self._transport.close()
 
-    def _pin(self, where: str, deadline_s: float) -> str:
-        """The commit that the revision means now."""
+    def _pin(self, where: str, deadline_s: float) -> tuple[str, bool]:
+        """The commit that the revision means now, and whether the Hub says that the repository is gated."""
         if _COMMIT.fullmatch(self._revision):
-            return self._revision
+            return self._revision, False
         reply = self._get(self._api("revision", self._revision), where, deadline_s)
         try:
-            commit = json.loads(reply.body)["sha"]
-        except (ValueError, KeyError, TypeError) as e:
+            found = json.loads(reply.body)
+            commit, is_gated = found["sha"], bool(found.get("gated"))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise StoreError(f"{where}: expected the revision's commit, got {reply.body[:60]!r}: {e!r}") from e
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
             raise StoreError(f"{where}: expected a commit of 40 hex digits, got {commit!r}")
-        return commit
+        return commit, is_gated
 
     def _address(self, commit: str, path: str, where: str, deadline_s: float) -> tuple[_Address, bool]:
         """Where a file's bytes are, and whether that was asked just now. One request per file, however many wait."""

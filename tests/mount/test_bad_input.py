@@ -74,13 +74,12 @@ class TestSources:
         assert line.startswith("NotFoundError: ")
         assert "org/no-such-repo" in line
 
-    def test_gated_repository(self, hub: HubServer, mounted: Mounted) -> None:
-        """The Hub lists a gated repository for everyone: only reading says that it is closed, and how to open it."""
+    def test_gated_repository(self, tmp_path: Path, hub: HubServer) -> None:
         hub.commit("org/gated-here", {"w.bin": ramp(100)}, gated=True)
-        mount = mounted("hf://org/gated-here", env=hub.environ(hub.other_token))
-        assert mount.call(touching.read_failure, str(mount.path / "w.bin")) == "EACCES"
-        assert "org/gated-here" in mount.log
-        assert "accept its licence" in mount.log
+        line = refusal(TestMount(tmp_path, "hf://org/gated-here", env=hub.environ(hub.other_token)))
+        assert line.startswith("AccessError: ")
+        assert "org/gated-here" in line
+        assert "accept its licence" in line
 
     def test_missing_folder(self, tmp_path: Path) -> None:
         line = refusal(TestMount(tmp_path, str(tmp_path / "nowhere")))

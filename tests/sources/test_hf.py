@@ -173,11 +173,15 @@ def test_the_token_opens_private_repositories_and_goes_to_the_hub_only(
 def test_a_gated_repository_says_where_to_accept_its_licence(hub: HubServer) -> None:
     origin = HubOrigin(hub, gated=True)
     origin.put("w.safetensors", ramp(1000))
+    commit = origin.commit()
     for token in (None, hub.other_token):
         source = origin.source(token=token)
-        obj = object_of(source, "w.safetensors", list_tree(source)["w.safetensors"])
         with pytest.raises(AccessError, match=f"accept its licence at {hub.endpoint}/{origin.repo}"):
-            read(source, obj, 0, 10)
+            list_tree(source)
+        pinned = origin.source(f"@{commit}", token=token)  # nothing is asked about a commit, so only reading can say it
+        obj = object_of(pinned, "w.safetensors", list_tree(pinned)["w.safetensors"])
+        with pytest.raises(AccessError, match=f"accept its licence at {hub.endpoint}/{origin.repo}"):
+            read(pinned, obj, 0, 10)
     source = origin.source(token=hub.token)
     assert read(source, object_of(source, "w.safetensors", list_tree(source)["w.safetensors"])) == ramp(1000)
     origin.close()
