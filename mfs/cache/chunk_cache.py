@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import trio
 
-from mfs.cache.chunk_state import Chunk, Fill, ObjectState
+from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState
 from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes
 from mfs.cache.ram import SlotMemory
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
@@ -48,20 +48,6 @@ class CacheConfig:
     """From a reader's question to its bytes or its error."""
     ssd: bool = True
     """Whether the workers have an SSD tier."""
-
-
-@dataclass
-class CacheCounters:
-    """What happened since the start; only ever grows."""
-
-    ram_hit_bytes: int = 0
-    ssd_hit_bytes: int = 0
-    origin_bytes: int = 0
-    origin_requests: int = 0
-    origin_errors: int = 0
-    saved_bytes: int = 0
-    lost_bytes: int = 0
-    """Given up unsaved, because readers needed the slot before the disk had taken it."""
 
 
 class ChunkCache:

@@ -1,9 +1,11 @@
-"""What the conductor knows of a chunk that has a slot, of an order to fill it, of an object in use. No behaviour.
+"""What the conductor knows: of a chunk that has a slot, an order to fill it, an object in use, of what happened so far.
 
 Only `chunk_cache` changes these, on the trio thread; others may look.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import trio
 
@@ -12,6 +14,20 @@ from mfs.errors import MfsError
 from mfs.types import ObjectId
 from mfs.workers.frames import object_to_wire
 from mfs.workers.pool import Job
+
+
+@dataclass
+class CacheCounters:
+    """What happened since the start; only ever grows."""
+
+    ram_hit_bytes: int = 0
+    ssd_hit_bytes: int = 0
+    origin_bytes: int = 0
+    origin_requests: int = 0
+    origin_errors: int = 0
+    saved_bytes: int = 0
+    lost_bytes: int = 0
+    """Given up unsaved, because readers needed the slot before the disk had taken it."""
 
 
 class Fill:
