@@ -31,11 +31,10 @@ from mfs.cache.ram import SlotMemory
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Frame, object_to_wire
-from mfs.workers.pool import Job, Priority, WorkerEndedError, WorkerPool
+from mfs.workers.pool import ATTEMPTS_OVER_DEAD_WORKERS, Job, Priority, WorkerEndedError, WorkerPool
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS_OVER_DEAD_WORKERS = 4  # all may die at once, for want of memory say; what kills them must not for ever
 _SAVE_PAUSE_S = 30.0  # without writes to SSD after the disk was full or failed
 _CLEAN_SEARCH_COUNT = 64  # how far from the cold end to look for a slot that costs nothing to lose
 
@@ -232,7 +231,7 @@ class ChunkCache:
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame | None, error: MfsError | None) -> None:
         ended = isinstance(error, WorkerEndedError)
-        attempts_max = _ATTEMPTS_OVER_DEAD_WORKERS if ended else 2
+        attempts_max = ATTEMPTS_OVER_DEAD_WORKERS if ended else 2
         if isinstance(error, TransientStoreError) and fill.attempts < attempts_max and not self._pool.closing:
             assert fill.job is not None
             # Once more: with a new deadline where a worker died, else in what is left of the old one. A dead origin

@@ -44,6 +44,10 @@ class WorkerEndedError(TransientStoreError):
     """The worker process ended before it answered; the operation may be given to another."""
 
 
+ATTEMPTS_OVER_DEAD_WORKERS = 4
+"""All workers may die at once, for want of memory say; an operation that kills them must not do so for ever."""
+
+
 class Priority(IntEnum):
     """Lower goes first."""
 
@@ -156,17 +160,21 @@ class WorkerPool:
         self, operation: str, *, timeout_s: float = _DISK_TIMEOUT_S, on_part: Callable[[Frame], None] | None = None,
         priority: Priority = Priority.DEMAND, **arguments: Any,
     ) -> Frame:  # fmt: skip
-        """Do one operation and wait for it; once more if its worker dies, since all of them may be repeated.
+        """Do one operation and wait for it; again if its worker dies, since all of them may be repeated.
 
         on_part: intermediate frames; those of a dead worker come again from the start, after a frame {again: true}.
         Raises: what the worker raised. Cancellation: the answer is then ignored.
         """
-        try:
-            return await self._call_once(Job(operation, arguments, _nobody, priority, timeout_s, on_part))
-        except WorkerEndedError:
-            if on_part is not None:
-                on_part({"again": True})
-            return await self._call_once(Job(operation, arguments, _nobody, priority, timeout_s, on_part))
+        attempt = 1
+        while True:
+            try:
+                return await self._call_once(Job(operation, arguments, _nobody, priority, timeout_s, on_part))
+            except WorkerEndedError:
+                if attempt == ATTEMPTS_OVER_DEAD_WORKERS or self.closing:
+                    raise
+                attempt += 1
+                if on_part is not None:
+                    on_part({"again": True})
 
     async def _call_once(self, job: Job) -> Frame:
         done = trio.Event()
