@@ -33,8 +33,8 @@ class LentFile:
 class Loan:
     """Chunks held for a borrower, and the permits they count against."""
 
-    def __init__(self, chunks: list[Chunk], cache: ChunkCache, limit: trio.CapacityLimiter) -> None:
-        self.chunks = chunks
+    def __init__(self, cache: ChunkCache, limit: trio.CapacityLimiter) -> None:
+        self.chunks: list[Chunk] = []
         self.tokens: list[object] = []
         self._cache = cache
         self._limit = limit
@@ -75,7 +75,7 @@ class SlotLender:
         cache, state = self._mount.cache, file.handle.state
         span = ByteRange(start, stop)
         whole_chunks = file.handle.note(span)
-        loan = Loan([], cache, self._limit)
+        loan = Loan(cache, self._limit)
         pieces = []
         parts = list(chunk_spans(span))
         try:

@@ -23,6 +23,7 @@ from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.namespace import Changes, Namespace, Page
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
 from mfs.reader import ObjectReader
+from mfs.sources import shown_url
 from mfs.types import Entry, EntryKind, ObjectId
 from mfs.workers.frames import Frame
 from mfs.workers.pool import PoolConfig, WorkerPool
@@ -89,7 +90,7 @@ class Mount:
             label = self.config.sources[0].url if len(self.config.sources) == 1 else "registry"
             async with trio.open_nursery() as nursery:
                 async with session.mounted(
-                    self.operations, self.config.mountpoint, label=_without_secrets(label),
+                    self.operations, self.config.mountpoint, label=shown_url(label),
                     allow_other=self.config.allow_other,
                 ) as ended:  # fmt: skip
                     await nursery.start(self.prefetcher.run)
@@ -106,10 +107,8 @@ class Mount:
 
     async def _look_at_sources(self) -> None:
         """List every root: an endpoint, bucket or credential that is wrong is said now, not at the first read."""
-        if self.config.sources[0].name == "":
-            await self.namespace.listing(self.namespace.root)
-        else:
-            root = await self.namespace.listing(self.namespace.root)
+        root = await self.namespace.listing(self.namespace.root)
+        if self.config.sources[0].name:
             for inode in root.inodes:
                 directory = self.namespace.directory(inode)
                 assert directory is not None
@@ -251,7 +250,3 @@ def _options(source: SourceConfig) -> Frame:
 def _entry(fields: list[object]) -> Entry:
     name, kind, *rest = fields
     return Entry(name, EntryKind(kind), *rest)  # type: ignore[arg-type]
-
-
-def _without_secrets(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", url)
