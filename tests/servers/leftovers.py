@@ -24,6 +24,11 @@ _STDLIB_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserv
 
 def processes() -> dict[int, str]:
     """Live processes of this session, other than this one: pid -> command line."""
+    return {pid: line for pid, (line, _) in _family().items()}
+
+
+def _family() -> dict[int, tuple[str, int]]:
+    """The same with each one's parent: pid -> (command line, parent)."""
     tag = f"{SESSION_VARIABLE}={os.environ[SESSION_VARIABLE]}".encode()
     parents: dict[int, int] = {}
     tagged: set[int] = set()
@@ -42,8 +47,8 @@ def processes() -> dict[int, str]:
         except OSError:
             continue  # ended meanwhile, or another user's
     ours = {pid for pid in parents if pid in tagged or _descends(pid, os.getpid(), parents)}
-    found = {pid: _command_line(pid) for pid in ours - {os.getpid()}}
-    return {pid: line for pid, line in found.items() if not any(helper in line for helper in _STDLIB_HELPERS)}
+    found = {pid: (_command_line(pid), parents[pid]) for pid in ours - {os.getpid()}}
+    return {pid: known for pid, known in found.items() if not any(helper in known[0] for helper in _STDLIB_HELPERS)}
 
 
 def fuse_mounts(below: Path) -> set[str]:
@@ -71,12 +76,15 @@ def settle_processes(before: dict[int, str]) -> list[str]:
 
 
 def _new_processes(before: dict[int, str]) -> dict[int, str]:
-    """Processes not in `before`. A server that was stopped and started again, with its command line, is not new."""
-    now = processes()
+    """Processes not in `before`. A server that was stopped and started again, with its command line, is not new; nor is
+    what a server of `before` started: its workers are its own to end."""
+    now = _family()
     gone = Counter(line for pid, line in before.items() if pid not in now)
     new = {}
-    for pid, line in now.items():
-        if pid in before:
+    for pid, (line, parent) in now.items():
+        while parent in now and parent not in before:
+            parent = now[parent][1]
+        if pid in before or parent in before:
             continue
         if gone[line]:
             gone[line] -= 1
