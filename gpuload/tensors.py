@@ -53,7 +53,7 @@ def storage_shape(dtype: str, shape: Sequence[int], name: str) -> tuple[int, ...
 def empty(dtype: str, shape: Sequence[int], name: str, device: str) -> torch.Tensor:
     """Memory for one tensor, its bytes undefined. Raises: UsageError; torch.OutOfMemoryError as torch raises it."""
     made = torch.empty(storage_shape(dtype, shape, name), dtype=torch_dtype(dtype, name), device=device)
-    if device == "cpu" and made.nbytes >= HUGE_BYTES:
+    if device.startswith("cpu") and made.nbytes >= HUGE_BYTES:
         _ask_for_huge_pages(made.data_ptr(), made.nbytes)
     return made
 
@@ -75,7 +75,7 @@ def over_memory(owner: Any, address: int, nbytes: int, device: str) -> torch.Ten
     """Bytes [address, address + nbytes) as a flat uint8 tensor without a copy; it keeps `owner` alive."""
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8, device=device)
-    if device == "cpu":
+    if device.startswith("cpu"):
         buffer = (ctypes.c_ubyte * nbytes).from_address(address)
         buffer.owner = owner  # type: ignore[attr-defined]  # the storage holds the buffer, the buffer holds the owner
         return torch.frombuffer(buffer, dtype=torch.uint8)

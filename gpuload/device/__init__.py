@@ -7,21 +7,25 @@ from mfs.errors import UsageError
 
 
 def canonical_name(name: str | int) -> str:
-    """'cpu', 'cuda:0', ... from what torch accepts: 'cpu:0', 'cuda', 0. Raises: UsageError for anything else."""
+    """'cpu', 'cuda:0', ... from what torch accepts: 'cpu:0', 'cuda', 0. Raises: UsageError for anything else.
+
+    'cpu:1' and so on are more devices in host memory, each with an arena of its own; to torch all are the CPU.
+    """
     text = f"cuda:{name}" if isinstance(name, int) and not isinstance(name, bool) else str(name)
     kind, _, index = text.partition(":")
     if kind not in ("cpu", "cuda") or (":" in text and not (index.isascii() and index.isdigit())):
         raise UsageError(f"no such device: {text!r}; expected 'cpu' or 'cuda:N'")
-    return "cpu" if kind == "cpu" else f"cuda:{int(index or 0)}"
+    number = int(index or 0)
+    return "cpu" if kind == "cpu" and not number else f"{kind}:{number}"
 
 
 def open_device(name: str | int) -> Device:
     """The device of that name. Raises: UsageError for a name that means nothing, DeviceError if it is not there."""
     name = canonical_name(name)
-    if name == "cpu":
+    if name.startswith("cpu"):
         from gpuload.device.host import HostDevice
 
-        return HostDevice()
+        return HostDevice(name=name)
     from gpuload.device.cuda import CudaDevice
 
     return CudaDevice(int(name.partition(":")[2]))

@@ -195,13 +195,10 @@ class HostDevice:
     is_direct=False makes it behave as a GPU does, with every byte going through staging and a stream; for tests.
     """
 
-    name = "cpu"
-
-    def __init__(self, *, granule_bytes: int = GRANULE_BYTES, is_direct: bool = True) -> None:
+    def __init__(self, *, name: str = "cpu", granule_bytes: int = GRANULE_BYTES, is_direct: bool = True) -> None:
         if granule_bytes % mmap.PAGESIZE:
             raise ValueError(f"granule of {granule_bytes} bytes: expected a multiple of {mmap.PAGESIZE}")
-        self.granule_bytes = granule_bytes
-        self.is_direct = is_direct
+        self.name, self.granule_bytes, self.is_direct = name, granule_bytes, is_direct
 
     def memory(self) -> Memory:
         with open("/proc/meminfo") as file:
