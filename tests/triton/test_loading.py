@@ -1,0 +1,163 @@
+"""Modes none and explicit on the mount: load, unload and infer give the right numbers, whatever changes below."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.mount import origins, touching
+from tests.servers.triton import TritonError, TritonServer
+from tests.triton import models
+from tests.triton.conftest import Repository, Serve
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+    """A folder on a mount."""
+    folder = tmp_path_factory.mktemp("repo")
+    made = Repository(origins.FolderOrigin(folder / "registry"), folder / "m")
+    made.publish(models.model("first", 1))
+    with made.mount:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def server(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Explicit control, nothing loaded."""
+    folder = tmp_path_factory.mktemp("triton")
+    with TritonServer(folder, repository.path, "--model-control-mode=explicit") as made:
+        yield made
+
+
+def test_mode_none_serves_every_model_of_the_mount(repository: Repository, serve: Serve) -> None:
+    """The root holds nothing but models: any other directory would end the server in this mode."""
+    repository.publish({**models.model("first", 1), **models.model("none", 3)})
+    server = serve(repository.path)
+    assert set(server.index().items()) == {(("first", "1"), "READY"), (("none", "3"), "READY")}
+    assert models.scale_of(server, "first") == 1
+    assert models.scale_of(server, "none") == 3
+
+
+def test_load_infer_unload(repository: Repository, server: TritonServer) -> None:
+    repository.add(models.model("plain", 4))
+    server.load("plain")
+    answer = models.ask(server, "plain")
+    assert models.scale_of(server, "plain") == 4
+    assert answer["sum"] == [models.filler_sum(4)]
+    server.unload("plain")
+    with pytest.raises(TritonError):
+        models.ask(server, "plain")
+
+
+def test_a_load_of_what_did_not_change_does_nothing(repository: Repository, server: TritonServer) -> None:
+    repository.add(models.model("same", 1))
+    server.load("same")
+    server.load("same")
+    repository.mount.client.refresh()
+    repository.add(models.model("elsewhere", 1))  # a change of another model
+    server.load("same")
+    assert server.loads("same") == 1
+
+
+def test_the_only_write_triton_tries_is_refused_quietly(repository: Repository, server: TritonServer) -> None:
+    """Python would keep its byte code beside model.py: no __pycache__ appears, so none causes a reload."""
+    repository.add(models.model("pyc", 1))
+    server.load("pyc")
+    names = repository.look(touching.list_names, str(repository.path / "pyc" / "1"))
+    assert names == ["model.py", "model.safetensors"]
+
+
+class TestVersions:
+    """Version policies follow the tree; rollback is taking the newest version away, or naming another."""
+
+    @pytest.mark.parametrize(
+        ("policy", "served"),
+        [
+            ("", ["3"]),
+            ("version_policy: { latest { num_versions: 2 } }", ["2", "3"]),
+            ("version_policy: { all { } }", ["1", "2", "3"]),
+            ("version_policy: { specific { versions: [ 1, 3 ] } }", ["1", "3"]),
+        ],
+        ids=["latest", "latest-2", "all", "specific"],
+    )
+    def test_policy(self, repository: Repository, server: TritonServer, policy: str, served: list[str]) -> None:
+        name = f"policy{len(served)}{'s' if 'specific' in policy else ''}"
+        repository.add(models.model(name, 1, 2, 3, extra=policy))
+        server.load(name)
+        assert server.versions(name) == served
+        for version in served:
+            assert models.scale_of(server, name, int(version)) == int(version)
+
+    def test_a_new_version_is_loaded_and_the_others_are_not_touched(
+        self, repository: Repository, server: TritonServer
+    ) -> None:
+        repository.add(models.model("grow", 1, extra="version_policy: { all { } }"))
+        server.load("grow")
+        repository.add(models.version("grow", 2))
+        server.load("grow")
+        assert server.versions("grow") == ["1", "2"]
+        assert models.scale_of(server, "grow", 2) == 2
+        assert server.loads("grow") == 2  # one of each
+
+    def test_rollback_by_taking_the_newest_version_away(self, repository: Repository, server: TritonServer) -> None:
+        repository.add(models.model("back", 1, 2))
+        server.load("back")
+        assert models.scale_of(server, "back") == 2
+        repository.remove("back/2/")
+        server.load("back")
+        assert server.versions("back") == ["1"]
+        assert models.scale_of(server, "back") == 1
+
+    def test_rollback_by_policy_moves_only_the_configuration(
+        self, repository: Repository, server: TritonServer
+    ) -> None:
+        repository.add(models.model("pinned", 1, 2))
+        server.load("pinned")
+        config = models.config(extra="version_policy: { specific { versions: [ 1 ] } }")
+        repository.add({"pinned/config.pbtxt": config})
+        server.load("pinned")
+        assert server.versions("pinned") == ["1"]
+        assert models.scale_of(server, "pinned") == 1
+
+    def test_a_renamed_version(self, repository: Repository, server: TritonServer) -> None:
+        repository.add(models.model("renamed", 1))
+        server.load("renamed")
+        files = {name: content for name, content in repository.files.items() if not name.startswith("renamed/1/")}
+        repository.publish({**files, **models.version("renamed", 5, scale=1)})
+        server.load("renamed")
+        assert server.versions("renamed") == ["5"]
+        assert models.scale_of(server, "renamed") == 1
+
+    def test_retrained_weights_of_the_same_size_and_an_older_date_are_served(
+        self, repository: Repository, server: TritonServer
+    ) -> None:
+        assert isinstance(repository.origin, origins.FolderOrigin)
+        repository.add(models.model("retrained", 1))
+        server.load("retrained")
+        assert models.scale_of(server, "retrained") == 1
+        repository.add(models.version("retrained", 1, scale=9))
+        file = repository.origin.root / "retrained/1/model.safetensors"
+        os.utime(file, (1_000_000_000, 1_000_000_000))  # 2001
+        repository.mount.client.refresh()
+        server.load("retrained")
+        assert models.scale_of(server, "retrained") == 9
+        assert models.ask(server, "retrained")["sum"] == [models.filler_sum(9)]
+
+
+def test_a_version_without_its_weights_is_a_failed_load_and_the_one_before_serves_on(
+    repository: Repository, server: TritonServer
+) -> None:
+    """The error says which file is missing, and the next load, once it is there, succeeds."""
+    repository.add(models.model("half", 1))
+    server.load("half")
+    incomplete = models.version("half", 2)
+    del incomplete["half/2/model.safetensors"]
+    repository.add(incomplete)
+    with pytest.raises(TritonError, match=r"model\.safetensors"):
+        server.load("half")
+    assert models.scale_of(server, "half", 1) == 1
+    repository.add(models.version("half", 2))
+    server.load("half")
+    assert models.scale_of(server, "half") == 2
