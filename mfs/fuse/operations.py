@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import logging
 import os
 import stat
@@ -123,7 +122,7 @@ class Operations(pyfuse3.Operations):
         self._owner = owner
         self._files: dict[int, OpenFile] = {}
         self._open_directories: dict[int, _OpenDirectory] = {}
-        self._handles = itertools.count(1)
+        self._handles_count = 0
         self._headed: set[int] = set()
         self._storing_works = True
         self.counters = ReadCounters()
@@ -172,8 +171,9 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         directory = self._directory(inode)
-        handle = next(self._handles)
-        self._open_directories[handle] = _OpenDirectory(directory, await self._namespace.listing(directory))
+        listing = await self._namespace.listing(directory)
+        handle = self._new_handle()
+        self._open_directories[handle] = _OpenDirectory(directory, listing)
         return handle
 
     @_translated
@@ -196,11 +196,16 @@ class Operations(pyfuse3.Operations):
         node = self._node(inode)
         if node.object is None:
             raise pyfuse3.FUSEError(errno.EISDIR if node.kind is EntryKind.DIRECTORY else errno.EINVAL)
-        handle = next(self._handles)
-        file = self._files[handle] = self._reader.open(node)
+        file = self._reader.open(node)
         if inode not in self._headed:
             self._headed.add(inode)
-            await self._store_header(inode, file)
+            try:
+                await self._store_header(inode, file)
+            except BaseException:  # the kernel will never hear of this handle
+                file.close()
+                raise
+        handle = self._new_handle()
+        self._files[handle] = file
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)
 
     async def _store_header(self, inode: int, file: OpenFile) -> None:
@@ -249,6 +254,10 @@ class Operations(pyfuse3.Operations):
 
     async def flush(self, fh: int) -> None:
         """Closing a read-only file has nothing to write."""
+
+    def _new_handle(self) -> int:
+        self._handles_count += 1
+        return self._handles_count
 
     def close_all(self) -> None:
         """Give back what the kernel will not release any more: the mount is gone."""
