@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import trio
 
 from mfs.cache.chunk_cache import CacheConfig, ChunkCache
-from mfs.cache.chunk_state import ObjectState
+from mfs.cache.chunk_state import Chunk, Fill, ObjectState
 from mfs.cache.ram import SLOTS_COUNT_MIN, RamConfig, SlotMemory
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import mountinfo
@@ -21,12 +21,13 @@ from mfs.errors import ConfigError, MfsError
 from mfs.fuse import kernel, session
 from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.namespace import Changes, Namespace, Page
+from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
 from mfs.reader import ObjectReader
 from mfs.sources import shown_url
 from mfs.types import Entry, EntryKind, ObjectId
 from mfs.workers.frames import Frame
-from mfs.workers.pool import PoolConfig, WorkerPool
+from mfs.workers.pool import PoolConfig, Priority, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,9 @@ class Mount:
             self.cache, self.pool, self._siblings,
         )  # fmt: skip
         self.namespace = Namespace([source.name for source in config.sources], self._list, self._identity)
-        self.reader = ObjectReader(self.cache, self.prefetcher, self.pool)
+        self.oplog = OpLog([source.name for source in config.sources])
+        self.cache.on_filled = self._filled
+        self.reader = ObjectReader(self.cache, self.prefetcher, self.pool, self.oplog)
         owner = OwnerConfig(
             os.getuid() if config.uid is None else config.uid,
             os.getgid() if config.gid is None else config.gid,
@@ -190,6 +193,14 @@ class Mount:
             await trio.sleep(_REFRESH_SOON_S)
 
     # -- what the parts ask each other
+
+    def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
+        if self.oplog.watched:
+            state, ahead = chunk.state, fill.job is not None and fill.job.priority is Priority.BACKGROUND
+            span = state.object.chunk_range(chunk.index)
+            self.oplog.note_fetch(
+                state.source, state.object.path, span, fill.mask, result["origin_bytes"], result["ssd_bytes"], ahead
+            )
 
     async def _list(self, source: int, path: str) -> AsyncIterator[Page]:
         pages: list[Page] = []

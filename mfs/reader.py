@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from mfs.cache.chunk_cache import ChunkCache
 from mfs.cache.chunk_state import ObjectState
 from mfs.errors import MfsError
 from mfs.namespace import Node
+from mfs.oplog import OpLog
 from mfs.prefetch.engine import Prefetcher
 from mfs.types import ByteRange
 from mfs.workers.frames import object_to_wire
@@ -15,18 +18,37 @@ from mfs.workers.pool import WorkerPool
 class OpenObject:
     """One handle on one object version."""
 
-    __slots__ = ("_cache", "_prefetcher", "size", "state")
+    __slots__ = ("_cache", "_handle", "_log", "_prefetcher", "size", "state")
 
-    def __init__(self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher) -> None:
+    def __init__(self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher, log: OpLog) -> None:
         self.state = state
         self._cache = cache
+        self._log = log
+        self._handle = log.next_handle()
         self._prefetcher = prefetcher
         self.size = state.object.size
         prefetcher.opened(state)
+        if log.watched:
+            self._tell("open", size=self.size)
 
     async def read(self, span: ByteRange) -> memoryview | bytes:
         """The bytes of `span`, good until the next checkpoint. Raises: MfsError."""
+        if self._log.watched:
+            return await self._read_watched(span)
         return await self._cache.read(self.state, span, whole_chunks=self.note(span))
+
+    async def _read_watched(self, span: ByteRange) -> memoryview | bytes:
+        since_s, error = time.monotonic(), {}
+        try:
+            return await self._cache.read(self.state, span, whole_chunks=self.note(span))
+        except MfsError as failure:
+            error = {"error": str(failure)}
+            raise
+        finally:  # no checkpoint here: the view is good until the next
+            self._tell("read", start=span.start, stop=span.stop, waited_s=time.monotonic() - since_s, **error)
+
+    def _tell(self, op: str, **details: object) -> None:
+        self._log.note(op, self.state.source, self.state.object.path, handle=self._handle, **details)
 
     def note(self, span: ByteRange) -> bool:
         """Say that `span` is read now. Returns whether missing chunks should be fetched whole."""
@@ -37,6 +59,8 @@ class OpenObject:
         return await self._prefetcher.header(self.state)
 
     def close(self) -> None:
+        if self._log.watched:
+            self._tell("close")
         self._prefetcher.closed(self.state)
         self._cache.close(self.state)
 
@@ -44,15 +68,16 @@ class OpenObject:
 class ObjectReader:
     """Opens nodes and describes them; what `fuse.operations` calls Reader."""
 
-    def __init__(self, cache: ChunkCache, prefetcher: Prefetcher, pool: WorkerPool) -> None:
+    def __init__(self, cache: ChunkCache, prefetcher: Prefetcher, pool: WorkerPool, log: OpLog) -> None:
         self._cache = cache
         self._prefetcher = prefetcher
         self._pool = pool
+        self._log = log
 
     def open(self, node: Node) -> OpenObject:
         """A handle on the node's object version."""
         assert node.object is not None
-        return OpenObject(self._cache.open(node.object, node.source), self._cache, self._prefetcher)
+        return OpenObject(self._cache.open(node.object, node.source), self._cache, self._prefetcher, self._log)
 
     async def residency(self, nodes: list[Node]) -> list[tuple[int, int, bool]]:
         """(bytes on SSD, bytes in RAM, pinned) of each node; zeros for what is no file."""

@@ -23,6 +23,8 @@ from mfs.workers.frames import object_to_wire
 _PROGRESS_S = 0.1
 _FILES_MAX = 1_000_000  # of one order; more is a mistake, and would be a list in memory
 _USAGE_S = 2.0
+_WATCH_S = 0.1
+_WATCH_BATCH = 500  # records turned into JSON without giving way to readers
 _BATCH = 500  # objects per question to a worker
 _KINDS = {EntryKind.FILE: "file", EntryKind.DIRECTORY: "directory", EntryKind.SYMLINK: "symlink"}
 
@@ -139,6 +141,14 @@ class Service:
             "chunks_count": obj.chunks_count if obj else 0,
             "open_handles": self._mount.prefetcher.handles_count(obj) if obj else 0,
         }  # fmt: skip
+
+    async def watch(self) -> AsyncIterator[Json]:
+        with self._mount.oplog.watching() as watcher:
+            while True:
+                seen_until_s, records = time.monotonic(), watcher.take(_WATCH_BATCH)
+                yield {"at_s": seen_until_s, "records": records, "dropped_count": watcher.dropped_count}
+                if len(records) < _WATCH_BATCH:
+                    await trio.sleep(_WATCH_S)
 
     async def config(self) -> Json:
         return self._mount.config.masked()

@@ -67,6 +67,8 @@ class ChunkCache:
         """time.monotonic() until which nothing is written to SSD, because the disk was full or failed."""
         self.on_changed: Callable[[ObjectState], None] | None = None
         """Told when the origin turns out to hold another version."""
+        self.on_filled: Callable[[Chunk, Fill, Frame], None] | None = None
+        """Told of each fill that ended well, with what the worker said of it."""
 
     # -- objects
 
@@ -260,6 +262,8 @@ class ChunkCache:
             self.counters.ssd_hit_bytes += result["ssd_bytes"]
             self.counters.origin_bytes += result["origin_bytes"]
             self.counters.origin_requests += result["requests"]
+            if self.on_filled is not None:
+                self.on_filled(chunk, fill, result)
         fill.done.set()
         if error is None and chunk.complete:
             self._save(chunk)

@@ -68,6 +68,12 @@ class DaemonApi(Protocol):
         checked_bytes, bad: [{path, chunk, reason}]}"""
         ...
 
+    def watch(self) -> AsyncIterator[Json]:
+        """What readers do, from the first item on and until the iterator is closed. Yields several times a second
+        {at_s, records: [see mfs.oplog], dropped_count}: at_s is the monotonic clock, all records before it and not yet
+        yielded are in this item unless it has 500; dropped_count counts those lost so far to a slow watcher."""
+        ...
+
     async def config(self) -> Json:
         """The effective settings, secrets masked."""
         ...

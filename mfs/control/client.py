@@ -8,7 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -72,6 +72,10 @@ class Client:
         """Closing the iterator closes the connection, which cancels the work."""
         return self._stream("verify", {"paths": list(paths)})
 
+    def watch(self) -> Generator[Json, None, None]:
+        """Closing the iterator closes the connection, which ends the watching."""
+        return self._stream("watch", {})
+
     def _object(self, name: str, arguments: dict[str, Any], timeout_s: float) -> Json:
         value: Json = self._call(name, arguments, timeout_s)
         return value
@@ -86,7 +90,7 @@ class Client:
         finally:
             connection.close()
 
-    def _stream(self, name: str, arguments: dict[str, Any]) -> Iterator[Json]:
+    def _stream(self, name: str, arguments: dict[str, Any]) -> Generator[Json, None, None]:
         connection = _Connection(self._path, _SILENCE_S)
         try:
             with connection.translated():

@@ -2,7 +2,7 @@
 
     GET  /v1/status /v1/config /v1/ls?path= /v1/stat?path=      one JSON value
     POST /v1/pin /v1/unpin /v1/evict /v1/refresh /v1/shutdown   one JSON value
-    POST /v1/prefetch /v1/verify                                a stream: one JSON value per line
+    POST /v1/prefetch /v1/verify /v1/watch                      a stream: one JSON value per line
 
 A POST carries a JSON object with the operation's arguments. Errors are {"error": {"type": ..., "message": ...}} with
 a fitting status, or as the last line of a stream that had begun. Blank lines in a stream mean 'still working'.
@@ -57,6 +57,7 @@ OPERATIONS = {
     "evict": Operation("POST", changes=True, takes_paths=True, tiers=("ssd", "ram", "all")),
     "refresh": Operation("POST", changes=True),
     "verify": Operation("POST", changes=True, streams=True, takes_paths=True),
+    "watch": Operation("POST", changes=True, streams=True),  # changes nothing, but slows readers while it runs
     "shutdown": Operation("POST", changes=True),
 }
 

@@ -48,6 +48,8 @@ class FakeDaemon:
         """Set once a prefetch was cancelled."""
         self.stopped = trio.Event()
         """Set by `shutdown`."""
+        self.records: list[Json] = []
+        """What the next watcher is told at once."""
         self._config = config
         self._started_at = time.time()
         self._fetched_bytes = 0
@@ -183,6 +185,13 @@ class FakeDaemon:
                 bad.append({"path": path, "chunk": 0, "reason": "checksum mismatch"})
                 file.ssd_bytes, file.is_bad = 0, False
         yield {"done": True, "checked_bytes": checked_bytes, "bad": bad}
+
+    async def watch(self) -> AsyncIterator[Json]:
+        records, self.records = self.records, []
+        while True:
+            yield {"at_s": time.monotonic(), "records": records, "dropped_count": 0}
+            records = []
+            await trio.sleep(0.05)
 
     async def config(self) -> Json:
         return self._config.masked() if self._config else {}
