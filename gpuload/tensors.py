@@ -6,7 +6,6 @@ The only file of the loader that imports torch, besides the hooks.
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,12 +26,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 """Every dtype of the format that this torch has; F6 has none in any. F4 packs two elements in one byte."""
 
-HUGE_BYTES = 4 << 20
-"""Tensors from here on ask for huge pages: two of them fit inside for certain, or nearly."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
 
 def torch_dtype(dtype: str, name: str) -> torch.dtype:
     """Raises: UsageError if this torch has no such dtype."""
@@ -52,17 +45,7 @@ def storage_shape(dtype: str, shape: Sequence[int], name: str) -> tuple[int, ...
 
 def empty(dtype: str, shape: Sequence[int], name: str, device: str) -> torch.Tensor:
     """Memory for one tensor, its bytes undefined. Raises: UsageError; torch.OutOfMemoryError as torch raises it."""
-    made = torch.empty(storage_shape(dtype, shape, name), dtype=torch_dtype(dtype, name), device=device)
-    if device.startswith("cpu") and made.nbytes >= HUGE_BYTES:
-        _ask_for_huge_pages(made.data_ptr(), made.nbytes)
-    return made
-
-
-def _ask_for_huge_pages(address: int, nbytes: int) -> None:
-    """Fewer page faults while it is filled. A wish: where the kernel says no, everything works all the same."""
-    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    _libc.madvise(first, last - first, mmap.MADV_HUGEPAGE)
+    return torch.empty(storage_shape(dtype, shape, name), dtype=torch_dtype(dtype, name), device=device)
 
 
 def settle(device: str) -> None:
