@@ -1,6 +1,7 @@
 """The entries of one directory, as columns: what `namespace` publishes. Pure.
 
-300,000 entries as Python objects would take 300 MB; as arrays and byte strings they take about 120 bytes each.
+300,000 entries as Python objects would take 300 MB; as arrays and byte strings they take about 120 bytes each. They
+come page by page (`Drafts`), so that never more than a page stands there in another form.
 """
 
 from __future__ import annotations
@@ -9,16 +10,33 @@ import bisect
 import logging
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+from xxhash import xxh3_64_intdigest, xxh3_128
 
 from mfs.sources.base import name_fault
 from mfs.types import Entry, EntryKind
 
 logger = logging.getLogger(__name__)
 
-_MTIME_MAX_NS = 2**63 - 1  # the year 2262; a source may claim any
+EPOCH_NS = 10**9
+"""Time of a directory whose source has none: the same on every mount, and not zero."""
+_UNDATED_NS = 2**50
+"""Files without a date get one within these 13 days of 1970."""
+_MTIME_MAX_NS = 2**62  # the year 2116; a source may claim any, and there must be room for later ones
 _SIZE_MAX = 2**63 - 1
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*").fullmatch
+
+
+def shown_mtime_ns(entry: Entry) -> int:
+    """The entry's own time. Without one it is made of the version, so that other bytes have another time, on every
+    mount the same; it says nothing else.
+    """
+    if entry.mtime_ns > 0:
+        return min(entry.mtime_ns, _MTIME_MAX_NS)
+    if entry.kind is EntryKind.DIRECTORY:
+        return EPOCH_NS
+    return EPOCH_NS + xxh3_64_intdigest(entry.version.encode("utf-8", "surrogatepass")) % _UNDATED_NS
 
 
 class _Strings:
@@ -26,17 +44,24 @@ class _Strings:
 
     __slots__ = ("_ends", "_text")
 
-    def __init__(self, values: Sequence[str]) -> None:
+    def __init__(self, values: Iterable[bytes] = ()) -> None:
         self._ends = array("I")
-        parts = [value.encode("utf-8", "surrogatepass") for value in values]  # versions and locators may hold anything
-        total = 0
-        for part in parts:
-            total += len(part)
-            self._ends.append(total)
-        self._text = b"".join(parts)
+        self._text: bytes | bytearray = bytearray()
+        for value in values:
+            self.append(value)
+
+    def append(self, value: bytes) -> None:
+        assert isinstance(self._text, bytearray), "frozen"
+        self._text += value
+        self._ends.append(len(self._text))
+
+    def freeze(self) -> _Strings:
+        """No more are added: gives back what the buffer holds in reserve."""
+        self._text = bytes(self._text)
+        return self
 
     def raw(self, index: int) -> bytes:
-        return self._text[self._ends[index - 1] if index else 0 : self._ends[index]]
+        return bytes(self._text[self._ends[index - 1] if index else 0 : self._ends[index]])
 
     def __getitem__(self, index: int) -> str:
         return self.raw(index).decode("utf-8", "surrogatepass")
@@ -44,63 +69,228 @@ class _Strings:
     def __len__(self) -> int:
         return len(self._ends)
 
+    def __iter__(self) -> Iterator[bytes]:
+        return (self.raw(index) for index in range(len(self)))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Strings) and self._text == other._text and self._ends == other._ends
 
     __hash__ = None  # type: ignore[assignment]
 
+    def feed(self, digest: xxh3_128) -> None:
+        """Add the strings to a digest."""
+        digest.update(self._ends)
+        digest.update(self._text)
+
 
 class Listing:
-    """The entries of one directory, sorted by the bytes of their names, with their inodes. Never changes."""
+    """The entries of one directory, sorted by the bytes of their names. Once published it never changes."""
 
     __slots__ = ("_digests", "_locators", "_versions", "inodes", "kinds", "mtimes", "names", "sizes")
 
-    def __init__(self, entries: Sequence[Entry], inodes: Sequence[int]) -> None:
-        self.names = _Strings([e.name for e in entries])
-        self.kinds = bytes(e.kind for e in entries)
-        self.sizes = array("Q", [e.size for e in entries])
-        self.mtimes = array("Q", [min(max(0, e.mtime_ns), _MTIME_MAX_NS) for e in entries])
-        self.inodes = array("Q", inodes)
-        self._versions = _Strings([e.version for e in entries])
-        self._digests = _Strings([e.digest or "" for e in entries])
-        self._locators = _Strings([e.locator for e in entries])
+    def __init__(self, entries: Sequence[Entry] = ()) -> None:
+        """entries: legal and sorted."""
+        self.names = _Strings()
+        self.kinds: bytes | bytearray = bytearray()
+        self.sizes = array("Q")
+        self.mtimes = array("Q")
+        """As shown: see `shown_mtime_ns`. `namespace` may put others there before it publishes."""
+        self.inodes = array("Q")
+        """Empty until it is published."""
+        self._versions, self._digests, self._locators = _Strings(), _Strings(), _Strings()
+        for entry in entries:
+            self._append(entry.name.encode(), entry)
+
+    def _append(self, name: bytes, entry: Entry) -> None:
+        self.names.append(name)
+        self.kinds += bytes((entry.kind,))
+        self.sizes.append(entry.size)
+        self.mtimes.append(shown_mtime_ns(entry))
+        # versions and locators may hold any text
+        self._versions.append(entry.version.encode("utf-8", "surrogatepass"))
+        self._digests.append(entry.digest.encode("utf-8", "surrogatepass") if entry.digest else b"")
+        self._locators.append(entry.locator.encode("utf-8", "surrogatepass"))
+
+    def _freeze(self) -> Listing:
+        self.kinds = bytes(self.kinds)
+        for column in (self.names, self._versions, self._digests, self._locators):
+            column.freeze()
+        return self
+
+    def _picked(self, order: Sequence[int]) -> Listing:
+        """The entries at these places, in this order; unpublished."""
+        found = Listing()
+        found.names = _Strings(map(self.names.raw, order))
+        found.kinds = bytes(self.kinds[index] for index in order)
+        found.sizes = array("Q", (self.sizes[index] for index in order))
+        found.mtimes = array("Q", (self.mtimes[index] for index in order))
+        found._versions = _Strings(map(self._versions.raw, order))
+        found._digests = _Strings(map(self._digests.raw, order))
+        found._locators = _Strings(map(self._locators.raw, order))
+        return found._freeze()
+
+    def without(self, names: set[bytes]) -> Listing:
+        """The same entries less these names; unpublished."""
+        return self._picked([index for index in range(len(self)) if self.names.raw(index) not in names])
 
     def __len__(self) -> int:
         return len(self.kinds)
 
-    def adopt(self, entries: Sequence[Entry]) -> bool:
-        """Whether these are the same entries; then their locators, which are no part of what is shown, become ours."""
-        if (
-            len(entries) != len(self)
-            or self.kinds != bytes(e.kind for e in entries)
-            or self.sizes.tolist() != [e.size for e in entries]
-            or self.names != _Strings([e.name for e in entries])
-            or self._versions != _Strings([e.version for e in entries])
-            or self._digests != _Strings([e.digest or "" for e in entries])
-        ):
-            return False
-        locators = _Strings([e.locator for e in entries])
-        if locators != self._locators:
-            self._locators = locators
-        return True
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the sizes."""
+        return sum(self.sizes)
+
+    def has_same_content(self, other: Listing) -> bool:
+        """Whether both show the same names and versions; times and locators may differ."""
+        return (
+            self.kinds == other.kinds
+            and self.sizes == other.sizes
+            and self.names == other.names
+            and self._versions == other._versions
+            and self._digests == other._digests
+        )
+
+    def adopt_locators(self, other: Listing) -> None:
+        """Take the locators of a listing with the same content: they are no part of what is shown."""
+        if other._locators != self._locators:
+            self._locators = other._locators
+
+    def fingerprint(self) -> bytes:
+        """16 bytes that tell whether two listings have the same content, also over restarts."""
+        digest = xxh3_128()
+        digest.update(self.kinds)
+        digest.update(self.sizes)
+        for column in (self.names, self._versions, self._digests):
+            column.feed(digest)
+        return digest.digest()
 
     def find(self, name: bytes) -> int:
         """Index of a name, -1 if it is not there."""
         index = bisect.bisect_left(range(len(self)), name, key=self.names.raw)
         return index if index < len(self) and self.names.raw(index) == name else -1
 
+    def is_same_version(self, index: int, other: Listing, place: int) -> bool:
+        """Whether two entries of one name are the same inode: the same version of a file, or both a directory."""
+        if self.kinds[index] != other.kinds[place]:
+            return False
+        return self.kinds[index] == EntryKind.DIRECTORY or (
+            self.sizes[index] == other.sizes[place]
+            and self._versions.raw(index) == other._versions.raw(place)
+            and self._digests.raw(index) == other._digests.raw(place)
+        )
+
     def entry(self, index: int) -> Entry:
+        """The entry at a place; its time is the one that is shown."""
         return Entry(
             self.names[index], EntryKind(self.kinds[index]), self.sizes[index], self.mtimes[index],
             self._versions[index], self._digests[index] or None, self._locators[index],
         )  # fmt: skip
 
+    def directories(self) -> Iterator[bytes]:
+        """The names of its directories."""
+        at = self.kinds.find(EntryKind.DIRECTORY)
+        while at >= 0:
+            yield self.names.raw(at)
+            at = self.kinds.find(EntryKind.DIRECTORY, at + 1)
 
-def same_version(a: Entry, b: Entry) -> bool:
-    """Whether two entries of one name are the same inode: the same version of a file, or both a directory."""
-    if a.kind is EntryKind.DIRECTORY or b.kind is EntryKind.DIRECTORY:
-        return a.kind is b.kind
-    return (a.kind, a.size, a.version, a.digest) == (b.kind, b.size, b.version, b.digest)
+
+def merged(old: Listing, new: Listing) -> Iterator[tuple[int, int]]:
+    """(place in old or -1, place in new or -1) of every name of either, in order."""
+    left, right = 0, 0
+    while left < len(old) and right < len(new):
+        a, b = old.names.raw(left), new.names.raw(right)
+        yield (left if a <= b else -1), (right if b <= a else -1)
+        left += a <= b
+        right += b <= a
+    yield from ((index, -1) for index in range(left, len(old)))
+    yield from ((-1, index) for index in range(right, len(new)))
+
+
+class _Draft:
+    """A listing of which pages still come: entries that can stand in a directory; others are counted."""
+
+    __slots__ = ("_folder", "_is_sorted", "_last", "_listing", "_refused_count", "_refused_example")
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._listing = Listing()
+        self._is_sorted = True
+        self._last = b""
+        self._refused_count = 0
+        self._refused_example = ""
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            fault = _fault(self._folder, entry)
+            if fault is not None:
+                self._refused_count += 1
+                self._refused_example = self._refused_example or f"{entry.name!r} {fault}"
+                continue
+            name = entry.name.encode()
+            self._is_sorted = self._is_sorted and name > self._last
+            self._last = name
+            self._listing._append(name, entry)
+
+    def finish(self) -> Listing:
+        """The listing, sorted, each name once: a directory goes before a file, else the first. Says what is left
+        out.
+        """
+        if self._refused_count:
+            logger.warning(
+                "%s: %d names of the source cannot be shown, for instance %s",
+                self._folder or "the root", self._refused_count, self._refused_example,
+            )  # fmt: skip
+        found = self._listing
+        if self._is_sorted:
+            return found._freeze()
+        by_name: dict[bytes, int] = {}
+        for index, name in enumerate(found.names):
+            if name not in by_name or found.kinds[index] == EntryKind.DIRECTORY:
+                by_name[name] = index
+        return found._picked([by_name[name] for name in sorted(by_name)])
+
+
+class Drafts:
+    """What one look at a source brings, directory by directory, page by page.
+
+    Nothing of it may be published before the look is over: a directory may come in several pages.
+    """
+
+    def __init__(self, path: str) -> None:
+        """path: the directory that is looked at, inside its source; it exists even if no page comes."""
+        self._path = path
+        self.clear()
+
+    def add(self, path: str, entries: Iterable[Entry]) -> None:
+        """A page: some of the entries of the directory at `path`, the one looked at or one below it."""
+        draft = self._drafts.get(path)
+        if draft is None:
+            draft = self._drafts[path] = _Draft(path)
+        draft.add(entries)
+
+    def clear(self) -> None:
+        """The look starts over."""
+        self._drafts = {self._path: _Draft(self._path)}
+
+    def paths(self) -> list[str]:
+        """The directories it has, each after the one it stands in, those below one name of the root together."""
+        return sorted(self._drafts, key=lambda path: path.split("/"))
+
+    def take(self, path: str) -> Listing:
+        """The finished listing of a directory; it is no longer held here."""
+        return self._drafts.pop(path).finish()
+
+
+def _fault(folder: str, entry: Entry) -> str | None:
+    """Why an entry cannot stand in a directory, None if it can. folder: the directory's path inside its source."""
+    plain = len(entry.name) < 64 and _PLAIN(entry.name) is not None  # asked 300,000 times
+    fault = None if plain else name_fault(entry.name)
+    if fault is None and entry.kind is EntryKind.SYMLINK:
+        fault = _link_fault(folder, entry.version)
+    if fault is None and not 0 <= entry.size <= _SIZE_MAX:
+        fault = f"has the size {entry.size}"
+    return fault
 
 
 def _link_fault(folder: str, target: str) -> str | None:
@@ -115,31 +305,3 @@ def _link_fault(folder: str, target: str) -> str | None:
     if any(name_fault(part) for part in parts[up_count:] if part != "."):
         return f"is a link to {target!r}"
     return None
-
-
-def legal_entries(folder: str, entries: Sequence[Entry]) -> list[Entry]:
-    """Entries that can stand in a directory, sorted by name; others are left out and said once.
-
-    folder: the directory's path inside its source.
-    """
-    by_name: dict[bytes, Entry] = {}
-    refused: list[str] = []
-    for entry in entries:
-        plain = len(entry.name) < 64 and _PLAIN(entry.name) is not None  # asked 300,000 times
-        fault = None if plain else name_fault(entry.name)
-        if fault is None and entry.kind is EntryKind.SYMLINK:
-            fault = _link_fault(folder, entry.version)
-        if fault is None and not 0 <= entry.size <= _SIZE_MAX:
-            fault = f"has the size {entry.size}"
-        if fault is not None:
-            refused.append(f"{entry.name!r} {fault}")
-            continue
-        name = entry.name.encode()
-        if name not in by_name or entry.kind is EntryKind.DIRECTORY:
-            by_name[name] = entry
-    if refused:
-        logger.warning(
-            "%s: %d names of the source cannot be shown, for instance %s",
-            folder or "the root", len(refused), refused[0],
-        )  # fmt: skip
-    return [by_name[name] for name in sorted(by_name)]

@@ -20,11 +20,14 @@ from mfs.control import mountinfo
 from mfs.errors import ConfigError, MfsError
 from mfs.fuse import kernel, session
 from mfs.fuse.operations import Operations, OwnerConfig
-from mfs.namespace import Changes, Namespace, Page
+from mfs.listing import Drafts
+from mfs.namespace import Changes, Directory, Namespace
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
 from mfs.reader import ObjectReader
+from mfs.refresh import Next, Refresher
 from mfs.sources import shown_url
+from mfs.tree_record import TreeRecord
 from mfs.types import Entry, EntryKind, ObjectId
 from mfs.workers.frames import Frame
 from mfs.workers.pool import PoolConfig, Priority, WorkerPool
@@ -59,10 +62,16 @@ class Mount:
         ssd = config.cache_dir is not None
         self.cache = ChunkCache(CacheConfig(config.timeout_s, ssd), self.memory, self.pool)
         self.prefetcher = Prefetcher(
-            PrefetchConfig(max(2, config.connections_count - 2), self.memory.slots_count // 2, ssd),
+            PrefetchConfig(max(2, config.connections_count - 2), ssd),
             self.cache, self.pool, self._siblings,
         )  # fmt: skip
         self.namespace = Namespace([source.name for source in config.sources], self._list, self._identity)
+        self.namespace.on_published = self._published
+        self._refresher = Refresher(self.namespace, self._list, self._prepare)
+        self._record = TreeRecord(config.cache_dir) if config.cache_dir else None
+        self._unrecorded: dict[Directory, None] = {}
+        """Published, and not yet written down, in that order."""
+        self._something_unrecorded = trio.Event()
         self.oplog = OpLog([source.name for source in config.sources])
         self.cache.on_filled = self._filled
         self.reader = ObjectReader(self.cache, self.prefetcher, self.pool, self.oplog)
@@ -89,6 +98,7 @@ class Mount:
         """
         await self.memory.populate(SLOTS_COUNT_MIN)
         async with self.pool.running():
+            await self._recall()
             await self._look_at_sources()
             label = self.config.sources[0].url if len(self.config.sources) == 1 else "registry"
             async with trio.open_nursery() as nursery:
@@ -100,6 +110,7 @@ class Mount:
                     nursery.start_soon(self.memory.populate)
                     nursery.start_soon(self._maintain)
                     nursery.start_soon(self._refresh_when_told)
+                    nursery.start_soon(self._keep_record)
                     if self.config.refresh_s is not None:
                         nursery.start_soon(self._refresh_regularly, self.config.refresh_s)
                     await self._settle()
@@ -138,6 +149,7 @@ class Mount:
         with trio.move_on_after(_CLOSING_S, shield=True):
             self.cache.save_partial(older_than_s=0)
             await self._flush_uses()
+            await self._write_record()
             await self.cache.wait_saved()
 
     # -- from time to time
@@ -172,7 +184,7 @@ class Mount:
 
     async def refresh(self) -> Changes:
         """List the sources again, publish what changed, tell the kernel."""
-        changes = await self.namespace.refresh()
+        changes = await self._refresher.refresh()
         session.invalidate_names(changes.names)
         self.refreshed = RefreshState(time.time(), changes.errors)
         for line in changes.errors:
@@ -192,6 +204,36 @@ class Mount:
             await self.refresh()
             await trio.sleep(_REFRESH_SOON_S)
 
+    # -- times that outlive a remount
+
+    async def _recall(self) -> None:
+        """Before anything is listed: what directories showed when they were last mounted."""
+        if self._record is not None:
+            records, latest_ns = await trio.to_thread.run_sync(self._record.load, self.pool.identities)
+            self.namespace.adopt_records(records, latest_ns)
+
+    def _published(self, directory: Directory) -> None:
+        if self._record is not None:
+            self._unrecorded[directory] = None
+            self._something_unrecorded.set()
+
+    async def _keep_record(self) -> None:
+        while True:
+            await self._something_unrecorded.wait()
+            await self._write_record()
+
+    async def _write_record(self) -> None:
+        """Write down what was published since the last time."""
+        self._something_unrecorded = trio.Event()
+        directories, self._unrecorded = list(self._unrecorded), {}
+        rows = [
+            (self._identity(d.source), d.path, d.mtime_ns, d.listing.fingerprint(), d.listing.mtimes.tobytes())
+            for d in directories
+            if d.listing is not None and not d.removed
+        ]
+        if rows and self._record is not None:
+            await trio.to_thread.run_sync(self._record.save, rows)
+
     # -- what the parts ask each other
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
@@ -202,21 +244,20 @@ class Mount:
                 state.source, state.object.path, span, fill.mask, result["origin_bytes"], result["ssd_bytes"], ahead
             )
 
-    async def _list(self, source: int, path: str) -> AsyncIterator[Page]:
-        pages: list[Page] = []
-
+    async def _list(self, source: int, path: str, drafts: Drafts) -> None:
         def on_part(part: Frame) -> None:
             if "again" in part:
-                pages.clear()
+                drafts.clear()
             else:
                 directory, entries = part["page"]
-                pages.append((directory, [_entry(fields) for fields in entries]))
+                drafts.add(directory, map(_entry, entries))
 
         await self.pool.call(
             "list_directory", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part
         )
-        for page in pages:
-            yield page
+
+    async def _prepare(self, source: int, coming: Sequence[Next]) -> None:
+        """What is about to be published."""
 
     def _identity(self, source: int) -> str:
         return self.pool.identities[source]

@@ -1,8 +1,12 @@
 """The tree: paths to directories and objects. No bytes, no FUSE, no I/O of its own (listings come through a callable).
 
-A directory is listed when somebody first looks into it, and published whole. A refresh lists again and publishes the
-difference: what is unchanged keeps its inode, changed bytes get a new one, and a directory's mtime moves forward
-exactly when its visible children change. Once published, metadata never fails: a failed refresh leaves the old tree.
+A directory is listed when somebody first looks into it, and published whole; `mfs.refresh` lists again. What is
+unchanged then keeps its inode, changed bytes get a new one, and a directory's time moves forward exactly when its
+visible children change. Once published, metadata never fails.
+
+Times. A file shows its source's time as long as it is the same version. A directory shows its source's, or 1970, until
+its children change for the first time; then the time of that publication, later than any time ever shown here, so that
+whoever remembers the latest time of a tree sees every change. `mfs.tree_record` carries both over remounts.
 
 Inode numbers are never reused. Listings are columns, not objects: about 120 bytes a file, so that 300,000 shards fit
 into 40 MB. Everything belongs to the trio thread.
@@ -10,29 +14,24 @@ into 40 MB. Everything belongs to the trio thread.
 
 from __future__ import annotations
 
-import logging
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import trio
 
 from mfs.errors import MfsError, NotFoundError
-from mfs.listing import Listing, legal_entries, same_version
+from mfs.listing import EPOCH_NS, Drafts, Listing, merged
+from mfs.tree_record import Record
 from mfs.types import Entry, EntryKind, ObjectId
 
-logger = logging.getLogger(__name__)
-
 ROOT_INODE = 1
-_EPOCH_NS = 10**9  # mtime of a directory whose source has none: the same on every mount, and not zero
 _TURN_S = 0.005  # of publishing without giving way to readers
-_REFRESH_PARALLEL = 4
 
-Page = tuple[str, list[Entry]]
-Lister = Callable[[int, str], AsyncIterator[Page]]
-"""(source number, path inside the source) -> pages as `sources.base.Source.list` gives them."""
+Lister = Callable[[int, str, Drafts], Awaitable[None]]
+"""(source number, path inside the source, what to fill): see `sources.base.Source.list`. Raises: MfsError."""
 Identity = Callable[[int], str]
 """Source number -> its identity, as ObjectIds carry it."""
 
@@ -65,7 +64,7 @@ class Directory:
         self.name = name
         self.source = source
         self.path = path
-        self.mtime_ns = mtime_ns or _EPOCH_NS
+        self.mtime_ns = mtime_ns or EPOCH_NS
         self.listing: Listing | None = None
         self.loading: _Loading | None = None
         self.removed = False
@@ -120,17 +119,43 @@ class Namespace:
         self._orphans: dict[int, Node] = {}
         """Files that left the tree and that the kernel still knows."""
         self._directories: dict[int, Directory] = {}
-        self._refreshing = trio.Lock()
+        self._records: dict[tuple[int, str], Record] = {}
+        """By (source, path): what directories looked like when they were last mounted, until they are published."""
+        self._latest_ns = 0
+        """No time shown here was ever later."""
         self._published_count = 0
+        self.listed_bytes = 0
+        """Sum of the sizes in all listings."""
+        self.files_count = 0
+        """Entries in all listings."""
+        self.on_published: Callable[[Directory], None] | None = None
+        """Told of a directory that was listed for the first time or shows something new."""
         single = list(mounts) == [""]
         self.root = self._directories[ROOT_INODE] = Directory(ROOT_INODE, None, "", 0 if single else -1, "", 0)
         if not single:
             numbers = {name: number for number, name in enumerate(mounts)}
             entries = [Entry(name, EntryKind.DIRECTORY) for name in mounts]
-            listing = self._publish(self.root, entries, Changes())
+            drafts = Drafts("")
+            drafts.add("", entries)
+            listing = self.publish(self.root, drafts.take(""), Changes())
             for i, inode in enumerate(listing.inodes):
                 name = listing.names[i]
                 self._directories[inode] = Directory(inode, self.root, name, numbers[name], "", 0)
+
+    def adopt_records(self, records: Mapping[tuple[int, str], Record], latest_ns: int) -> None:
+        """Take over the times of an earlier mount, before anything is listed.
+
+        records: by (source, path). latest_ns: the latest time among them.
+        """
+        self._records = dict(records)
+        self._latest_ns = max(self._latest_ns, latest_ns)
+        for directory in self._directories.values():
+            directory.mtime_ns = self._time_of(directory.source, directory.path, directory.mtime_ns)
+
+    def _time_of(self, source: int, path: str, listed_ns: int) -> int:
+        """The time of a directory nobody has looked into yet."""
+        record = self._records.get((source, path))
+        return record.mtime_ns if record else listed_ns
 
     # -- looking
 
@@ -153,13 +178,13 @@ class Namespace:
         path = f"{owner.path}/{entry.name}" if owner.path else entry.name
         if entry.kind is EntryKind.DIRECTORY:
             known = self._directories.get(inode)
-            mtime_ns = known.mtime_ns if known else entry.mtime_ns or _EPOCH_NS
+            mtime_ns = known.mtime_ns if known else self._time_of(owner.source, path, entry.mtime_ns)
             return Node(inode, entry.kind, 0, mtime_ns, owner.source, path, None, "")
         if entry.kind is EntryKind.SYMLINK:
             size = len(entry.version.encode())
-            return Node(inode, entry.kind, size, entry.mtime_ns or _EPOCH_NS, owner.source, path, None, entry.version)
+            return Node(inode, entry.kind, size, entry.mtime_ns, owner.source, path, None, entry.version)
         obj = ObjectId(self._identity(owner.source), path, entry.size, entry.version, entry.digest, entry.locator)
-        return Node(inode, entry.kind, entry.size, entry.mtime_ns or _EPOCH_NS, owner.source, path, obj, "")
+        return Node(inode, entry.kind, entry.size, entry.mtime_ns, owner.source, path, obj, "")
 
     def directory(self, inode: int) -> Directory | None:
         """The directory with this inode, None if it is none."""
@@ -176,7 +201,7 @@ class Namespace:
     def directory_at(self, source: int, path: str) -> Directory | None:
         """The listed directory at a path inside a source, None if nobody has looked there."""
         tops = [d for d in self._directories.values() if d.source == source and d.path == ""]
-        return self._below(tops[0], path) if tops and path else tops[0] if tops else None
+        return self.below(tops[0], path) if tops else None
 
     async def lookup(self, parent: Directory, name: bytes) -> Node | None:
         """The child with this name, None if there is none. Lists the directory if nobody has."""
@@ -248,7 +273,7 @@ class Namespace:
                 continue
             loading = directory.loading = _Loading()
             try:
-                await self._load(directory, Changes(), set())
+                await self._load(directory)
             except MfsError as error:
                 loading.error = error
                 raise
@@ -257,122 +282,131 @@ class Namespace:
                 loading.done.set()
         return directory.listing
 
-    async def _load(self, directory: Directory, changes: Changes, seen: set[int]) -> None:
+    async def _load(self, directory: Directory) -> None:
         """List a directory at its source and publish it, and whatever came along below it."""
-        started = self._published_count
-        pages: dict[str, list[Entry]] = {directory.path: []}
-        async for path, entries in self._lister(directory.source, directory.path):
-            pages.setdefault(path, []).extend(entries)
-        # No checkpoint within what stands in one child of the directory, a model say: a reader sees the old one or the
-        # new. Between them there may be: 300,000 files at once would hold up every read for seconds.
+        started, drafts = self._published_count, Drafts(directory.path)
+        await self._lister(directory.source, directory.path, drafts)
+        # No checkpoint within what stands in one child of the directory, a model say. Between them there may be:
+        # 300,000 files at once would hold up every read for seconds.
         child, turn_ends = "", time.monotonic() + _TURN_S
-        for path in sorted(pages, key=lambda path: path.split("/")):
+        for path in drafts.paths():
             top = path[len(directory.path) :].lstrip("/").partition("/")[0]
             if top != child and time.monotonic() > turn_ends:
                 await trio.lowlevel.checkpoint()
                 turn_ends = time.monotonic() + _TURN_S
             child = top
-            target = directory if path == directory.path else self._below(directory, path)
-            # Somebody may have looked for himself meanwhile, later than we did.
-            if target is not None and not target.removed and target.published <= started:
-                self._publish(target, pages[path], changes)
-                seen.add(target.inode)
+            target = self.below(directory, path)
+            if target is not None and not self.is_newer(target, started):
+                self.publish(target, drafts.take(path), Changes())
 
-    def _below(self, top: Directory, path: str) -> Directory | None:
-        """The directory at a path of top's source; its parents are published."""
+    def below(self, top: Directory, path: str) -> Directory | None:
+        """The directory at a path of top's source, top itself or one below; None if nothing published leads there."""
         current: Directory | None = top
-        for part in path[len(top.path) :].strip("/").split("/"):
+        for part in [part for part in path[len(top.path) :].split("/") if part]:
             if current is None or current.listing is None:
                 return None
             index = current.listing.find(part.encode())
             current = self.directory(current.listing.inodes[index]) if index >= 0 else None
         return current
 
-    async def refresh(self) -> Changes:
-        """List again what was listed, publish what changed. A source that fails keeps its old tree and is named.
+    def tops(self) -> list[Directory]:
+        """The directories that stand for sources."""
+        return [directory for directory in self._directories.values() if directory.source >= 0 and not directory.path]
 
-        Cancellation: what was published stays.
+    @property
+    def published_count(self) -> int:
+        """How many listings were published so far."""
+        return self._published_count
+
+    def is_listed(self, inode: int) -> bool:
+        """Whether this is a directory that has a listing."""
+        directory = self._directories.get(inode)
+        return directory is not None and directory.listing is not None
+
+    def is_newer(self, directory: Directory, published_count: int) -> bool:
+        """Whether a listing asked for when `published_count` were published comes too late for a directory: it is gone,
+        or somebody has looked for himself meanwhile.
         """
-        changes, seen = Changes(), set[int]()
-        async with self._refreshing:  # of two at once, the one that looked first could publish last
-            by_depth: dict[int, list[Directory]] = {}
-            for directory in self._directories.values():
-                if directory.listing is not None and directory.source >= 0:
-                    by_depth.setdefault(directory.path.count("/") + bool(directory.path), []).append(directory)
-            # Parents first: a source may bring all below a directory along, and a child that is gone is not asked for.
-            for depth in sorted(by_depth):
-                await self._refresh_all(by_depth[depth], changes, seen)
-        return changes
-
-    async def _refresh_all(self, pending: list[Directory], changes: Changes, seen: set[int]) -> None:
-        async def worker() -> None:
-            while pending:
-                directory = pending.pop()
-                if directory.inode in seen or directory.removed:
-                    continue
-                seen.add(directory.inode)
-                try:
-                    await self._load(directory, changes, seen)
-                except MfsError as error:
-                    changes.errors.append(str(error))
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(min(_REFRESH_PARALLEL, len(pending))):
-                nursery.start_soon(worker)
+        return directory.removed or directory.published > published_count
 
     # -- publishing
 
-    def _publish(self, directory: Directory, entries: Sequence[Entry], changes: Changes) -> Listing:
-        """Make these the directory's entries. No checkpoint."""
-        kept = legal_entries(directory.path, entries)
+    def publish(self, directory: Directory, new: Listing, changes: Changes) -> Listing:
+        """Make this the directory's listing; returns the one that counts. No checkpoint."""
         old = directory.listing
         self._published_count += 1
         directory.published = self._published_count
-        if old is not None and old.adopt(kept):  # by far the most common, and the only one that must be fast
+        if old is None:
+            self._recall(directory, new)
+            new.inodes = self._new_inodes(len(new))
+            if len(new):  # all at once: a loop over 300,000 would hold up readers
+                first = new.inodes[0]
+                self._owner[first:] = array("Q", (directory.inode,)) * len(new)
+                self._index[first:] = array("I", range(len(new)))
+        elif old.has_same_content(new):  # by far the most common, and the only one that must be fast
+            old.adopt_locators(new)
             return old
-        inodes: list[int] = []
-        gone = set(old.inodes) if old else set()
-        moved = False
-        replaced: set[str] = set()
-        for index, entry in enumerate(kept):
-            place = old.find(entry.name.encode()) if old else -1
-            before = old.entry(place) if old and place >= 0 else None
-            if old and before is not None and same_version(before, entry):
-                inode = old.inodes[place]
-                gone.discard(inode)
-                kept[index] = before._replace(locator=entry.locator)
-            else:
-                inode = self._new_inode()
-                moved = True
-                if before is None:
-                    changes.added_count += old is not None
-                else:
-                    changes.changed_count += 1
-                    replaced.add(entry.name)
-                if old is not None:
-                    changes.names.append((directory.inode, entry.name))
-            inodes.append(inode)
-        if old is not None:
-            for inode in gone:
-                name = old.names[self._index[inode]]
-                self._orphan(inode)
-                if name not in replaced:
-                    changes.removed_count += 1
-                    changes.names.append((directory.inode, name))
-            if moved or gone:
-                directory.mtime_ns = max(directory.mtime_ns + 1, time.time_ns())
-        listing = directory.listing = Listing(kept, inodes)
-        for index, inode in enumerate(inodes):
-            self._owner[inode] = directory.inode
-            self._index[inode] = index
-        return listing
+        else:
+            self._replace(directory, old, new, changes)
+            for index, inode in enumerate(new.inodes):
+                self._owner[inode] = directory.inode
+                self._index[inode] = index
+        self._latest_ns = max(self._latest_ns, max(new.mtimes, default=0), directory.mtime_ns)
+        directory.listing = new
+        self._count(new, +1)
+        if self.on_published is not None and directory.source >= 0:
+            self.on_published(directory)
+        return new
 
-    def _new_inode(self) -> int:
-        inode = len(self._owner)
-        self._owner.append(0)
-        self._index.append(0)
-        self._lookups.append(0)
-        return inode
+    def _recall(self, directory: Directory, new: Listing) -> None:
+        """A directory is published for the first time: what it showed before holds on if it is unchanged since."""
+        record = self._records.pop((directory.source, directory.path), None)
+        if record is None:
+            return
+        if record.fingerprint == new.fingerprint() and len(record.times) == 8 * len(new):
+            new.mtimes = array("Q", record.times)
+        else:
+            directory.mtime_ns = self._later()
+
+    def _replace(self, directory: Directory, old: Listing, new: Listing, changes: Changes) -> None:
+        """Give the new listing its inodes and times; name what the kernel must ask again."""
+        directory.mtime_ns = self._later()
+        inodes = array("Q")
+        for place, index in merged(old, new):
+            if index < 0:
+                changes.removed_count += 1
+                changes.names.append((directory.inode, old.names[place]))
+                self._orphan(old.inodes[place])
+            elif place >= 0 and old.is_same_version(place, new, index):
+                inodes.append(old.inodes[place])
+                new.mtimes[index] = old.mtimes[place]
+            else:
+                inodes.extend(self._new_inodes(1))
+                changes.names.append((directory.inode, new.names[index]))
+                if place < 0:
+                    changes.added_count += 1
+                    continue
+                changes.changed_count += 1
+                self._orphan(old.inodes[place])
+                if new.mtimes[index] == old.mtimes[place]:
+                    new.mtimes[index] = directory.mtime_ns
+        new.inodes = inodes
+        self._count(old, -1)
+
+    def _later(self) -> int:
+        """A time later than any shown before, now if the clocks agree."""
+        self._latest_ns = max(time.time_ns(), self._latest_ns + 1)
+        return self._latest_ns
+
+    def _count(self, listing: Listing, sign: int) -> None:
+        self.listed_bytes += sign * listing.total_bytes
+        self.files_count += sign * len(listing)
+
+    def _new_inodes(self, count: int) -> array[int]:
+        first = len(self._owner)
+        for column in (self._owner, self._index, self._lookups):
+            column.frombytes(bytes(count * column.itemsize))
+        return array("Q", range(first, first + count))
 
     def _orphan(self, inode: int) -> None:
         """An inode leaves the tree; what the kernel still knows stays answerable."""
@@ -389,21 +423,14 @@ class Namespace:
         self._owner[inode] = 0
 
     def _orphan_children(self, directory: Directory) -> None:
-        for inode in directory.listing.inodes if directory.listing else ():
-            self._orphan(inode)
-        directory.listing = Listing([], [])
+        old = directory.listing
+        if old is not None:
+            for inode in old.inodes:
+                self._orphan(inode)
+            self._count(old, -1)
+        directory.listing = Listing()
 
     @property
     def listed_count(self) -> int:
         """Directories with a listing."""
         return sum(1 for d in self._directories.values() if d.listing is not None)
-
-    @property
-    def listed_bytes(self) -> int:
-        """Sum of the sizes in all listings."""
-        return sum(sum(d.listing.sizes) for d in self._directories.values() if d.listing is not None)
-
-    @property
-    def files_count(self) -> int:
-        """Entries in all listings."""
-        return sum(len(d.listing) for d in self._directories.values() if d.listing is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfs.errors import NotFoundError, StoreError
-from mfs.namespace import Directory, Namespace, Node, Page
+from mfs.listing import Drafts
+from mfs.namespace import Changes, Directory, Namespace, Node
+from mfs.refresh import Next, Refresher
 from mfs.types import Entry, EntryKind
 
 FILE, DIRECTORY, SYMLINK = EntryKind
@@ -55,7 +57,7 @@ class Origin:
             if p.startswith(prefix) and "/" not in p[len(prefix) :]
         }
 
-    async def list(self, source: int, path: str) -> AsyncIterator[Page]:
+    async def list(self, source: int, path: str, drafts: Drafts) -> None:
         self.listed.append(path)
         if self.gate is not None:
             await self.gate.wait()
@@ -71,12 +73,34 @@ class Origin:
         for directory in below:
             entries = list(self.children(directory).values())
             middle = len(entries) // 2
-            yield directory, entries[:middle]  # in several pages, in no order
-            yield directory, entries[middle:]
+            drafts.add(directory, entries[:middle])  # in several pages, in no order
+            drafts.add(directory, entries[middle:])
 
 
-def make(origin: Origin) -> Namespace:
-    return Namespace([""], origin.list, lambda source: "test://origin")
+class Tree(Namespace):
+    """A namespace of one source that looks again when told."""
+
+    def __init__(self, origin: Origin) -> None:
+        super().__init__([""], origin.list, lambda source: "test://origin")
+        self.prepared: list[str] = []
+        """Directories that were announced before they were published."""
+        self.unprepared: set[str] = set()
+        """Directories for which that fails."""
+        self._refresher = Refresher(self, origin.list, self._prepare)
+
+    async def refresh(self) -> Changes:
+        return await self._refresher.refresh()
+
+    async def _prepare(self, source: int, coming: Sequence[Next]) -> None:
+        await trio.lowlevel.checkpoint()
+        for path, _, _ in coming:
+            self.prepared.append(path)
+            if path in self.unprepared:
+                raise StoreError(f"{path}: not to be had")
+
+
+def make(origin: Origin) -> Tree:
+    return Tree(origin)
 
 
 async def children(tree: Namespace, directory: Directory) -> dict[str, Node]:

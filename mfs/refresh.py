@@ -1,0 +1,225 @@
+"""Looking again: lists what was listed, and publishes what changed, one model at a time.
+
+A *unit* is what is published in one turn: each directory at the root of a source, or the whole source where its root is
+a model itself. Of a unit everything is listed first, what was looked into before and what is new in it; then what must
+be there beforehand is brought (`prepare`); then all its directories change between two checkpoints. So no reader sees
+half of a new version, and a unit that cannot be listed or prepared keeps its old tree while the others go on.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import trio
+
+from mfs.errors import MfsError
+from mfs.listing import Drafts, Listing
+from mfs.namespace import Changes, Directory, Lister, Namespace
+from mfs.types import EntryKind
+
+_PARALLEL = 4
+_NEW_LISTINGS_MAX = 1000
+"""Directories listed because they are new, for one unit; those beyond are listed when somebody looks."""
+_TURN_S = 0.005  # without giving way to readers
+_UNITS_PER_TURN = 64
+_MODEL_FILE = re.compile(rb"config\.json|config\.pbtxt|model_index\.json|.*\.(safetensors|gguf|onnx|bin|pt|pth)")
+
+Next = tuple[str, Listing, Listing | None]
+"""(directory path inside the source, what it shows next, what it shows now)."""
+Prepare = Callable[[int, Sequence[Next]], Awaitable[None]]
+"""(source, what is about to be published). An MfsError keeps it from that."""
+
+
+class Refresher:
+    """Refreshes one namespace."""
+
+    def __init__(self, namespace: Namespace, lister: Lister, prepare: Prepare) -> None:
+        self._namespace = namespace
+        self._lister = lister
+        self._prepare = prepare
+        self._refreshing = trio.Lock()
+
+    async def refresh(self) -> Changes:
+        """List again what was listed, publish what changed. What fails keeps its old tree and is named.
+
+        Cancellation: what was published stays.
+        """
+        changes = Changes()
+        async with self._refreshing, trio.open_nursery() as nursery:  # of two at once, the first could publish last
+            for top in self._namespace.tops():
+                if top.listing is not None:
+                    nursery.start_soon(self._refresh_source, top, changes)
+        return changes
+
+    async def _refresh_source(self, top: Directory, changes: Changes) -> None:
+        look = _Look(self._namespace, self._lister, top)
+        try:
+            await look.at("")
+            root = look.pages[""]
+            if any(_MODEL_FILE.fullmatch(name) for name in root.names):
+                paths = await look.at_all_below("")
+                await self._prepare(top.source, look.changed(paths))
+                look.publish(paths, changes)
+                return
+        except MfsError as error:
+            changes.errors.append(str(error))
+            return
+        await _Units(look, self._prepare, changes).refresh()
+
+
+class _Units:
+    """The units of one source on their way to publication."""
+
+    def __init__(self, look: _Look, prepare: Prepare, changes: Changes) -> None:
+        self._look = look
+        self._prepare = prepare
+        self._changes = changes
+        self._root = look.pages.pop("")
+        old = look.top.listing
+        assert old is not None
+        known = {old.names.raw(i): old.inodes[i] for i in range(len(old)) if old.kinds[i] == EntryKind.DIRECTORY}
+        self._coming = {name for name in self._root.directories() if name not in known and old.find(name) < 0}
+        """New names: shown once what is below them is whole."""
+        self._waiting = [name for name in self._root.directories() if name not in known or look.is_listed(known[name])]
+        self._ready: list[tuple[bytes, list[str]]] = []
+
+    async def refresh(self) -> None:
+        """Bring all units as far as they come."""
+        self._publish_root()
+        async with trio.open_nursery() as nursery:
+            for _ in range(_PARALLEL):
+                nursery.start_soon(self._list_units, nursery)
+
+    async def _list_units(self, nursery: trio.Nursery) -> None:
+        turn_ends = time.monotonic() + _TURN_S
+        while self._waiting:
+            name = self._waiting.pop()
+            try:
+                paths = await self._look.at_all_below(name.decode())
+            except MfsError as error:
+                self._changes.errors.append(str(error))
+                continue
+            if name in self._coming or self._look.changed(paths):
+                # By itself: preparing one model may take long, and the others need not wait for it.
+                nursery.start_soon(self._finish, name, paths)
+            else:
+                self._look.publish(paths, self._changes)
+            if time.monotonic() > turn_ends:
+                await trio.lowlevel.checkpoint()
+                turn_ends = time.monotonic() + _TURN_S
+
+    async def _finish(self, name: bytes, paths: list[str]) -> None:
+        try:
+            await self._prepare(self._look.top.source, self._look.changed(paths))
+        except MfsError as error:
+            self._changes.errors.append(f"{name.decode()} is not published: {error}")
+            return
+        self._ready.append((name, paths))
+        await trio.lowlevel.checkpoint()  # others may become ready: new names of one turn cost the root one change
+        ready, self._ready = self._ready[:_UNITS_PER_TURN], self._ready[_UNITS_PER_TURN:]
+        # no checkpoint from here on
+        shown = self._coming.intersection(name for name, _ in ready)
+        self._coming -= shown
+        if shown:
+            self._publish_root()
+        for _, below in ready:
+            self._look.publish(below, self._changes)
+
+    def _publish_root(self) -> None:
+        self._look.pages[""] = self._root.without(self._coming) if self._coming else self._root
+        self._look.publish([""], self._changes)
+
+
+class _Look:
+    """One look at a source: what its directories show next."""
+
+    def __init__(self, namespace: Namespace, lister: Lister, top: Directory) -> None:
+        self._namespace = namespace
+        self._lister = lister
+        self._started = namespace.published_count
+        self.top = top
+        self.pages: dict[str, Listing] = {}
+        """By path; each leaves when it is published."""
+        self._shown: dict[int, int] = {}
+        """By inode of a directory we published: when."""
+
+    async def at(self, path: str) -> None:
+        """List a directory, and what comes along below it. Raises: MfsError."""
+        drafts = Drafts(path)
+        await self._lister(self.top.source, path, drafts)
+        turn_ends = time.monotonic() + _TURN_S
+        for found in drafts.paths():
+            self.pages[found] = drafts.take(found)
+            if time.monotonic() > turn_ends:
+                await trio.lowlevel.checkpoint()
+                turn_ends = time.monotonic() + _TURN_S
+
+    async def at_all_below(self, path: str) -> list[str]:
+        """List a directory and all below it that was listed before or is new; their paths, each after its parent's.
+
+        Raises: MfsError, the first of all.
+        """
+        found: list[str] = []
+        level, new_count = [path], 0
+        while level:
+            await self._at_each([path for path in level if path not in self.pages])
+            found += level
+            below: list[str] = []
+            for path in level:
+                directory = self._namespace.below(self.top, path)
+                old = directory.listing if directory is not None else None
+                for name in self.pages[path].directories():
+                    child = f"{path}/{name.decode()}" if path else name.decode()
+                    place = old.find(name) if old is not None else -1
+                    if old is not None and place >= 0 and old.kinds[place] == EntryKind.DIRECTORY:
+                        wanted = child in self.pages or self.is_listed(old.inodes[place])
+                    else:
+                        wanted = child in self.pages or new_count < _NEW_LISTINGS_MAX
+                        new_count += child not in self.pages
+                    if wanted:
+                        below.append(child)
+            level = below
+        return found
+
+    async def _at_each(self, paths: list[str]) -> None:
+        errors: list[MfsError] = []
+
+        async def work() -> None:
+            while paths and not errors:
+                try:
+                    await self.at(paths.pop())
+                except MfsError as error:
+                    errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(_PARALLEL, len(paths))):
+                nursery.start_soon(work)
+        if errors:
+            raise errors[0]
+
+    def is_listed(self, inode: int) -> bool:
+        """Whether somebody has looked into a directory."""
+        return self._namespace.is_listed(inode)
+
+    def changed(self, paths: Iterable[str]) -> list[Next]:
+        """Those of the directories that show something else next."""
+        found: list[Next] = []
+        for path in paths:
+            directory = self._namespace.below(self.top, path)
+            old = directory.listing if directory is not None else None
+            if old is None or not old.has_same_content(self.pages[path]):
+                found.append((path, self.pages[path], old))
+        return found
+
+    def publish(self, paths: Iterable[str], changes: Changes) -> None:
+        """Publish what was found. No checkpoint."""
+        for path in paths:
+            listing = self.pages.pop(path)
+            directory = self._namespace.below(self.top, path)
+            if directory is None:
+                continue
+            if not self._namespace.is_newer(directory, self._shown.get(directory.inode, self._started)):
+                self._namespace.publish(directory, listing, changes)
+                self._shown[directory.inode] = directory.published

@@ -1,0 +1,104 @@
+"""What directories showed when they were last mounted: kept in the cache directory, so that times outlive a remount.
+
+A server that remembers the latest time of a tree (Triton does) must see neither a change where there is none nor miss
+one that came about while nothing was mounted. One row per directory, in <cache>/v1/tree.sqlite, shared by all mounts of
+a cache directory:
+
+    tree   source TEXT, path TEXT   identity of the source and path inside it: the key
+           mtime_ns INTEGER         the directory's own time
+           fingerprint BLOB         `Listing.fingerprint` of what it showed
+           times BLOB               the times of its entries in the order of the listing, uint64 each
+
+Everything here blocks: call it from a thread. A record that cannot be read or written costs times, never a mount.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+_BUSY_S = 5.0  # that another mount may take to write its rows
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS tree (
+    source TEXT NOT NULL, path TEXT NOT NULL, mtime_ns INTEGER NOT NULL, fingerprint BLOB NOT NULL, times BLOB NOT NULL,
+    PRIMARY KEY (source, path)
+) WITHOUT ROWID
+"""
+
+
+class Record(NamedTuple):
+    """What one directory showed."""
+
+    mtime_ns: int
+    fingerprint: bytes
+    times: bytes
+    """8 bytes an entry, native order."""
+
+
+Row = tuple[str, str, int, bytes, bytes]
+"""(identity of the source, path, then the fields of Record)."""
+
+
+class TreeRecord:
+    """The record of one cache directory."""
+
+    def __init__(self, cache_directory: Path) -> None:
+        self._file = cache_directory / "v1" / "tree.sqlite"
+
+    def load(self, identities: Sequence[str]) -> tuple[dict[tuple[int, str], Record], int]:
+        """The records of these sources by (number of the source, path), and the latest time in them.
+
+        A file that is none of ours, or damaged, is thrown away.
+        """
+        found: dict[tuple[int, str], Record] = {}
+        latest_ns = 0
+        try:
+            with self._open() as database:
+                for number, identity in enumerate(identities):
+                    for path, *fields in database.execute(
+                        "SELECT path, mtime_ns, fingerprint, times FROM tree WHERE source = ?", (identity,)
+                    ):
+                        record = Record(*fields)
+                        found[number, path] = record
+                        latest_ns = max(latest_ns, record.mtime_ns, max(array("Q", record.times), default=0))
+        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
+            logger.warning("%s cannot be read (%s): directories may show other times than before", self._file, error)
+            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+                with contextlib.suppress(OSError):
+                    self._file.unlink()
+            return {}, 0
+        return found, latest_ns
+
+    def save(self, rows: Iterable[Row]) -> bool:
+        """Write rows, replacing those of the same directories. Returns whether that went well; if not, says so."""
+        try:
+            with self._open() as database, database:
+                # What stands there with the same fingerprint was published by another mount, earlier: it holds for all.
+                database.executemany(
+                    "INSERT INTO tree VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET mtime_ns = excluded.mtime_ns, "
+                    "fingerprint = excluded.fingerprint, times = excluded.times "
+                    "WHERE fingerprint != excluded.fingerprint",
+                    rows,
+                )
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("%s cannot be written (%s): a remount may show other directory times", self._file, error)
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        database = sqlite3.connect(self._file, timeout=_BUSY_S)
+        try:
+            # No fsync: a power cut may damage the file, which then is thrown away.
+            database.execute("PRAGMA synchronous = OFF")
+            database.execute(_SCHEMA)
+            yield database
+        finally:
+            database.close()
