@@ -269,11 +269,11 @@ class TritonServer:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def loads(self, model: str) -> int:
-        """How often a version of the model was loaded so far."""
-        return len(re.findall(rf"successfully loaded '{re.escape(model)}'", self.log))
+        """How often a version of the model was loaded or begun to be, since the start."""
+        return len(re.findall(rf'"loading: {re.escape(model)}:\d+"', self.log))
 
     def unloads(self, model: str) -> int:
-        """How often a version of the model was unloaded so far."""
+        """How often a version of the model was unloaded since the start."""
         return len(re.findall(rf"successfully unloaded '{re.escape(model)}'", self.log))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -90,16 +91,15 @@ class TestVersions:
         for version in served:
             assert models.scale_of(server, name, int(version)) == int(version)
 
-    def test_a_new_version_is_loaded_and_the_others_are_not_touched(
-        self, repository: Repository, server: TritonServer
-    ) -> None:
+    def test_a_new_version_serves_beside_the_others(self, repository: Repository, server: TritonServer) -> None:
+        """Triton 2.51 starts the others anew too, on a local disk as here: the model's own directory has changed."""
         repository.add(models.model("grow", 1, extra="version_policy: { all { } }"))
         server.load("grow")
         repository.add(models.version("grow", 2))
         server.load("grow")
         assert server.versions("grow") == ["1", "2"]
+        assert models.scale_of(server, "grow", 1) == 1
         assert models.scale_of(server, "grow", 2) == 2
-        assert server.loads("grow") == 2  # one of each
 
     def test_rollback_by_taking_the_newest_version_away(self, repository: Repository, server: TritonServer) -> None:
         repository.add(models.model("back", 1, 2))
@@ -161,3 +161,26 @@ def test_a_version_without_its_weights_is_a_failed_load_and_the_one_before_serve
     repository.add(models.version("half", 2))
     server.load("half")
     assert models.scale_of(server, "half") == 2
+
+
+def test_a_remount_reloads_nothing(tmp_path: Path, serve: Serve) -> None:
+    """Directory times are the next mount's too. (Triton must not poll meanwhile: an unmounted repository is empty.)"""
+    repository = Repository(origins.FolderOrigin(tmp_path / "registry"), tmp_path / "m")
+    repository.publish(models.model("stays", 1))
+    paths = ["", "stays", "stays/1", "stays/2", "stays/2/model.safetensors"]
+    with repository.mount:
+        server = serve(repository.path, "--model-control-mode=explicit")
+        repository.add(models.version("stays", 2))  # so that times have moved since the mount began
+        server.load("stays")
+        before = times(repository, paths)
+    with repository.mount:
+        assert times(repository, paths) == before
+        server.load("stays")
+        assert server.loads("stays") == 1
+        assert models.scale_of(server, "stays") == 2
+
+
+def times(repository: Repository, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """What Triton compares."""
+    found = {path: repository.look(touching.stat, str(repository.path / path)) for path in paths}
+    return {path: (stat["st_mtime_ns"], stat["st_ctime_ns"]) for path, stat in found.items()}
