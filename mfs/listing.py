@@ -10,7 +10,7 @@ import bisect
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from xxhash import xxh3_64_intdigest, xxh3_128
 
@@ -212,11 +212,12 @@ class _Draft:
 
     __slots__ = ("_folder", "_is_sorted", "_last", "_listing", "_refused_count", "_refused_example")
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, begun: Listing | None = None) -> None:
+        """begun: entries that came before."""
         self._folder = folder
-        self._listing = Listing()
+        self._listing = Listing([begun.entry(index) for index in range(len(begun))] if begun is not None else ())
         self._is_sorted = True
-        self._last = b""
+        self._last = begun.names.raw(len(begun) - 1) if begun is not None and len(begun) else b""
         self._refused_count = 0
         self._refused_example = ""
 
@@ -257,29 +258,42 @@ class Drafts:
     Nothing of it may be published before the look is over: a directory may come in several pages.
     """
 
-    def __init__(self, path: str) -> None:
-        """path: the directory that is looked at, inside its source; it exists even if no page comes."""
+    def __init__(self, path: str, known: Callable[[str], Listing | None] = lambda path: None) -> None:
+        """path: the directory that is looked at, inside its source; it exists even if no page comes.
+
+        known: what a directory shows now. It stands for what is found where that is the same, so that a tree of which
+        little changes is not held twice.
+        """
         self._path = path
+        self._known = known
         self.clear()
 
     def add(self, path: str, entries: Iterable[Entry]) -> None:
         """A page: some of the entries of the directory at `path`, the one looked at or one below it."""
-        draft = self._drafts.get(path)
-        if draft is None:
-            draft = self._drafts[path] = _Draft(path)
-        draft.add(entries)
+        if path != self._open_path:
+            self._settle()
+            self._open_path, self._open = path, _Draft(path, self._settled.pop(path, None))
+        self._open.add(entries)
 
     def clear(self) -> None:
         """The look starts over."""
-        self._drafts = {self._path: _Draft(self._path)}
+        self._settled: dict[str, Listing] = {}
+        self._open_path, self._open = self._path, _Draft(self._path)
 
-    def paths(self) -> list[str]:
-        """The directories it has, each after the one it stands in, those below one name of the root together."""
-        return sorted(self._drafts, key=lambda path: path.split("/"))
+    def finish(self) -> dict[str, Listing]:
+        """The listings of all directories by path, each after the one it stands in, those below one name of the root
+        together. The end of these drafts.
+        """
+        self._settle()
+        return dict(sorted(self._settled.items(), key=lambda item: item[0].split("/")))
 
-    def take(self, path: str) -> Listing:
-        """The finished listing of a directory; it is no longer held here."""
-        return self._drafts.pop(path).finish()
+    def _settle(self) -> None:
+        """Pages of another directory come: usually this one is complete."""
+        found, known = self._open.finish(), self._known(self._open_path)
+        if known is not None and known.has_same_content(found):
+            known.adopt_locators(found)
+            found = known
+        self._settled[self._open_path] = found
 
 
 def _fault(folder: str, entry: Entry) -> str | None:

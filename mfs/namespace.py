@@ -137,7 +137,7 @@ class Namespace:
             entries = [Entry(name, EntryKind.DIRECTORY) for name in mounts]
             drafts = Drafts("")
             drafts.add("", entries)
-            listing = self.publish(self.root, drafts.take(""), Changes())
+            listing = self.publish(self.root, drafts.finish()[""], Changes())
             for i, inode in enumerate(listing.inodes):
                 name = listing.names[i]
                 self._directories[inode] = Directory(inode, self.root, name, numbers[name], "", 0)
@@ -289,7 +289,7 @@ class Namespace:
         # No checkpoint within what stands in one child of the directory, a model say. Between them there may be:
         # 300,000 files at once would hold up every read for seconds.
         child, turn_ends = "", time.monotonic() + _TURN_S
-        for path in drafts.paths():
+        for path, listing in drafts.finish().items():
             top = path[len(directory.path) :].lstrip("/").partition("/")[0]
             if top != child and time.monotonic() > turn_ends:
                 await trio.lowlevel.checkpoint()
@@ -297,7 +297,7 @@ class Namespace:
             child = top
             target = self.below(directory, path)
             if target is not None and not self.is_newer(target, started):
-                self.publish(target, drafts.take(path), Changes())
+                self.publish(target, listing, Changes())
 
     def below(self, top: Directory, path: str) -> Directory | None:
         """The directory at a path of top's source, top itself or one below; None if nothing published leads there."""
@@ -343,7 +343,7 @@ class Namespace:
                 first = new.inodes[0]
                 self._owner[first:] = array("Q", (directory.inode,)) * len(new)
                 self._index[first:] = array("I", range(len(new)))
-        elif old.has_same_content(new):  # by far the most common, and the only one that must be fast
+        elif new is old or old.has_same_content(new):  # by far the most common, and the only one that must be fast
             old.adopt_locators(new)
             return old
         else:

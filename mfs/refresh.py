@@ -147,14 +147,14 @@ class _Look:
 
     async def at(self, path: str) -> None:
         """List a directory, and what comes along below it. Raises: MfsError."""
-        drafts = Drafts(path)
+        drafts = Drafts(path, self._now)
         await self._lister(self.top.source, path, drafts)
-        turn_ends = time.monotonic() + _TURN_S
-        for found in drafts.paths():
-            self.pages[found] = drafts.take(found)
-            if time.monotonic() > turn_ends:
-                await trio.lowlevel.checkpoint()
-                turn_ends = time.monotonic() + _TURN_S
+        self.pages |= drafts.finish()
+
+    def _now(self, path: str) -> Listing | None:
+        """What a directory shows now, None if it is not listed."""
+        directory = self._namespace.below(self.top, path)
+        return directory.listing if directory is not None else None
 
     async def at_all_below(self, path: str) -> list[str]:
         """List a directory and all below it that was listed before or is new; their paths, each after its parent's.
@@ -168,8 +168,7 @@ class _Look:
             found += level
             below: list[str] = []
             for path in level:
-                directory = self._namespace.below(self.top, path)
-                old = directory.listing if directory is not None else None
+                old = self._now(path)
                 for name in self.pages[path].directories():
                     child = f"{path}/{name.decode()}" if path else name.decode()
                     place = old.find(name) if old is not None else -1
@@ -207,9 +206,8 @@ class _Look:
         """Those of the directories that show something else next."""
         found: list[Next] = []
         for path in paths:
-            directory = self._namespace.below(self.top, path)
-            old = directory.listing if directory is not None else None
-            if old is None or not old.has_same_content(self.pages[path]):
+            old = self._now(path)
+            if old is None or (old is not self.pages[path] and not old.has_same_content(self.pages[path])):
                 found.append((path, self.pages[path], old))
         return found
 
