@@ -1,0 +1,130 @@
+"""One registry of models for all tests here: made once, on a real S3 server and behind nginx, mounted anew by each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mfs.testing.mounting import TestMount
+from tests.mount import origins
+from tests.mount.conftest import folder, mounted
+from tests.servers.nginx import NginxServer
+from tests.servers.swift import SwiftServer
+
+__all__ = ["folder", "mounted"]
+
+_MAKING_S = 120.0
+SNAPSHOT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
+"""A commit, as the Hub's cache names its snapshots."""
+HUB_CACHE = "hf-home/hub/models--sentence-transformers--all-MiniLM-L6-v2"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, minilm_dir: Path) -> Path:
+    """The checkpoints of `tests.frameworks.models` on local disk: what the mount is compared with."""
+    folder = tmp_path_factory.mktemp("models")
+    made = subprocess.run(
+        [sys.executable, "-m", "tests.frameworks.models", str(folder), str(minilm_dir)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=_MAKING_S, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr[-4000:]
+    return folder
+
+
+class Registry:
+    """Where the models stand, by kind of server; what can be mounted."""
+
+    def __init__(self, models: Path, swift: SwiftServer, bucket: str, nginx: NginxServer) -> None:
+        self.models = models
+        self._swift, self._bucket, self._nginx = swift, bucket, nginx
+        self._there: set[tuple[str, str]] = set()
+        self._web = origins.WebOrigin(nginx)
+
+    def s3(self, model: str) -> origins.S3Origin:
+        """The bucket, with this model in it."""
+        origin = origins.S3Origin(self._swift, self._bucket, "prod")
+        for name, file in self._missing("s3", model):
+            origin.client.upload_file(str(file), self._bucket, f"prod/{name}")
+        return origin
+
+    def web(self, model: str) -> origins.WebOrigin:
+        """The web server's folder, with this model in it."""
+        for name, file in self._missing("web", model):
+            target = self._web.root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, target)
+            target.chmod(0o644)
+        return self._web
+
+    def s3_hub_cache(self) -> origins.S3Origin:
+        """The model as a Hub cache was uploaded: no links there, so the files stand under `snapshots` themselves."""
+        origin = self.s3("minilm")
+        if ("s3", HUB_CACHE) not in self._there:
+            self._there.add(("s3", HUB_CACHE))
+            client, key = origin.client, f"prod/{HUB_CACHE}"
+            client.put_object(Bucket=self._bucket, Key=f"{key}/refs/main", Body=SNAPSHOT.encode())
+            for file in files_below(self.models / "minilm"):
+                name = file.relative_to(self.models / "minilm")
+                source = {"Bucket": self._bucket, "Key": f"prod/minilm/{name}"}
+                # Not copy_object: of a file uploaded in parts Swift 2.38 makes a copy whose listed etag no GET gives.
+                client.copy(source, self._bucket, f"{key}/snapshots/{SNAPSHOT}/{name}")
+        return origin
+
+    def _missing(self, server: str, model: str) -> list[tuple[str, Path]]:
+        if (server, model) in self._there:
+            return []
+        self._there.add((server, model))
+        return [(str(file.relative_to(self.models)), file) for file in files_below(self.models / model)]
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.fixture(scope="session")
+def registry(models: Path, swift: SwiftServer, nginx: NginxServer) -> Iterator[Registry]:
+    bucket = "frameworks"
+    swift.client().create_bucket(Bucket=bucket)
+    yield Registry(models, swift, bucket, nginx)
+    swift.ensure_started()
+    swift.remove_bucket(bucket)
+
+
+@contextmanager
+def watching(mount: TestMount) -> Iterator[list[dict[str, Any]]]:
+    """What readers do meanwhile, as `mfs watch` tells it; complete when the block is left."""
+    records: list[dict[str, Any]] = []
+    begun, enough = threading.Event(), threading.Event()
+    caught_up = threading.Event()
+
+    def listen() -> None:
+        items = mount.client.watch()
+        for item in items:
+            begun.set()
+            records.extend(item["records"])
+            if enough.is_set():
+                if caught_up.is_set() and not item["records"]:
+                    break
+                caught_up.set()  # this item may have been made before `enough` was; the next was not
+        items.close()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    assert begun.wait(20), "the daemon does not tell what it does"
+    try:
+        yield records
+    finally:
+        enough.set()
+        listener.join(20)
+    assert not listener.is_alive()
+
+
+Watching = Callable[[TestMount], Any]
