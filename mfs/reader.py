@@ -18,7 +18,7 @@ from mfs.workers.pool import WorkerPool
 class OpenObject:
     """One handle on one object version."""
 
-    __slots__ = ("_cache", "_handle", "_log", "_prefetcher", "size", "state")
+    __slots__ = ("_cache", "_handle", "_log", "_prefetcher", "group", "size", "state")
 
     def __init__(self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher, log: OpLog) -> None:
         self.state = state
@@ -27,6 +27,7 @@ class OpenObject:
         self._handle = log.next_handle()
         self._prefetcher = prefetcher
         self.size = state.object.size
+        self.group = state.group
         prefetcher.opened(state)
         if log.watched:
             self._tell("open", size=self.size)

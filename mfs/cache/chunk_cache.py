@@ -10,6 +10,8 @@ in another fill. Between checkpoints the following holds:
 
 - a block of a chunk is valid, or in exactly one fill, or absent; `valid` only grows while the chunk has its slot;
 - a chunk with leases, fills or an SSD write under way keeps its slot; any other may lose it at the next checkpoint;
+- a chunk with fills under way counts in `_coming` for its model: a model whose origin hangs holds no more slots than
+  its share (see `workers.shares`), and whoever waits for a slot is woken when his model may take one;
 - a view returned by `read` is good until the caller's next checkpoint: pyfuse3 replies before it yields (handlers.pxi);
 - a fill belongs to the cache, not to the reader that caused it: a cancelled reader does not stop it, its error goes to
   those who wait for it, and the next reader starts a new one.
@@ -32,10 +34,12 @@ from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Frame, object_to_wire
 from mfs.workers.pool import ATTEMPTS_OVER_DEAD_WORKERS, Job, Priority, WorkerEndedError, WorkerPool
+from mfs.workers.shares import Group, Shares
 
 logger = logging.getLogger(__name__)
 
 _SAVE_PAUSE_S = 30.0  # without writes to SSD after the disk was full or failed
+_SLOTS_FOR_READERS = 2  # that a model's chunks brought ahead of need leave to its readers
 _CLEAN_SEARCH_COUNT = 64  # how far from the cold end to look for a slot that costs nothing to lose
 
 
@@ -58,11 +62,13 @@ class ChunkCache:
         self._pool = pool
         self._states: dict[tuple[str, int], ObjectState] = {}
         self._lru: OrderedDict[Chunk, None] = OrderedDict()
-        self._slot_freed = trio.Event()
+        slots_count = memory.slots_count
+        self._coming = Shares(slots_count * 3 // 4, hard=slots_count)
+        self._slot_waiters: dict[Group, trio.Event] = {}
         self._uses: dict[str, set[int]] = {}
         self.counters = CacheCounters()
-        self.unread_count = 0
-        """Chunks brought ahead of need that nobody has read yet."""
+        self.unread = Shares(slots_count, hard=slots_count)
+        """Slots of chunks brought ahead of need that nobody has read yet, and of those that `prefetch` has ordered."""
         self.save_suspended_until = 0.0
         """time.monotonic() until which nothing is written to SSD, because the disk was full or failed."""
         self.on_changed: Callable[[ObjectState], None] | None = None
@@ -139,7 +145,7 @@ class ChunkCache:
         chunk.delivered |= mask
         if chunk.unread:
             chunk.unread = False
-            self.unread_count -= 1
+            self.unread.give(chunk.state.group)
         self._lru.move_to_end(chunk)
         if chunk.saved:
             self._uses.setdefault(chunk.state.object.cache_id, set()).add(chunk.index)
@@ -164,11 +170,14 @@ class ChunkCache:
         with trio.move_on_at(deadline):
             while True:
                 chunk = state.chunks.get(index)
+                if not self._may_lease(state, chunk, mask, demand):
+                    await self._wait_for_slot(state.group)
+                    continue  # from the top: another reader may have brought this very chunk meanwhile
                 if chunk is None:
                     slot = self._take_slot_nowait(allow_loss=demand)
                     if slot is None:
-                        await self._slot_freed.wait()
-                        continue  # from the top: another reader may have brought this very chunk meanwhile
+                        await self._wait_for_slot(state.group)
+                        continue
                     chunk = state.chunks[index] = Chunk(state, index, slot)
                     self._lru[chunk] = None
                 chunk.leases += 1
@@ -183,6 +192,15 @@ class ChunkCache:
                 finally:
                     self.release(chunk)
         raise StoreError(f"{state.object}: no answer within {self._config.timeout_s:g} s")
+
+    def _may_lease(self, state: ObjectState, chunk: Chunk | None, mask: int, demand: bool) -> bool:
+        """Whether nothing new must come, or the model may have one more slot for what does."""
+        if chunk is not None and (chunk.fills or not mask & ~chunk.valid):
+            return True
+        return self._coming.may_take(state.group, leaving=0 if demand else _SLOTS_FOR_READERS)
+
+    async def _wait_for_slot(self, group: Group) -> None:
+        await self._slot_waiters.setdefault(group, trio.Event()).wait()
 
     def view(self, chunk: Chunk) -> memoryview:
         """The bytes of a leased chunk; only its valid blocks mean anything."""
@@ -213,6 +231,8 @@ class ChunkCache:
         rest = missing & ~under_way
         if rest:
             fill = Fill((rest | extra) & ~chunk.valid & ~under_way)
+            if not chunk.fills:
+                self._coming.take(chunk.state.group)
             chunk.fills.append(fill)
             self._submit_fill(chunk, fill, priority, self._config.timeout_s)
             first = first or fill
@@ -243,6 +263,8 @@ class ChunkCache:
                 self._submit_fill(chunk, fill, fill.job.priority, left_s)
                 return
         chunk.fills.remove(fill)
+        if not chunk.fills:
+            self._coming.give(chunk.state.group)
         if error is not None:
             self.counters.origin_errors += 1
             fill.error = error
@@ -267,11 +289,10 @@ class ChunkCache:
         fill.done.set()
         if error is None and chunk.complete:
             self._save(chunk)
-        if chunk.idle:
-            if not chunk.valid:
-                self._drop(chunk)
-            else:
-                self._wake_slot_waiters()
+        if chunk.idle and not chunk.valid:
+            self._drop(chunk)
+        else:
+            self._wake_slot_waiters()  # if not for a slot, then for the share
 
     # -- slots
 
@@ -311,15 +332,15 @@ class ChunkCache:
         del chunk.state.chunks[chunk.index]
         del self._lru[chunk]
         if chunk.unread:
-            self.unread_count -= 1
+            self.unread.give(chunk.state.group)
         self._memory.free.append(chunk.slot)
         self._forget_if_unused(chunk.state)
         self._wake_slot_waiters()
 
     def _wake_slot_waiters(self) -> None:
-        if self._slot_freed.statistics().tasks_waiting:
-            self._slot_freed.set()
-            self._slot_freed = trio.Event()
+        """Have those who may take a slot look again. Not the others: of a model that hangs there may be hundreds."""
+        for group in [group for group in self._slot_waiters if self._coming.may_take(group)]:
+            self._slot_waiters.pop(group).set()
 
     # -- saving
 
@@ -393,7 +414,7 @@ class ChunkCache:
             chunk.keep = chunk.keep or keep
             if ahead and fresh and not chunk.delivered and not chunk.unread:
                 chunk.unread = True
-                self.unread_count += 1
+                self.unread.take(state.group)
             if to_ssd:
                 await self._wait_on_ssd(chunk)
         finally:
@@ -442,6 +463,10 @@ class ChunkCache:
     @property
     def slots_used(self) -> int:
         return len(self._lru)
+
+    @property
+    def unread_count(self) -> int:
+        return self.unread.count
 
     @property
     def leases_count(self) -> int:

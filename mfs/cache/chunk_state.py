@@ -14,6 +14,7 @@ from mfs.errors import MfsError
 from mfs.types import ObjectId
 from mfs.workers.frames import object_to_wire
 from mfs.workers.pool import Job
+from mfs.workers.shares import group_of_file
 
 
 @dataclass
@@ -86,11 +87,13 @@ class Chunk:
 class ObjectState:
     """An object version somebody uses: its chunks in RAM and its place among the sources."""
 
-    __slots__ = ("chunks", "object", "source", "users", "wire")
+    __slots__ = ("chunks", "group", "object", "source", "users", "wire")
 
     def __init__(self, obj: ObjectId, source: int) -> None:
         self.object = obj
         self.source = source
+        self.group = group_of_file(source, obj.path)
+        """Whose share of the common bounds it uses."""
         self.chunks: dict[int, Chunk] = {}
         self.users = 0
         """Open handles and others that hold it."""

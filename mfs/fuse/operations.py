@@ -12,18 +12,21 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import pyfuse3
 import trio
 
-from mfs.errors import MfsError
+from mfs.errors import MfsError, StoreError
 from mfs.fuse.errnos import errno_of
+from mfs.fuse.kernel import MAX_BACKGROUND
 from mfs.listing import Listing
 from mfs.namespace import Directory, Namespace, Node
 from mfs.types import ByteRange, EntryKind
+from mfs.workers.shares import Group, Shares, group_of_directory
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -41,12 +44,15 @@ _INODE_CACHE_S = 3600.0
 """An inode never changes, so its attributes may be believed; directories change and are asked again after a second."""
 _DIRECTORY_CACHE_S = 1.0
 _STORE_TIMEOUT_S = 2.0
+_STORES_MAX = 4  # headers of one model on their way into the page cache, each in a thread
 
 
 class OpenFile(Protocol):
     """An open object: what `Reader.open` returns."""
 
     size: int
+    group: Group
+    """Whose share of the handlers its readers use."""
 
     async def read(self, span: ByteRange) -> memoryview | bytes: ...
 
@@ -124,7 +130,10 @@ class Operations(pyfuse3.Operations):
         self._open_directories: dict[int, _OpenDirectory] = {}
         self._handles_count = 0
         self._headed: set[int] = set()
-        self._storing_works = True
+        self._waiting = Shares(MAX_BACKGROUND)
+        """Handlers that wait for a source: each holds a task, and reads ahead hold the kernel's queue as well."""
+        self._storing = Shares(2 * _STORES_MAX)
+        self._storing_limiter = trio.CapacityLimiter(4 * _STORES_MAX)
         self.counters = ReadCounters()
 
     @property
@@ -143,7 +152,8 @@ class Operations(pyfuse3.Operations):
         elif name == b"..":
             node = self._node(parent.parent.inode if parent.parent else parent_inode)
         else:
-            node = await self._namespace.lookup(parent, name)
+            with self._wait_for(group_of_directory(parent.source, parent.path)):
+                node = await self._namespace.lookup(parent, name)
         if node is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         self._namespace.remember(node.inode)
@@ -214,18 +224,29 @@ class Operations(pyfuse3.Operations):
         A fault on the first page would have the kernel read around it, 4 MiB for a header of some KiB: too much for a
         loader that opens all shards to look at their tables. Safe where `notify_store` otherwise deadlocks: it waits
         for pages that a READ in flight holds, but here nobody waits for it on this loop, so that READ gets its answer.
+        Where that answer hangs, so does the thread; a model has no more of them than its share.
         """
-        header = await file.header()
-        if not header or not self._storing_works:
+        with self._wait_for(file.group):
+            header = await file.header()
+        if not header or not self._storing.may_take(file.group):
             return
-        with trio.move_on_after(_STORE_TIMEOUT_S) as scope:
+        self._storing.take(file.group)
+        ended = trio.Event()
+
+        async def store() -> None:
             try:
-                await trio.to_thread.run_sync(pyfuse3.notify_store, inode, 0, header, abandon_on_cancel=True)
-            except OSError as error:
+                await trio.to_thread.run_sync(
+                    pyfuse3.notify_store, inode, 0, header, abandon_on_cancel=True, limiter=self._storing_limiter
+                )
+            except Exception as error:  # the reader's own fault brings the bytes then
                 logger.info("header not stored in the page cache: %s", error)
-        if scope.cancelled_caught:
-            self._storing_works = False
-            logger.warning("the kernel did not take a header within %g s; not trying again", _STORE_TIMEOUT_S)
+            finally:
+                self._storing.give(file.group)
+                ended.set()
+
+        trio.lowlevel.spawn_system_task(store)  # it may outlive this handler
+        with trio.move_on_after(_STORE_TIMEOUT_S):
+            await ended.wait()
 
     @_translated
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -236,7 +257,8 @@ class Operations(pyfuse3.Operations):
         counters = self.counters
         counters.waiting += 1
         try:
-            view = await file.read(span)
+            with self._wait_for(file.group):
+                view = await file.read(span)
         except BaseException:
             counters.errors += 1
             raise
@@ -292,6 +314,20 @@ class Operations(pyfuse3.Operations):
         return value.encode()
 
     # -- helpers
+
+    @contextmanager
+    def _wait_for(self, group: Group) -> Iterator[None]:
+        """Hold a handler while a model may let it wait. Raises: StoreError where its share is used up."""
+        if not self._waiting.may_take(group):
+            raise StoreError(
+                f"{self._waiting.held(group)} requests wait for this model already, more than its share of "
+                f"{MAX_BACKGROUND}; the others go on"
+            )
+        self._waiting.take(group)
+        try:
+            yield
+        finally:
+            self._waiting.give(group)
 
     def _node(self, inode: int) -> Node:
         node = self._namespace.node(inode)

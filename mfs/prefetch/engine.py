@@ -2,9 +2,9 @@
 shards.
 
 Three kinds of work, in this order: what a reader's run will want next, the files whose weights are being taken, the
-shards beside them. A fixed number of tasks does it, so it is bounded; each order enters the cache by the same door as a
-read, at lower priority. What was fetched ahead and not read yet is bounded by half the RAM slots; beyond that, whole
-files go on to the SSD tier alone.
+shards beside them. Each order enters the cache by the same door as a read, at lower priority. Orders under way are
+bounded, and so are the RAM slots of what was fetched ahead and not read yet; beyond that, whole files go on to the SSD
+tier alone. Both bounds are shared among models (`workers.shares`): one that hangs stops nobody else's reading ahead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ from mfs.prefetch.pattern import AccessPattern
 from mfs.safetensors import header_bytes_needed
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.pool import WorkerPool
+from mfs.workers.shares import Group, Shares
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,10 @@ Siblings = Callable[[ObjectState], Sequence[tuple[ObjectId, int]]]
 class PrefetchConfig:
     """Bounds of fetching ahead."""
 
-    tasks_count: int
-    """Chunks fetched ahead at once."""
-    unread_slots_max: int
-    """RAM slots that may hold chunks nobody has read yet."""
+    orders_max: int
+    """Chunks fetched ahead at once for one model; for all together four times that at most."""
     ssd: bool
-    """Whether whole files may go on to SSD beyond that."""
+    """Whether whole files may go on to SSD once RAM is full of chunks nobody has read yet."""
 
 
 class _Track:
@@ -94,11 +93,10 @@ class Prefetcher:
         self._tracks: dict[ObjectState, _Track] = {}
         self._streams: dict[_Track, None] = {}
         """Tracks being streamed and not finished, in the order they began."""
-        self._urgent: deque[tuple[_Track, int]] = deque(maxlen=_URGENT_MAX)
-        self._urgent_set: set[tuple[_Track, int]] = set()
-        self._coming_count = 0
-        """Chunks on their way into RAM that nobody has read yet: they take slots as those that are there do."""
-        self._wanted = trio.Event()
+        self._urgent: dict[Group, OrderedDict[tuple[_Track, int], None]] = {}
+        """Chunks that runs will want next, by model."""
+        self._orders = Shares(2 * config.orders_max)
+        """Under way. Those that go to RAM count in the cache's `unread` meanwhile, as they will once they are there."""
         self._nursery: trio.Nursery | None = None
 
     # -- what readers tell
@@ -162,7 +160,7 @@ class Prefetcher:
     def queued_bytes(self) -> int:
         """What is meant to be fetched and is not yet."""
         chunks = sum(track.state.object.chunks_count - track.cursor for track in self._streams)
-        return (chunks + len(self._urgent)) * CHUNK_BYTES
+        return (chunks + sum(map(len, self._urgent.values()))) * CHUNK_BYTES
 
     # -- deciding
 
@@ -174,20 +172,20 @@ class Prefetcher:
         return track
 
     def _want(self, track: _Track, span: ByteRange) -> None:
+        urgent = self._urgent.setdefault(track.state.group, OrderedDict())
         for index in range(span.start // CHUNK_BYTES, -(-span.stop // CHUNK_BYTES)):
-            if not self._in_ram(track, index) and (track, index) not in self._urgent_set:
-                if len(self._urgent) == _URGENT_MAX:
-                    self._urgent_set.discard(self._urgent[0])
-                self._urgent.append((track, index))
-                self._urgent_set.add((track, index))
-        self._wake()
+            if not self._in_ram(track, index):
+                urgent[track, index] = None
+        while len(urgent) > _URGENT_MAX:
+            urgent.popitem(last=False)
+        self._go()
 
     def _stream(self, track: _Track) -> None:
         if not track.streaming:
             track.streaming = True
             self._streams[track] = None
             logger.info("streaming %s ahead of its readers", track.state.object.path)
-            self._wake()
+            self._go()
 
     @staticmethod
     def _in_ram(track: _Track, index: int) -> bool:
@@ -197,14 +195,17 @@ class Prefetcher:
     def _next(self) -> tuple[_Track, int, bool] | None:
         """(track, chunk, to SSD alone) of the next order; None if there is nothing to do now."""
         now = time.monotonic()
-        while self._urgent and not self._ram_is_full:
-            track, index = self._urgent.popleft()
-            self._urgent_set.discard((track, index))
-            if not track.dead and track.paused_until <= now and not self._in_ram(track, index):
-                return track, index, False
+        for group, urgent in list(self._urgent.items()):
+            while urgent and self._orders.may_take(group) and not self._ram_is_full(group):
+                (track, index), _ = urgent.popitem(last=False)
+                if not track.dead and track.paused_until <= now and not self._in_ram(track, index):
+                    return track, index, False
+            if not urgent:
+                del self._urgent[group]
         while streams := list(self._streams):
             for track in streams:
-                if track.paused_until <= now and not self._abandoned(track, now):
+                may_go = track.paused_until <= now and self._orders.may_take(track.state.group)
+                if may_go and not self._abandoned(track, now):
                     order = self._next_of(track)
                     if order is not None:
                         return order
@@ -212,13 +213,12 @@ class Prefetcher:
                 break
         return None
 
-    @property
-    def _ram_is_full(self) -> bool:
-        return self._cache.unread_count + self._coming_count >= self._config.unread_slots_max
+    def _ram_is_full(self, group: Group) -> bool:
+        return not self._cache.unread.may_take(group)
 
     def _next_of(self, track: _Track) -> tuple[_Track, int, bool] | None:
         """The stream's next chunk that is wanted. When all of it is there or on SSD, the next shard's stream begins."""
-        if not self._ram_is_full:
+        if not self._ram_is_full(track.state.group):
             while not track.finished:
                 index = track.cursor
                 track.cursor += 1
@@ -259,8 +259,6 @@ class Prefetcher:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                for _ in range(self._config.tasks_count):
-                    nursery.start_soon(self._work)
                 nursery.start_soon(self._housekeeping)
                 task_status.started()
         finally:
@@ -268,30 +266,31 @@ class Prefetcher:
             for track in list(self._tracks.values()):
                 self._drop(track)
 
-    def _wake(self) -> None:
-        if self._wanted.statistics().tasks_waiting:
-            self._wanted.set()
-            self._wanted = trio.Event()
-
-    async def _work(self) -> None:
-        while True:
-            order = self._next()
-            if order is None:
-                await self._wanted.wait()
-                continue
+    def _go(self) -> None:
+        """Begin all orders that there is room for."""
+        while self._nursery is not None and (order := self._next()) is not None:
             track, index, ssd_alone = order
             track.under_way += 1
-            self._coming_count += not ssd_alone
-            try:
-                await self._cache.bring(track.state, index, to_ssd=ssd_alone, ahead=not ssd_alone)
-            except ChangedError:
-                track.dead = True
-            except MfsError as error:
-                logger.info("fetching ahead pauses: %s", error)
-                track.paused_until = time.monotonic() + _PAUSE_S
-            finally:
-                track.under_way -= 1
-                self._coming_count -= not ssd_alone
+            self._orders.take(track.state.group)
+            if not ssd_alone:
+                self._cache.unread.take(track.state.group)
+            self._nursery.start_soon(self._bring, track, index, ssd_alone)
+
+    async def _bring(self, track: _Track, index: int, ssd_alone: bool) -> None:
+        group = track.state.group
+        try:
+            await self._cache.bring(track.state, index, to_ssd=ssd_alone, ahead=not ssd_alone)
+        except ChangedError:
+            track.dead = True
+        except MfsError as error:
+            logger.info("fetching ahead pauses: %s", error)
+            track.paused_until = time.monotonic() + _PAUSE_S
+        finally:
+            track.under_way -= 1
+            self._orders.give(group)
+            if not ssd_alone:
+                self._cache.unread.give(group)
+        self._go()
 
     def _stream_sibling(self, track: _Track) -> None:
         """A shard is on its way: go on with the next one that is not."""
@@ -342,7 +341,7 @@ class Prefetcher:
                 idle = not track.handles and not track.under_way and now - track.left_at > _LINGER_S
                 if idle and (track.finished or not track.streaming or self._abandoned(track, now)):
                     self._drop(track)
-            self._wake()
+            self._go()
 
     async def _learn_ssd(self, track: _Track) -> None:
         try:

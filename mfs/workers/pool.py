@@ -1,8 +1,8 @@
 """The daemon's side of the workers: who does which operation when, and what happens when a worker dies or hangs.
 
 Operations queue here, not in the workers, so that what a reader waits for overtakes what was fetched ahead. Three lanes
-have their own bounds: `origin` (fills), `disk` (SSD writes and tables) and `control` (listings). Everything here
-belongs to the trio thread; nothing blocks.
+have their own bounds: `origin` (fills) and `control` (listings), each source by itself and shared among its models (see
+`shares`), and `disk` (SSD writes and tables). Everything here belongs to the trio thread; nothing blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -27,6 +27,7 @@ import trio
 
 from mfs.errors import ConfigError, MfsError, StoreError, TransientStoreError, from_wire
 from mfs.workers.frames import Decoder, Frame, encode
+from mfs.workers.shares import NOBODY, Group, Shares, group_of_directory, group_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +65,21 @@ class PoolConfig:
     workers_count: int = 2
     """Processes. Two keep two cores busy with TLS; the socket copies dominate, not Python."""
     origin_limit: int = 16
-    """Fills under way at once, so also connections to the origin."""
+    """Fills under way at once for one model, so also connections. All models of a source together: at most four times
+    that, and twice that unless many hang."""
     background_limit: int = 14
     """Of those, how many may be fetched ahead: a reader always finds a connection."""
     disk_limit: int = 6
     control_limit: int = 4
+    """Listings under way at once below one directory of a source's root; a source as with fills."""
 
     def limit(self, lane: Lane) -> int:
         return {"origin": self.origin_limit, "disk": self.disk_limit, "control": self.control_limit}[lane]
+
+    @property
+    def connections_max(self) -> int:
+        """The most a source may need in one worker."""
+        return 4 * (self.origin_limit + self.control_limit)
 
 
 @dataclass(eq=False)
@@ -90,11 +98,43 @@ class Job:
     serial: int = 0
     started: bool = False
     lane: Lane = "disk"
+    group: Group = NOBODY
+    """Who asks: for whom it counts. Set by the pool."""
     deadline_s: float = math.inf
     """time.monotonic() after which the worker is taken for hung. Set by the pool."""
 
     def finish(self, result: Frame | None, error: MfsError | None) -> None:
         self.on_done(result, error)
+
+
+class _Line:
+    """One lane of one source: what waits, by model, and what runs."""
+
+    def __init__(self, lane: Lane, limit: int) -> None:
+        self.lane = lane
+        self.shares = Shares(2 * limit)
+        self.queues: dict[Group, list[tuple[int, int, Job]]] = {}
+
+    def push(self, job: Job) -> None:
+        heapq.heappush(self.queues.setdefault(job.group, []), (job.priority, job.serial, job))
+
+    def waiting(self) -> Iterator[Job]:
+        """What has not begun; a hurried job comes twice until its old place is skipped."""
+        return (job for queue in self.queues.values() for _, _, job in queue if not job.started)
+
+    def pop(self, background_leaving: int) -> Job | None:
+        """The most urgent job whose group may have one more."""
+        best: list[tuple[int, int, Job]] | None = None
+        for group, queue in list(self.queues.items()):
+            while queue and (queue[0][2].started or queue[0][0] != queue[0][2].priority):
+                heapq.heappop(queue)  # the stale half of a hurried job
+            if not queue:
+                del self.queues[group]
+                continue
+            leaving = background_leaving if queue[0][0] == Priority.BACKGROUND else 0
+            if (best is None or queue[0] < best[0]) and self.shares.may_take(group, leaving=leaving):
+                best = queue
+        return heapq.heappop(best)[2] if best else None
 
 
 @dataclass(eq=False)
@@ -112,6 +152,15 @@ class _Worker:
     """Set when `unsent` gets its first byte."""
 
 
+def _group_of(job: Job) -> Group:
+    arguments = job.arguments
+    if job.lane == "origin":
+        return group_of_file(arguments["source"], arguments["obj"][1])
+    if job.operation == "list_directory":
+        return group_of_directory(arguments["source"], arguments["path"])
+    return NOBODY
+
+
 def _nobody(result: Frame | None, error: MfsError | None) -> None:
     """Nobody waits for the answer."""
 
@@ -123,9 +172,8 @@ class WorkerPool:
         self._config = config
         self._slots_fd = slots_fd
         self._serials = itertools.count(1)
-        self._queues: dict[Lane, list[tuple[int, int, Job]]] = {"origin": [], "disk": [], "control": []}
-        self._running: dict[Lane, int] = {"origin": 0, "disk": 0, "control": 0}
-        self._running_background = 0
+        self._lines: dict[tuple[Lane, int], _Line] = {}
+        """By lane and source."""
         self._workers: list[_Worker] = []
         self._failed_start: MfsError | None = None
         self._changed = trio.Event()
@@ -141,20 +189,31 @@ class WorkerPool:
         """Queue a job; it starts as soon as its lane and a worker have room."""
         job.serial = next(self._serials)
         job.lane = _LANES.get(job.operation, "disk")
+        job.group = _group_of(job)
         job.deadline_s = time.monotonic() + job.timeout_s
         if self.closing:
             job.finish(None, StoreError("the mount is shutting down"))
             return
-        heapq.heappush(self._queues[job.lane], (job.priority, job.serial, job))
-        self._dispatch(job.lane)
+        self._enqueue(job)
+
+    def _enqueue(self, job: Job) -> None:
+        line = self._line(job)
+        line.push(job)
+        self._dispatch(line)
+
+    def _line(self, job: Job) -> _Line:
+        key = job.lane, job.group[0]
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = _Line(job.lane, self._config.limit(job.lane))
+        return line
 
     def hurry(self, job: Job) -> None:
         """A reader waits for this job now: move it ahead of everything fetched ahead of need."""
         if not job.started and job.priority is not Priority.DEMAND:
             job.priority = Priority.DEMAND
             job.deadline_s = time.monotonic() + job.timeout_s
-            heapq.heappush(self._queues[job.lane], (job.priority, job.serial, job))  # the old place is skipped
-            self._dispatch(job.lane)
+            self._enqueue(job)  # the old place is skipped
 
     async def call(
         self, operation: str, *, timeout_s: float = _DISK_TIMEOUT_S, on_part: Callable[[Frame], None] | None = None,
@@ -195,10 +254,10 @@ class WorkerPool:
     # -- gauges
 
     def inflight(self, lane: Lane) -> int:
-        return self._running[lane]
+        return sum(line.shares.count for line in self._lines.values() if line.lane == lane)
 
     def queued(self, lane: Lane) -> int:
-        return sum(1 for _, _, job in self._queues[lane] if not job.started)
+        return sum(1 for line in self._lines.values() if line.lane == lane for _ in line.waiting())
 
     @property
     def restarts_count(self) -> int:
@@ -213,30 +272,20 @@ class WorkerPool:
 
     # -- dispatch
 
-    def _dispatch(self, lane: Lane) -> None:
-        queue = self._queues[lane]
-        while queue and self._running[lane] < self._config.limit(lane):
-            priority, _, job = queue[0]
-            if job.started or priority != job.priority:
-                heapq.heappop(queue)  # the stale half of a hurried job
-                continue
-            background = lane == "origin" and job.priority is Priority.BACKGROUND
-            if background and self._running_background >= self._config.background_limit:
+    def _dispatch(self, line: _Line) -> None:
+        leaving = 2 * (self._config.origin_limit - self._config.background_limit) if line.lane == "origin" else 0
+        while workers := [w for w in self._workers if w.ready]:
+            job = line.pop(leaving)
+            if job is None:
                 return
-            workers = [w for w in self._workers if w.ready]
-            if not workers:
-                return
-            heapq.heappop(queue)
             if job.priority is Priority.DEMAND and time.monotonic() > job.deadline_s:
                 self._give_up(job)
-                continue
-            self._start(job, min(workers, key=lambda w: len(w.jobs)))
+            else:
+                self._start(line, job, min(workers, key=lambda w: len(w.jobs)))
 
-    def _start(self, job: Job, worker: _Worker) -> None:
+    def _start(self, line: _Line, job: Job, worker: _Worker) -> None:
         job.started = True
-        self._running[job.lane] += 1
-        if job.lane == "origin" and job.priority is Priority.BACKGROUND:
-            self._running_background += 1
+        line.shares.take(job.group)
         worker.jobs[job.serial] = job
         if job.priority is Priority.BACKGROUND:
             job.deadline_s = time.monotonic() + job.timeout_s
@@ -255,11 +304,10 @@ class WorkerPool:
 
     def _finished(self, worker: _Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
         del worker.jobs[job.serial]
-        self._running[job.lane] -= 1
-        if job.lane == "origin" and job.priority is Priority.BACKGROUND:
-            self._running_background -= 1
+        line = self._line(job)
+        line.shares.give(job.group)
         job.finish(result, error)
-        self._dispatch(job.lane)
+        self._dispatch(line)
 
     # -- processes
 
@@ -280,12 +328,12 @@ class WorkerPool:
                 yield
             finally:
                 self.closing = True
-                for lane in self._queues.values():
-                    for _, _, job in lane:
+                for line in self._lines.values():
+                    for job in list(line.waiting()):
                         if not job.started:
                             job.started = True
                             job.finish(None, StoreError("the mount is shutting down"))
-                    lane.clear()
+                    line.queues.clear()
                 nursery.cancel_scope.cancel()
 
     async def _wait_ready(self) -> None:
@@ -351,10 +399,8 @@ class WorkerPool:
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
             on_failure.pop_all()
-        config = self._config
-        threads_count = config.origin_limit + config.disk_limit + config.control_limit
         with contextlib.suppress(OSError):  # it may have died already; `_receive` will hear of it
-            ours.sendall(encode({**config.setup, "threads_count": threads_count}))
+            ours.sendall(encode({**self._config.setup, "connections_max": self._config.connections_max}))
         ours.setblocking(False)
         return _Worker(number, process, ours)
 
@@ -402,8 +448,8 @@ class WorkerPool:
             else:
                 worker.ready = True
                 self.identities = frame["result"]["identities"]
-                for lane in self._queues:
-                    self._dispatch(lane)
+                for line in list(self._lines.values()):
+                    self._dispatch(line)
             self._notify()
             return
         job = worker.jobs[frame["id"]]
@@ -432,8 +478,8 @@ class WorkerPool:
 
     def _expire_queued(self, now: float) -> None:
         """What a reader waits for fails in time, also when no worker is there to take it."""
-        for lane in self._queues.values():
-            for _, _, job in [item for item in lane if item[2].priority is Priority.DEMAND]:
+        for line in list(self._lines.values()):
+            for job in [job for job in line.waiting() if job.priority is Priority.DEMAND]:
                 if not job.started and now > job.deadline_s:
                     self._give_up(job)
 

@@ -52,28 +52,33 @@ def main() -> None:
             send({"id": 0, "error": to_wire(error)})
             return
         send({"id": 0, "result": {"hello": os.getpid(), "identities": jobs.identities}})
-        _serve(frames, jobs, send, setup["threads_count"])
+        _serve(frames, jobs, send)
     os._exit(0)  # threads may sit in a recv whose answer nobody wants any more
 
 
 def _open_jobs(setup: Frame, slots_fd: int) -> Jobs:
     slots = mmap.mmap(slots_fd, os.fstat(slots_fd).st_size)
     slots.madvise(_MADV_HUGEPAGE)
-    sources = [open_source(item["url"], SourceOptions(**item["options"])) for item in setup["sources"]]
+    connections_max = setup["connections_max"]
+    sources = [
+        open_source(item["url"], SourceOptions(**item["options"], connections_max=connections_max))
+        for item in setup["sources"]
+    ]
     ssd = SsdConfig(Path(setup["cache_dir"]), setup["cache_fsync"]) if setup["cache_dir"] else None
     return Jobs(sources, memoryview(slots), ssd)
 
 
-def _serve(frames: Iterator[Frame], jobs: Jobs, send: _Sender, threads_count: int) -> None:
-    # The daemon never has more operations under way here than there are threads, so this queue stays short.
+def _serve(frames: Iterator[Frame], jobs: Jobs, send: _Sender) -> None:
+    # A thread is begun when none is idle: as many as operations were under way here at once, which the daemon bounds.
     work: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-    for number in range(threads_count):
-        threading.Thread(target=_run, args=(work, jobs, send), name=f"job-{number}", daemon=True).start()
+    idle = threading.Semaphore(0)
     for frame in frames:
         work.put(frame)
+        if not idle.acquire(blocking=False):
+            threading.Thread(target=_run, args=(work, idle, jobs, send), daemon=True).start()
 
 
-def _run(work: queue.SimpleQueue[Frame], jobs: Jobs, send: _Sender) -> None:
+def _run(work: queue.SimpleQueue[Frame], idle: threading.Semaphore, jobs: Jobs, send: _Sender) -> None:
     while True:
         frame = work.get()
         serial, operation = frame.pop("id"), frame.pop("op")
@@ -86,6 +91,7 @@ def _run(work: queue.SimpleQueue[Frame], jobs: Jobs, send: _Sender) -> None:
         except Exception as error:
             answer = {"id": serial, "error": to_wire(error)}
             logger.debug("%s failed", operation, exc_info=True)
+        idle.release()
         send(answer)
 
 

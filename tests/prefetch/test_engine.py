@@ -13,6 +13,7 @@ import trio
 
 from mfs.cache.chunk_state import ObjectState
 from mfs.cache.chunks import full_mask
+from mfs.cache.ram import SLOTS_COUNT_MIN
 from mfs.errors import AccessError, NotFoundError
 from mfs.prefetch import engine
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
@@ -21,7 +22,7 @@ from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
 from tests.workers.rig import Rig, running_rig, until
 
 MIB = 1 << 20
-UNREAD_MAX = 6
+UNREAD_MAX = SLOTS_COUNT_MIN // 2  # what one model may have of the rig's slots
 
 
 class Model:
@@ -30,7 +31,7 @@ class Model:
     def __init__(self, rig: Rig, *, ssd: bool = True) -> None:
         self.rig = rig
         self.shards: list[ObjectId] = []
-        self.prefetcher = Prefetcher(PrefetchConfig(4, UNREAD_MAX, ssd), rig.cache, rig.pool, self.siblings)
+        self.prefetcher = Prefetcher(PrefetchConfig(4, ssd), rig.cache, rig.pool, self.siblings)
         self.unread_seen = 0
 
     def siblings(self, state: ObjectState) -> Sequence[tuple[ObjectId, int]]:

@@ -81,7 +81,7 @@ class Rig:
         for lane in ("origin", "disk", "control"):
             assert self.pool.inflight(lane) == 0, lane
             assert self.pool.queued(lane) == 0, lane
-        assert self.pool._running_background == 0
+        assert self.cache._coming.count == 0
         slots = [*self.memory.free, *(chunk.slot for chunk in self.cache._lru)]
         assert sorted(slots) == list(range(self.memory.usable_count))
         assert all(chunk.idle and chunk.valid for chunk in self.cache._lru)

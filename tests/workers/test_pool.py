@@ -204,7 +204,7 @@ async def test_what_is_queued_fails_in_time_though_no_worker_can_take_it(tmp_pat
             nursery.start_soon(partial(rig.pool.call, "list_directory", source=0, path=""))
             await until(lambda: rig.pool.inflight("control") == 1, "the first is given to the worker")
             with pytest.raises(StoreError, match=r"no answer within 0\.1 s"):
-                await rig.pool.call("stat_path", path="/", timeout_s=0.1)
+                await rig.pool.call("list_directory", source=0, path="", timeout_s=0.1)
             os.kill(pid, signal.SIGCONT)
         rig.assert_idle()
 
@@ -335,4 +335,28 @@ async def test_a_question_is_asked_again_when_its_worker_dies(tmp_path: Path) ->
                 os.kill(pid, signal.SIGKILL)
         assert parts[0] == {"again": True}
         assert [list(part) for part in parts if "again" not in part] == [["page"]]
+        rig.assert_idle()
+
+
+async def test_a_model_that_hangs_leaves_connections_to_another_and_a_source_to_a_source(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, origin_limit=4, background_limit=3) as rig:
+        obj, other = rig.put_ramp("m/model.bin", 16 * CHUNK_BYTES), rig.put_ramp("h/model.bin", CHUNK_BYTES)
+        gate, done = rig.gate(), list[str]()
+
+        def ask(name: str, source: int, obj: Any, slot: int, priority: Priority) -> None:
+            arguments = fill_arguments(obj, min(slot, obj.chunks_count - 1), 1, slot) | {"source": source}
+            rig.pool.submit(Job("fill", arguments, lambda r, e: done.append(name), priority))
+
+        for slot in range(10):
+            ask("m", 0, obj, slot, Priority.DEMAND)
+        await until(lambda: len(rig.origin_reads()) == 4, "the share of one model")
+        ask("ahead", 0, other, 10, Priority.BACKGROUND)
+        ask("other", 0, other, 11, Priority.DEMAND)
+        await until(lambda: len(rig.origin_reads()) == 6, "the other model's, in the same source")
+        assert rig.pool.inflight("origin") == 6
+        assert rig.pool.queued("origin") == 6
+        ask("elsewhere", 1, other, 12, Priority.DEMAND)  # the rig has no source 1: it fails at once, in a worker
+        await until(lambda: done == ["elsewhere"], "another source's")
+        gate.unlink()
+        await until(lambda: len(done) == 13, "all done")
         rig.assert_idle()

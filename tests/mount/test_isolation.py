@@ -1,0 +1,90 @@
+"""A model, or a source, that hangs delays no other: each of the bounds they share has room left for the others.
+
+The mounts here wait ten minutes before they give up. So whatever is answered while a model hangs did not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mfs.config import SourceConfig
+from mfs.testing import ramp
+from mfs.testing.mounting import TestMount
+from tests.mount import touching, waiting
+from tests.servers.liar import LiarServer, Lie
+from tests.servers.nginx import NginxServer
+
+MIB = 1 << 20
+HANGING_COUNT = 64
+WEIGHTS = ramp(5 * MIB + 3)
+OTHER = {"cold.bin": ramp(9 * MIB + 5, 7), "mapped.bin": ramp(9 * MIB + 5, 11), "warm.bin": ramp(5 * MIB + 1, 13),
+         "config.json": b"{}", "1/config.pbtxt": b"name: 'h'"}  # fmt: skip
+FOR_EVER_S = 600.0
+
+
+def publish(folder: Path, model: str, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        target = folder / model / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+
+def publish_many(folder: Path, model: str, *, suffix: str = ".bin") -> list[str]:
+    """Many names of the same bytes; returns their paths below `folder`."""
+    publish(folder, model, {f"0{suffix}": WEIGHTS})
+    names = [f"{model}/{number}{suffix}" for number in range(HANGING_COUNT)]
+    for name in names[1:]:
+        os.link(folder / names[0], folder / name)
+    return names
+
+
+@contextmanager
+def two_sources(tmp_path: Path, liar: LiarServer, nginx: NginxServer, **settings: float) -> Iterator[TestMount]:
+    """a/ is the liar with model h, b/ an nginx with model h; h/warm.bin of both was read."""
+    publish(liar.files, "h", OTHER)
+    folder = nginx.files / tmp_path.name
+    publish(folder, "h", OTHER)
+    sources = [SourceConfig(liar.url, "a"), SourceConfig(f"{nginx.url}{tmp_path.name}/", "b")]
+    with TestMount(tmp_path / "m", sources=sources, workers_count=2, **{"timeout_s": FOR_EVER_S} | settings) as mount:
+        for source in "ab":
+            mount.call(touching.read, str(mount.path / source / "h/warm.bin"))
+        yield mount
+
+
+def wait_for_readers(mount: TestMount, count: int) -> None:
+    assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] >= count)
+
+
+def use(mount: TestMount, model: str) -> None:
+    """Everything that a server does with a model, cold and warm; each step must end while another model hangs."""
+    path = mount.path / model
+    assert mount.call(touching.tree, str(path)) == {name: len(content) for name, content in OTHER.items()}
+    assert mount.call(touching.read, str(path / "1/config.pbtxt")) == OTHER["1/config.pbtxt"]
+    mount.call(touching.drop_pages, str(path / "warm.bin"))
+    assert mount.call(touching.read, str(path / "warm.bin")) == OTHER["warm.bin"]
+    assert mount.call(touching.pread, str(path / "cold.bin"), 4096, 5 * MIB) == OTHER["cold.bin"][5 * MIB :][:4096]
+    assert mount.call(touching.read, str(path / "cold.bin")) == OTHER["cold.bin"]
+    for name in ("mapped.bin", "warm.bin"):
+        assert mount.call(touching.map_file, str(path / name), "shared") == OTHER[name]
+
+
+@pytest.mark.parametrize("how", [waiting.read_together, waiting.map_together], ids=["pread", "mmap"])
+def test_a_model_that_hangs_delays_no_other_and_gets_its_bytes_when_it_recovers(
+    tmp_path: Path, liar: LiarServer, nginx: NginxServer, how: object
+) -> None:
+    names = publish_many(liar.files, "m")
+    with two_sources(tmp_path, liar, nginx) as mount:
+        liar.lie(Lie.SILENCE, pattern="/m/*.bin")
+        hanging = mount.outside()
+        hanging.start(how, [str(mount.path / "a" / name) for name in names])
+        wait_for_readers(mount, HANGING_COUNT)
+        use(mount, "a/h")
+        use(mount, "b/h")
+        assert hanging.is_busy()
+        liar.tell_truth()
+        assert hanging.finish(timeout_s=120) == [waiting.digest_of(WEIGHTS)] * HANGING_COUNT

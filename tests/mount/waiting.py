@@ -1,0 +1,58 @@
+"""Readers that wait together, for tests of what a model that hangs does to others: see `tests.mount.touching`."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+_libc = ctypes.CDLL(None)
+_libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+def read_together(paths: list[str]) -> list[str]:
+    """What each file holds (sha256), or the errno name of a read that failed; a thread for each."""
+    with ThreadPoolExecutor(len(paths)) as pool:
+        return list(pool.map(_read, paths))
+
+
+def map_together(paths: list[str]) -> list[str]:
+    """As `read_together`, through mappings: a failed read ends the process with SIGBUS."""
+    with ThreadPoolExecutor(len(paths)) as pool:
+        return list(pool.map(_map, paths))
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        parts, offset = [], 0
+        while part := os.pread(fd, 1 << 20, offset):
+            parts.append(part)
+            offset += len(part)
+        return digest_of(b"".join(parts))
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    finally:
+        os.close(fd)
+
+
+def _map(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+            copy = ctypes.create_string_buffer(size)
+            _libc.memcpy(copy, address, size)  # ctypes lets go of the GIL: a fault that waits stops only this thread
+            return digest_of(copy.raw)
+    except BufferError:  # the address' own reference may outlive the mapping by a moment
+        return digest_of(copy.raw)
+    finally:
+        os.close(fd)
