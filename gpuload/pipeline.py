@@ -5,6 +5,9 @@
                                                      queue the copies, put it back with their event     (trio)
                       lander: waits for the events in order, tells which transfers are complete         (thread)
 
+A source that lends its bytes where the device reaches them fills no buffer: the copies are queued from there, and the
+lander gives the loan back when their event has come. The bounded way to the lander bounds the loans.
+
 Where the CPU reaches device memory (`device.is_direct`) a batch of plain runs is read straight into its place: the same
 bytes by a shorter way, and tests/gpuload/test_pipeline.py holds both to be equal. There are no stop flags: the first
 failure cancels the nursery, and leaving it waits for the copies that are queued before any buffer is given back.
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -23,8 +26,9 @@ import trio
 from gpuload.device.base import Device, Event, Stream
 from gpuload.device.host import view_of
 from gpuload.errors import one_error
+from gpuload.moves import Runs, plan_moves, plan_parts
 from gpuload.plan import Batch, Piece
-from gpuload.source import Source
+from gpuload.source import Loan, Source, copy_out
 from gpuload.staging import Buffer, Ring, open_ring
 
 RunsOf = Callable[[Piece], Sequence[tuple[int, int]]]
@@ -75,7 +79,7 @@ async def move_batches(
     buffers_count = min(limits.buffers_count, len(batches)) if staged else 0
     threads = trio.CapacityLimiter(readers_count)
     feed_in, feed_out = trio.open_memory_channel[Batch](0)
-    events_in, events_out = trio.open_memory_channel[tuple[Event, Batch]](max(1, buffers_count))
+    events_in, events_out = trio.open_memory_channel[tuple[Event, Batch, Loan | None]](max(1, buffers_count))
     buffer_bytes = max(batch.nbytes for batch in batches) if staged else 0
     if lent is not None and lent.buffer_bytes < buffer_bytes:
         raise ValueError(f"a batch of {buffer_bytes} bytes does not fit the lent buffers of {lent.buffer_bytes}")
@@ -85,7 +89,7 @@ async def move_batches(
             for batch in batches:
                 await feed_in.send(batch)
 
-    async def read(own: trio.MemorySendChannel[tuple[Event, Batch]]) -> None:
+    async def read(own: trio.MemorySendChannel[tuple[Event, Batch, Loan | None]]) -> None:
         async with own:
             async for batch in feed_out:
                 if device.is_direct and _is_plain(batch):
@@ -94,20 +98,30 @@ async def move_batches(
                     continue
                 buffer = await ring.take()
                 try:
-                    await trio.to_thread.run_sync(_fill, batch, buffer, source, check, limits, limiter=threads)
-                    event = buffer.pending = queue_copies(stream, batch, buffer.staging.address, runs_of)
+                    sources, loan = await trio.to_thread.run_sync(
+                        _bring, batch, buffer, source, device, check, limits, limiter=threads
+                    )
+                    if loan is not None:
+                        loans.add(loan)
+                    event = queue_copies(stream, batch, sources, runs_of)
+                    if loan is None:
+                        buffer.pending = event
                 finally:
                     ring.put(buffer)
-                await own.send((event, batch))
+                await own.send((event, batch, loan))
 
     async def land() -> None:
-        async for event, batch in events_out:
+        async for event, batch, loan in events_out:
             await trio.to_thread.run_sync(event.wait, limits.step_timeout_s)
+            if loan is not None:
+                loan.release()
+                loans.remove(loan)
             landing.add(batch)
 
     with one_error():
         async with (
             _ring(lent, device, buffer_bytes, buffers_count) as ring,
+            _no_loans_left() as loans,
             _open_stream(device) as stream,
             trio.open_nursery() as nursery,
         ):
@@ -126,59 +140,62 @@ def move_one_by_one(
         if device.is_direct and _is_plain(batch):
             _read_direct(batch, source, runs_of, None)
             continue
-        stream, buffer = device.open_stream(), Buffer(device.alloc_staging(batch.nbytes))
+        stream, buffer, loan = device.open_stream(), Buffer(device.alloc_staging(batch.nbytes)), None
         try:
-            _fill(batch, buffer, source, None, limits)
-            queue_copies(stream, batch, buffer.staging.address, runs_of).wait(limits.step_timeout_s)
+            sources, loan = _bring(batch, buffer, source, device, None, limits)
+            queue_copies(stream, batch, sources, runs_of).wait(limits.step_timeout_s)
         finally:
             stream.close()
             buffer.staging.close()
+            if loan is not None:
+                loan.release()
 
 
-def queue_copies(stream: Stream, batch: Batch, address: int, runs_of: RunsOf) -> Event:
-    """Queue the copies of a filled buffer at `address`; the event says when the buffer may be filled again."""
+def queue_copies(stream: Stream, batch: Batch, sources: Runs, runs_of: RunsOf) -> Event:
+    """Queue the copies of a batch that stands at `sources`; the event says when those may be used otherwise again."""
     for piece in batch.pieces:
-        src = address + piece.start - batch.start
-        runs = runs_of(piece)
-        if piece.rows_count > 1 and len(runs) == 1:
-            stream.copy_in_rows(
-                runs[0][0],
-                src,
-                row_bytes=piece.row_bytes,
-                rows_count=piece.rows_count,
-                pitch_bytes=piece.pitch_bytes,
-            )
-        elif runs:
-            for dst, at, nbytes in _split_rows(piece, runs):
-                stream.copy_in(dst, src + at, nbytes)
+        for move in plan_moves(piece, piece.start - batch.start, sources, runs_of(piece)):
+            if move.rows_count == 1:
+                stream.copy_in(move.dst, move.src, move.row_bytes)
+            else:
+                stream.copy_in_rows(
+                    move.dst,
+                    move.src,
+                    row_bytes=move.row_bytes,
+                    rows_count=move.rows_count,
+                    pitch_bytes=move.pitch_bytes,
+                )
     return stream.record()
 
 
-def _split_rows(piece: Piece, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """(device address, offset in the buffer, nbytes) for rows that must be laid over several runs."""
-    waiting = list(runs)
-    for row in range(piece.rows_count):
-        at, left = row * piece.pitch_bytes, piece.row_bytes
-        while left:
-            dst, room = waiting[0]
-            n = min(room, left)
-            yield dst, at, n
-            at, left = at + n, left - n
-            if n == room:
-                waiting.pop(0)
-            else:
-                waiting[0] = (dst + n, room - n)
+def _bring(
+    batch: Batch, buffer: Buffer, source: Source, device: Device, check: Check | None, limits: Limits
+) -> tuple[Runs, Loan | None]:
+    """Have a batch where `device` can copy from: in place, on a loan that is now the caller's, or in the buffer."""
+    loan = source.borrow(batch.shard, batch.start, batch.stop)
+    try:
+        if loan is not None and all(device.reaches(address, nbytes) for address, nbytes in loan.runs):
+            _look(batch, loan.runs, check)
+            kept, loan = loan, None
+            return kept.runs, kept
+        buffer.settle(limits.step_timeout_s)
+        view = buffer.staging.view[: batch.nbytes]
+        if loan is not None:
+            copy_out(loan.runs, [view])
+        else:
+            source.read_into(batch.shard, batch.start, [view])
+    finally:
+        if loan is not None:
+            loan.release()
+    sources = [(buffer.staging.address, batch.nbytes)]
+    _look(batch, sources, check)
+    return sources, None
 
 
-def _fill(batch: Batch, buffer: Buffer, source: Source, check: Check | None, limits: Limits) -> None:
-    buffer.settle(limits.step_timeout_s)
-    view = buffer.staging.view[: batch.nbytes]
-    source.read_into(batch.shard, batch.start, [view])
+def _look(batch: Batch, sources: Runs, check: Check | None) -> None:
     if check is not None:
         for piece in batch.pieces:
-            at = piece.start - batch.start
-            ends = range(at, at + piece.rows_count * piece.pitch_bytes, piece.pitch_bytes)
-            check(piece, [view[row : row + piece.row_bytes] for row in ends])
+            check(piece, [view_of(*part) for part in plan_parts(piece, piece.start - batch.start, sources)])
 
 
 def _read_direct(batch: Batch, source: Source, runs_of: RunsOf, check: Check | None) -> None:
@@ -210,6 +227,17 @@ async def _ring(lent: Ring | None, device: Device, buffer_bytes: int, count: int
         yield lent
     finally:
         lent.forget_copies()  # the stream is closed by now; a failed copy must not fail the next load
+
+
+@asynccontextmanager
+async def _no_loans_left() -> AsyncIterator[set[Loan]]:
+    """Where readers note what they borrowed; what is left at the end, when no stream copies any more, is given back."""
+    loans: set[Loan] = set()
+    try:
+        yield loans
+    finally:
+        for loan in loans:
+            loan.release()
 
 
 @asynccontextmanager

@@ -1,8 +1,9 @@
 """The pool path: tensors' bytes straight out of the mount daemon's RAM slots, without FUSE and without the page cache.
 
 `PoolSource` is a `Source` for files under an mfs mount whose slots we may map (the same user as the mount's, or root).
-Each reading thread has a connection of its own. Elsewhere `open_source` gives a `FileSource`, and nobody sees a
-difference but speed: tests/gpuload/test_pool.py holds both to equal bytes.
+It lends the bytes in place where somebody can copy from there, and copies them out itself where not. Elsewhere
+`open_source` gives a `FileSource`, and nobody sees a difference but speed: tests/gpuload/test_pool.py holds both to
+equal bytes. Who keeps the mapping, and has it page-locked, over many loads is `kept.KeptSlots`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,34 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from gpuload.shards import Shard
-from gpuload.source import FileSource, Source
+from gpuload.source import FileSource, Loan, Source, copy_out
 from mfs.control import slots_client
-from mfs.control.slots_client import SlotReader
-from mfs.errors import ChangedError, MfsError
+from mfs.control.slots_client import SlotReader, Slots
+from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
 
 log = logging.getLogger(__name__)
 
 
-def open_source(shards: Sequence[Shard]) -> Source:
+class Mapper:
+    """Maps a mount's slots for the sources of one load. `kept.KeptSlots` is another that keeps them over loads."""
+
+    def map(self, fd: int, size_bytes: int, door: Path) -> Slots:
+        """The slots behind a descriptor that a door gave out. Raises: StoreError."""
+        return Slots(fd, size_bytes)
+
+    def touched(self, slots: Slots, offset: int, nbytes: int) -> None:
+        """Bytes of these slots were lent."""
+
+    def unmap(self, slots: Slots) -> None:
+        """The source that got them from `map` needs them no more."""
+        slots.close()
+
+
+def open_source(shards: Sequence[Shard], mapper: Mapper | None = None) -> Source:
     """The best source for these files: their mount's slots if all stand on one mount that lends them, else the
     files.
     """
@@ -31,73 +48,135 @@ def open_source(shards: Sequence[Shard]) -> Source:
     doors = {place[0] for place in places if place is not None}
     if len(doors) == 1 and all(places):
         with contextlib.suppress(MfsError):  # the daemon is going or full: its files are still there to be read
-            return PoolSource(shards, doors.pop(), [place[1] for place in places if place])
+            return PoolSource(shards, doors.pop(), [place[1] for place in places if place], mapper or Mapper())
     return FileSource(shards)
 
 
 class PoolSource:
-    """Files of one mount, read in place in its slots. Does not own the descriptors."""
+    """Files of one mount, read in place in its slots. Does not own the descriptors.
 
-    def __init__(self, shards: Sequence[Shard], door: Path, paths: Sequence[str]) -> None:
+    Every call that is under way has a connection of its own; there are as many as ever were under way at once.
+    """
+
+    def __init__(self, shards: Sequence[Shard], door: Path, paths: Sequence[str], mapper: Mapper) -> None:
         """paths: of each shard, from the mount's root. Raises: StoreError if the door is shut."""
         self._door = door
         self._paths = tuple(paths)
         self._inodes = [os.fstat(shard.fd).st_ino for shard in shards]
         self._sizes = [shard.header.file_bytes for shard in shards]
-        self._local = threading.local()
+        self._files = FileSource(shards)
+        self._mapper = mapper
+        self._slots: Slots | None = None
         self._lock = threading.Lock()
         self._connections: list[_Connection] = []
-        self._connection()
+        self._idle: list[_Connection] = []
+        with self._connection() as first:
+            self._lease_bytes_max = first.reader.lease_bytes_max
+
+    def borrow(self, shard: int, start: int, stop: int) -> Loan | None:
+        """See `Source.borrow`."""
+        if stop - start > self._lease_bytes_max:
+            return None
+        try:
+            with self._connection() as connection:
+                slots = connection.reader.slots
+                lent = connection.reader.borrow(self._file(connection, shard), start, stop)
+        except TransientStoreError as error:  # others hold all that is lent, say
+            log.info("%s; reading the file instead", error)
+            return None
+        for offset, nbytes in lent.pieces:
+            self._mapper.touched(slots, offset, nbytes)
+        return _SlotLoan(lent, slots.address)
 
     def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
         """See `Source.read_into`; each byte is copied once, from the slot to its place."""
-        connection = self._connection()
-        waiting = iter(views)
-        target = memoryview(b"")
-        stop = start + sum(len(view) for view in views)
-        for piece in self._pieces(connection, shard, start, stop):
-            while len(piece):
-                while not len(target):
-                    target = next(waiting)
-                count = min(len(piece), len(target))
-                target[:count] = piece[:count]
-                piece, target = piece[count:], target[count:]
-
-    def _pieces(self, connection: _Connection, shard: int, start: int, stop: int) -> Iterator[memoryview]:
-        file = connection.file(shard, self._paths[shard], self._inodes[shard], self._sizes[shard])
-        step = connection.reader.lease_bytes_max
-        for first in range(start, stop, step):
-            with connection.reader.lease(file, first, min(first + step, stop)) as pieces:
-                yield from pieces
-
-    def _connection(self) -> _Connection:
-        connection: _Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = _Connection(SlotReader(self._door))
-            with self._lock:
-                self._connections.append(connection)
-        return connection
+        for group in _cut(views, self._lease_bytes_max):
+            stop = start + sum(len(view) for view in group)
+            loan = self.borrow(shard, start, stop)
+            if loan is None:
+                self._files.read_into(shard, start, group)
+            else:
+                try:
+                    copy_out(loan.runs, group)
+                finally:
+                    loan.release()
+            start = stop
 
     def close(self) -> None:
-        """Give everything back. No call may be under way."""
+        """Give everything back, leases too. No call may be under way."""
         with self._lock:
-            for connection in self._connections:
-                connection.reader.close()
-            self._connections = []
+            connections, self._connections, self._idle = self._connections, [], []
+            slots, self._slots = self._slots, None
+        for connection in connections:
+            connection.reader.close()
+        if slots is not None:
+            self._mapper.unmap(slots)
+
+    @contextmanager
+    def _connection(self) -> Iterator[_Connection]:
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        if connection is None:
+            connection = _Connection(SlotReader(self._door, self._map))
+            with self._lock:
+                self._connections.append(connection)
+        try:
+            yield connection
+        finally:
+            with self._lock:
+                self._idle.append(connection)
+
+    def _map(self, fd: int, size_bytes: int) -> Slots:
+        with self._lock:
+            if self._slots is None:
+                self._slots = self._mapper.map(fd, size_bytes, self._door)
+            elif self._slots.key != slots_client.slots_key(fd):
+                raise StoreError(f"{self._paths[0]}: the mount was started anew while it was loaded; load it again")
+            return self._slots
+
+    def _file(self, connection: _Connection, shard: int) -> int:
+        number = connection.files.get(shard)
+        if number is None:
+            path, size = self._paths[shard], self._sizes[shard]
+            number, found, _ = connection.reader.open(path, self._inodes[shard])
+            if found != size:
+                raise ChangedError(f"{path} has {found} bytes on its mount, {size} when it was opened; open it again")
+            connection.files[shard] = number
+        return number
 
 
 class _Connection:
-    """One thread's connection and the files it has open there."""
+    """One connection and the files it has open there."""
 
     def __init__(self, reader: SlotReader) -> None:
         self.reader = reader
-        self._files: dict[int, int] = {}
+        self.files: dict[int, int] = {}
+        """Shard -> the daemon's number for it."""
 
-    def file(self, shard: int, path: str, inode: int, size: int) -> int:
-        number = self._files.get(shard)
-        if number is None:
-            number, found, _ = self.reader.open(path, inode)
-            if found != size:
-                raise ChangedError(f"{path} has {found} bytes on its mount, {size} when it was opened; open it again")
-            self._files[shard] = number
-        return number
+
+class _SlotLoan:
+    """See `source.Loan`."""
+
+    def __init__(self, lent: slots_client.Loan, address: int) -> None:
+        self._lent = lent
+        self.runs = [(address + offset, nbytes) for offset, nbytes in lent.pieces]
+
+    def release(self) -> None:
+        self._lent.release()
+
+
+def _cut(views: Sequence[memoryview], step: int) -> Iterator[list[memoryview]]:
+    """The views in groups of `step` bytes; the last one may be shorter."""
+    group: list[memoryview] = []
+    room = step
+    for view in views:
+        rest = view
+        while len(rest):
+            group.append(rest[:room])
+            rest = rest[len(group[-1]) :]
+            room -= len(group[-1])
+            if not room:
+                yield group
+                group, room = [], step
+    if group:
+        yield group

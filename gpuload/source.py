@@ -1,12 +1,13 @@
 """Where bytes come from: a file range into a buffer that the caller owns. No CUDA, no torch, no plan.
 
 `Source` is all that the pipeline knows. `FileSource` reads any file with pread, for the reasons measured in
-decisions/0001-source.md. The mount's pool path (the daemon's RAM slots through passed file descriptors) is one more
-class with these two methods.
+decisions/0001-source.md. `pool.PoolSource` is the mount's pool path (the daemon's RAM slots through passed file
+descriptors), which can also lend its bytes where they stand.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,8 +19,28 @@ IOVECS_MAX = 512
 """Buffers per preadv; the kernel takes 1024."""
 
 
+class Loan(Protocol):
+    """Bytes of a source in place. They stay what they are until `release`, which any thread may call, once or often."""
+
+    @property
+    def runs(self) -> Sequence[tuple[int, int]]:
+        """(address, nbytes) in this process, in the order of the file; nobody may write there."""
+        ...
+
+    def release(self) -> None:
+        """Never raises."""
+        ...
+
+
 class Source(Protocol):
     """Thread-safe; blocks. Exact or an error: a short read is never returned."""
+
+    def borrow(self, shard: int, start: int, stop: int) -> Loan | None:
+        """Bytes [start, stop) of shard `shard` in place, or None where they cannot be had so: then `read_into` does.
+
+        Raises: as `read_into`. Closing the source ends its loans.
+        """
+        ...
 
     def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
         """Fill `views`, one after the other, with the bytes of shard `shard` from `start` on.
@@ -39,6 +60,9 @@ class FileSource:
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = tuple(shards)
+
+    def borrow(self, shard: int, start: int, stop: int) -> Loan | None:
+        return None
 
     def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
         fd, path = self._shards[shard].fd, self._shards[shard].path
@@ -65,3 +89,20 @@ def _read_exactly(fd: int, path: str, start: int, views: Sequence[memoryview]) -
             got -= len(waiting.pop(0))
         if got:
             waiting[0] = waiting[0][got:]
+
+
+def copy_out(runs: Sequence[tuple[int, int]], views: Sequence[memoryview]) -> None:
+    """Copy runs of memory, one after the other, into views of the same length in all. Gives up the GIL meanwhile."""
+    waiting = list(runs)
+    for view in views:
+        at = ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
+        left = len(view)
+        while left:
+            address, room = waiting[0]
+            n = min(room, left)
+            ctypes.memmove(at, address, n)
+            at, left = at + n, left - n
+            if n == room:
+                waiting.pop(0)
+            else:
+                waiting[0] = (address + n, room - n)

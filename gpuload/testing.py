@@ -20,8 +20,8 @@ from gpuload.device.base import Mapping as DeviceMapping
 from gpuload.device.host import HostDevice
 from gpuload.errors import DeviceError, FitError, first_error
 from gpuload.server.daemon import ServerConfig, serve
-from gpuload.server.loader import Loader
-from gpuload.source import Source
+from gpuload.server.site import Site
+from gpuload.source import Loan, Source
 from gpuload.tensors import TORCH_DTYPES
 from mfs.errors import StoreError
 
@@ -164,12 +164,59 @@ class FaultySource:
     def __init__(self, inner: Source, gate: Gate) -> None:
         self._inner, self._gate = inner, gate
 
+    def borrow(self, shard: int, start: int, stop: int) -> Loan | None:
+        return None
+
     def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
         self._gate.pass_or(StoreError("the source failed, as asked"))
         self._inner.read_into(shard, start, views)
 
     def close(self) -> None:
         self._inner.close()
+
+
+class LendingSource:
+    """A source around a source that lends out of memory of its own: in two runs where there are two bytes or more, with
+    a hole between them. `gate`, if any, stands in front of every loan."""
+
+    def __init__(self, inner: Source, gate: Gate | None = None) -> None:
+        self._inner, self._gate = inner, gate
+        self._lock = threading.Lock()
+        self.loans_count = 0
+        self.loans_most = 0
+
+    def borrow(self, shard: int, start: int, stop: int) -> Loan | None:
+        if self._gate is not None:
+            self._gate.pass_or(StoreError("the source failed, as asked"))
+        nbytes, cut = stop - start, (stop - start) // 3
+        memory = bytearray(nbytes + 64)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        views = [memoryview(memory)[:cut], memoryview(memory)[cut + 64 :]]
+        self._inner.read_into(shard, start, views)
+        with self._lock:
+            self.loans_count += 1
+            self.loans_most = max(self.loans_most, self.loans_count)
+        runs = [(base, cut), (base + cut + 64, nbytes - cut)]
+        return _CountedLoan(self, memory, [run for run in runs if run[1]])
+
+    def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
+        self._inner.read_into(shard, start, views)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _CountedLoan:
+    def __init__(self, source: LendingSource, memory: bytearray, runs: list[tuple[int, int]]) -> None:
+        self._source, self._memory, self.runs = source, memory, runs
+        self._is_held = True
+
+    def release(self) -> None:
+        with self._source._lock:
+            if self._is_held:
+                self._source.loans_count -= 1
+                self._memory[:] = b"\xee" * len(self._memory)  # whoever still copies from here copies that
+            self._is_held = False
 
 
 class FaultyDevice:
@@ -197,6 +244,15 @@ class FaultyDevice:
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> DeviceMapping:
         return self._inner.attach(fds, runs)
+
+    def register(self, address: int, nbytes: int) -> None:
+        self._inner.register(address, nbytes)
+
+    def unregister(self, address: int) -> None:
+        self._inner.unregister(address)
+
+    def reaches(self, address: int, nbytes: int) -> bool:
+        return self._inner.reaches(address, nbytes)
 
     def read_back(self, address: int, nbytes: int) -> bytes:
         return self._inner.read_back(address, nbytes)
@@ -245,8 +301,8 @@ class _GatedStream:
 class ServerThread:
     """A server at work in a thread of this process."""
 
-    def __init__(self, loaders: Mapping[str, Loader], token: trio.lowlevel.TrioToken, socket_path: str) -> None:
-        self.loaders, self.socket_path = loaders, socket_path
+    def __init__(self, sites: Mapping[str, Site], token: trio.lowlevel.TrioToken, socket_path: str) -> None:
+        self.sites, self.socket_path = sites, socket_path
         self._token = token
 
     def on_loop(self, work: Callable[[], T]) -> T:
@@ -259,7 +315,7 @@ class ServerThread:
 
     def gauges(self, device: str = "cpu") -> dict[str, int]:
         self.settle()
-        return self.on_loop(self.loaders[device].catalog.gauges)
+        return self.on_loop(self.sites[device].catalog.gauges)
 
 
 @contextmanager
@@ -273,8 +329,8 @@ def running_server(config: ServerConfig, open_one: Callable[[str], Device] | Non
     async def main() -> None:
         with scope:
             async with trio.open_nursery() as nursery:
-                loaders = await nursery.start(serve, config, open_one or (lambda _: HostDevice()))
-                started.append(ServerThread(loaders, trio.lowlevel.current_trio_token(), config.socket_path))
+                sites = await nursery.start(serve, config, open_one or (lambda _: HostDevice()))
+                started.append(ServerThread(sites, trio.lowlevel.current_trio_token(), config.socket_path))
                 ready.set()
 
     def run() -> None:

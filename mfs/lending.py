@@ -9,13 +9,16 @@ import trio
 from mfs.cache.chunk_cache import ChunkCache
 from mfs.cache.chunk_state import Chunk
 from mfs.cache.chunks import block_mask, chunk_spans, full_mask
-from mfs.errors import ChangedError, NotFoundError
+from mfs.errors import ChangedError, NotFoundError, TransientStoreError
 from mfs.mount import Mount
 from mfs.reader import OpenObject
 from mfs.types import CHUNK_BYTES, ByteRange
 
 _LEASE_BYTES_MAX = 64 << 20  # far above a staging buffer, far below what would starve readers
 _SHARE = 4  # a quarter of the slots at most is lent at once: the mount's own readers come first
+_WAIT_S = 10.0
+"""Longest wait for what others hold. Leases last as long as one copy, milliseconds; who holds them longer is stopped,
+or stuck, and the borrower had better read the file."""
 
 
 class LentFile:
@@ -50,8 +53,9 @@ class Loan:
 class SlotLender:
     """Opens and leases on behalf of borrowers."""
 
-    def __init__(self, mount: Mount) -> None:
+    def __init__(self, mount: Mount, *, wait_s: float = _WAIT_S) -> None:
         self._mount = mount
+        self._wait_s = wait_s
         self.fd = os.open(f"/proc/self/fd/{mount.memory.fd}", os.O_RDONLY | os.O_CLOEXEC)
         self.size_bytes = mount.memory.size_bytes
         lendable_count = max(2, mount.memory.slots_count // _SHARE)
@@ -79,11 +83,14 @@ class SlotLender:
         pieces = []
         parts = list(chunk_spans(span))
         try:
-            async with self._turn:  # two borrowers that each hold half of what both need would wait for ever
-                for _ in parts:
-                    token = object()
-                    await self._limit.acquire_on_behalf_of(token)
-                    loan.tokens.append(token)
+            with trio.move_on_after(self._wait_s) as scope:
+                async with self._turn:  # two borrowers that each hold half of what both need would wait for ever
+                    for _ in parts:
+                        token = object()
+                        await self._limit.acquire_on_behalf_of(token)
+                        loan.tokens.append(token)
+            if scope.cancelled_caught:
+                raise TransientStoreError(f"others hold all the slots that are lent, for {self._wait_s:g} s already")
             for index, part in parts:
                 extra = full_mask(len(state.object.chunk_range(index))) if whole_chunks else 0
                 mask = block_mask(part.start, part.stop)

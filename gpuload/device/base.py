@@ -38,7 +38,7 @@ class Stream(Protocol):
     so. A stream belongs to one thread at a time."""
 
     def copy_in(self, dst: int, src: int, nbytes: int) -> None:
-        """From page-locked host memory at `src` to device memory at `dst`."""
+        """From host memory at `src`, staging or such as the device `reaches`, to device memory at `dst`."""
         ...
 
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
@@ -112,6 +112,22 @@ class Device(Protocol):
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> Mapping:
         """Map what `Arena.export(runs)` gave another process. `fds` stay the caller's. Raises: DeviceError."""
+        ...
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Page-lock memory of another's that this process has mapped, readable at least, so that streams may copy from
+        it in place. Page-aligned; a range that was registered is registered once more, and unregistered as often.
+
+        Raises: DeviceError if the driver refuses; nothing is registered then.
+        """
+        ...
+
+    def unregister(self, address: int) -> None:
+        """Undo one `register` that began there; no stream may copy from it any more, nor the memory be unmapped yet."""
+        ...
+
+    def reaches(self, address: int, nbytes: int) -> bool:
+        """Whether streams of this device may copy from there in place. Cheap; from any thread."""
         ...
 
     def read_back(self, address: int, nbytes: int) -> bytes:

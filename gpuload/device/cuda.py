@@ -263,6 +263,27 @@ class CudaDevice:
             raise DeviceError(f"{len(fds)} granules came, expected {sum(count for _, count in runs)}")
         return CudaMapping(self, fds)
 
+    def register(self, address: int, nbytes: int) -> None:
+        """See `base.Device.register`. As read-only memory, if the driver knows such; without that it refuses what this
+        process may not write, as the slots of a mount, and they go by staging.
+        """
+        registered = self.driver.registered
+        with self.driver.registering:
+            if not registered.holds(address, nbytes):
+                attribute = cu.ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED
+                knows_read_only = self.driver.number("cuDeviceGetAttribute", c_int, attribute, self._ordinal)
+                flags = cu.MEMHOSTREGISTER_PORTABLE | (cu.MEMHOSTREGISTER_READ_ONLY if knows_read_only else 0)
+                self.call("cuMemHostRegister_v2", address, nbytes, flags)
+            registered.add(address, nbytes)
+
+    def unregister(self, address: int) -> None:
+        with self.driver.registering:
+            if self.driver.registered.remove(address):
+                self.call("cuMemHostUnregister", address)
+
+    def reaches(self, address: int, nbytes: int) -> bool:
+        return self.driver.registered.holds(address, nbytes)
+
     def read_back(self, address: int, nbytes: int) -> bytes:
         buffer = bytearray(nbytes)
         self.call("cuMemcpyDtoH_v2", (ctypes.c_ubyte * nbytes).from_buffer(buffer), address, nbytes)

@@ -9,18 +9,22 @@ prototypes.
 from __future__ import annotations
 
 import ctypes
+import threading
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_ushort, c_void_p
 from functools import cache
 from typing import Any
 
+from gpuload.device.ranges import Ranges
 from gpuload.errors import DeviceError
 
 LIBRARY = "libcuda.so.1"
 
-SUCCESS, ERROR_NOT_READY = 0, 600
+SUCCESS, ERROR_OUT_OF_MEMORY, ERROR_NOT_READY = 0, 2, 600
 EVENT_DISABLE_TIMING = 0x2
 STREAM_NON_BLOCKING = 0x1
 MEMHOSTALLOC_PORTABLE = 0x1
+MEMHOSTREGISTER_PORTABLE, MEMHOSTREGISTER_READ_ONLY = 0x1, 0x8
+ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED = 113
 MEMORYTYPE_HOST, MEMORYTYPE_DEVICE = 0x1, 0x2
 ALLOCATION_TYPE_PINNED = 0x1
 HANDLE_TYPE_POSIX_FILE_DESCRIPTOR = 0x1
@@ -73,6 +77,7 @@ _PROTOTYPES: dict[str, list[Any]] = {
     "cuDeviceGetCount": [POINTER(c_int)],
     "cuDeviceGet": [POINTER(c_int), c_int],
     "cuDeviceGetName": [c_char_p, c_int, c_int],
+    "cuDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
     "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
     "cuDevicePrimaryCtxRelease_v2": [c_int],
     "cuCtxSetCurrent": [c_void_p],
@@ -80,6 +85,8 @@ _PROTOTYPES: dict[str, list[Any]] = {
     "cuMemGetInfo_v2": [POINTER(c_size_t), POINTER(c_size_t)],
     "cuMemHostAlloc": [POINTER(c_void_p), c_size_t, c_uint],
     "cuMemFreeHost": [c_void_p],
+    "cuMemHostRegister_v2": [c_void_p, c_size_t, c_uint],
+    "cuMemHostUnregister": [c_void_p],
     "cuStreamCreate": [POINTER(c_void_p), c_uint],
     "cuStreamSynchronize": [c_void_p],
     "cuStreamDestroy_v2": [c_void_p],
@@ -118,6 +125,9 @@ class Driver:
             raise DeviceError(f"the CUDA driver is too old for virtual memory management: {error}") from None
         for name, function in self._functions.items():
             function.argtypes, function.restype = _PROTOTYPES[name], c_int
+        self.registered = Ranges()
+        """Host memory of others that is page-locked; one table, since it is so for every context of this process."""
+        self.registering = threading.Lock()
         self.call("cuInit", 0)
 
     def call(self, name: str, *args: Any) -> None:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from gpuload.device.base import Memory, Run
+from gpuload.device.ranges import Ranges
 from gpuload.errors import BusyError, DeviceError, FitError
 
 GRANULE_BYTES = 2 << 20
@@ -192,13 +193,15 @@ def _cgroup_number(name: str) -> int | None:
 class HostDevice:
     """See `base.Device`.
 
-    is_direct=False makes it behave as a GPU does, with every byte going through staging and a stream; for tests.
+    is_direct=False makes it behave as a GPU does, with every byte going through a stream, out of staging or of memory
+    that was registered; for tests.
     """
 
     def __init__(self, *, name: str = "cpu", granule_bytes: int = GRANULE_BYTES, is_direct: bool = True) -> None:
         if granule_bytes % mmap.PAGESIZE:
             raise ValueError(f"granule of {granule_bytes} bytes: expected a multiple of {mmap.PAGESIZE}")
         self.name, self.granule_bytes, self.is_direct = name, granule_bytes, is_direct
+        self._registered = Ranges()
 
     def memory(self) -> Memory:
         with open("/proc/meminfo") as file:
@@ -227,6 +230,15 @@ class HostDevice:
         if len(fds) != 1:
             raise DeviceError(f"an arena in host memory comes as one descriptor, got {len(fds)}")
         return HostMapping(fds[0], runs, self.granule_bytes)
+
+    def register(self, address: int, nbytes: int) -> None:
+        self._registered.add(address, nbytes)
+
+    def unregister(self, address: int) -> None:
+        self._registered.remove(address)
+
+    def reaches(self, address: int, nbytes: int) -> bool:
+        return self.is_direct or self._registered.holds(address, nbytes)
 
     def read_back(self, address: int, nbytes: int) -> bytes:
         return bytes(view_of(address, nbytes))

@@ -9,9 +9,10 @@ protocol's only reference:
     order <- {release: lease}         -> nothing
     any failure                 -> {error: [name, message]} as `mfs.errors.to_wire`
 
-A lease keeps its slots until it is released or the connection ends, however it ends. The descriptor is read-only, but
-shows all slots: who may connect may read every model of the mount. The socket's mode and SO_PEERCRED (the daemon's uid
-and root) decide who that is.
+A lease keeps its slots until it is released or the connection ends, however it ends. All borrowers together hold a
+bounded share of the slots; who finds it taken for too long, or the door full, is refused with TransientStoreError. The
+descriptor is read-only, but shows all slots: who may connect may read every model of the mount. The socket's mode and
+SO_PEERCRED (the daemon's uid and root) decide who that is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, Protocol
 import trio
 
 from mfs.control import listening
-from mfs.errors import AccessError, MfsError, UsageError, to_wire
+from mfs.errors import AccessError, MfsError, TransientStoreError, UsageError, to_wire
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,13 @@ async def _serve_one(lender: Lender, sock: trio.socket.SocketType, limit: trio.C
             if listening.peer_uid(sock) not in (0, os.geteuid()):
                 await _send(sock, {"error": to_wire(AccessError("only root and the mount's own user may lease slots"))})
                 return
-            limit.acquire_on_behalf_of_nowait(sock)
-        except (OSError, trio.WouldBlock):
+            try:
+                limit.acquire_on_behalf_of_nowait(sock)
+            except trio.WouldBlock:
+                full = TransientStoreError(f"{CONNECTIONS_MAX} borrowers are connected already")
+                await _send(sock, {"error": to_wire(full)})
+                return
+        except OSError:
             return
         conversation = _Conversation(lender, sock)
         try:

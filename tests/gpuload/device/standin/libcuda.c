@@ -2,18 +2,25 @@
  *
  * It shows that arguments, structs and descriptors cross ctypes as meant, and that granules are mapped, exported and
  * imported in the right order. It shows nothing about a real driver, its speed or its rules beyond those checked here:
- * a context must be current, sizes must be multiples of the granularity, access must be set before use.
+ * a context must be current, sizes must be multiples of the granularity, access must be set before use, memory that is
+ * mapped read-only must be registered as such, once. With -DWITH_CUDA_H the prototypes are checked against NVIDIA's own.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-typedef int CUresult;
+#ifdef WITH_CUDA_H
+#include <cuda.h>
+typedef CUmemGenericAllocationHandle CUhandle;
+#else
+typedef int CUresult, CUdevice, CUdevice_attribute, CUmemAllocationGranularity_flags, CUmemAllocationHandleType;
 typedef unsigned long long CUdeviceptr, CUhandle;
+typedef void *CUcontext, *CUstream, *CUevent;
 typedef struct { int type, id; } CUmemLocation;
 typedef struct {
     int type, requestedHandleTypes;
@@ -27,48 +34,81 @@ typedef struct {
     size_t dstXInBytes, dstY; int dstMemoryType; void *dstHost; CUdeviceptr dstDevice; void *dstArray; size_t dstPitch;
     size_t WidthInBytes, Height;
 } CUDA_MEMCPY2D;
+#endif
 
-enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, TOTAL = 1 << 30, UNIT = 65536 };
+enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, ALREADY_REGISTERED = 712, NOT_REGISTERED = 713, TOTAL = 1 << 30, UNIT = 65536 };
 static __thread void *current;
 static int context_mark;
 #define NEED_CONTEXT if (current != &context_mark) return INVALID_CONTEXT
 
 CUresult cuInit(unsigned flags) { return flags ? INVALID_VALUE : OK; }
 CUresult cuGetErrorName(CUresult e, const char **s) {
-    *s = e == INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE" : e == INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT" : "CUDA_ERROR";
+    *s = (int)e == INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE" : (int)e == INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT" : "CUDA_ERROR";
     return OK;
 }
 CUresult cuDriverGetVersion(int *v) { *v = 12040; return OK; }
 CUresult cuDeviceGetCount(int *n) { *n = 1; return OK; }
-CUresult cuDeviceGet(int *d, int ordinal) { *d = ordinal; return ordinal ? INVALID_VALUE : OK; }
-CUresult cuDeviceGetName(char *s, int n, int d) { strncpy(s, "stand-in", n); return d ? INVALID_VALUE : OK; }
-CUresult cuDevicePrimaryCtxRetain(void **c, int d) { *c = &context_mark; return d ? INVALID_VALUE : OK; }
-CUresult cuDevicePrimaryCtxRelease_v2(int d) { return d ? INVALID_VALUE : OK; }
-CUresult cuCtxSetCurrent(void *c) { current = c; return OK; }
+CUresult cuDeviceGet(CUdevice *d, int ordinal) { *d = ordinal; return ordinal ? INVALID_VALUE : OK; }
+CUresult cuDeviceGetName(char *s, int n, CUdevice d) { strncpy(s, "stand-in", n); return d ? INVALID_VALUE : OK; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)&context_mark; return d ? INVALID_VALUE : OK; }
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice d) { return d ? INVALID_VALUE : OK; }
+CUresult cuCtxSetCurrent(CUcontext c) { current = c; return OK; }
 CUresult cuCtxSynchronize(void) { NEED_CONTEXT; return OK; }
 CUresult cuMemGetInfo_v2(size_t *f, size_t *t) { NEED_CONTEXT; *t = TOTAL; *f = TOTAL / 2; return OK; }
 CUresult cuMemHostAlloc(void **p, size_t n, unsigned flags) {
     NEED_CONTEXT;
     return flags != 1 || posix_memalign(p, 4096, n) ? INVALID_VALUE : OK;
 }
+static struct { char *at; size_t n; } registered[64];
+static int is_writable(void *p) { /* as the kernel would find out: by pinning the page for writing */
+    FILE *maps = fopen("/proc/self/maps", "r");
+    char line[512], rights[8];
+    unsigned long first, last;
+    int found = 0;
+    while (maps && fgets(line, sizeof line, maps))
+        if (sscanf(line, "%lx-%lx %7s", &first, &last, rights) == 3 && first <= (unsigned long)p && (unsigned long)p < last) found = rights[1] == 'w';
+    if (maps) fclose(maps);
+    return found;
+}
+CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute attribute, CUdevice d) {
+    if (attribute != 113 || d) return INVALID_VALUE;
+    *v = !getenv("STANDIN_NO_READ_ONLY");
+    return OK;
+}
+CUresult cuMemHostRegister_v2(void *p, size_t n, unsigned flags) {
+    NEED_CONTEXT;
+    if (!n || (uintptr_t)p % 4096 || n % 4096 || (flags & 8 && getenv("STANDIN_NO_READ_ONLY"))) return INVALID_VALUE;
+    if ((flags & ~8u) != 1 || (!(flags & 8) && !is_writable(p))) return INVALID_VALUE;
+    for (int i = 0; i < 64; i++)
+        if (registered[i].n && registered[i].at < (char *)p + n && (char *)p < registered[i].at + registered[i].n) return ALREADY_REGISTERED;
+    for (int i = 0; i < 64; i++)
+        if (!registered[i].n) { registered[i].at = p; registered[i].n = n; return OK; }
+    return OUT_OF_MEMORY;
+}
+CUresult cuMemHostUnregister(void *p) {
+    NEED_CONTEXT;
+    for (int i = 0; i < 64; i++)
+        if (registered[i].n && registered[i].at == p) { registered[i].n = 0; return OK; }
+    return NOT_REGISTERED;
+}
 CUresult cuMemFreeHost(void *p) { NEED_CONTEXT; free(p); return OK; }
-CUresult cuStreamCreate(void **s, unsigned flags) { NEED_CONTEXT; *s = malloc(1); return flags == 1 ? OK : INVALID_VALUE; }
-CUresult cuStreamSynchronize(void *s) { NEED_CONTEXT; return s ? OK : INVALID_VALUE; }
-CUresult cuStreamDestroy_v2(void *s) { NEED_CONTEXT; free(s); return OK; }
-CUresult cuEventCreate(void **e, unsigned flags) { NEED_CONTEXT; *e = calloc(1, 1); return flags == 2 ? OK : INVALID_VALUE; }
-CUresult cuEventRecord(void *e, void *s) { NEED_CONTEXT; *(char *)e = 1; return s ? OK : INVALID_VALUE; }
-CUresult cuEventQuery(void *e) { NEED_CONTEXT; return ++*(char *)e < 4 ? 600 : (*(char *)e = 3, OK); }
-CUresult cuEventDestroy_v2(void *e) { NEED_CONTEXT; free(e); return OK; }
-CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void *s, size_t n, void *stream) {
+CUresult cuStreamCreate(CUstream *s, unsigned flags) { NEED_CONTEXT; *s = malloc(1); return flags == 1 ? OK : INVALID_VALUE; }
+CUresult cuStreamSynchronize(CUstream s) { NEED_CONTEXT; return s ? OK : INVALID_VALUE; }
+CUresult cuStreamDestroy_v2(CUstream s) { NEED_CONTEXT; free(s); return OK; }
+CUresult cuEventCreate(CUevent *e, unsigned flags) { NEED_CONTEXT; *e = calloc(1, 1); return flags == 2 ? OK : INVALID_VALUE; }
+CUresult cuEventRecord(CUevent e, CUstream s) { NEED_CONTEXT; *(char *)e = 1; return s ? OK : INVALID_VALUE; }
+CUresult cuEventQuery(CUevent e) { NEED_CONTEXT; return ++*(char *)e < 4 ? 600 : (*(char *)e = 3, OK); }
+CUresult cuEventDestroy_v2(CUevent e) { NEED_CONTEXT; free(e); return OK; }
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void *s, size_t n, CUstream stream) {
     NEED_CONTEXT;
     memcpy((void *)d, s, n);
     return stream ? OK : INVALID_VALUE;
 }
-CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr d, CUdeviceptr s, size_t n, void *stream) {
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr d, CUdeviceptr s, size_t n, CUstream stream) {
     return cuMemcpyHtoDAsync_v2(d, (void *)s, n, stream);
 }
 CUresult cuMemcpyDtoH_v2(void *d, CUdeviceptr s, size_t n) { NEED_CONTEXT; memcpy(d, (void *)s, n); return OK; }
-CUresult cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D *c, void *stream) {
+CUresult cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D *c, CUstream stream) {
     NEED_CONTEXT;
     if (c->srcMemoryType != 1 || c->dstMemoryType != 2 || c->srcXInBytes || c->srcY || c->dstXInBytes || c->dstY) return INVALID_VALUE;
     if (c->WidthInBytes > c->srcPitch || c->WidthInBytes > c->dstPitch || !stream) return INVALID_VALUE;
@@ -80,7 +120,7 @@ static int is_plain(const CUmemAllocationProp *p) {
     return p->type == 1 && p->requestedHandleTypes == 1 && p->location.type == 1 && !p->location.id && !p->win32HandleMetaData
         && !p->allocFlags.compressionType && !p->allocFlags.usage;
 }
-CUresult cuMemGetAllocationGranularity(size_t *g, const CUmemAllocationProp *p, int option) {
+CUresult cuMemGetAllocationGranularity(size_t *g, const CUmemAllocationProp *p, CUmemAllocationGranularity_flags option) {
     NEED_CONTEXT;
     *g = UNIT;
     return is_plain(p) && !option ? OK : INVALID_VALUE;
@@ -115,13 +155,13 @@ CUresult cuMemSetAccess(CUdeviceptr p, size_t n, const CUmemAccessDesc *d, size_
     if (count != 1 || d->location.type != 1 || d->location.id || (d->flags != 1 && d->flags != 3)) return INVALID_VALUE;
     return mprotect((void *)p, n, d->flags == 3 ? PROT_READ | PROT_WRITE : PROT_READ) ? INVALID_VALUE : OK;
 }
-CUresult cuMemExportToShareableHandle(void *out, CUhandle h, int type, unsigned long long flags) {
+CUresult cuMemExportToShareableHandle(void *out, CUhandle h, CUmemAllocationHandleType type, unsigned long long flags) {
     NEED_CONTEXT;
     if (type != 1 || flags) return INVALID_VALUE;
     *(int *)out = fcntl((int)h, F_DUPFD_CLOEXEC, 0);
     return OK;
 }
-CUresult cuMemImportFromShareableHandle(CUhandle *h, void *fd, int type) {
+CUresult cuMemImportFromShareableHandle(CUhandle *h, void *fd, CUmemAllocationHandleType type) {
     NEED_CONTEXT;
     if (type != 1) return INVALID_VALUE;
     *h = ((CUhandle)1 << 32) + fcntl((int)(intptr_t)fd, F_DUPFD_CLOEXEC, 0);
