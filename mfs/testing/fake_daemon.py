@@ -48,8 +48,6 @@ class FakeDaemon:
         """Set once a prefetch was cancelled."""
         self.stopped = trio.Event()
         """Set by `shutdown`."""
-        self.records: list[Json] = []
-        """What the next watcher is told at once."""
         self._config = config
         self._started_at = time.time()
         self._fetched_bytes = 0
@@ -187,10 +185,8 @@ class FakeDaemon:
         yield {"done": True, "checked_bytes": checked_bytes, "bad": bad}
 
     async def watch(self) -> AsyncIterator[Json]:
-        records, self.records = self.records, []
         while True:
-            yield {"at_s": time.monotonic(), "records": records, "dropped_count": 0}
-            records = []
+            yield {"at_s": time.monotonic(), "records": [], "dropped_count": 0}
             await trio.sleep(0.05)
 
     async def config(self) -> Json:

@@ -5,6 +5,7 @@ A test module subclasses ControlSuite and gives two fixtures: `client`, of a dae
 
 from __future__ import annotations
 
+import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -164,6 +165,14 @@ class ControlSuite:
         paths = list(expected.files) * 8
         with ThreadPoolExecutor(16) as pool:
             assert [row["path"] for row in pool.map(client.stat, paths)] == paths
+
+    def test_watching_begins_at_once_and_ends_with_the_client(self, client: Client) -> None:
+        for _ in range(2):
+            with contextlib.closing(client.watch()) as items:
+                first, second = next(items), next(items)
+            assert (first["records"], first["dropped_count"]) == ([], 0)
+            assert second["at_s"] > first["at_s"]
+        assert client.status()["pid"]
 
     def test_a_broken_off_prefetch_leaves_the_daemon_serving(self, client: Client, expected: Expected) -> None:
         updates = client.prefetch([""], "ssd", wait=True)

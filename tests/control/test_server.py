@@ -308,7 +308,7 @@ def test_others_may_read_but_not_change(daemon: FakeDaemon) -> None:
         path = Path(folder) / "s.sock"
         with serving(daemon, path, ServerConfig(socket_mode=0o666)):
             assert as_nobody(path, "status") is None
-            for change in ("pin", "evict", "refresh", "shutdown", "prefetch", "verify"):
+            for change in ("pin", "evict", "refresh", "shutdown", "prefetch", "verify", "watch"):
                 error = as_nobody(path, change)
                 assert isinstance(error, AccessError), change
                 assert f"uid 65534 may not {change}" in str(error)
