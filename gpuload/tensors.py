@@ -66,12 +66,18 @@ def over_memory(owner: Any, address: int, nbytes: int, device: str) -> torch.Ten
 
 
 def view_as(flat: torch.Tensor, dtype: str, shape: Sequence[int], name: str) -> torch.Tensor:
-    """A flat uint8 tensor as what the table says it is. It must begin aligned for its dtype."""
+    """A flat uint8 tensor, in place, as what the table says it is. It must begin aligned for its dtype.
+
+    Under a storage of its own, as safetensors' tensors have: torch.save and queues between processes take whole
+    storages, and would drag all of a model along with one small tensor.
+    """
     want = storage_shape(dtype, shape, name)
     kind = torch_dtype(dtype, name)
     if not flat.numel():
         return torch.empty(want, dtype=kind, device=flat.device)
-    return flat.view(kind).reshape(want)
+    first = flat.storage_offset()
+    storage = flat.untyped_storage()[first : first + flat.nbytes]
+    return torch.empty(0, dtype=torch.uint8, device=flat.device).set_(storage).view(kind).reshape(want)
 
 
 def element_bytes(dtype: str) -> int:

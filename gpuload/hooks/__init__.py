@@ -3,5 +3,10 @@
 auto               what `gpuload run` and the .pth start: waits for safetensors to be imported, then patches it
 safetensors_patch  safe_open and its slices served from the resident server
 pth                the one-line .pth file that starts `auto` in every process of a Python installation
-vllm               a plugin for vLLM's own loader registry
+vllm, sglang       plugins for their loaders, through their own entry points
+weights            what those two hand over: every tensor of a model's files
+resident           the server, or None with one line in the log
+counts             what came from where, for tests and the curious
+
+HOOKS.md, one folder up, is for users: what each does, how to switch it on, what it ran with, what happens on failure.
 """

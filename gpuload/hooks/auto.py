@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 VARIABLE = "GPULOAD_AUTO"
-"""The hook is on where this is set and not '0'."""
+"""The hooks are on where this is set and not '0'."""
 
 TARGET = "safetensors"
+
+
+def is_asked_for() -> bool:
+    return os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -25,22 +28,18 @@ class _Finder(importlib.abc.MetaPathFinder):
     Stays until then: programs ask `find_spec` whether safetensors exists long before they import it.
     """
 
-    def __init__(self) -> None:
-        self._is_asking = False
-
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != TARGET or self._is_asking:
+        if fullname != TARGET:
             return None
-        self._is_asking = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._is_asking = False
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
+        for other in [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]:
+            spec = other.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
 
 
 class _Loader(importlib.abc.Loader):
@@ -70,7 +69,7 @@ def patch_now() -> None:
 
 def start() -> None:
     """Install the hook if the environment asks for it. Idempotent."""
-    if os.environ.get(VARIABLE, "0") in ("", "0") or any(isinstance(f, _Finder) for f in sys.meta_path):
+    if not is_asked_for() or any(isinstance(f, _Finder) for f in sys.meta_path):
         return
     if TARGET in sys.modules:
         patch_now()

@@ -12,7 +12,13 @@ from pathlib import Path
 from mfs.errors import AccessError
 
 NAME = "gpuload_auto.pth"
-LINE = "import os; os.environ.get('GPULOAD_AUTO', '0') not in ('', '0') and __import__('gpuload.hooks.auto')\n"
+LINE = (
+    "import os; os.environ.get('GPULOAD_AUTO', '0') not in ('', '0') and exec("
+    r"'try:\n import gpuload.hooks.auto\nexcept Exception as e:\n import sys; hasattr(sys, \"gpuload_told\") or "
+    r"setattr(sys, \"gpuload_told\", print(\"gpuload: not used here:\", e, file=sys.stderr))')"
+    "\n"
+)
+"""In a virtual environment `site` runs it twice; it complains once. pip leaves it behind when it uninstalls gpuload."""
 
 
 def location() -> Path:

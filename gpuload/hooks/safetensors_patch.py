@@ -8,25 +8,32 @@ method and every fallback the library's own.
 
 Served: framework 'pt', on a device where the server has an arena. Everything else, and everything that fails, goes the
 library's way; the first failure is logged, once per process.
-Source: behaviour run on safetensors 0.6.2 to 0.8.0.
+
+A lease lasts while tensors given out live, and for the open file itself until it is closed or unused for IDLE_S: an
+object that is dropped unclosed cannot be seen to go. A forked child holds nothing of its parent's open files and
+attaches anew; tensors that it inherited stay good.
+Source: behaviour run on the versions that HOOKS.md names.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import struct
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
-log = logging.getLogger("gpuload.hooks")
+from gpuload.hooks.counts import counts
+from gpuload.hooks.resident import attach_file, is_away
 
-KNOWN_MAX = 4096
-"""Open files and slices remembered; an older one falls back to the library."""
+KNOWN_MAX = 1 << 17
+"""Open files, and slices not yet dropped with their file, that are remembered; an older one falls back to the library.
+The largest model known has 90,000 tensors, and transformers takes a slice of each."""
 
-RETRY_S = 30.0
-"""After a server did not answer, how long it is not asked again."""
+IDLE_S = 60.0
+"""How long an open file that nobody reads holds its lease; the next read attaches again, in milliseconds."""
 
 _NAMES = {"pt", "torch", "pytorch"}
 
@@ -36,46 +43,138 @@ class _File:
 
     def __init__(self, path: str, device: str) -> None:
         self.path, self.device = path, device
+        self.slice_keys: list[int] = []
         self._seen = os.stat(path)
+        self._used_at = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        """As if just opened, with a lock of its own: what a forked child does with its parent's."""
         self._lock = threading.Lock()
         self._tensors: Any = None
-        self._is_tried = False
+        self._is_refused = False
 
     def tensor(self, name: str) -> Any:
         """The tensor, or None if the library must serve it."""
         with self._lock:
-            if not self._is_tried:
-                self._is_tried = True
-                self._tensors = attach_file(self.path, self.device, self._seen)
-        found = None if self._tensors is None else self._tensors.get(name)
+            self._used_at = time.monotonic()
+            if self._tensors is None and not self._is_refused:
+                self._tensors = attach_file(self.path, self.device, seen=self._seen)
+                self._is_refused = self._tensors is None
+                if self._tensors is not None:
+                    _idle.add(self)
+            found = None if self._tensors is None else self._tensors.get(name)
         return None if found is None else found.detach()
+
+    def close(self) -> None:
+        """Give up the lease; slices that outlive their file are the library's."""
+        with self._lock:
+            self._tensors, self._is_refused = None, True
+        _idle.remove(self)
+
+    def release_if_idle(self) -> bool:
+        """True if the lease was given up."""
+        if not self._lock.acquire(blocking=False):  # somebody reads it right now
+            return False
+        try:
+            if time.monotonic() - self._used_at < IDLE_S:
+                return False
+            self._tensors = None
+            return True
+        finally:
+            self._lock.release()
 
 
 class _Known:
     """What ids stand for, oldest forgotten first."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.renew_lock()
         self._entries: OrderedDict[int, Any] = OrderedDict()
 
-    def put(self, key: Any, value: Any) -> None:
+    def renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def put(self, key: Any, value: Any) -> Any:
+        """Set what `key` stands for, None for nothing; returns what it stood for."""
         with self._lock:
-            self._entries.pop(id(key), None)
+            old = self._entries.pop(id(key), None)
             if value is not None:
                 self._entries[id(key)] = value
             while len(self._entries) > KNOWN_MAX:
                 self._entries.popitem(last=False)
+            return old
 
     def get(self, key: Any) -> Any:
         with self._lock:
             return self._entries.get(id(key))
 
+    def drop_slices_of(self, file: _File) -> None:
+        with self._lock:
+            for key in file.slice_keys:
+                if key in self._entries and self._entries[key][0] is file:  # the id may be another slice's by now
+                    del self._entries[key]
+        file.slice_keys = []
+
+    def values(self) -> list[Any]:
+        with self._lock:
+            return list(self._entries.values())
+
+
+class _Idle:
+    """Takes leases from open files that nobody reads. Its thread exists only while an open file holds one."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._holders: set[_File] = set()
+
+    def add(self, file: _File) -> None:
+        with self._lock:
+            self._holders.add(file)
+            self._set_timer()
+
+    def remove(self, file: _File) -> None:
+        with self._lock:
+            self._holders.discard(file)
+            if not self._holders and self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def _set_timer(self) -> None:
+        if self._timer is None:
+            self._timer = threading.Timer(IDLE_S, self._sweep)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _sweep(self) -> None:
+        with self._lock:
+            holders = list(self._holders)
+        released = [file for file in holders if file.release_if_idle()]
+        with self._lock:
+            self._timer = None
+            self._holders.difference_update(released)
+            if self._holders:
+                self._set_timer()
+
 
 _files = _Known()
 _slices = _Known()
-_away_until = 0.0
-_has_logged = False
+_idle = _Idle()
 _is_installed = False
+
+
+def _start_afresh() -> None:
+    """In a forked child: locks may be held by threads that it does not have, and its parent's timer does not run."""
+    counts.renew_lock()
+    for known in (_files, _slices):
+        known.renew_lock()
+    _idle.renew()
+    for file in _files.values():
+        file.forget()
 
 
 def install() -> None:
@@ -95,18 +194,22 @@ def install() -> None:
         _files.put(self, _served(*args, **kwargs))
 
     def __exit__(self: Any, *args: Any) -> Any:
-        _files.put(self, None)
+        file = _files.put(self, None)
+        if file is not None:
+            file.close()
+            _slices.drop_slices_of(file)
         return real["__exit__"](self, *args)
 
     def get_tensor(self: Any, name: str) -> Any:
         file = _files.get(self)
-        tensor = file.tensor(name) if file is not None else None
-        return real["get_tensor"](self, name) if tensor is None else tensor
+        return _or_library(file, name, lambda: real["get_tensor"](self, name))
 
     def get_slice(self: Any, name: str) -> Any:
         made = real["get_slice"](self, name)
         file = _files.get(self)
         _slices.put(made, None if file is None else (file, name))
+        if file is not None:
+            file.slice_keys.append(id(made))
         return made
 
     def get_tensors(self: Any) -> Any:
@@ -115,8 +218,8 @@ def install() -> None:
         return {name: get_tensor(self, name) for name in self.offset_keys()}
 
     def __getitem__(self: Any, key: Any) -> Any:
-        known = _slices.get(self)
-        tensor = known[0].tensor(known[1]) if known is not None else None
+        file, name = _slices.get(self) or (None, "")
+        tensor = _or_library(file, name, lambda: None)
         return real_getitem(self, key) if tensor is None else tensor[key]
 
     opened.__init__, opened.__exit__ = __init__, __exit__
@@ -124,60 +227,38 @@ def install() -> None:
     if real_get_tensors is not None:
         opened.get_tensors = get_tensors
     slice_type.__getitem__ = __getitem__
+    os.register_at_fork(after_in_child=_start_afresh)
     _is_installed = True
+
+
+def _or_library(file: _File | None, name: str, library: Callable[[], Any]) -> Any:
+    tensor = file.tensor(name) if file is not None else None
+    if tensor is None:
+        counts.add(left=1)
+        return library()
+    counts.add(served=1)
+    return tensor
 
 
 def _slice_type(opened: Any) -> Any:
     """The type of slices has no public name: take it from a slice."""
-    import struct
-    import tempfile
-
     header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-        file.write(struct.pack("<Q", len(header)) + header + b"\0")
-        file.flush()
-        with opened(file.name, "np") as one:
+    fd = os.memfd_create("gpuload-slice")
+    try:
+        os.write(fd, struct.pack("<Q", len(header)) + header + b"\0")
+        with opened(f"/proc/self/fd/{fd}", "np") as one:
             return type(one.get_slice("a"))
+    finally:
+        os.close(fd)
 
 
 def _served(filename: Any = None, framework: Any = None, device: Any = "cpu", **_: Any) -> _File | None:
     """What to serve for these arguments of safe_open; None leaves it to the library."""
     from gpuload.device import canonical_name
 
-    if framework not in _NAMES or time.monotonic() < _away_until:
+    if framework not in _NAMES or is_away():
         return None
     try:
         return _File(os.fspath(filename), canonical_name(device if isinstance(device, int) else str(device)))
     except Exception:  # another kind of device, or a name the library has already refused
-        return None
-
-
-def attach_file(path: str, device: str, seen: os.stat_result | None = None) -> Any:
-    """The file's tensors from the server, or None, with the reason logged the first time.
-
-    seen: what `path` was when the library opened it; another file of that name is not mixed with it.
-    """
-    global _away_until, _has_logged
-    if time.monotonic() < _away_until:
-        return None
-    from gpuload.errors import AwayError, first_error
-
-    try:
-        from gpuload.client import open_resident
-        from mfs.errors import ChangedError
-
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            now = os.fstat(fd)
-            if seen is not None and (not os.path.samestat(seen, now) or seen.st_ctime_ns != now.st_ctime_ns):
-                raise ChangedError("the file was replaced since it was opened")
-            return open_resident([fd], [os.path.abspath(path)], device)
-        finally:
-            os.close(fd)
-    except Exception as error:  # whatever it is, the library can still load the file
-        if isinstance(error, AwayError):
-            _away_until = time.monotonic() + RETRY_S
-        if not _has_logged:
-            _has_logged = True
-            log.warning("gpuload: loading %s without the server: %s", path, first_error(error))
         return None

@@ -1,24 +1,34 @@
-"""vLLM: `--load-format gpuload`, registered through the entry point group `vllm.general_plugins`.
+"""vLLM: `--load-format gpuload`, and with GPULOAD_AUTO=1 no flag at all for models on an mfs mount.
 
-NOT YET RUN with vLLM: its wheel is too large to install where this was written. It follows vLLM's public source (main
-at 00b5ad0), and tests/gpuload/hooks/test_vllm.py runs it against a few lines in the shape of those interfaces, which
-proves that it registers, is idempotent and hands the right tensors on, and no more.
+Registered through the entry point group `vllm.general_plugins`, which vLLM runs in the engine and in every worker.
 
-The loader is vLLM's own DefaultModelLoader with one thing replaced: the iterator over the tensors of safetensors files,
-for the length of the one call that picks it. So which files, prefixes, filters, get_all_weights and reload_weights stay
-vLLM's, whatever their signatures are in the installed version. With an expert-parallel filter the original iterator is
-used: skipping experts is vLLM's rule, not ours to guess.
+The loader is vLLM's own DefaultModelLoader with one thing replaced: the iterators over safetensors files, for as long
+as the one call that picks them takes. So which files, prefixes, filters, get_all_weights, reload_weights stay vLLM's,
+whatever their signatures are in the installed version. Where vLLM's iterator does more than iterate (an expert-parallel
+filter, torchao's tensors put together again) it is vLLM's that runs.
+
+HOOKS.md says which versions it ran with.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from gpuload.hooks.auto import is_asked_for
+from gpuload.hooks.weights import are_mounted, weights_of
+from mfs.errors import UsageError
+
 LOAD_FORMAT = "gpuload"
-_ITERATOR = "safetensors_weights_iterator"
+FLAGLESS_FORMATS = ("auto", "hf", "safetensors")
+"""Formats that GPULOAD_AUTO takes over, for files on a mount."""
+
+_ITERATORS = ("safetensors_weights_iterator", "multi_thread_safetensors_weights_iterator")
+_PLAIN_STRATEGIES = (None, "lazy", "eager", "prefetch")
+"""Strategies that say how bytes are read, which we decide, and not what is made of them."""
 
 _swapping = threading.Lock()
 _is_registered = False
@@ -33,42 +43,89 @@ def register() -> None:
         from vllm.model_executor.model_loader import default_loader, register_model_loader
     except ImportError:
         return
-    register_model_loader(LOAD_FORMAT)(_loader_class(default_loader))
+    register_model_loader(LOAD_FORMAT)(_named_loader(default_loader))
+    if is_asked_for():
+        flagless = _flagless_loader(default_loader)
+        for load_format in FLAGLESS_FORMATS:
+            register_model_loader(load_format)(flagless)
     _is_registered = True
 
 
-def _loader_class(module: Any) -> type:
-    original: Callable[..., Iterator[Any]] = getattr(module, _ITERATOR)
-
-    def iterate(files: Sequence[str], *args: Any, local_expert_ids: Any = None, **kwargs: Any) -> Iterator[Any]:
-        if local_expert_ids is not None:
-            return original(files, *args, local_expert_ids=local_expert_ids, **kwargs)
-        return weights_of(files)
-
+def _named_loader(module: Any) -> type:
     class GpuloadModelLoader(module.DefaultModelLoader):  # type: ignore[misc]
-        """DefaultModelLoader whose safetensors come from gpuload."""
+        """DefaultModelLoader whose safetensors come from gpuload.
+
+        Of model_loader_extra_config it takes 'device' (the server's arena to be served from, default 'cpu') and
+        'socket' (the server's socket); the other keys are vLLM's.
+        """
 
         def __init__(self, load_config: Any) -> None:
             shown = copy.copy(load_config)
             shown.load_format = "safetensors"  # _prepare_weights knows no other name for these files
+            extra = shown.model_loader_extra_config
+            if isinstance(extra, dict):  # anything else is refused below, in vLLM's words
+                extra = dict(extra)
+                self._device = _text(extra.pop("device", "cpu"), "device")
+                self._socket = _text(extra.pop("socket", None), "socket")
+                shown.model_loader_extra_config = extra
             super().__init__(shown)
 
         def _get_weights_iterator(self, source: Any) -> Any:
-            with _swapping:  # the call below picks the iterator at once; it does not run it
-                setattr(module, _ITERATOR, iterate)
-                try:
-                    return super()._get_weights_iterator(source)
-                finally:
-                    setattr(module, _ITERATOR, original)
+            def ours(files: Sequence[str]) -> Iterator[Any]:
+                return weights_of(files, device=self._device or "cpu", socket_path=self._socket)
+
+            return _with_iterators(module, ours, lambda: super(GpuloadModelLoader, self)._get_weights_iterator(source))
 
     return GpuloadModelLoader
 
 
-def weights_of(files: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Every (name, tensor) of these files on the CPU: the server's if one answers, else by our own pipeline."""
-    from gpuload.hooks.safetensors_patch import attach_file
-    from gpuload.load import stream
+def _flagless_loader(module: Any) -> type:
+    class MountedModelLoader(module.DefaultModelLoader):  # type: ignore[misc]
+        """DefaultModelLoader whose safetensors come from gpuload where they stand on an mfs mount."""
 
-    for file in files:
-        attached = attach_file(file, "cpu")
-        yield from stream(file) if attached is None else attached.items()
+        def _get_weights_iterator(self, source: Any) -> Any:
+            def ours(files: Sequence[str]) -> Iterator[Any] | None:
+                return weights_of(files) if are_mounted(files) else None
+
+            return _with_iterators(module, ours, lambda: super(MountedModelLoader, self)._get_weights_iterator(source))
+
+    return MountedModelLoader
+
+
+def _with_iterators(module: Any, ours: Callable[[Sequence[str]], Iterator[Any] | None], pick: Callable[[], Any]) -> Any:
+    """Run `pick`, which picks an iterator at once and does not run it, while ours stand in vLLM's places.
+
+    ours: the iterator for these files, or None to leave them to vLLM.
+    """
+    with _swapping:
+        originals = {name: getattr(module, name) for name in _ITERATORS if hasattr(module, name)}
+        try:
+            for name, original in originals.items():
+                setattr(module, name, _instead_of(original, ours))
+            return pick()
+        finally:
+            for name, original in originals.items():
+                setattr(module, name, original)
+
+
+def _instead_of(original: Any, ours: Callable[[Sequence[str]], Iterator[Any] | None]) -> Any:
+    signature = inspect.signature(original)
+    files_name = next(iter(signature.parameters))
+
+    def iterate(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        given = signature.bind(*args, **kwargs).arguments
+        is_plain = given.get("safetensors_load_strategy") in _PLAIN_STRATEGIES
+        if is_plain and given.get("local_expert_ids") is None:
+            found = ours(given[files_name])
+            if found is not None:
+                return found
+        made: Iterator[Any] = original(*args, **kwargs)
+        return made
+
+    return iterate
+
+
+def _text(value: Any, key: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise UsageError(f"model_loader_extra_config: {key!r} must be a text, got {type(value).__name__}")
+    return value

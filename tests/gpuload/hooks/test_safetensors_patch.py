@@ -1,42 +1,23 @@
-"""The hook in real, unmodified programs: safetensors and transformers in processes of their own."""
+"""The hook itself, in processes of their own: when it takes effect, what it holds, and what happens on failure."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-import gpuload
 from gpuload.testing import ServerThread, random_tensors, write
-
-one_way = pytest.mark.parametrize("server", [True], indirect=True, ids=["direct"])
-"""Processes are slow to start: the staged way has its own tests."""
-
-SITE = Path(gpuload.__file__).parent / "hooks" / "site"
-
-
-def run(code: str, *args: object, socket_path: str | None, **env: str) -> subprocess.CompletedProcess[str]:
-    """A Python of its own, with the hook on, as `gpuload run` starts it."""
-    environment = {**os.environ, "GPULOAD_AUTO": "1", "PYTHONPATH": str(SITE), **env}
-    environment["GPULOAD_SOCKET"] = socket_path or "/nonexistent/gpuload.sock"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], env=environment, capture_output=True, text=True, timeout=150
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
+from tests.gpuload.hooks.conftest import DEADLINE_S, NO_SOCKET, SITE, hooked_environment, run_hooked
 
 USE = """
 import sys
 {early}
 import torch
-import gpuload.client
-from gpuload.device.host import HostDevice
-gpuload.client.open_device = lambda name: HostDevice(granule_bytes=4096)
 from safetensors.torch import load_file
 from safetensors import safe_open
 def digest(t):
@@ -60,7 +41,12 @@ print("again", digest(load_file(path)["w"]))
 """
 
 
-@one_way
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    tensors = {**random_tensors(1, {"w": (64, 200)}), **random_tensors(2, {"h": (9,)}, "F32")}
+    return write(tmp_path / "a.safetensors", tensors)
+
+
 @pytest.mark.parametrize(
     "early",
     [
@@ -70,34 +56,56 @@ print("again", digest(load_file(path)["w"]))
     ],
     ids=["late", "imported before", "asked for before"],
 )
-def test_unmodified_safetensors_is_served_and_cannot_tell(server: ServerThread, tmp_path: Path, early: str) -> None:
-    path = write(
-        tmp_path / "a.safetensors", {**random_tensors(1, {"w": (64, 200)}), **random_tensors(2, {"h": (9,)}, "F32")}
-    )
+def test_unmodified_safetensors_is_served_and_cannot_tell(resident: ServerThread, file: Path, early: str) -> None:
     code = USE.format(early=early)
-    plain = run(code, path, socket_path=None, GPULOAD_AUTO="0")
-    served = run(code, path, socket_path=server.socket_path)
+    plain = run_hooked(code, file, socket_path=None, GPULOAD_AUTO="0")
+    served = run_hooked(code, file, socket_path=resident.socket_path)
     assert served.stdout == plain.stdout
-    gauges = server.gauges()
+    gauges = resident.gauges()
     assert (gauges["models"], gauges["leases"]) == (1, 0), "the file is resident, and nobody holds it any more"
 
 
-def test_without_a_server_it_is_silent_but_for_one_line(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (64, 200), "h": (9,)}, "F32"))
-    code = USE.format(early="")
-    plain = run(code, path, socket_path=None, GPULOAD_AUTO="0")
-    alone = run(code, path, socket_path=None)
+def assert_alone(code: str, file: Path, socket_path: str | None, reason: str) -> None:
+    """The program's output is the library's, and one line says why."""
+    plain = run_hooked(code, file, socket_path=None, GPULOAD_AUTO="0")
+    alone = run_hooked(code, file, socket_path=socket_path)
     assert alone.stdout == plain.stdout
     lines = [line for line in alone.stderr.splitlines() if line]
     assert len(lines) == 1, alone.stderr
-    assert "without the server" in lines[0]
+    assert reason in lines[0]
+
+
+def test_without_a_server_it_is_silent_but_for_one_line(file: Path) -> None:
+    assert_alone(USE.format(early=""), file, None, "without the server: no gpuload server at")
+
+
+def test_a_server_without_room_is_as_good_as_none(resident: ServerThread, tmp_path: Path) -> None:
+    big = write(tmp_path / "big.safetensors", random_tensors(1, {"w": (200 << 20,), "h": (9,)}, "U8"))
+    code = "import sys; from safetensors.torch import load_file; print(int(load_file(sys.argv[1])['w'][-5:].sum()))"
+    assert_alone(code, big, resident.socket_path, "without the server")
+
+
+def test_a_server_that_is_stopped_holds_nobody(file: Path, tmp_path: Path) -> None:
+    """Its socket takes connections still; nothing behind it answers."""
+    socket_path = str(tmp_path / "s.sock")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "gpuload", "serve", "--arena", "cpu=8MiB", "--socket", socket_path],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stderr is not None
+        assert "serving" in server.stderr.readline()
+        server.send_signal(signal.SIGSTOP)
+        code = "import gpuload.hooks.resident as r; r.PING_S = 0.2" + USE.format(early="")
+        assert_alone(code, file, socket_path, "did not answer")
+    finally:
+        server.kill()
+        server.communicate()
 
 
 REPLACED = """
 import os, sys
-import gpuload.client
-from gpuload.device.host import HostDevice
-gpuload.client.open_device = lambda name: HostDevice(granule_bytes=4096)
 from safetensors import safe_open
 with safe_open(sys.argv[1], "pt") as f:
     os.replace(sys.argv[2], sys.argv[1])
@@ -107,52 +115,186 @@ with safe_open(sys.argv[1], "pt") as f:
 """
 
 
-@one_way
-def test_a_file_replaced_while_open_is_not_mixed_with_the_new_one(server: ServerThread, tmp_path: Path) -> None:
+def test_a_file_replaced_while_open_is_not_mixed_with_the_new_one(resident: ServerThread, tmp_path: Path) -> None:
     made = [random_tensors(i, {"w": (4,)}, "I32") for i in (1, 2)]
     old, new = (write(tmp_path / f"{i}.safetensors", t) for i, t in enumerate(made))
-    out = run(REPLACED, old, new, socket_path=server.socket_path).stdout.splitlines()
+    out = run_hooked(REPLACED, old, new, socket_path=resident.socket_path).stdout.splitlines()
     assert out == [str(t["w"].tolist()) for t in made]
+
+
+HELD = """
+import sys, time
+import gpuload.hooks.safetensors_patch as hook
+hook.IDLE_S = 0.05
+from gpuload.asking import ask
+def leases():
+    return ask({"op": "status"})["devices"][0]["gauges"]["leases"]
+def wait_for_none():
+    deadline = time.monotonic() + 60
+    while leases():
+        assert time.monotonic() < deadline, "the lease was never given up"
+        time.sleep(0.01)
+from safetensors import safe_open
+with safe_open(sys.argv[1], "pt") as f:
+    piece = f.get_slice("w")
+    held = piece[:]
+    assert leases() == 1
+    del held
+wait_for_none()  # although the slice is alive
+late = piece[:]
+assert hook.counts.left == 1 and late.shape == (64, 200)
+hook.IDLE_S = 0.2
+f = safe_open(sys.argv[1], "pt")
+kept = f.get_tensor("w")
+del f  # dropped, and never closed
+time.sleep(0.5)
+assert leases() == 1, "a tensor that lives holds its memory, idle or not"
+del kept
+wait_for_none()
+f = safe_open(sys.argv[1], "pt")
+assert f.get_tensor("w") is not None
+wait_for_none()
+assert f.get_tensor("w").shape == (64, 200) and leases() == 1, "it attaches again"
+assert hook.counts.left == 1
+print("done", len(hook._slices.values()), "slices known")
+"""
+
+
+def test_a_lease_ends_with_the_file_and_its_tensors_however_the_file_is_dropped(
+    resident: ServerThread, file: Path
+) -> None:
+    out = run_hooked(HELD, file, socket_path=resident.socket_path).stdout
+    assert out == "done 0 slices known\n"
+
+
+FORKED_INSIDE = """
+import os, sys, threading
+import gpuload.hooks.resident as resident
+import gpuload.hooks.safetensors_patch as hook
+inside, go = threading.Event(), threading.Event()
+real = resident.attach_file
+def slow(*args, **kwargs):
+    inside.set()
+    assert go.wait(60)
+    return real(*args, **kwargs)
+hook.attach_file = slow
+from safetensors import safe_open
+f = safe_open(sys.argv[1], "pt")
+got = []
+thread = threading.Thread(target=lambda: got.append(f.get_tensor("w")))
+thread.start()
+assert inside.wait(60)
+child = os.fork()
+if not child:
+    hook.attach_file = real
+    os._exit(0 if f.get_tensor("w").shape == (64, 200) and hook.counts.served == 1 else 1)
+_, status = os.waitpid(child, 0)
+go.set()
+thread.join()
+print(os.waitstatus_to_exitcode(status), got[0].shape[0])
+"""
+
+
+def test_a_child_forked_while_a_thread_attaches_does_not_hang(resident: ServerThread, file: Path) -> None:
+    assert run_hooked(FORKED_INSIDE, file, socket_path=resident.socket_path).stdout == "0 64\n"
 
 
 def test_a_program_that_loads_nothing_pays_nothing() -> None:
     code = "import sys; print([m for m in ('torch', 'safetensors', 'trio', 'gpuload.client') if m in sys.modules])"
-    assert run(code, socket_path=None).stdout.strip() == "[]"
+    assert run_hooked(code, socket_path=None).stdout.strip() == "[]"
+
+
+def test_off_means_off(resident: ServerThread, file: Path) -> None:
+    """gpuload's own folder on the path, and GPULOAD_AUTO not set: safetensors is nobody's but its own."""
+    use = "import sys; from safetensors.torch import load_file; load_file(sys.argv[1])"
+    code = f"{use}; print('gpuload.client' in sys.modules)"
+    assert run_hooked(code, file, socket_path=resident.socket_path, GPULOAD_AUTO="0").stdout.strip() == "False"
+    assert resident.gauges()["models"] == 0
 
 
 def test_the_hidden_sitecustomize_runs_too(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.hidden_ran = True")
     code = "import sys; print(sys.hidden_ran, any('gpuload.hooks.auto' == m for m in sys.modules))"
-    assert run(code, socket_path=None, PYTHONPATH=f"{SITE}:{tmp_path}").stdout.split() == ["True", "True"]
+    out = run_hooked(code, socket_path=None, PYTHONPATH=f"{SITE}:{tmp_path}").stdout
+    assert out.split() == ["True", "True"]
 
 
-TRANSFORMERS = """
-import sys, torch
-import gpuload.client
-from gpuload.device.host import HostDevice
-gpuload.client.open_device = lambda name: HostDevice(granule_bytes=4096)
-from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1])
-total = sum(p.detach().double().abs().sum().item() for p in model.parameters())
-with torch.no_grad():
-    out = model(input_ids=torch.arange(20).reshape(2, 10)).last_hidden_state
-print(repr(total), repr(out.double().sum().item()))
-if len(sys.argv) > 2:
-    import os
-    held = sum("gpuload-arena" in line for line in open("/proc/self/maps"))
-    print("mapped", held > 0)
-"""
+@pytest.mark.parametrize(
+    ("broken", "code"),
+    [
+        ("gpuload/__init__.py", "raise RuntimeError('as asked')"),
+        ("gpuload/__init__.py", "this is no Python"),
+        ("gpuload/hooks/safetensors_patch.py", "raise RuntimeError('as asked')"),
+    ],
+    ids=["at import", "not even Python", "when it is needed"],
+)
+def test_a_gpuload_that_fails_is_one_line_and_no_more(tmp_path: Path, file: Path, broken: str, code: str) -> None:
+    """A half-installed gpuload stands first on the path; auto.py itself is the real one where it is reached."""
+    for name in ("gpuload/__init__.py", "gpuload/hooks/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "gpuload/hooks/auto.py").write_text((SITE.parent / "auto.py").read_text())
+    (tmp_path / broken).write_text(code)
+    use = "import sys; from safetensors.torch import load_file; print(sorted(load_file(sys.argv[1])))"
+    done = run_hooked(use, file, socket_path=None, PYTHONPATH=f"{SITE}:{tmp_path}")
+    assert done.stdout == "['h', 'w']\n"
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("gpuload: not used here:")
 
 
-@one_way
-def test_transformers_loads_through_the_pool(server: ServerThread, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+def test_a_python_that_has_no_gpuload_runs_as_ever(tmp_path: Path) -> None:
+    """Another environment's interpreter, below a hooked program: sitecustomize finds no gpuload there, and says so."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules.pop('sitecustomize', None); print('ran')"],
+        env={**hooked_environment(None), "PYTHONPATH": f"{SITE}:{tmp_path}"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
     )
-    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
-    assert load_file(tmp_path / "bert" / "model.safetensors")
-    plain = run(TRANSFORMERS, tmp_path / "bert", socket_path=None, GPULOAD_AUTO="0")
-    served = run(TRANSFORMERS, tmp_path / "bert", "mapped", socket_path=server.socket_path)
-    assert served.stdout.splitlines()[0] == plain.stdout.splitlines()[0]
-    assert server.gauges()["models"] == 1
+    assert done.stdout == "ran\n"
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=DEADLINE_S)
+    done = subprocess.run(
+        [venv / "bin" / "python", "-c", "print('ran')"],
+        env={**hooked_environment(None), "PYTHONPATH": str(SITE)},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert done.stderr == "gpuload: not used here: No module named 'gpuload'\n"
+
+
+def test_gpuload_run_hooks_a_server_and_the_processes_it_starts(resident: ServerThread, file: Path) -> None:
+    """`gpuload run -- python server.py`, from the outside: the command line, a program, and a process below it."""
+    inner = (
+        "import sys; from safetensors.torch import load_file; load_file(sys.argv[1]); "
+        "from gpuload.hooks.counts import counts; print(counts.served, counts.left)"
+    )
+    outer = "import subprocess, sys; " + f"subprocess.run([sys.executable, '-c', {inner!r}, sys.argv[1]], check=True)"
+    command = [sys.executable, "-m", "gpuload", "run", "--socket", resident.socket_path, "--"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("GPULOAD_AUTO", "GPULOAD_SOCKET")}
+    for code in (inner, outer):
+        done = subprocess.run(
+            [*command, sys.executable, "-c", code, str(file)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+        assert (done.stdout, done.stderr) == ("2 0\n", "")
+    assert resident.gauges()["models"] == 1
+
+
+def test_what_came_from_where_can_be_asked(resident: ServerThread, file: Path) -> None:
+    code = (
+        "import json, sys; from safetensors.torch import load_file; load_file(sys.argv[1]); "
+        "from gpuload.hooks.counts import counts; print(json.dumps([counts.served, str(counts)]))"
+    )
+    said = json.loads(run_hooked(code, file, socket_path=resident.socket_path).stdout)
+    assert said == [2, "served 2, streamed 0, left to the library 0"]
+    said = json.loads(run_hooked(code, file, socket_path=NO_SOCKET).stdout)
+    assert said == [0, "served 0, streamed 0, left to the library 2"]
