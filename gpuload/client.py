@@ -29,6 +29,8 @@ class Attached(dict[str, torch.Tensor]):
 
     model: str
     device: str
+    """Where it stands; several devices joined by ','."""
+    devices: Sequence[str]
     digest: str
     """Of the whole content; equal digests are equal models."""
     generation: int
@@ -40,20 +42,22 @@ class Attached(dict[str, torch.Tensor]):
 
     def __init__(self, made: Mapping[str, torch.Tensor], reply: Mapping[str, Any], held: _Held) -> None:
         super().__init__(made)
-        self.model, self.device, self.digest = reply["model"], reply["device"], reply["digest"]
+        self.model, self.digest = reply["model"], reply["digest"]
+        self.device, self.devices = reply["device"], tuple(reply["devices"])
         self.generation, self.metadata, self.report = reply["generation"], reply["metadata"], reply.get("report")
         self._held = held
 
 
 class _Held:
-    """The mapping and the connection that stands for its lease; unmapped first, released then."""
+    """The mappings and the connection that stands for their lease; unmapped first, released then."""
 
-    def __init__(self, sock: socket.socket, mapping: DeviceMapping | None) -> None:
-        self.sock, self.mapping = sock, mapping
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.mappings: list[DeviceMapping] = []
 
     def __del__(self) -> None:
-        if self.mapping is not None:
-            self.mapping.close()
+        for mapping in self.mappings:
+            mapping.close()
         self.sock.close()
 
 
@@ -62,7 +66,8 @@ def attach(
 ) -> Attached:
     """The tensors of a resident model, without a copy.
 
-    device: only this one's model; None: whichever device has it.
+    device: only what stands on this one; None: all of it, wherever it stands (of several models with that name, the one
+        on the server's first device).
     Raises: AwayError if no server answers, NotFoundError if it has no such model, AccessError, DeviceError.
     """
     request = {"op": "attach", "model": model}
@@ -72,33 +77,41 @@ def attach(
 
 
 def open_resident(
-    fds: Sequence[int], labels: Sequence[str], device: str, *, socket_path: str | None = None, timeout_s: float = LOAD_S
+    fds: Sequence[int],
+    labels: Sequence[str],
+    device: str | None,
+    *,
+    device_map: Mapping[str, str] | None = None,
+    socket_path: str | None = None,
+    timeout_s: float = LOAD_S,
 ) -> Attached:
-    """The tensors of open safetensors files, made resident by content if they are not yet. For the hooks."""
-    return _attach({"op": "open", "device": device, "files": list(labels)}, fds, socket_path, timeout_s)
+    """The tensors of open safetensors files, made resident by content if they are not yet. For the hooks.
+
+    device_map: see `load.load_model`; what it leaves out goes to `device`.
+    """
+    request = {"op": "open", "device": device, "device_map": dict(device_map or {}), "files": list(labels)}
+    return _attach(request, fds, socket_path, timeout_s)
 
 
 def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None, timeout_s: float) -> Attached:
-    sock = connect(socket_path, timeout_s)
+    held = _Held(connect(socket_path, timeout_s))
+    reply, got = exchange(held.sock, request, fds)
+    flat: list[torch.Tensor] = []
     try:
-        reply, got = exchange(sock, request, fds)
-        try:
-            runs = [(first, count) for first, count in reply["runs"]]
-            device = open_device(reply["device"])
-            mapping = device.attach(got, runs) if runs else None
-        finally:
-            wire.close_all(got)
-    except BaseException:
-        sock.close()
-        raise
-    held = _Held(sock, mapping)
-    made: dict[str, torch.Tensor] = {}
-    flat = tensors.over_memory(held, mapping.address, mapping.nbytes, reply["device"]) if mapping else None
-    for name, dtype, shape, offset, nbytes in reply["tensors"]:
-        part = (
-            torch.empty(0, dtype=torch.uint8, device=reply["device"])
-            if flat is None
-            else flat[offset : offset + nbytes]
-        )
-        made[name] = tensors.view_as(part, dtype, shape, name)
+        at = 0
+        for part in reply["parts"]:
+            runs = [(first, count) for first, count in part["runs"]]
+            if not runs:
+                flat.append(torch.empty(0, dtype=torch.uint8, device=part["device"]))
+                continue
+            mapping = open_device(part["device"]).attach(got[at : at + part["fds"]], runs)
+            at += part["fds"]
+            held.mappings.append(mapping)
+            flat.append(tensors.over_memory(held, mapping.address, mapping.nbytes, part["device"]))
+    finally:
+        wire.close_all(got)
+    made = {
+        name: tensors.view_as(flat[part][offset : offset + nbytes], dtype, shape, name)
+        for name, dtype, shape, part, offset, nbytes in reply["tensors"]
+    }
     return Attached(made, reply, held)

@@ -1,8 +1,11 @@
-"""What one arena holds: blocks by content, models made of blocks, leases on models. Bookkeeping only; no bytes move.
+"""What the arenas hold: blocks by content, models made of blocks, leases on models. Bookkeeping only; no bytes move.
 
-Invariants, checked by `gauges` in tests:
-- a block has granules exactly as long as `holds` > 0; every model holds each of its blocks once, a load in progress too
-- a model with a name is served; one without (`retired`) waits for its last lease
+A `Catalog` is one arena's. A `Model` has a part in each arena it stands in, and one name, one life and one count of
+leases for all of them: it is served, retired and evicted whole.
+
+Invariants, checked by `gauges` in tests: - a block has granules exactly as long as `holds` > 0; every model holds
+each of its blocks once, a load in progress too
+- a model with a name is served by the catalog of every part; one without (`retired`) waits for its last lease
 - nothing is evicted while leased or pinned, and nothing at all before `make_room` knows that the room will do
 
 All of it runs on the trio thread between checkpoints; there are no locks.
@@ -11,11 +14,12 @@ All of it runs on the trio thread between checkpoints; there are no locks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpuload.device.base import Run
 from gpuload.errors import FitError
+from gpuload.plan import Placement
 from gpuload.server.digests import Digest
 from gpuload.server.granules import Granules
 from mfs.errors import NotFoundError
@@ -40,29 +44,51 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class ResidentTensor:
-    """One row of a model's table, as clients get it."""
+    """One row of a model's table."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    part: int
+    """Index into the model's parts."""
     block: int
-    """Index into the model's blocks; -1 for a tensor without bytes."""
+    """Index into the part's blocks; -1 for a tensor without bytes."""
     offset: int
     nbytes: int
 
 
 @dataclass(eq=False)
+class Part:
+    """What of a model stands in one arena."""
+
+    catalog: Catalog
+    digest: str
+    """Hex; of the name, type, shape and bytes of every tensor here."""
+    blocks: list[Block]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.nbytes for b in self.blocks)
+
+
+_clock = itertools.count(1)
+"""One for all arenas: uses of models that stand in several are compared."""
+
+
+@dataclass(eq=False)
 class Model:
-    """One complete model in the arena."""
+    """One complete model, in one arena or spread over several."""
 
     name: str | None
     """What it is served as; None once it was swapped out or unloaded while leased."""
     digest: str
-    """Hex; of every tensor's name, type, shape and bytes."""
+    """Hex; of every tensor's name, type, shape and bytes, wherever they stand."""
+    parts: list[Part]
     tensors: list[ResidentTensor]
-    blocks: list[Block]
     metadata: list[dict[str, str] | None]
     """Each shard's own strings."""
+    placement: Placement = field(default_factory=Placement)
+    """How it was spread: what a swap that says nothing else keeps."""
     label: str = ""
     """Where it was loaded from, for people."""
     is_pinned: bool = False
@@ -72,11 +98,67 @@ class Model:
     generation: int = 1
     """Counts the swaps of this name."""
     used_at: int = 0
-    """The catalog's clock at its last use."""
+    """The clock at its last use."""
 
     @property
-    def nbytes(self) -> int:
-        return sum(b.nbytes for b in self.blocks)
+    def devices(self) -> list[str]:
+        return [part.catalog.device for part in self.parts]
+
+    @property
+    def content(self) -> dict[str, str]:
+        """Device -> digest of what stands there: equal for two models exactly if one can serve for the other."""
+        return {part.catalog.device: part.digest for part in self.parts}
+
+    def blocks_in(self, catalog: Catalog) -> list[Block]:
+        return [block for part in self.parts if part.catalog is catalog for block in part.blocks]
+
+    def publish(self) -> None:
+        """Serve it under its name from now on; whoever had the name on any of its devices is retired, whole."""
+        assert self.name is not None
+        for old in namesakes(self.name, [part.catalog for part in self.parts]):
+            self.generation = max(self.generation, old.generation + 1)
+            old.retire()
+        for part in self.parts:
+            part.catalog.models[self.name] = self
+        self.touch()
+
+    def retire(self) -> None:
+        """Take its name away: no new lease; its memory goes with its last lease."""
+        assert self.name is not None
+        for part in self.parts:
+            del part.catalog.models[self.name]
+            part.catalog.retired.append(self)
+        self.name = None
+        self._drop_if_unused()
+
+    def touch(self) -> None:
+        self.used_at = next(_clock)
+
+    def lease(self) -> None:
+        self.leases_count += 1
+        self.touch()
+
+    def end_lease(self) -> None:
+        self.leases_count -= 1
+        if self.name is None:
+            self._drop_if_unused()
+        elif self.retain == "lease" and not self.leases_count and not self.is_pinned:
+            self.retire()
+
+    def _drop_if_unused(self) -> None:
+        if self.leases_count:
+            return
+        for part in self.parts:
+            part.catalog.retired.remove(self)
+            for block in part.blocks:
+                part.catalog.let_go(block)
+            part.blocks = []
+
+
+def namesakes(name: str | None, catalogs: Iterable[Catalog]) -> list[Model]:
+    """The served models of that name in these arenas, each once."""
+    found = {id(m): m for catalog in catalogs if name is not None and (m := catalog.models.get(name)) is not None}
+    return list(found.values())
 
 
 class Catalog:
@@ -90,7 +172,6 @@ class Catalog:
         self.retired: list[Model] = []
         self.blocks: dict[Digest, Block] = {}
         self._pieces: dict[Digest, dict[Block, int]] = {}
-        self._clock = itertools.count(1)
 
     def find(self, name: str) -> Model:
         """Raises: NotFoundError naming what there is."""
@@ -99,35 +180,47 @@ class Catalog:
             raise NotFoundError(f"no model {name!r} is resident on {self.device}; there are: {there}")
         return self.models[name]
 
-    def find_content(self, digest: str) -> Model | None:
-        """A served model with exactly this content."""
-        return next((m for m in self.models.values() if m.digest == digest), None)
+    def find_content(self, content: Mapping[str, str]) -> Model | None:
+        """A served model with exactly this content on exactly these devices; see `Model.content`."""
+        return next((m for m in self.models.values() if m.content == content), None)
 
     def find_piece(self, digest: Digest) -> tuple[Block, int] | None:
         """Some complete block that has these bytes, and at which offset."""
         return next(iter(self._pieces.get(digest, {}).items()), None)
 
-    def touch(self, model: Model) -> None:
-        model.used_at = next(self._clock)
+    @property
+    def has_pieces(self) -> bool:
+        """Whether any bytes are there to be found."""
+        return bool(self._pieces)
 
-    def make_room(self, granules: int, what: str, *, keep: Iterable[Model] = ()) -> list[Model]:
+    def make_room(
+        self, granules: int, what: str, *, keep: Iterable[Model] = (), going: Iterable[Model] = ()
+    ) -> list[Model]:
         """Whom to evict, oldest use first, so that `granules` are free. Nobody is evicted here.
 
+        going: models that leave anyway, to make room elsewhere.
         Raises: FitError naming every part of the sum, if evicting all that may be evicted would not do.
         """
-        kept = set(map(id, keep))
+        kept = {id(m) for m in (*keep, *going)}
         candidates = [m for m in self.models.values() if not m.leases_count and not m.is_pinned and id(m) not in kept]
         candidates.sort(key=lambda m: m.used_at)
         lost: dict[Block, int] = {}
         room, victims = self.granules.free_count, []
+
+        def give_up(model: Model) -> int:
+            freed = 0
+            for block in model.blocks_in(self):
+                lost[block] = lost.get(block, 0) + 1
+                if lost[block] == block.holds:
+                    freed += block.granules_count
+            return freed
+
+        room += sum(give_up(model) for model in going)
         for model in candidates:
             if room >= granules:
                 break
             victims.append(model)
-            for block in model.blocks:
-                lost[block] = lost.get(block, 0) + 1
-                if lost[block] == block.holds:
-                    room += block.granules_count
+            room += give_up(model)
         if room >= granules:
             return victims
         raise self._refusal(what, granules, room)
@@ -135,9 +228,9 @@ class Catalog:
     def _refusal(self, what: str, granules: int, room: int) -> FitError:
         unit = self.granule_bytes
         held: dict[str, int] = {}
-        for model in [*self.models.values(), *self.retired]:
+        for model in self._all():
             kind = "leased" if model.leases_count else "pinned" if model.is_pinned else "unleased"
-            held[kind] = held.get(kind, 0) + model.nbytes
+            held[kind] = held.get(kind, 0) + sum(block.nbytes for block in model.blocks_in(self))
         parts = ", ".join(f"{kind} {_gib(n)}" for kind, n in sorted(held.items())) or "nothing resident"
         short = (granules - room) * unit
         return FitError(
@@ -180,42 +273,6 @@ class Catalog:
         for offset, _, piece in pieces:
             self._pieces.setdefault(piece, {}).setdefault(block, offset)
         return block
-
-    def publish(self, model: Model) -> None:
-        """Serve `model` under its name from now on; whoever had the name is retired, and gone unless leased."""
-        assert model.name is not None
-        old = self.models.get(model.name)
-        if old is not None:
-            model.generation = old.generation + 1
-            self.retire(old)
-        self.models[model.name] = model
-        self.touch(model)
-
-    def retire(self, model: Model) -> None:
-        """Take its name away: no new lease; its memory goes with its last lease."""
-        assert model.name is not None
-        del self.models[model.name]
-        model.name = None
-        self.retired.append(model)
-        self._drop_if_unused(model)
-
-    def lease(self, model: Model) -> None:
-        model.leases_count += 1
-        self.touch(model)
-
-    def end_lease(self, model: Model) -> None:
-        model.leases_count -= 1
-        if model.name is None:
-            self._drop_if_unused(model)
-        elif model.retain == "lease" and not model.leases_count and not model.is_pinned:
-            self.retire(model)
-
-    def _drop_if_unused(self, model: Model) -> None:
-        if not model.leases_count:
-            self.retired.remove(model)
-            for block in model.blocks:
-                self.let_go(block)
-            model.blocks = []
 
     def gauges(self) -> dict[str, int]:
         """Everything that must be zero when nothing is resident."""

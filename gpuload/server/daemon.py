@@ -20,13 +20,15 @@ from dataclasses import dataclass, field
 import trio
 
 from gpuload.device.base import Device
-from gpuload.errors import AwayError, BusyError, ServerError, first_error, one_error, to_wire
+from gpuload.errors import AwayError, BusyError, FitError, ServerError, first_error, one_error, to_wire
 from gpuload.pipeline import Limits
-from gpuload.server.catalog import Catalog
+from gpuload.server.catalog import Catalog, Model
+from gpuload.server.digest_files import DigestFiles
 from gpuload.server.digests import SETTLED_S, DigestCache
 from gpuload.server.layout import PIECE_BYTES
 from gpuload.server.loader import Loader
 from gpuload.server.operations import Answer, Operations, Peer
+from gpuload.server.site import Site
 from gpuload.server.wire import Channel, close_all
 from gpuload.staging import open_ring
 from mfs.errors import ConfigError, MfsError
@@ -57,6 +59,8 @@ class ServerConfig:
     """Files of one model."""
     settled_s: float = SETTLED_S
     """See `digests.DigestCache`."""
+    digests_folder: str | None = None
+    """Where digests outlive the process; None: nowhere. See `digest_files`."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -64,35 +68,30 @@ async def serve(
     config: ServerConfig,
     open_one: Callable[[str], Device],
     *,
-    task_status: trio.TaskStatus[Mapping[str, Loader]] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[Mapping[str, Site]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until cancelled. `task_status.started` gets the loaders, once the socket listens.
+    """Serve until cancelled. `task_status.started` gets the sites, once the socket listens.
 
     Raises: ConfigError, FitError, DeviceError, BusyError, all before it listens.
     """
-    digests = DigestCache(settled_s=config.settled_s)
+    if not config.arena_bytes:
+        raise ConfigError("no device to serve: give one, such as cpu=4GiB or cuda:0=70GiB")
+    files = DigestFiles(config.digests_folder) if config.digests_folder is not None else None
+    digests = DigestCache(files, settled_s=config.settled_s)
     with one_error():
         async with contextlib.AsyncExitStack() as stack:
             sock = stack.enter_context(_listening(config))
-            loaders: dict[str, Loader] = {}
-            for name, nbytes in config.arena_bytes.items():
-                device = open_one(name)
-                stack.callback(device.close)
-                arena = device.create_arena(nbytes)
-                stack.callback(arena.close)
-                if not arena.granules_count:
-                    raise ConfigError(f"{nbytes} bytes on {name} are less than one granule of {arena.granule_bytes}")
-                catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
-                buffer_bytes, count = max(config.limits.buffer_bytes, PIECE_BYTES), config.limits.buffers_count
-                ring = await stack.enter_async_context(open_ring(device, buffer_bytes=buffer_bytes, count=count))
-                loaders[name] = Loader(device, arena, catalog, digests, config.limits, ring)
-            if not loaders:
-                raise ConfigError("no device to serve: give one, such as cpu=4GiB or cuda:0=70GiB")
-            operations = Operations(loaders, version=VERSION)
+            devices: dict[str, Device] = {}
+            for name in config.arena_bytes:
+                devices[name] = open_one(name)
+                stack.callback(devices[name].close)
+            _check_fit(devices, config)
+            sites = {name: await _open_site(stack, name, devices[name], config) for name in devices}
+            operations = Operations(Loader(sites, digests, config.limits), version=VERSION)
             sock.listen(128)
             places = trio.Semaphore(config.connections_max)
             async with trio.open_nursery() as nursery:
-                task_status.started(loaders)
+                task_status.started(sites)
                 listener = trio.socket.from_stdlib_socket(sock)
                 while True:
                     await places.acquire()
@@ -106,12 +105,49 @@ async def serve(
                     nursery.start_soon(_connection, client, operations, config, places)
 
 
+def _staging_bytes(config: ServerConfig) -> int:
+    """Of one device's ring, in host memory."""
+    return max(config.limits.buffer_bytes, PIECE_BYTES) * config.limits.buffers_count
+
+
+def _check_fit(devices: Mapping[str, Device], config: ServerConfig) -> None:
+    """See that all arenas and rings together fit beside what others hold, before any is taken. Raises: FitError."""
+    staging = _staging_bytes(config) * len(devices)
+    sums: dict[str, tuple[Device, int, int]] = {}  # all devices in host memory are one sum
+    for name, device in devices.items():
+        place = "host memory" if name.startswith("cpu") else name
+        _, arenas, _ = sums.get(place, (device, 0, 0))
+        sums[place] = (device, arenas + config.arena_bytes[name], staging if place == "host memory" else 0)
+    for place, (device, arenas, rings) in sums.items():
+        memory = device.memory()
+        others, short = memory.total_bytes - memory.free_bytes, arenas + rings - memory.free_bytes
+        if short > 0:
+            raise FitError(
+                f"this does not fit {place}: arenas {arenas} bytes, staging {rings}; of its {memory.total_bytes} others"
+                f" hold {others}, free are {memory.free_bytes}; short by {short}; nothing was taken",
+                shortfall_bytes=short,
+            )
+
+
+async def _open_site(stack: contextlib.AsyncExitStack, name: str, device: Device, config: ServerConfig) -> Site:
+    """Take the arena and the ring of one device; the stack gives them back."""
+    nbytes = config.arena_bytes[name]
+    arena = device.create_arena(nbytes)
+    stack.callback(arena.close)
+    if not arena.granules_count:
+        raise ConfigError(f"{nbytes} bytes on {name} are less than one granule of {arena.granule_bytes}")
+    catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
+    buffer_bytes, count = max(config.limits.buffer_bytes, PIECE_BYTES), config.limits.buffers_count
+    ring = await stack.enter_async_context(open_ring(device, buffer_bytes=buffer_bytes, count=count))
+    return Site(name, device, arena, catalog, ring)
+
+
 async def _connection(
     sock: trio.socket.SocketType, operations: Operations, config: ServerConfig, places: trio.Semaphore
 ) -> None:
     """One client, from accept to its end. No error of a client leaves this function."""
     channel = Channel(sock)
-    lease = None
+    lease: Model | None = None
     try:
         peer = _peer(sock)
         while True:
@@ -141,7 +177,7 @@ async def _connection(
         sock.close()
         places.release()
         if lease:
-            lease[0].catalog.end_lease(lease[1])
+            lease.end_lease()
 
 
 async def _answered(

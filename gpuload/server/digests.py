@@ -1,29 +1,29 @@
 """What bytes are, by content. The only identity the server knows: never names, paths or headers.
 
-A digest is remembered for a file's (device, inode, size, mtime, ctime) as it was before the bytes were read, and only
-if the file had been left alone for `settled_s` by then: within one tick of its clock a file system cannot tell two
-writes apart (git calls such an entry racily clean). A remembered digest lets a load skip reading; bytes that are moved
-are hashed again on the way, so a wrong entry cannot put wrong bytes under a right name.
+Digests of a file's pieces are remembered under its version (`versions` says which may be), as it was before the
+bytes were read, and only if it had been left alone for `settled_s` by then: within one tick of its clock a file
+system cannot tell two writes apart (git calls such an entry racily clean). A remembered digest lets a load skip
+reading; bytes that are moved are hashed again on the way, so a wrong entry cannot put wrong bytes under a right
+name.
+
+`DigestCache` is used from threads: it reads and writes `digest_files`.
 """
 
 from __future__ import annotations
 
-import os
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from blake3 import blake3
 
 from gpuload.plan import Piece
-
-Digest = bytes
-FileKey = tuple[int, int, int, int, int]
-Geometry = tuple[int, int, int, int]
-"""(start, row_bytes, rows_count, pitch_bytes) of a piece in its file."""
+from gpuload.server.digest_files import Digest, DigestFiles, Geometry
+from gpuload.server.versions import Version, is_open_for_writing
 
 ENTRIES_MAX = 1_000_000
-"""Digests remembered, some 200 MB; at 4 MiB a piece that is 4 TB of weights."""
+"""Digests in memory, some 200 MB; at 4 MiB a piece that is 4 TB of weights."""
 
 SETTLED_S = 2.0
 """The coarsest clock in use: FAT's, and some network file systems'."""
@@ -49,40 +49,63 @@ def geometry(piece: Piece) -> Geometry:
     return (piece.start, piece.row_bytes, piece.rows_count, piece.pitch_bytes)
 
 
-def file_key(fd: int) -> FileKey:
-    s = os.fstat(fd)
-    return (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-
-
 class DigestCache:
-    """Digests of pieces by file and place, least recently used files dropped first."""
+    """Digests of pieces by file and place, least recently used files dropped first. Thread-safe; may read a disk."""
 
-    def __init__(self, *, entries_max: int = ENTRIES_MAX, settled_s: float = SETTLED_S) -> None:
+    def __init__(
+        self, files: DigestFiles | None = None, *, entries_max: int = ENTRIES_MAX, settled_s: float = SETTLED_S
+    ) -> None:
+        """files: where they outlive this process; None: nowhere."""
+        self._disk = files
         self._entries_max = entries_max
         self._settled_ns = int(settled_s * 1e9)
-        self._files: OrderedDict[FileKey, dict[Geometry, Digest]] = OrderedDict()
+        self._files: OrderedDict[bytes, Mapping[Geometry, Digest]] = OrderedDict()
+        self._lock = threading.Lock()
         self.entries_count = 0
 
-    def find(self, key: FileKey) -> dict[Geometry, Digest]:
-        """What is known of this file; read only."""
-        if key in self._files:
-            self._files.move_to_end(key)
-        return self._files.get(key, {})
+    def find(self, version: Version) -> Mapping[Geometry, Digest]:
+        """What is known of this version."""
+        if version.key is None:
+            return {}
+        with self._lock:
+            if version.key in self._files:
+                self._files.move_to_end(version.key)
+                return self._files[version.key]
+        found = self._disk.read(version.key) if self._disk is not None else {}
+        if found:
+            self._keep(version.key, found)
+        return found
 
-    def add(self, key: FileKey, read_at_ns: int, found: Sequence[tuple[Geometry, Digest]]) -> None:
-        """Remember digests of bytes that were read after `read_at_ns` (time.time_ns()), if the file had settled."""
-        if read_at_ns - max(key[3], key[4]) < self._settled_ns:
+    def add(self, version: Version, fd: int, read_at_ns: int, found: Sequence[tuple[Geometry, Digest]]) -> bool:
+        """Remember digests of bytes of `fd` that were read after `read_at_ns` (`now_ns`), if that may be done;
+        whether it was.
+        """
+        if version.key is None:
+            return False
+        if version.changed_ns and (read_at_ns - version.changed_ns < self._settled_ns or is_open_for_writing(fd)):
+            return False
+        before = self.find(version)
+        known = {**before, **dict(found)}
+        self._keep(version.key, known)
+        if self._disk is not None and known != before:
+            self._disk.write(version.key, known)
+        return True
+
+    def forget(self, version: Version) -> None:
+        if version.key is None:
             return
-        known = self._files.setdefault(key, {})
-        self.entries_count -= len(known)
-        known.update(found)
-        self.entries_count += len(known)
-        while self.entries_count > self._entries_max:
-            _, dropped = self._files.popitem(last=False)
-            self.entries_count -= len(dropped)
+        with self._lock:
+            self.entries_count -= len(self._files.pop(version.key, {}))
+        if self._disk is not None:
+            self._disk.remove(version.key)
 
-    def forget(self, key: FileKey) -> None:
-        self.entries_count -= len(self._files.pop(key, {}))
+    def _keep(self, key: bytes, known: Mapping[Geometry, Digest]) -> None:
+        with self._lock:
+            self.entries_count += len(known) - len(self._files.pop(key, {}))
+            self._files[key] = known
+            while self.entries_count > self._entries_max:
+                _, dropped = self._files.popitem(last=False)
+                self.entries_count -= len(dropped)
 
 
 def now_ns() -> int:

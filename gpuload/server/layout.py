@@ -4,8 +4,8 @@ A block is the unit that two models share in place; it is named by its content. 
 more is a block of its own, so equal large tensors are shared wherever they stand in their files. Smaller ones of a
 shard are packed in file order until a block is full: the waste stays below one granule per block.
 
-Tensors are cut in pieces of PIECE_BYTES from their own beginning; a piece is the unit that is hashed, and copied inside
-the device rather than over the bus when some resident block has it.
+Tensors are cut in pieces of PIECE_BYTES from their own beginning; a piece is the unit that is hashed, and copied
+inside the device rather than over the bus when some resident block has it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ class BlockPlan:
         return -(-self.nbytes // granule_bytes)
 
 
-def plan_blocks(transfers: Sequence[Transfer], granule_bytes: int) -> list[BlockPlan]:
-    """Pack all transfers that have bytes; depends on the tensors' sizes and order only, so equal files pack equally."""
+def plan_blocks(transfers: Sequence[Transfer], granule_bytes: int, device: str | None = None) -> list[BlockPlan]:
+    """Pack all transfers (to `device`, if given) that have bytes; depends on the tensors' sizes and order only, so
+    equal files pack equally.
+    """
     large_bytes = BLOCK_GRANULES * granule_bytes
     blocks: list[BlockPlan] = []
     small: list[Placed] = []
@@ -62,6 +64,8 @@ def plan_blocks(transfers: Sequence[Transfer], granule_bytes: int) -> list[Block
 
     shard = -1
     for index, t in enumerate(transfers):
+        if device not in (None, t.device):
+            continue
         if t.shard != shard:
             close_small()
             shard = t.shard

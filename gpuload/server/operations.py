@@ -7,7 +7,7 @@ root, by SO_PEERCRED. Files come as descriptors that the client opened, so nobod
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,18 @@ import trio
 from gpuload.device import canonical_name
 from gpuload.device.base import Run
 from gpuload.plan import Placement
-from gpuload.server.catalog import Model
-from gpuload.server.loader import Job, Loader
+from gpuload.server.catalog import Block, Catalog, Model, namesakes
+from gpuload.server.loader import Loader
+from gpuload.server.site import Site
+from gpuload.server.wire import close_all
+from gpuload.server.work import Job
 from gpuload.shards import Shard, read_header
-from mfs.errors import AccessError, MfsError, NotFoundError, UsageError
+from mfs.errors import AccessError, NotFoundError, UsageError
 
 NAME_LENGTH_MAX = 200
 RULES_MAX = 10_000
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever an old client could misread a new server."""
 
 CHANGES = frozenset({"load", "swap", "open", "unload", "pin"})
@@ -45,14 +48,15 @@ class Answer:
 
     message: dict[str, Any]
     fds: Sequence[int] = ()
-    lease: tuple[Loader, Model] | None = None
+    lease: Model | None = None
 
 
 class Operations:
     """The server's devices, behind the verbs of the protocol."""
 
-    def __init__(self, loaders: Mapping[str, Loader], *, version: str) -> None:
-        self._loaders = loaders
+    def __init__(self, loader: Loader, *, version: str) -> None:
+        self._loader, self._sites = loader, loader.sites
+        self._catalogs = [site.catalog for site in loader.sites.values()]
         self._version = version
 
     async def answer(self, request: dict[str, Any], fds: Sequence[int], peer: Peer) -> Answer:
@@ -70,127 +74,180 @@ class Operations:
             case "open":
                 return await self._open(request, fds)
             case "attach":
-                loader, model = self._find(request)
-                return self._attach(loader, model, {})
+                return self._attach(self._find(request), self._only(request), {})
             case "unload":
                 return self._unload(request)
             case "pin":
-                _, model = self._find(request)
+                model = self._find_one(request)
                 model.is_pinned = _flag(request, "pinned", True)
                 return Answer({"model": model.name, "pinned": model.is_pinned})
         raise UsageError(f"no such operation: {str(verb)[:50]!r}")
 
     async def _load(self, request: dict[str, Any], fds: Sequence[int]) -> Answer:
-        loader = self._loader(request)
         name = _name(request.get("model"))
-        job = await self._job(loader, name, request, fds)
-        model, report = await loader.load(job)
-        return Answer({**_summary(loader, model), "report": report.as_dict()})
+        model, report = await self._loader.load(await self._job(name, request, fds))
+        return Answer({**_summary(model), "report": report.as_dict()})
 
     async def _open(self, request: dict[str, Any], fds: Sequence[int]) -> Answer:
-        loader = self._loader(request)
-        job = await self._job(loader, None, {**request, "pinned": False, "retain": "lru"}, fds)
-        model, report = await loader.load(job)
-        return self._attach(loader, model, {"report": report.as_dict()})  # no checkpoint since `load` returned
+        job = await self._job(None, {**request, "pinned": False, "retain": "lru"}, fds)
+        model, report = await self._loader.load(job)
+        return self._attach(model, None, {"report": report.as_dict()})  # no checkpoint since `load` returned
 
-    async def _job(self, loader: Loader, name: str | None, request: dict[str, Any], fds: Sequence[int]) -> Job:
+    async def _job(self, name: str | None, request: dict[str, Any], fds: Sequence[int]) -> Job:
+        is_swap = request.get("op") == "swap"
+        placement = self._placement(name if is_swap else None, request)
         labels = request.get("files")
         if not isinstance(labels, list) or not labels or len(labels) != len(fds):
             raise UsageError(f"{len(fds)} files came, expected as many names in 'files', and one at least")
-        paths = [_printable(str(label))[:500] for label in labels]
-        shards = await trio.to_thread.run_sync(_shards, paths, list(fds))
         retain = request.get("retain", "lru")
         if retain not in ("lru", "lease"):
             raise UsageError(f"retain {str(retain)[:50]!r}: expected 'lru' or 'lease'")
+        paths = [_printable(str(label))[:500] for label in labels]
         return Job(
             name=name,
             label=_printable(str(request.get("label", paths[0])))[:500],
-            shards=shards,
-            placement=_placement(loader.device.name, request),
-            is_swap=request.get("op") == "swap",
+            shards=await trio.to_thread.run_sync(_shards, paths, list(fds)),
+            placement=placement,
+            is_swap=is_swap,
             allow_gap=_flag(request, "allow_gap", False),
             is_pinned=_flag(request, "pinned", False),
             retain=retain,
         )
 
-    def _attach(self, loader: Loader, model: Model, extra: dict[str, Any]) -> Answer:
-        unit = loader.arena.granule_bytes
-        runs: list[Run] = []
-        begins: list[int] = []
-        reached = 0
-        for block in model.blocks:
-            begins.append(reached)
-            reached += block.granules_count * unit
-            for first, count in block.runs:
-                if runs and sum(runs[-1]) == first:
-                    runs[-1] = (runs[-1][0], runs[-1][1] + count)
-                else:
-                    runs.append((first, count))
+    def _placement(self, swapped: str | None, request: dict[str, Any]) -> Placement:
+        """Where it is to go. A swap that names no device goes where the model stands that it replaces."""
+        rank, world, rules = request.get("rank", 0), request.get("world", 1), request.get("rules", {})
+        if type(rank) is not int or type(world) is not int:
+            raise UsageError("rank and world must be whole numbers")
+        _check_object(rules, "rules")
+        if not all(axis is None or type(axis) is int for axis in rules.values()):
+            raise UsageError("rules must give an axis, or null, for every pattern")
+        given = request.get("device_map") or {}
+        _check_object(given, "device_map")
+        device_map = {prefix: self._site(name).name for prefix, name in given.items()}
+        device = request.get("device")
+        if device is None and not device_map:
+            olds = namesakes(swapped, self._catalogs)
+            if len(olds) == 1:
+                old = olds[0].placement
+                return Placement(old.device, old.device_map, rank, world, rules)
+        if device is None and device_map and len(self._sites) > 1:
+            return Placement(device_map.get("", ""), device_map, rank, world, rules)
+        return Placement(self._site(device).name, device_map, rank, world, rules)
+
+    def _attach(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
+        """only: the device whose part is wanted; None: all of it. The lease is on the whole model in any case."""
+        parts: list[dict[str, Any]] = []
+        begins: list[list[int]] = []
+        fds: list[int] = []
+        wanted = [only is None or part.catalog is only.catalog for part in model.parts]
+        try:
+            for part, is_wanted in zip(model.parts, wanted, strict=True):
+                runs, offsets = _runs(part.blocks, part.catalog.granule_bytes)
+                begins.append(offsets)
+                own = self._sites[part.catalog.device].arena.export(runs) if is_wanted else []
+                fds += own
+                parts.append({"device": part.catalog.device, "runs": runs if is_wanted else [], "fds": len(own)})
+        except BaseException:
+            close_all(fds)
+            raise
         table = [
-            [t.name, t.dtype, t.shape, begins[t.block] + t.offset if t.block >= 0 else 0, t.nbytes]
+            [t.name, t.dtype, t.shape, t.part, begins[t.part][t.block] + t.offset if t.block >= 0 else 0, t.nbytes]
             for t in model.tensors
+            if wanted[t.part]
         ]
-        message = {
-            **_summary(loader, model),
-            **extra,
-            "granule_bytes": unit,
-            "runs": runs,
-            "tensors": table,
-            "metadata": model.metadata,
-        }
-        fds = loader.arena.export(runs)
-        loader.catalog.lease(model)
-        return Answer(message, fds, (loader, model))
+        message = {**_summary(model), **extra, "parts": parts, "tensors": table, "metadata": model.metadata}
+        model.lease()
+        return Answer(message, fds, model)
 
     def _unload(self, request: dict[str, Any]) -> Answer:
-        loader, model = self._find(request)
+        model = self._find_one(request)
         name, leases = model.name, model.leases_count
-        loader.catalog.retire(model)
-        return Answer({"model": name, "device": loader.device.name, "leases": leases, "released": not leases})
+        model.retire()
+        return Answer({**_where(model), "model": name, "leases": leases, "released": not leases})
 
     def _status(self) -> dict[str, Any]:
         devices = []
-        for name, loader in self._loaders.items():
-            memory, catalog = loader.device.memory(), loader.catalog
-            unit = loader.arena.granule_bytes
+        for name, site in self._sites.items():
+            memory, catalog = site.device.memory(), site.catalog
+            unit = site.arena.granule_bytes
+            models = [*catalog.models.values(), *catalog.retired]
             devices.append(
                 {
                     "device": name,
                     "device_bytes": memory.total_bytes,
                     "device_free_bytes": memory.free_bytes,
-                    "arena_bytes": loader.arena.granules_count * unit,
+                    "arena_bytes": site.arena.granules_count * unit,
                     "arena_free_bytes": catalog.granules.free_count * unit,
-                    "loads": loader.waiting_count,
+                    "loads": site.waiting_count,
                     "gauges": catalog.gauges(),
-                    "models": [_summary(loader, m) for m in [*catalog.models.values(), *catalog.retired]],
+                    "models": [{**_summary(m), "bytes_here": _bytes_here(m, catalog)} for m in models],
                 }
             )
         return {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid(), "devices": devices}
 
-    def _loader(self, request: dict[str, Any]) -> Loader:
-        given = request.get("device")
-        if given is None and len(self._loaders) == 1:
-            return next(iter(self._loaders.values()))
+    def _site(self, given: object) -> Site:
+        if given is None and len(self._sites) == 1:
+            return next(iter(self._sites.values()))
+        if given is None:
+            raise UsageError(f"this server has several devices: say which of {', '.join(self._sites)}")
         name = canonical_name(str(given))
-        if name not in self._loaders:
-            raise NotFoundError(f"this server has no arena on {name}; it has: {', '.join(self._loaders)}")
-        return self._loaders[name]
+        if name not in self._sites:
+            raise NotFoundError(f"this server has no arena on {name}; it has: {', '.join(self._sites)}")
+        return self._sites[name]
 
-    def _find(self, request: dict[str, Any]) -> tuple[Loader, Model]:
+    def _only(self, request: dict[str, Any]) -> Site | None:
+        return None if request.get("device") is None else self._site(request["device"])
+
+    def _find(self, request: dict[str, Any]) -> Model:
+        """The model of that name: on the device that is named, else on the first that has one."""
         name = _name(request.get("model"))
-        if request.get("device") is None:
-            for loader in self._loaders.values():
-                if name in loader.catalog.models:
-                    return loader, loader.catalog.models[name]
-            return next(iter(self._loaders.values())), next(iter(self._loaders.values())).catalog.find(name)
-        loader = self._loader(request)
-        return loader, loader.catalog.find(name)
+        only = self._only(request)
+        if only is not None:
+            return only.catalog.find(name)
+        found = namesakes(name, self._catalogs)
+        return found[0] if found else _missing(name, self._catalogs)
+
+    def _find_one(self, request: dict[str, Any]) -> Model:
+        """As `_find`, but where several have the name, it must be said which is meant."""
+        found = namesakes(_name(request.get("model")), self._catalogs)
+        if len(found) > 1 and request.get("device") is None:
+            where = " and ".join("+".join(m.devices) for m in found)
+            raise UsageError(f"{found[0].name!r} stands on {where}, each for itself: say which with 'device'")
+        return self._find(request)
 
 
-def _summary(loader: Loader, model: Model) -> dict[str, Any]:
+def _missing(name: str, catalogs: Sequence[Catalog]) -> Model:
+    """Raises: NotFoundError naming what there is."""
+    there = ", ".join(sorted({n for catalog in catalogs for n in catalog.models})) or "none"
+    raise NotFoundError(f"no model {name!r} is resident; there are: {there}")
+
+
+def _runs(blocks: Sequence[Block], unit: int) -> tuple[list[Run], list[int]]:
+    """The granules of all blocks as runs, and where in them, in bytes, each block begins."""
+    runs: list[Run] = []
+    begins: list[int] = []
+    reached = 0
+    for block in blocks:
+        begins.append(reached)
+        reached += block.granules_count * unit
+        for first, count in block.runs:
+            if runs and sum(runs[-1]) == first:
+                runs[-1] = (runs[-1][0], runs[-1][1] + count)
+            else:
+                runs.append((first, count))
+    return runs, begins
+
+
+def _where(model: Model) -> dict[str, Any]:
+    """'device': for people, and as ever where there is one."""
+    return {"device": ",".join(model.devices), "devices": model.devices}
+
+
+def _summary(model: Model) -> dict[str, Any]:
     return {
         "model": model.name,
-        "device": loader.device.name,
+        **_where(model),
         "digest": model.digest,
         "label": model.label,
         "bytes": sum(t.nbytes for t in model.tensors),
@@ -200,6 +257,10 @@ def _summary(loader: Loader, model: Model) -> dict[str, Any]:
         "retain": model.retain,
         "generation": model.generation,
     }
+
+
+def _bytes_here(model: Model, catalog: Catalog) -> int:
+    return sum(t.nbytes for t in model.tensors if model.parts[t.part].catalog is catalog)
 
 
 def _shards(paths: Sequence[str], fds: Sequence[int]) -> list[Shard]:
@@ -220,15 +281,9 @@ def _is_same_file(path: str, fd: int) -> bool:
         return False
 
 
-def _placement(device: str, request: dict[str, Any]) -> Placement:
-    rank, world, rules = request.get("rank", 0), request.get("world", 1), request.get("rules", {})
-    if type(rank) is not int or type(world) is not int:
-        raise UsageError("rank and world must be whole numbers")
-    if not isinstance(rules, dict) or len(rules) > RULES_MAX:
-        raise UsageError(f"rules must be an object of at most {RULES_MAX} patterns")
-    if not all(axis is None or type(axis) is int for axis in rules.values()):
-        raise UsageError("rules must give an axis, or null, for every pattern")
-    return Placement(device=device, rank=rank, world=world, rules=rules)
+def _check_object(value: object, what: str) -> None:
+    if not isinstance(value, dict) or len(value) > RULES_MAX:
+        raise UsageError(f"{what} must be an object of at most {RULES_MAX} entries")
 
 
 def _name(value: object) -> str:
@@ -248,8 +303,3 @@ def _flag(request: dict[str, Any], key: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise UsageError(f"{key!r} must be true or false")
     return value
-
-
-def refusal(error: BaseException) -> BaseException:
-    """What the client is told of an error: ours as it is, anything else by its class and text."""
-    return error if isinstance(error, MfsError) else MfsError(f"{type(error).__name__}: {error}")

@@ -37,7 +37,7 @@ def server(request: pytest.FixtureRequest, config: ServerConfig, small_granules:
     open_one = lambda name: HostDevice(granule_bytes=GRANULE, is_direct=request.param)  # noqa: E731
     with running_server(config, open_one) as running:
         yield running
-        catalog = running.loaders["cpu"].catalog
+        catalog = running.sites["cpu"].catalog
         for model in list(catalog.models.values()):
-            running.on_loop(lambda model=model: catalog.retire(model))
+            running.on_loop(model.retire)
         assert set(running.gauges().values()) == {0}, "the test left something resident or leased"

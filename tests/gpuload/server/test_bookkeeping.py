@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from gpuload.errors import FitError
 from gpuload.plan import Transfer
-from gpuload.server.catalog import Catalog, Model
-from gpuload.server.digests import DigestCache
+from gpuload.server.catalog import Catalog, Model, Part
 from gpuload.server.granules import Granules
 from gpuload.server.layout import ALIGN_BYTES, BLOCK_GRANULES, plan_blocks
 
@@ -80,19 +79,20 @@ def model(catalog: Catalog, name: str, contents: list[bytes]) -> Model:
             blocks.append(equal)
         else:
             blocks.append(catalog.complete(catalog.reserve(10 * 4096), content, [(0, 5, content)]))
-    made = Model(name, "".join(c.hex() for c in contents), [], blocks, [])
-    catalog.publish(made)
+    digest = "".join(c.hex() for c in contents)
+    made = Model(name, digest, [Part(catalog, digest, blocks)], [], [])
+    made.publish()
     return made
 
 
 def test_room_is_made_by_oldest_use_first_and_refusals_touch_nothing() -> None:
     catalog = Catalog("cpu", 50, 4096)
     a, b, c = (model(catalog, n, [n.encode()]) for n in "abc")
-    catalog.touch(a)
+    a.touch()
     assert catalog.make_room(20, "x") == []
     assert catalog.make_room(21, "x") == [b]
     assert catalog.make_room(31, "x") == [b, c]
-    catalog.lease(b)
+    b.lease()
     c.is_pinned = True
     assert catalog.make_room(30, "x") == [a]
     with pytest.raises(FitError, match=r"short by 4096 bytes; nothing was evicted") as caught:
@@ -107,22 +107,22 @@ def test_evicting_one_of_two_that_share_frees_only_its_own() -> None:
     assert catalog.granules.free_count == 0
     assert catalog.make_room(10, "x") == [a]
     assert catalog.make_room(11, "x") == [a, b]
-    catalog.retire(a)
+    a.retire()
     assert catalog.granules.free_count == 10
-    catalog.retire(b)
+    b.retire()
     assert set(catalog.gauges().values()) == {0}
 
 
 def test_a_retired_model_lives_until_its_last_lease() -> None:
     catalog = Catalog("cpu", 30, 4096)
     old = model(catalog, "a", [b"1"])
-    catalog.lease(old)
-    catalog.lease(old)
+    old.lease()
+    old.lease()
     new = model(catalog, "a", [b"2"])
     assert (new.generation, old.name) == (2, None)
-    catalog.end_lease(old)
+    old.end_lease()
     assert catalog.gauges()["granules_used"] == 20
-    catalog.end_lease(old)
+    old.end_lease()
     assert catalog.gauges()["granules_used"] == 10
 
 
@@ -130,8 +130,8 @@ def test_retain_lease_goes_with_the_last_lease() -> None:
     catalog = Catalog("cpu", 30, 4096)
     made = model(catalog, "a", [b"1"])
     made.retain = "lease"
-    catalog.lease(made)
-    catalog.end_lease(made)
+    made.lease()
+    made.end_lease()
     assert set(catalog.gauges().values()) == {0}
 
 
@@ -143,23 +143,3 @@ def test_a_piece_is_found_in_whatever_block_still_has_it() -> None:
     assert catalog.find_piece(b"p") == (second, 7)
     catalog.let_go(second)
     assert catalog.find_piece(b"p") is None
-
-
-def test_digests_of_files_that_just_changed_are_not_remembered() -> None:
-    cache = DigestCache(settled_s=2.0)
-    key = (1, 2, 3, 10_000_000_000, 10_000_000_000)
-    cache.add(key, 11_000_000_000, [((0, 1, 1, 1), b"d")])
-    assert cache.find(key) == {}
-    cache.add(key, 12_000_000_000, [((0, 1, 1, 1), b"d")])
-    assert cache.find(key) == {(0, 1, 1, 1): b"d"}
-
-
-def test_the_digest_cache_is_bounded() -> None:
-    cache = DigestCache(entries_max=10, settled_s=0)
-    for inode in range(20):
-        cache.add((1, inode, 3, 0, 0), 0, [((i, 1, 1, 1), b"d") for i in range(4)])
-        assert cache.entries_count <= 10
-    assert cache.find((1, 0, 3, 0, 0)) == {}
-    assert len(cache.find((1, 19, 3, 0, 0))) == 4
-    cache.forget((1, 19, 3, 0, 0))
-    assert cache.entries_count == 4

@@ -122,5 +122,5 @@ def test_a_thousand_operations(config: ServerConfig, small_granules: None, tmp_p
             pass
         gc.collect()
         assert set(server.gauges().values()) == {0}
-        catalog = server.loaders["cpu"].catalog
+        catalog = server.sites["cpu"].catalog
         assert catalog.granules.take(catalog.granules.count) == [(0, GRANULES)], "no fragment is left of a day of swaps"

@@ -384,7 +384,7 @@ def test_a_client_that_breaks_the_protocol_harms_nobody(server: ServerThread, se
         sock.settimeout(30)
         while sock.recv(4096):
             pass
-    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 1
+    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 2
 
 
 def test_unwanted_descriptors_are_closed(server: ServerThread) -> None:

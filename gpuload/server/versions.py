@@ -1,0 +1,105 @@
+"""Which bytes a file holds, as far as can be told without reading them: what a digest may be remembered under.
+
+A remembered digest lets a swap keep resident bytes without reading the file, so a name that two contents can share
+would serve wrong weights. Only these are trusted; of every other file nothing is remembered and its bytes are
+hashed each time:
+
+- on an mfs mount of our own user or root: the sha256 that the source states (equal files under any name, on any
+  mount and machine, are one), or the place and MD5 etag of an object in S3
+- on a file system that stamps every change with a time no program can choose: device, inode, size, mtime and ctime
+
+Not trusted: times and sizes of HTTP servers and of folders behind a mount, FUSE in general, and images (squashfs,
+erofs; overlays, which may stand on one), where two builds can have every number in common.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import signal
+from dataclasses import dataclass
+
+from mfs.control import mountinfo
+
+_MD5_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
+"""What S3 gives: of the bytes, or of the parts' own; random with some encryptions, which is as good."""
+
+_NFS = 0x6969
+CHANGE_STAMPED = {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0x01021994, _NFS}
+"""ext2-4, xfs, btrfs, f2fs, zfs, tmpfs, NFS: f_type of statfs(2), linux/magic.h; zfs: its own sources."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One file as it was found."""
+
+    stamp: tuple[int, ...]
+    """Device, inode, size, mtime and ctime: another one later means that the file changed meanwhile."""
+    key: bytes | None
+    """What its digests are remembered under, for ever; None: they are not."""
+    changed_ns: int = 0
+    """When the file last changed, by its file system's clock; 0 where the key says all."""
+
+
+def look(fd: int) -> Version:
+    """What an open file is now. Asks its file system and, on a mount, its daemon: not for an event loop."""
+    status = os.fstat(fd)
+    stamp = stamp_of(status)
+    kind = _file_system(fd)
+    if kind in CHANGE_STAMPED:
+        numbers = (kind, os.statvfs(fd).f_fsid, *stamp)
+        return Version(stamp, b"file\0" + repr(numbers).encode(), max(status.st_mtime_ns, status.st_ctime_ns))
+    return Version(stamp, _key_by_mount(fd, status))
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def is_open_for_writing(fd: int) -> bool:
+    """Whether somebody may be changing the file with no trace in its times, as stores into a mapped page do.
+
+    Told by asking for a read lease, which the kernel refuses while a writer has the file open or mapped (fcntl(2),
+    F_SETLEASE); false where that cannot be asked (somebody else's file, NFS).
+    """
+    if _file_system(fd) == _NFS:
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # of a writer who comes just now; SIGIO would end this process
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    return False
+
+
+def _key_by_mount(fd: int, status: os.stat_result) -> bytes | None:
+    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    mount = next((m for m in mountinfo.read() if m.device == device), None)
+    if mount is None or not mount.is_mfs or mount.user_id not in (0, os.geteuid()):
+        return None
+    digest = _attribute(fd, "digest")
+    if digest.startswith("sha256:"):
+        return f"content\0{digest}\0{status.st_size}".encode()
+    source, etag = _attribute(fd, "source"), _attribute(fd, "revision")
+    if source.startswith("s3://") and _MD5_ETAG.fullmatch(etag):
+        return f"origin\0{source}\0{etag}\0{status.st_size}".encode("utf-8", "surrogateescape")
+    return None
+
+
+def _attribute(fd: int, name: str) -> str:
+    try:
+        return os.fsdecode(os.getxattr(fd, f"user.mfs.{name}"))
+    except OSError:
+        return ""
+
+
+def _file_system(fd: int) -> int:
+    """f_type of fstatfs(2); its first field, a long, on every 64-bit Linux."""
+    buffer = (ctypes.c_long * 32)()
+    return buffer[0] if _libc.fstatfs(fd, ctypes.byref(buffer)) == 0 else 0

@@ -1,0 +1,166 @@
+"""One load on its way: what was asked, what it comes to on each device, what is known of its bytes. None move here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+from blake3 import blake3
+
+from gpuload.plan import Piece, Placement, Transfer
+from gpuload.server.catalog import Block, ResidentTensor
+from gpuload.server.digest_files import Digest, Geometry
+from gpuload.server.digests import digest_block, geometry
+from gpuload.server.layout import BlockPlan, plan_blocks
+from gpuload.server.site import Site
+from gpuload.server.versions import Version
+from gpuload.shards import Shard
+
+PieceKey = tuple[int, int]
+"""(transfer, offset): names a piece within one job."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to load, and as what."""
+
+    name: str | None
+    """None: by content, shared with whoever loaded the same bytes."""
+    label: str
+    shards: Sequence[Shard]
+    placement: Placement
+    is_swap: bool = False
+    """Replace whoever has the name."""
+    allow_gap: bool = False
+    """If both do not fit, give up the old model first; a failure then leaves neither."""
+    is_pinned: bool = False
+    retain: str = "lru"
+
+
+@dataclass
+class Report:
+    """What a load did, in bytes of tensors, on all its devices together."""
+
+    bytes_total: int = 0
+    bytes_kept: int = 0
+    """In blocks that were resident and are shared in place."""
+    bytes_moved_inside: int = 0
+    """Copied from one place of the device to another."""
+    bytes_copied: int = 0
+    """Brought to the device from outside, over the bus."""
+    bytes_hashed: int = 0
+    """Read from the files while looking for what differs: their digests were not known."""
+    bytes_hashed_before: int = 0
+    """Of these, read by a pass of their own, since without knowing them it was not sure that all would fit."""
+    evicted: list[str] = field(default_factory=list)
+    had_gap: bool = False
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass
+class PartWork:
+    """What of a job stands on one device: planned blocks, then the blocks it holds."""
+
+    site: Site
+    plans: list[BlockPlan]
+    own: list[Block | None] = field(default_factory=list)
+
+    def pieces(self) -> Iterator[Piece]:
+        return (piece for plan in self.plans for placed in plan.placed for piece in placed.pieces)
+
+    def let_go(self) -> None:
+        """Give everything back; idempotent."""
+        own, self.own = self.own, []
+        for block in own:
+            if block is not None:
+                self.site.catalog.let_go(block)
+
+
+class Work:
+    """One job on its way: pure planning results, and the digests known so far."""
+
+    def __init__(self, job: Job, transfers: list[Transfer], sites: Sequence[Site], versions: list[Version]) -> None:
+        self.job, self.transfers, self.versions = job, transfers, versions
+        self.parts = [PartWork(s, plan_blocks(transfers, s.arena.granule_bytes, s.name)) for s in sites]
+        self.digests: dict[PieceKey, Digest] = {}
+        self.inherits_pin = False
+        """A pin belongs to the name, so a swap passes it on."""
+        self.report = Report(bytes_total=sum(t.nbytes for t in transfers))
+
+    @property
+    def is_known(self) -> bool:
+        return not any(True for part in self.parts for _ in self.unknown(part))
+
+    def unknown(self, part: PartWork) -> Iterator[Piece]:
+        return (piece for piece in part.pieces() if (piece.transfer, piece.offset) not in self.digests)
+
+    def digests_of(self, plan: BlockPlan) -> list[tuple[int, int, Digest]] | None:
+        """(offset in the block, nbytes, digest) of every piece of a block; None if one is not known."""
+        found = [
+            (placed.offset + piece.offset, piece.nbytes, self.digests.get((piece.transfer, piece.offset), b""))
+            for placed in plan.placed
+            for piece in placed.pieces
+        ]
+        return found if all(digest for _, _, digest in found) else None
+
+    def resident_block(self, part: PartWork, plan: BlockPlan) -> Block | None:
+        """A complete block in that arena with these bytes, if they are known."""
+        digests = self.digests_of(plan)
+        return part.site.catalog.blocks.get(digest_block(digests)) if digests else None
+
+    def recall(self, known: Sequence[dict[Geometry, Digest]]) -> None:
+        """Fill in what is remembered. known: of each shard."""
+        for part in self.parts:
+            for piece in part.pieces():
+                digest = known[self.transfers[piece.transfer].shard].get(geometry(piece))
+                if digest is not None:
+                    self.digests[piece.transfer, piece.offset] = digest
+
+    def found(self) -> list[list[tuple[Geometry, Digest]]]:
+        """What is known by now, for each shard."""
+        by_shard: list[list[tuple[Geometry, Digest]]] = [[] for _ in self.job.shards]
+        for part in self.parts:
+            for piece in part.pieces():
+                digest = self.digests.get((piece.transfer, piece.offset))
+                if digest is not None:
+                    by_shard[self.transfers[piece.transfer].shard].append((geometry(piece), digest))
+        return by_shard
+
+    def content(self) -> tuple[str, dict[str, str]]:
+        """The whole model's digest, and that of what stands on each device; all digests must be known."""
+        by_transfer: dict[int, list[Digest]] = {}
+        for part in self.parts:
+            for piece in part.pieces():
+                by_transfer.setdefault(piece.transfer, []).append(self.digests[piece.transfer, piece.offset])
+
+        def digest(wanted: Iterable[tuple[int, Transfer]]) -> str:
+            hasher = blake3()
+            for index, t in wanted:
+                hasher.update(repr((t.name, t.dtype, t.shape)).encode("utf-8"))
+                hasher.update(b"".join(by_transfer.get(index, [])))
+            return hasher.hexdigest()
+
+        all_of = list(enumerate(self.transfers))
+        names = [part.site.name for part in self.parts]
+        return digest(all_of), {name: digest((i, t) for i, t in all_of if t.device == name) for name in names}
+
+    def table(self) -> list[ResidentTensor]:
+        """Where every tensor stands, in the order of the files."""
+        numbers = {part.site.name: i for i, part in enumerate(self.parts)}
+        where = {
+            placed.transfer: (i, placed.offset)
+            for part in self.parts
+            for i, plan in enumerate(part.plans)
+            for placed in plan.placed
+        }
+        return [
+            ResidentTensor(t.name, t.dtype, t.shape, numbers[t.device], *where.get(index, (-1, 0)), t.nbytes)
+            for index, t in enumerate(self.transfers)
+        ]
+
+    def let_go(self) -> None:
+        for part in self.parts:
+            part.let_go()
