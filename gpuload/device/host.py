@@ -194,13 +194,21 @@ class HostDevice:
     """See `base.Device`.
 
     is_direct=False makes it behave as a GPU does, with every byte going through a stream, out of staging or of memory
-    that was registered; for tests.
+    that was registered; for tests. reaches_all: whether memory need not be registered; by default if it is direct.
     """
 
-    def __init__(self, *, name: str = "cpu", granule_bytes: int = GRANULE_BYTES, is_direct: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        name: str = "cpu",
+        granule_bytes: int = GRANULE_BYTES,
+        is_direct: bool = True,
+        reaches_all: bool | None = None,
+    ) -> None:
         if granule_bytes % mmap.PAGESIZE:
             raise ValueError(f"granule of {granule_bytes} bytes: expected a multiple of {mmap.PAGESIZE}")
         self.name, self.granule_bytes, self.is_direct = name, granule_bytes, is_direct
+        self._reaches_all = is_direct if reaches_all is None else reaches_all
         self._registered = Ranges()
 
     def memory(self) -> Memory:
@@ -238,7 +246,7 @@ class HostDevice:
         self._registered.remove(address)
 
     def reaches(self, address: int, nbytes: int) -> bool:
-        return self.is_direct or self._registered.holds(address, nbytes)
+        return self._reaches_all or self._registered.holds(address, nbytes)
 
     def read_back(self, address: int, nbytes: int) -> bytes:
         return bytes(view_of(address, nbytes))
