@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from mfs.cli import look, mount, settings, shell, status, tiers, umount, watch
+from mfs.cli import look, mount, settings, shell, status, tiers, triton, umount, watch
 from mfs.cli.page import EXIT_STATUS, write_sections
 
 _GROUPS = (
     ("Mount", ("mount", "umount")),
     ("Look", ("ls", "stat", "status", "watch")),
     ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify")),
-    ("Set up", ("config", "completion", "version")),
+    ("Set up", ("config", "triton", "completion", "version")),
 )
 _SECTIONS = {
     "Examples": """\
@@ -66,6 +66,7 @@ def cli(**_: Any) -> None:
 
 for _command in (
     mount.mount, umount.umount, look.ls, look.stat, status.status, watch.watch, tiers.prefetch, tiers.evict, tiers.pin,
-    tiers.unpin, tiers.refresh, tiers.verify, settings.config, shell.completion, shell.version,
+    tiers.unpin, tiers.refresh, tiers.verify, settings.config, triton.triton, shell.completion,
+    shell.version,
 ):  # fmt: skip
     cli.add_command(_command)
