@@ -21,6 +21,7 @@ import trio
 
 from gpuload.device.base import Device
 from gpuload.errors import AwayError, BusyError, FitError, ServerError, first_error, one_error, to_wire
+from gpuload.kept import KeptSlots
 from gpuload.pipeline import Limits
 from gpuload.server.catalog import Catalog, Model
 from gpuload.server.digest_files import DigestFiles
@@ -87,7 +88,9 @@ async def serve(
                 stack.callback(devices[name].close)
             _check_fit(devices, config)
             sites = {name: await _open_site(stack, name, devices[name], config) for name in devices}
-            operations = Operations(Loader(sites, digests, config.limits), version=VERSION)
+            slots = KeptSlots(list(devices.values()))
+            stack.callback(slots.close)
+            operations = Operations(Loader(sites, digests, config.limits, slots), version=VERSION)
             sock.listen(128)
             places = trio.Semaphore(config.connections_max)
             async with trio.open_nursery() as nursery:

@@ -28,7 +28,7 @@ from gpuload.device.host import HostDevice
 from gpuload.errors import BusyError, FitError, one_error
 from gpuload.pipeline import Limits, RunsOf, move_batches
 from gpuload.plan import Piece, Transfer, pack_pieces, plan_transfers
-from gpuload.pool import open_source
+from gpuload.pool import Mapper, open_source
 from gpuload.server.catalog import Block, Model, Part, namesakes
 from gpuload.server.digest_files import Digest, Geometry
 from gpuload.server.digests import DigestCache, digest_block, digest_views, now_ns
@@ -49,9 +49,12 @@ WAIT_S = 900.0
 class Loader:
     """All loads of a server."""
 
-    def __init__(self, sites: Mapping[str, Site], digests: DigestCache, limits: Limits) -> None:
+    def __init__(
+        self, sites: Mapping[str, Site], digests: DigestCache, limits: Limits, mapper: Mapper | None = None
+    ) -> None:
+        """mapper: keeps mounts' slots over loads; None: every load maps them anew."""
         self.sites = sites
-        self._digests, self._limits = digests, limits
+        self._digests, self._limits, self._mapper = digests, limits, mapper
 
     async def load(self, job: Job) -> tuple[Model, Report]:
         """Make `job` resident and serve it; exactly the old state after any exception, but for evicted models.
@@ -140,7 +143,7 @@ class Loader:
     async def _bring(self, work: Work, began_ns: int) -> Model:
         unsure = [part for part in work.parts if self._must_know(work, part)]
         try:
-            with closing(await trio.to_thread.run_sync(open_source, work.job.shards)) as source:
+            with closing(await trio.to_thread.run_sync(open_source, work.job.shards, self._mapper)) as source:
                 if unsure:
                     await self._hash_pass(work, unsure, source)
                     await self._remember(work, began_ns)
@@ -178,7 +181,13 @@ class Loader:
                     unknown = list(work.unknown(part))
                     work.report.bytes_hashed_before += sum(p.nbytes for p in unknown)
                     nursery.start_soon(
-                        self._read, work, part, source, unknown, HostDevice(is_direct=False), lambda _: []
+                        self._read,
+                        work,
+                        part,
+                        source,
+                        unknown,
+                        HostDevice(is_direct=False, reaches_all=True),
+                        lambda _: [],
                     )
         work.report.bytes_hashed += work.report.bytes_hashed_before
 
@@ -269,7 +278,8 @@ class Loader:
             if not site.catalog.has_pieces:
                 undecided.clear()  # nothing to be found
             elif undecided and device.is_direct:
-                device = HostDevice(is_direct=False)  # looked at in the ring first: most may have no need to be written
+                # looked at before it is written: most may have no need to be
+                device = HostDevice(is_direct=False, reaches_all=True)
             report.bytes_copied += sum(p.nbytes for p in outside if (p.transfer, p.offset) not in undecided)
             await self._read(work, part, source, outside, device, runs_of)
             self._share_in_place(work, part)
