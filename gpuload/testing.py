@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from gpuload.server.daemon import ServerConfig, serve
 from gpuload.server.site import Site
 from gpuload.source import Loan, Source
 from gpuload.tensors import TORCH_DTYPES
+from mfs.control.slots_client import Slots
 from mfs.errors import StoreError
 
 T = TypeVar("T")
@@ -114,6 +117,33 @@ class DeviceSuite:
         mapping.close()
         trio_close(fds)
         self._close(stream, staging, arena)
+
+    def test_memory_of_others_is_copied_from_in_place(self, device: Device) -> None:
+        """As the slots of a mount come: a file in memory, mapped without the right to write, taken in two pieces."""
+        size = 4 * mmap.PAGESIZE
+        fd = os.memfd_create("gpuload-test")
+        os.ftruncate(fd, size)
+        os.pwrite(fd, ramp(size), 0)
+        slots = Slots(fd, size)
+        os.close(fd)
+        base = slots.address
+        for piece in (base, base + size // 2, base):
+            device.register(piece, size // 2)
+        assert device.reaches(base, size // 2)
+        assert device.reaches(base + size // 2 + 5, 100)
+        arena, stream = self._arena(device, 1), device.open_stream()
+        stream.copy_in(arena.address, base + 3, 5000)
+        stream.copy_in_rows(arena.address + 5000, base + size // 2, row_bytes=17, rows_count=40, pitch_bytes=200)
+        stream.record().wait(30)
+        assert device.read_back(arena.address, 5000) == ramp(5000, 3)
+        assert device.read_back(arena.address + 5000, 680) == b"".join(ramp(17, size // 2 + 200 * r) for r in range(40))
+        device.unregister(base)
+        assert device.reaches(base, size // 2), "it was registered twice"
+        device.unregister(base)
+        device.unregister(base + size // 2)
+        stream.close()
+        arena.close()
+        slots.close()
 
     def test_an_arena_larger_than_the_device_is_refused(self, device: Device) -> None:
         with pytest.raises(FitError) as caught:

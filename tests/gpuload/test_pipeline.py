@@ -16,7 +16,7 @@ from gpuload.pipeline import Limits, move_batches, move_one_by_one
 from gpuload.plan import Piece, Transfer, cut_axis, plan_batches
 from gpuload.shards import Shard, close_shards, open_shards
 from gpuload.source import FileSource
-from gpuload.testing import FaultyDevice, FaultySource, Gate, random_tensors, write
+from gpuload.testing import FaultyDevice, FaultySource, Gate, LendingSource, random_tensors, write
 from mfs.errors import ChangedError, StoreError
 from mfs.safetensors import TensorInfo
 
@@ -87,6 +87,27 @@ async def test_all_ways_bring_the_same_bytes(bed: _Bed, is_direct: bool, limits:
         assert b"".join(v for (t, _), v in sorted(seen.items()) if t == index) == want, "the check saw other bytes"
 
 
+@pytest.mark.parametrize("reaches_all", [True, False], ids=["in place", "staged"])
+@pytest.mark.parametrize("limits", [SMALL, Limits(), Limits(1000, 1, 1, 30)], ids=["small", "default", "one at a time"])
+async def test_lent_bytes_are_the_same_bytes(bed: _Bed, reaches_all: bool, limits: Limits) -> None:
+    """A source that lends: copied from in place where the device reaches it, else over staging; hashed all the same."""
+    seen: dict[tuple[int, int], bytes] = {}
+    source = LendingSource(FileSource(bed.shards))
+    await move_batches(
+        bed.batches(limits),
+        source=source,
+        device=HostDevice(is_direct=False, reaches_all=reaches_all),
+        runs_of=bed.runs_of,
+        limits=limits,
+        check=lambda piece, views: seen.update({(piece.transfer, piece.offset): b"".join(views)}),
+    )
+    assert [bytes(m) for m in bed.memory] == bed.want
+    for index, want in enumerate(bed.want):
+        assert b"".join(v for (t, _), v in sorted(seen.items()) if t == index) == want, "the check saw other bytes"
+    assert source.loans_count == 0
+    assert 0 < source.loans_most <= limits.buffers_count + limits.readers_count + 1, "the loans have no bound"
+
+
 @pytest.mark.parametrize("is_direct", [True, False], ids=["direct", "staged"])
 def test_the_way_without_overlap_is_no_other_way(bed: _Bed, is_direct: bool) -> None:
     move_one_by_one(
@@ -97,6 +118,62 @@ def test_the_way_without_overlap_is_no_other_way(bed: _Bed, is_direct: bool) -> 
         limits=SMALL,
     )
     assert [bytes(m) for m in bed.memory] == bed.want
+    lending, lender = HostDevice(is_direct=False, reaches_all=True), LendingSource(FileSource(bed.shards))
+    for memory in bed.memory:
+        memory[:] = bytes(len(memory))
+    move_one_by_one(bed.batches(SMALL), source=lender, device=lending, runs_of=bed.runs_of, limits=SMALL)
+    assert [bytes(m) for m in bed.memory] == bed.want
+    assert lender.loans_count == 0
+
+
+@pytest.mark.parametrize("passes", range(6))
+@pytest.mark.parametrize("stage", ["source", "device", "check"])
+async def test_a_failure_while_bytes_are_lent_leaves_no_loan(bed: _Bed, stage: str, passes: int) -> None:
+    gate, never = Gate(passes), Gate(1 << 30)
+    device = FaultyDevice(HostDevice(), gate if stage == "device" else never)
+    source = LendingSource(FileSource(bed.shards), gate if stage == "source" else None)
+    refused = StoreError("the check failed, as asked")
+    with pytest.raises((StoreError, DeviceError), match="as asked"):
+        await move_batches(
+            plan_batches(bed.transfers, buffer_bytes=1200, piece_bytes=300),
+            source=source,
+            device=device,
+            runs_of=bed.runs_of,
+            limits=Limits(1200, 2, 2, 30),
+            check=lambda piece, views: (gate if stage == "check" else never).pass_or(refused),
+        )
+    assert source.loans_count == 0
+    assert device.staging_count == 0
+
+
+@pytest.mark.parametrize("passes", range(6))
+@pytest.mark.parametrize("stage", ["source", "device"])
+async def test_cancelling_while_bytes_are_lent_leaves_no_loan(bed: _Bed, stage: str, passes: int) -> None:
+    """Loans go back only when no copy reads from them: the lender's memory is overwritten as they do."""
+    gate = Gate(passes, blocks=True)
+    device = FaultyDevice(HostDevice(), gate if stage == "device" else Gate(1 << 30))
+    source = LendingSource(FileSource(bed.shards), gate if stage == "source" else None)
+    async with trio.open_nursery() as nursery:
+
+        async def cancel() -> None:
+            await trio.to_thread.run_sync(gate.reached.wait, 30)
+            scope.cancel()
+            if stage == "device":
+                assert source.loans_count, "a loan went back while the device still copied from it"
+            gate.opened.set()
+
+        nursery.start_soon(cancel)
+        with trio.CancelScope() as scope:
+            await move_batches(
+                plan_batches(bed.transfers, buffer_bytes=1200, piece_bytes=300),
+                source=source,
+                device=device,
+                runs_of=bed.runs_of,
+                limits=Limits(1200, 2, 2, 30),
+            )
+    assert scope.cancelled_caught
+    assert source.loans_count == 0
+    assert device.staging_count == 0
 
 
 @pytest.mark.parametrize("passes", range(6))
@@ -160,11 +237,11 @@ async def test_a_file_cut_short_is_an_error_not_zeros(bed: _Bed) -> None:
 @given(
     sizes=st.lists(st.integers(0, 400), min_size=1, max_size=12),
     buffer_bytes=st.integers(1, 500),
-    is_direct=st.booleans(),
+    way=st.sampled_from(["direct", "staged", "lent", "lent and staged"]),
     readers=st.integers(1, 4),
 )
 def test_any_shape_of_load(
-    sizes: list[int], buffer_bytes: int, is_direct: bool, readers: int, tmp_path_factory: pytest.TempPathFactory
+    sizes: list[int], buffer_bytes: int, way: str, readers: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = write(
         tmp_path_factory.getbasetemp() / "any.safetensors",
@@ -179,8 +256,8 @@ def test_any_shape_of_load(
     async def main() -> None:
         await move_batches(
             plan_batches(transfers, buffer_bytes=buffer_bytes),
-            source=FileSource(shards),
-            device=HostDevice(is_direct=is_direct),
+            source=LendingSource(FileSource(shards)) if way.startswith("lent") else FileSource(shards),
+            device=HostDevice(is_direct=way == "direct", reaches_all=way == "lent"),
             runs_of=lambda p: [(arena.address + starts[p.transfer] + p.offset, p.nbytes)],
             limits=Limits(buffer_bytes, 2, readers, 30),
         )

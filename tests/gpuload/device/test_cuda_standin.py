@@ -25,6 +25,7 @@ from gpuload.device.cuda import CudaDevice
 from gpuload.errors import DeviceError
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import DeviceSuite, assert_same, random_tensors, running_server, write
+from mfs.control.slots_client import Slots
 
 SOURCE = Path(__file__).parent / "standin" / "libcuda.c"
 
@@ -81,6 +82,28 @@ def test_a_client_maps_read_only(library: cu.Driver) -> None:
         os.close(fd)
     mapping.close()
     arena.close()
+
+
+def test_memory_that_cannot_be_page_locked_is_refused_and_not_reached(
+    library: cu.Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that knows no read-only registration, and what it says of memory that this process may not write."""
+    device = CudaDevice(0, granule_bytes=65536, driver=library)
+    fd = os.memfd_create("gpuload-test")
+    os.ftruncate(fd, 8192)
+    slots = Slots(fd, 8192)
+    os.close(fd)
+    address = slots.address
+    monkeypatch.setenv("STANDIN_NO_READ_ONLY", "1")
+    with pytest.raises(DeviceError, match="cuMemHostRegister_v2 failed: CUDA_ERROR_INVALID_VALUE"):
+        device.register(address, 8192)
+    assert not device.reaches(address, 1)
+    monkeypatch.delenv("STANDIN_NO_READ_ONLY")
+    device.register(address, 8192)
+    assert CudaDevice(0, granule_bytes=65536, driver=library).reaches(address, 8192), "page-locked for every context"
+    device.unregister(address)
+    assert not device.reaches(address, 1)
+    slots.close()
 
 
 def test_nothing_is_left_open(library: cu.Driver) -> None:
