@@ -174,9 +174,14 @@ def check_paths(config: MountConfig) -> None:
     if mounted is not None:
         raise ConfigError(f"{mountpoint} is mounted already ({mounted.fstype}, {mounted.source}): unmount it first")
     _check_mountpoint(Path(mountpoint))
+    check_cache_dir(config)
+
+
+def check_cache_dir(config: MountConfig) -> None:
+    """Create the cache directory, if one is wanted, and see that it can be written. Raises: ConfigError."""
     if config.cache_dir is not None:
         cache_dir = Path(os.path.realpath(config.cache_dir))
-        _check_apart(cache_dir, Path(mountpoint))
+        _check_apart(cache_dir, Path(mountinfo.real_mountpoint(str(config.mountpoint))))
         place = mountinfo.locate(str(cache_dir))
         if place is not None:
             raise ConfigError(

@@ -6,17 +6,19 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import trio
 
-from mfs.config import MountConfig, check_paths, mask_url
+from mfs.config import MountConfig, check_cache_dir, check_paths, mask_url
 from mfs.control import mountinfo, runtime, server, slots
 from mfs.control.ready import DaemonStart, notify
 from mfs.control.slots_client import slots_path
 from mfs.errors import MfsError, StoreError
+from mfs.handover import Giver, Heir, door_path
 from mfs.lending import SlotLender
 from mfs.mount import Mount
 from mfs.service import Service
@@ -24,6 +26,8 @@ from mfs.service import Service
 logger = logging.getLogger(__name__)
 
 _OOM_SCORE = "-500"  # a killed daemon is SIGBUS for every reader that maps a file; others should go first
+_BORROWERS_S = 60.0
+"""How long a daemon that handed its mount over waits for those who borrowed its slots."""
 
 
 def main() -> None:
@@ -56,22 +60,54 @@ async def _run(config: MountConfig, start: DaemonStart) -> None:
         started_at=mount.started_at,
         sources=tuple(mask_url(source.url) for source in config.sources),
     )
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals, \
-            runtime.registered(record) as socket_path:  # fmt: skip
-        # The shell command looks too, before it starts us; a service manager that starts us need not.
-        await trio.to_thread.run_sync(check_paths, config)
-        async with mount.serving() as ended, trio.open_nursery() as nursery:
-            service = Service(mount, ended.cancel, nursery)
-            await nursery.start(server.serve, service, socket_path)
-            await nursery.start(slots.serve, SlotLender(mount), slots_path(socket_path))
-            nursery.start_soon(_stop_on_signal, signals, ended)
-            start.ready(mount.warnings)
-            logger.info("%s is served", config.mountpoint)
-            with ended:
-                await trio.sleep_forever()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        if start.handover:
+            with Heir(door_path(runtime.socket_path(record.mountpoint))) as heir:
+                heir.check_same(config)
+                await trio.to_thread.run_sync(check_cache_dir, config)
+                async with mount.serving(heir) as ended:
+                    with runtime.announced(record) as socket_path:
+                        await _answer(mount, ended, signals, start, socket_path, heir.lock, heir.close)
+        else:
+            with runtime.locked(record.mountpoint) as lock, runtime.announced(record) as socket_path:
+                # The shell command looks too, before it starts us; a service manager that starts us need not.
+                await trio.to_thread.run_sync(check_paths, config)
+                async with mount.serving() as ended:
+                    await _answer(mount, ended, signals, start, socket_path, lock, lambda: None)
+
+
+async def _answer(
+    mount: Mount, ended: trio.CancelScope, signals: object, start: DaemonStart, socket_path: Path, lock: int,
+    on_registered: Callable[[], None],
+) -> None:  # fmt: skip
+    """Be there for the shell, borrowers and the next daemon, until the mount is taken away or handed over."""
+    mountpoint = mount.config.mountpoint
+    async with trio.open_nursery() as nursery:
+        service = Service(mount, ended.cancel, nursery)
+        lender = SlotLender(mount)
+        giver = Giver(mount, lock, dict(os.environ))
+        await nursery.start(server.serve, service, socket_path)
+        await nursery.start(slots.serve, lender, slots_path(socket_path))
+        await nursery.start(giver.serve, door_path(socket_path))
+        nursery.start_soon(_stop_on_signal, signals, ended)
+        nursery.start_soon(_end_after_handover, giver, lender, ended)
+        on_registered()
+        start.ready(mount.warnings)
+        logger.info("%s is served", mountpoint)
+        with ended:
+            await trio.sleep_forever()
+        if mount.session.is_ours:
             notify("STOPPING=1")
-            logger.info("%s is being unmounted", config.mountpoint)
-            nursery.cancel_scope.cancel()
+            logger.info("%s is being unmounted", mountpoint)
+        nursery.cancel_scope.cancel()
+
+
+async def _end_after_handover(giver: Giver, lender: SlotLender, ended: trio.CancelScope) -> None:
+    """Once another daemon serves the mount, only who has borrowed slots of ours still needs us."""
+    await giver.gone.wait()
+    with trio.move_on_after(_BORROWERS_S):
+        await lender.wait_unused()
+    ended.cancel()
 
 
 async def _stop_on_signal(signals: object, ended: trio.CancelScope) -> None:

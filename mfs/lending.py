@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import trio
 
@@ -24,13 +25,15 @@ or stuck, and the borrower had better read the file."""
 class LentFile:
     """One object version a borrower has open."""
 
-    def __init__(self, handle: OpenObject) -> None:
+    def __init__(self, handle: OpenObject, on_close: Callable[[], None]) -> None:
+        self._on_close = on_close
         self.size = handle.size
         self.identity = handle.state.object.cache_id
         self.handle = handle
 
     def close(self) -> None:
         self.handle.close()
+        self._on_close()
 
 
 class Loan:
@@ -64,6 +67,8 @@ class SlotLender:
         )  # any range of it touches no more
         self._limit = trio.CapacityLimiter(lendable_count)
         self._turn = trio.Lock()
+        self._files_count = 0
+        self._unused = trio.Event()
 
     async def open(self, path: str, inode: int | None) -> LentFile:
         """See Lender.open."""
@@ -72,7 +77,20 @@ class SlotLender:
             raise ChangedError(f"{path}: the mount shows another version than the one that was opened; open it again")
         if node.object is None:
             raise NotFoundError(f"{path} is no file")
-        return LentFile(self._mount.reader.open(node))
+        if not self._files_count:
+            self._unused = trio.Event()
+        self._files_count += 1
+        return LentFile(self._mount.reader.open(node), self._note_closed)
+
+    def _note_closed(self) -> None:
+        self._files_count -= 1
+        if not self._files_count:
+            self._unused.set()
+
+    async def wait_unused(self) -> None:
+        """Until nobody has a file open here."""
+        if self._files_count:
+            await self._unused.wait()
 
     async def lease(self, file: LentFile, start: int, stop: int) -> tuple[Loan, list[tuple[int, int]]]:
         """See Lender.lease."""

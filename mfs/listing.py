@@ -11,6 +11,7 @@ import logging
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from xxhash import xxh3_64_intdigest, xxh3_128
 
@@ -59,6 +60,13 @@ class _Strings:
         """No more are added: gives back what the buffer holds in reserve."""
         self._text = bytes(self._text)
         return self
+
+    def export(self) -> list[bytes]:
+        return [self._ends.tobytes(), bytes(self._text)]
+
+    def restore(self, fields: list[bytes]) -> None:
+        self._ends.frombytes(fields[0])
+        self._text = fields[1]
 
     def raw(self, index: int) -> bytes:
         return bytes(self._text[self._ends[index - 1] if index else 0 : self._ends[index]])
@@ -135,6 +143,25 @@ class Listing:
 
     def __len__(self) -> int:
         return len(self.kinds)
+
+    def export(self) -> list[Any]:
+        """All columns as bytes, for `restored`."""
+        return [
+            bytes(self.kinds), self.sizes.tobytes(), self.mtimes.tobytes(), self.inodes.tobytes(), self.names.export(),
+            self._versions.export(), self._digests.export(), self._locators.export(),
+        ]  # fmt: skip
+
+    @classmethod
+    def restored(cls, fields: list[Any]) -> Listing:
+        """The listing that `export` described."""
+        found = cls()
+        found.kinds = fields[0]
+        for column, content in zip((found.sizes, found.mtimes, found.inodes), fields[1:4], strict=True):
+            column.frombytes(content)
+        strings = (found.names, found._versions, found._digests, found._locators)
+        for texts, content in zip(strings, fields[4:], strict=True):
+            texts.restore(content)
+        return found
 
     @property
     def total_bytes(self) -> int:

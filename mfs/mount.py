@@ -7,8 +7,9 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import trio
 
@@ -16,10 +17,12 @@ from mfs.cache.chunk_cache import CacheConfig, ChunkCache
 from mfs.cache.chunk_state import Chunk, Fill, ObjectState
 from mfs.cache.ram import SLOTS_COUNT_MIN, RamConfig, SlotMemory
 from mfs.config import MountConfig, SourceConfig
-from mfs.control import mountinfo
+from mfs.control import detach, mountinfo
 from mfs.errors import ConfigError, MfsError
 from mfs.fuse import kernel, session
+from mfs.fuse.device import Agreement
 from mfs.fuse.operations import Operations, OwnerConfig
+from mfs.fuse.session import Session
 from mfs.listing import Drafts
 from mfs.namespace import Changes, Directory, Namespace
 from mfs.oplog import OpLog
@@ -38,6 +41,7 @@ _MAINTENANCE_S = 5.0
 _SAVE_PARTIAL_AFTER_S = 2.0
 _HIGH_WATERMARK, _LOW_WATERMARK = 0.95, 0.90  # of the SSD budget; the gap keeps evictions rare and large
 _CLOSING_S = 5.0
+_PREDECESSOR_ENDS_S = 60.0
 _REFRESH_SOON_S = 2.0
 _SHARD = re.compile(r"^(?P<stem>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[^/]*)$")
 
@@ -48,6 +52,21 @@ class RefreshState:
 
     last_at: float = 0.0
     last_errors: list[str] = field(default_factory=list)
+
+
+class Predecessor(Protocol):
+    """The daemon that serves the mount, for the one that takes it over; see `mfs.handover`."""
+
+    agreement: Agreement
+    """What kernel and libfuse agreed on when it was mounted."""
+
+    async def hand_over(self, mount: Mount) -> None:
+        """Make `mount`, whose session waits for its device, the one that serves. Raises: MfsError if it keeps it."""
+        ...
+
+    async def wait_ended(self) -> None:
+        """Until its process is gone."""
+        ...
 
 
 class Mount:
@@ -82,6 +101,7 @@ class Mount:
         )
         self.operations = Operations(self.namespace, self.reader, owner)
         self.kernel = kernel.KernelSettings()
+        self.session: Session
         self.refreshed = RefreshState()
         self.warnings: list[str] = []
         self._refresh_soon = trio.Event()
@@ -91,33 +111,62 @@ class Mount:
     # -- serving
 
     @asynccontextmanager
-    async def serving(self) -> AsyncIterator[trio.CancelScope]:
+    async def serving(self, predecessor: Predecessor | None = None) -> AsyncIterator[trio.CancelScope]:
         """The tree is mounted and answers while this is open.
 
+        predecessor: a daemon that serves this mount until we can.
         Yields a scope that is cancelled when somebody unmounts. Raises: MfsError naming what keeps it from working.
         """
         await self.memory.populate(SLOTS_COUNT_MIN)
         async with self.pool.running():
-            await self._recall()
-            await self._look_at_sources()
-            label = self.config.sources[0].url if len(self.config.sources) == 1 else "registry"
+            if predecessor is None:
+                await self._recall()
+                await self._look_at_sources()
             async with trio.open_nursery() as nursery:
-                async with session.mounted(
-                    self.operations, self.config.mountpoint, label=shown_url(label),
-                    allow_other=self.config.allow_other,
-                ) as ended:  # fmt: skip
+                async with self._open_session(predecessor) as self.session:
                     await nursery.start(self.prefetcher.run)
-                    nursery.start_soon(self.memory.populate)
+                    if predecessor is not None:
+                        await predecessor.hand_over(self)
+                    self.session.start()
+                    nursery.start_soon(self._populate, predecessor)
                     nursery.start_soon(self._maintain)
                     nursery.start_soon(self._refresh_when_told)
                     nursery.start_soon(self._keep_record)
                     if self.config.refresh_s is not None:
                         nursery.start_soon(self._refresh_regularly, self.config.refresh_s)
-                    await self._settle()
-                    yield ended
+                    if predecessor is None:
+                        await self._settle()
+                    yield self.session.ended
                 # Only now, that the files are closed: closing one tells the prefetcher.
                 nursery.cancel_scope.cancel()
-            await self._save_rest()
+            await self.save()
+
+    def _open_session(self, predecessor: Predecessor | None) -> AbstractAsyncContextManager[Session]:
+        sources = self.config.sources
+        label = shown_url(sources[0].url if len(sources) == 1 else "registry")
+        options: dict[str, Any] = {
+            "label": label, "allow_other": self.config.allow_other, "unmount": self._unmount,
+        }  # fmt: skip
+        if predecessor is None:
+            return session.mounted(self.operations, self.config.mountpoint, **options)
+        return session.adopting(self.operations, predecessor.agreement, **options)
+
+    def _unmount(self) -> None:
+        mountpoint = str(self.config.mountpoint)
+        found = mountinfo.mount_at(mountpoint)
+        if found is None or not found.is_mfs:  # somebody else's, whatever stands there now
+            return
+        try:
+            detach.unmount(mountpoint, lazy=True)
+        except MfsError as error:
+            logger.warning("%s", error)
+
+    async def _populate(self, predecessor: Predecessor | None) -> None:
+        """Touch the RAM tier, but not beside the old daemon's: there may not be room for both."""
+        if predecessor is not None:
+            with trio.move_on_after(_PREDECESSOR_ENDS_S):
+                await predecessor.wait_ended()
+        await self.memory.populate()
 
     async def _look_at_sources(self) -> None:
         """List every root: an endpoint, bucket or credential that is wrong is said now, not at the first read."""
@@ -144,12 +193,13 @@ class Mount:
         if self.memory.note:
             self.warnings.append(self.memory.note)
 
-    async def _save_rest(self) -> None:
-        """Before the workers go: what is only in RAM goes to SSD, as far as a few seconds allow."""
+    async def save(self) -> None:
+        """What is only in RAM goes to SSD, as far as a few seconds allow."""
         with trio.move_on_after(_CLOSING_S, shield=True):
             self.cache.save_partial(older_than_s=0)
             await self._flush_uses()
-            await self._write_record()
+            if self.session.is_ours:  # else the next daemon writes its own, and knows better
+                await self._write_record()
             await self.cache.wait_saved()
 
     # -- from time to time
@@ -185,7 +235,7 @@ class Mount:
     async def refresh(self) -> Changes:
         """List the sources again, publish what changed, tell the kernel."""
         changes = await self._refresher.refresh()
-        session.invalidate_names(changes.names)
+        self.session.invalidate_names(changes.names)
         self.refreshed = RefreshState(time.time(), changes.errors)
         for line in changes.errors:
             logger.warning("refresh: %s", line)
@@ -216,6 +266,16 @@ class Mount:
         if self._record is not None:
             self._unrecorded[directory] = None
             self._something_unrecorded.set()
+
+    def unrecorded(self) -> list[int]:
+        """Inodes of directories that are still to be written down."""
+        return [directory.inode for directory in self._unrecorded]
+
+    def record_again(self, inodes: Sequence[int]) -> None:
+        """Write down what another daemon did not come to."""
+        for inode in inodes:
+            if (directory := self.namespace.directory(inode)) is not None:
+                self._published(directory)
 
     async def _keep_record(self) -> None:
         while True:

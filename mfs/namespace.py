@@ -18,7 +18,7 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import trio
 
@@ -26,6 +26,7 @@ from mfs.errors import MfsError, NotFoundError
 from mfs.listing import EPOCH_NS, Drafts, Listing, merged
 from mfs.tree_record import Record
 from mfs.types import Entry, EntryKind, ObjectId
+from mfs.workers.frames import object_from_wire, object_to_wire
 
 ROOT_INODE = 1
 _TURN_S = 0.005  # of publishing without giving way to readers
@@ -237,6 +238,51 @@ class Namespace:
             below = f"{path}/{name.decode()}" if path else name.decode()
             async for found in self.walk(child, below):
                 yield found
+
+    # -- from one daemon to the next
+
+    def export(self) -> dict[str, Any]:
+        """The whole tree with its inodes, for `restore` in another process. No checkpoint."""
+        return {
+            "owner": self._owner.tobytes(), "index": self._index.tobytes(), "lookups": self._lookups.tobytes(),
+            "published": self._published_count, "latest_ns": self._latest_ns,
+            "records": [[*place, *record] for place, record in self._records.items()],
+            "orphans": [
+                [node.inode, node.kind, node.size, node.mtime_ns, node.source, node.path,
+                 object_to_wire(node.object) if node.object else None, node.target]
+                for node in self._orphans.values()
+            ],
+            "directories": [
+                [d.inode, d.parent.inode if d.parent else 0, d.name, d.source, d.path, d.mtime_ns, d.removed,
+                 d.published, d.listing.export() if d.listing is not None else None]
+                for d in self._directories.values()
+            ],
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become the tree that `export` described, in place of this one."""
+        self._owner = array("Q", state["owner"])
+        self._index = array("I", state["index"])
+        self._lookups = array("I", state["lookups"])
+        self._published_count, self._latest_ns = state["published"], state["latest_ns"]
+        self._records = {(source, path): Record(*fields) for source, path, *fields in state["records"]}
+        self._orphans = {}
+        for inode, kind, size, mtime_ns, source, path, fields, target in state["orphans"]:
+            obj = object_from_wire(fields) if fields else None
+            self._orphans[inode] = Node(inode, EntryKind(kind), size, mtime_ns, source, path, obj, target)
+        self._directories = {ROOT_INODE: self.root}
+        self.listed_bytes = self.files_count = 0
+        parents: dict[int, int] = {}
+        for inode, parent, name, source, path, mtime_ns, removed, published, listing in state["directories"]:
+            directory = self._directories.setdefault(inode, Directory(inode, None, name, source, path, mtime_ns))
+            directory.mtime_ns, directory.removed, directory.published = mtime_ns, removed, published
+            directory.listing = Listing.restored(listing) if listing is not None else None
+            if directory.listing is not None:
+                self._count(directory.listing, +1)
+            parents[inode] = parent
+        for inode, parent in parents.items():
+            if inode != ROOT_INODE:  # the parent of one that left the tree may be gone itself
+                self._directories[inode].parent = self._directories.get(parent, self.root)
 
     # -- what the kernel knows
 

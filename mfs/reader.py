@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from mfs.cache.chunk_cache import ChunkCache
 from mfs.cache.chunk_state import ObjectState
@@ -11,7 +12,7 @@ from mfs.namespace import Node
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import Prefetcher
 from mfs.types import ByteRange
-from mfs.workers.frames import object_to_wire
+from mfs.workers.frames import object_from_wire, object_to_wire
 from mfs.workers.pool import WorkerPool
 
 
@@ -59,6 +60,10 @@ class OpenObject:
         """The blocks that hold the file's header, None where it has none we know or it could not be fetched."""
         return await self._prefetcher.header(self.state)
 
+    def export(self) -> list[Any]:
+        """What `ObjectReader.reopen` needs to open the same version."""
+        return [object_to_wire(self.state.object), self.state.source]
+
     def close(self) -> None:
         if self._log.watched:
             self._tell("close")
@@ -79,6 +84,11 @@ class ObjectReader:
         """A handle on the node's object version."""
         assert node.object is not None
         return OpenObject(self._cache.open(node.object, node.source), self._cache, self._prefetcher, self._log)
+
+    def reopen(self, exported: list[Any]) -> OpenObject:
+        """A handle on the version that another daemon's handle was on."""
+        fields, source = exported
+        return OpenObject(self._cache.open(object_from_wire(fields), source), self._cache, self._prefetcher, self._log)
 
     async def residency(self, nodes: list[Node]) -> list[tuple[int, int, bool]]:
         """(bytes on SSD, bytes in RAM, pinned) of each node; zeros for what is no file."""

@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -16,11 +18,25 @@ log = logging.getLogger(__name__)
 _BACKLOG = 64
 
 
-def listen(path: Path, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> trio.socket.SocketType:
-    """A listening socket under its final name only once it listens, so that nobody is refused in between.
+@contextmanager
+def door(path: Path, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> Iterator[trio.socket.SocketType]:
+    """A socket that listens at `path`. Leaving removes it, unless the next daemon's stands there by then.
 
     mode: permissions of the socket; they decide who may connect. Raises: ConfigError if it cannot be made.
     """
+    sock = _listen(path, mode, kind)
+    inode = path.stat().st_ino
+    try:
+        yield sock
+    finally:
+        sock.close()
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == inode:
+                path.unlink()
+
+
+def _listen(path: Path, mode: int, kind: socket.SocketKind) -> trio.socket.SocketType:
+    """Under its final name only once it listens, so that nobody is refused in between."""
     temporary = path.with_name(f"{path.stem[:16]}.{os.getpid()}")  # never longer than the name it gets
     sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:

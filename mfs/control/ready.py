@@ -1,10 +1,11 @@
 """How a daemon is started and says that it is ready: one command line, one line of JSON.
 
-    python -m mfs.daemon --config-fd N [--ready-fd M]
+    python -m mfs.daemon --config-fd N [--ready-fd M] [--handover]
 
 The configuration (`MountConfig.to_json`) is read from descriptor N until its end. Once the tree can be used, or
 cannot be, the daemon writes one line to M, for the `mfs mount` that waits: {"ready": true, "warnings": [...]} or
-{"error": {"type": ..., "message": ...}}; and READY=1 to the service manager where NOTIFY_SOCKET names one.
+{"error": {"type": ..., "message": ...}}; and READY=1 to the service manager where NOTIFY_SOCKET names one. With
+--handover it takes the mount from the daemon that serves it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ _NOTIFY_TIMEOUT_S = 1.0  # a service manager that does not read must not keep th
 _CONFIG_BYTES_MAX = 1 << 22
 
 
-def daemon_arguments(*, config_fd: int, ready_fd: int | None) -> list[str]:
+def daemon_arguments(*, config_fd: int, ready_fd: int | None, handover: bool = False) -> list[str]:
     """The arguments of `python -m mfs.daemon`; `DaemonStart.receive` reads them."""
     ready = [] if ready_fd is None else ["--ready-fd", str(ready_fd)]
-    return ["--config-fd", str(config_fd), *ready]
+    return ["--config-fd", str(config_fd), *ready, *(["--handover"] if handover else [])]
 
 
 class DaemonStart:
     """The daemon's side of its own start: what it was told, and to whom it must answer, once."""
 
-    def __init__(self, config_json: str, ready_fd: int | None) -> None:
+    def __init__(self, config_json: str, ready_fd: int | None, *, handover: bool = False) -> None:
         self.config_json = config_json
         """For `MountConfig.from_json`."""
+        self.handover = handover
+        """Whether another daemon serves the mount, and gives it."""
         self._ready_fd = ready_fd
 
     @classmethod
@@ -41,11 +44,12 @@ class DaemonStart:
         parser = argparse.ArgumentParser(prog="mfs.daemon", description="Started by 'mfs mount', not by hand.")
         parser.add_argument("--config-fd", type=int, required=True)
         parser.add_argument("--ready-fd", type=int)
+        parser.add_argument("--handover", action="store_true")
         options = parser.parse_args(argv)
         if options.ready_fd is not None:
             os.set_inheritable(options.ready_fd, False)  # a worker holding it open would hide our death from the parent
         with open(options.config_fd, "rb") as file:
-            return cls(file.read(_CONFIG_BYTES_MAX).decode(), options.ready_fd)
+            return cls(file.read(_CONFIG_BYTES_MAX).decode(), options.ready_fd, handover=options.handover)
 
     def ready(self, warnings: Sequence[str] = ()) -> None:
         """Say that the tree can be used. Never raises: whoever waited may be gone. Blocks for a second at most."""

@@ -1,6 +1,8 @@
 """Where running daemons are found: one socket, one record and one lock per mount, in the runtime directory.
 
     <directory>/<hash>.sock   the control socket
+    <directory>/<hash>.slots  where RAM slots are lent
+    <directory>/<hash>.next   where the mount is handed to the next daemon
     <directory>/<hash>.json   who serves there (Record)
     <directory>/<hash>.lock   held by the daemon as long as it lives
 
@@ -114,35 +116,54 @@ def log_path(mountpoint: str) -> Path:
 
 
 @contextmanager
-def registered(record: Record) -> Iterator[Path]:
-    """Hold the mount's place for as long as the daemon lives; yields the path for its socket.
+def locked(mountpoint: str) -> Iterator[int]:
+    """Hold the mount's place; yields the lock's descriptor, which another process may inherit, lock and all.
 
-    Raises: ConfigError if another daemon holds it. Leaving removes record and socket; the kernel drops the lock of a
-    daemon that was killed.
+    Raises: ConfigError if another daemon holds it. The kernel drops the lock of a daemon that was killed.
     """
     folder = create_directory()
-    socket_file = socket_path(record.mountpoint, folder)
-    record_file = socket_file.with_suffix(".json")
-    lock = os.open(socket_file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    file = socket_path(mountpoint, folder).with_suffix(".lock")
+    # The file stays: removing it would let two daemons hold two files of one name.
+    lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = read_record(record.mountpoint, folder)
+            holder = read_record(mountpoint, folder)
             pid = f" by pid {holder.pid}" if holder else ""
             raise ConfigError(
-                f"{record.mountpoint} is being served already{pid}: 'mfs umount {record.mountpoint}' ends that"
+                f"{mountpoint} is being served already{pid}: 'mfs umount {mountpoint}' ends that"
             ) from None
-        temporary = record_file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(record)))
-        temporary.replace(record_file)
-        try:
-            yield socket_file
-        finally:  # the lock file stays: removing it would let two daemons hold two files of one name
-            record_file.unlink(missing_ok=True)
-            socket_file.unlink(missing_ok=True)
+        yield lock
     finally:
         os.close(lock)
+
+
+@contextmanager
+def registered(record: Record) -> Iterator[Path]:
+    """Hold the mount's place and say who serves there; yields the path for the daemon's socket. See `locked`."""
+    with locked(record.mountpoint), announced(record) as socket_file:
+        yield socket_file
+
+
+@contextmanager
+def announced(record: Record) -> Iterator[Path]:
+    """Say who serves the mount whose lock is held; yields the path for the daemon's socket.
+
+    Leaving removes record and socket, unless they are another daemon's by then.
+    """
+    folder = create_directory()
+    socket_file = socket_path(record.mountpoint, folder)
+    record_file = socket_file.with_suffix(".json")
+    temporary = record_file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(asdict(record)))
+    temporary.replace(record_file)
+    try:
+        yield socket_file
+    finally:
+        if read_record(record.mountpoint, folder) == record:
+            record_file.unlink(missing_ok=True)
+            socket_file.unlink(missing_ok=True)
 
 
 def record_of_self(

@@ -60,17 +60,13 @@ async def serve(
     Raises: ConfigError if the socket cannot be made. A failing operation or client never ends the server.
     Cancellation: requests under way are cancelled, except that the answer to `shutdown` is still sent.
     """
-    listener = listening.listen(socket_path, config.socket_mode)
     server = _Server(api, config)
-    try:
+    with listening.door(socket_path, config.socket_mode) as listener:
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
                 stream = trio.SocketStream(await listening.accept(listener))
                 nursery.start_soon(server.handle_connection, stream)
-    finally:
-        listener.close()
-        socket_path.unlink(missing_ok=True)
 
 
 class _Server:

@@ -59,17 +59,13 @@ async def serve(
     lender: Lender, socket_path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Serve until cancelled; then every lease is given back. Raises: ConfigError if the socket cannot be made."""
-    listener = listening.listen(socket_path, _SOCKET_MODE, socket.SOCK_SEQPACKET)
     limit = trio.CapacityLimiter(CONNECTIONS_MAX)
-    try:
+    with listening.door(socket_path, _SOCKET_MODE, socket.SOCK_SEQPACKET) as listener:
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
                 sock = await listening.accept(listener)
                 nursery.start_soon(_serve_one, lender, sock, limit)
-    finally:
-        listener.close()
-        socket_path.unlink(missing_ok=True)
 
 
 async def _serve_one(lender: Lender, sock: trio.socket.SocketType, limit: trio.CapacityLimiter) -> None:

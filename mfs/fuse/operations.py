@@ -58,6 +58,8 @@ class OpenFile(Protocol):
 
     async def header(self) -> bytes | None: ...
 
+    def export(self) -> list[Any]: ...
+
     def close(self) -> None: ...
 
 
@@ -65,6 +67,10 @@ class Reader(Protocol):
     """Where bytes and attributes beyond the tree come from."""
 
     def open(self, node: Node) -> OpenFile: ...
+
+    def reopen(self, exported: list[Any]) -> OpenFile:
+        """A handle like the one that said this of itself with `OpenFile.export`."""
+        ...
 
     async def attributes(self, node: Node) -> dict[str, str]: ...
 
@@ -280,6 +286,30 @@ class Operations(pyfuse3.Operations):
     def _new_handle(self) -> int:
         self._handles_count += 1
         return self._handles_count
+
+    def export(self) -> dict[str, Any]:
+        """The handles that the kernel holds, for `restore` in another process."""
+        return {
+            "count": self._handles_count,
+            "files": [[handle, file.export()] for handle, file in self._files.items()],
+            "directories": [
+                [handle, opened.directory.inode,
+                 None if opened.listing is opened.directory.listing else opened.listing.export()]
+                for handle, opened in self._open_directories.items()
+            ],
+            "headed": list(self._headed),
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what `export` described; the namespace is restored already."""
+        self._handles_count = state["count"]
+        self._files = {handle: self._reader.reopen(fields) for handle, fields in state["files"]}
+        for handle, inode, fields in state["directories"]:
+            directory = self._namespace.directory(inode)
+            listing = Listing.restored(fields) if fields else directory.listing if directory else None
+            if directory is not None and listing is not None:
+                self._open_directories[handle] = _OpenDirectory(directory, listing)
+        self._headed = set(state["headed"])
 
     def close_all(self) -> None:
         """Give back what the kernel will not release any more: the mount is gone."""

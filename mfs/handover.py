@@ -1,0 +1,350 @@
+"""Handing a mount to the next daemon while it is in use: what the old one gives, and how the new one asks.
+
+The old daemon listens beside its control socket; only its own user may connect. One SOCK_SEQPACKET connection, one JSON
+message each way per question. This docstring is the protocol's only reference; descriptors travel as SCM_RIGHTS, and
+what is large (*) as a file in memory, in MessagePack:
+
+    <- {ask: describe}  -> {} with [*description, standard error]
+    <- {ask: take}      -> {} with [*state, /dev/fuse, the lock]     the mount is paused: requests wait in the kernel
+    <- {ask: mine}      -> {yours: true}                             the old daemon never touches the mount again
+    closing             the new daemon is registered, and the old one ends
+    any failure         -> {error: [name, message]} as `mfs.errors.to_wire`
+
+Whatever goes wrong before `yours` leaves the old daemon serving: it has the kernel send again what was not answered.
+So the new one reads nothing from the device before it heard `yours`: what it told the kernel the old one could not
+know. Should it die after that, the mount is stale, as after any crash.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import logging
+import os
+import socket
+import struct
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import msgpack
+import trio
+
+from mfs.config import MountConfig
+from mfs.control import listening
+from mfs.control.ready import notify
+from mfs.errors import (
+    AccessError,
+    ConfigError,
+    MfsError,
+    StoreError,
+    TransientStoreError,
+    UsageError,
+    from_wire,
+    to_wire,
+)
+from mfs.fuse.device import Agreement
+from mfs.fuse.kernel import KernelSettings
+from mfs.mount import Mount, RefreshState
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the state; another one is not understood."""
+_DOOR_MODE = 0o600
+_MESSAGE_BYTES_MAX = 64 << 10
+_READY_S = 20.0
+"""How long the mount stays paused for a new daemon that says nothing."""
+_REGISTER_S = 30.0
+_ANSWER_S = 30.0  # above what the old daemon may need to save what is only in RAM
+_TEXT = "surrogatepass"
+_SAME = ("mountpoint", "allow_other", "uid", "gid", "umask")
+"""Settings that the kernel holds, or has told readers."""
+
+
+def door_path(control_socket: Path) -> Path:
+    """Where a daemon hands over, beside its control socket."""
+    return control_socket.with_suffix(".next")
+
+
+# -- the old daemon
+
+
+class Giver:
+    """The old daemon's side."""
+
+    def __init__(self, mount: Mount, lock: int, environment: dict[str, str]) -> None:
+        """lock: descriptor of the mount's lock. environment: what the next daemon may need, credentials say."""
+        self._mount = mount
+        self._lock = lock
+        self._environment = environment
+        self._busy = False
+        self.gone = trio.Event()
+        """Set when the mount is another daemon's and that one is registered."""
+
+    async def serve(self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. Raises: ConfigError if the socket cannot be made."""
+        with listening.door(path, _DOOR_MODE, socket.SOCK_SEQPACKET) as listener:
+            task_status.started()
+            async with trio.open_nursery() as nursery:
+                while True:
+                    nursery.start_soon(self._serve_one, await listening.accept(listener))
+
+    async def _serve_one(self, sock: trio.socket.SocketType) -> None:
+        with sock:
+            try:
+                while (message := await sock.recv(_MESSAGE_BYTES_MAX)) and not self.gone.is_set():
+                    try:
+                        await self._answer(sock, _parsed(message))
+                    except MfsError as error:
+                        await sock.send(json.dumps({"error": to_wire(error)}).encode())
+            except OSError as error:
+                log.info("whoever wanted the mount went away: %s", error)
+            except Exception:  # a defect here must not end the mount
+                log.exception("a handover failed")
+
+    async def _answer(self, sock: trio.socket.SocketType, ask: dict[str, Any]) -> None:
+        pid, uid = _peer(sock)
+        if uid != os.geteuid():
+            raise AccessError(f"uid {uid} may not take this mount over: only uid {os.geteuid()}, who mounted, may")
+        match ask:
+            case {"ask": "describe"}:
+                await _send(sock, {}, [_memory_file(self._description()), 2], closing=1)
+            case {"ask": "take", "format": int(theirs)}:
+                if theirs != FORMAT:
+                    raise ConfigError(
+                        f"mfs {version('mfs')} hands over in format {FORMAT}, the new daemon takes {theirs}: "
+                        f"unmount and mount again"
+                    )
+                await self._give(sock, pid)
+            case _:
+                raise UsageError(f"not a question this door knows: {str(ask)[:200]}")
+
+    def _description(self) -> dict[str, Any]:
+        agreement = self._mount.session.agreement
+        return {
+            "version": version("mfs"), "pid": os.getpid(), "config": self._mount.config.to_json(),
+            "environment": self._environment, "request": agreement.request, "reply": agreement.reply,
+        }  # fmt: skip
+
+    async def _give(self, sock: trio.socket.SocketType, pid: int) -> None:
+        """Give the mount away, or go on serving it. Raises: MfsError if it cannot be given away."""
+        session = self._mount.session
+        if self._busy:
+            raise TransientStoreError("the mount is being handed over already")
+        if not session.is_ours:
+            raise StoreError("the mount was handed over already")
+        if not session.agreement.can_resend:
+            raise ConfigError(
+                f"Linux {os.uname().release} cannot hand a mount over (6.9 or later can): unmount and mount again"
+            )
+        self._busy = True
+        try:
+            await self._mount.save()
+            await session.pause()
+            paused_at, given = time.monotonic(), False
+            try:
+                given = await self._offer(sock)
+            finally:
+                if given:
+                    session.release()
+                else:
+                    session.resume()
+                    log.warning("the mount was not handed over to pid %d: going on", pid)
+        finally:
+            self._busy = False
+        log.info("handed over to pid %d, after a pause of %.0f ms", pid, (time.monotonic() - paused_at) * 1e3)
+        notify(f"MAINPID={pid}")
+        with trio.move_on_after(_REGISTER_S):
+            await sock.recv(1)
+        self.gone.set()
+
+    async def _offer(self, sock: trio.socket.SocketType) -> bool:
+        """Send everything; whether the other side took it. The mount is paused."""
+        state = _memory_file(_exported(self._mount))
+        await _send(sock, {}, [state, self._mount.session.device, self._lock], closing=1)
+        with trio.move_on_after(_READY_S):
+            message = await sock.recv(_MESSAGE_BYTES_MAX)
+            if not message:
+                raise OSError("it closed the connection")
+            if _parsed(message) == {"ask": "mine"}:
+                await sock.send(b'{"yours": true}')
+                return True
+            raise UsageError(f"expected 'mine', got {message[:200]!r}")
+        raise StoreError(f"the new daemon did not say within {_READY_S:g} s that it can serve")
+
+
+def _exported(mount: Mount) -> dict[str, Any]:
+    """All that a mount in use needs of its daemon, beside what every daemon of it has. No checkpoint."""
+    return {
+        "tree": mount.namespace.export(),
+        "handles": mount.operations.export(),
+        "names": list(mount.session.unsaid_names),
+        "refreshed": [mount.refreshed.last_at, mount.refreshed.last_errors],
+        "kernel": [mount.kernel.read_ahead_kb, mount.kernel.max_background, mount.kernel.notes],
+        "unrecorded": mount.unrecorded(),
+    }
+
+
+# -- the new daemon
+
+
+def _restore(mount: Mount, state: dict[str, Any]) -> None:
+    """Make a mount that was never listed the one that `_exported` described. Raises: ConfigError."""
+    try:
+        mount.namespace.restore(state["tree"])
+        mount.operations.restore(state["handles"])
+        mount.refreshed = RefreshState(*state["refreshed"])
+        mount.kernel = KernelSettings(*state["kernel"])
+        mount.warnings += mount.kernel.notes
+        mount.record_again(state["unrecorded"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"what the old daemon hands over is not understood: {error!r}") from error
+
+
+class Heir:
+    """The new daemon's side, and the shell command's. Blocks; every wait is bounded."""
+
+    def __init__(self, path: Path) -> None:
+        """Connect to the old daemon's door. Raises: StoreError if nobody answers there, and what it says."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(_ANSWER_S)
+        try:
+            self._socket.connect(str(path))
+            _, (description, self.stderr) = self._ask({"ask": "describe"}, 2)
+        except OSError as error:
+            self._socket.close()
+            raise StoreError(f"no daemon hands over at {path}: {error.strerror or error}") from error
+        except BaseException:
+            self._socket.close()
+            raise
+        found = _read_memory_file(description)
+        self.pid: int = found["pid"]
+        self.version: str = found["version"]
+        self.config = MountConfig.from_json(found["config"])
+        """As the old daemon was told, secrets too."""
+        self.environment: dict[str, str] = found["environment"]
+        self.agreement = Agreement(found["request"], found["reply"])
+        """See `mount.Predecessor`."""
+        self.lock = -1
+        """The mount's lock, once taken."""
+
+    def check_same(self, config: MountConfig) -> None:
+        """Raises: ConfigError if a mount with these settings would not be the same mount."""
+        for name in _SAME:
+            was, wanted = getattr(self.config, name), getattr(config, name)
+            if was != wanted:
+                raise ConfigError(
+                    f"{name} cannot change while mounted: it is {was}, asked for {wanted}; unmount and mount again"
+                )
+        if _places(self.config) != _places(config):
+            raise ConfigError("the sources cannot change while mounted: unmount and mount again")
+
+    async def hand_over(self, mount: Mount) -> None:
+        """See `mount.Predecessor`. Readers wait meanwhile."""
+        state, device = await trio.to_thread.run_sync(self._take)
+        try:
+            _restore(mount, state)
+            await trio.to_thread.run_sync(self._confirm)
+            mount.session.connect(device, self.agreement)
+        finally:
+            os.close(device)
+        mount.session.invalidate_names((inode, name) for inode, name in state["names"])
+
+    def _take(self) -> tuple[dict[str, Any], int]:
+        """(state, descriptor of /dev/fuse)."""
+        try:
+            _, (state, device, self.lock) = self._ask({"ask": "take", "format": FORMAT}, 3)
+        except OSError as error:
+            raise StoreError(f"the old daemon (pid {self.pid}) does not hand over: {error}") from error
+        return _read_memory_file(state), device
+
+    def _confirm(self) -> None:
+        try:
+            answer, _ = self._ask({"ask": "mine"}, 0)
+        except OSError as error:
+            raise StoreError(f"the old daemon (pid {self.pid}) keeps the mount: {error}") from error
+        if answer != {"yours": True}:
+            raise StoreError(f"the old daemon (pid {self.pid}) keeps the mount: it said {answer}")
+
+    async def wait_ended(self) -> None:
+        """Until the old daemon's process is gone."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except OSError:
+            return
+        try:
+            await trio.lowlevel.wait_readable(fd)
+        finally:
+            trio.lowlevel.notify_closing(fd)
+            os.close(fd)
+
+    def close(self) -> None:
+        """Let the old daemon end; or go on, if the mount is still its."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+        for fd in {self.stderr, self.lock} - {-1}:
+            os.close(fd)
+
+    def _ask(self, ask: dict[str, Any], fds_count: int) -> tuple[dict[str, Any], list[int]]:
+        self._socket.send(json.dumps(ask).encode())
+        message, fds, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES_MAX, fds_count, socket.MSG_CMSG_CLOEXEC)
+        answer = _parsed(message) if message else None
+        if answer is None or "error" in answer or len(fds) != fds_count:
+            for fd in fds:
+                os.close(fd)
+            if answer and "error" in answer:
+                raise from_wire(*answer["error"])
+            raise OSError("it closed the connection" if answer is None else "descriptors were lost on the way")
+        return answer, fds
+
+
+def _places(config: MountConfig) -> list[tuple[str, str, str | None]]:
+    return [(source.name, source.url, source.endpoint_url) for source in config.sources]
+
+
+def _parsed(message: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(message)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f"not a JSON object: {message[:100]!r}")
+    return found
+
+
+def _peer(sock: trio.socket.SocketType) -> tuple[int, int]:
+    """(pid, uid) of whoever connected."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", raw)
+    return pid, uid
+
+
+async def _send(sock: trio.socket.SocketType, answer: dict[str, Any], fds: list[int], *, closing: int) -> None:
+    """Send an answer with descriptors; the first `closing` of them are not needed here afterwards."""
+    try:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        await sock.sendmsg([json.dumps(answer).encode()], [rights])
+    finally:
+        for fd in fds[:closing]:
+            os.close(fd)
+
+
+def _memory_file(value: dict[str, Any]) -> int:
+    fd = os.memfd_create("mfs-handover", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(msgpack.packb(value, unicode_errors=_TEXT))
+    return fd
+
+
+def _read_memory_file(fd: int) -> dict[str, Any]:
+    with open(fd, "rb") as file:
+        file.seek(0)
+        found: dict[str, Any] = msgpack.unpackb(file.read(), unicode_errors=_TEXT, strict_map_key=False)
+    return found
