@@ -4,12 +4,13 @@ A remembered digest lets a swap keep resident bytes without reading the file, so
 would serve wrong weights. Only these are trusted; of every other file nothing is remembered and its bytes are
 hashed each time:
 
-- on an mfs mount of our own user or root: the sha256 that the source states (equal files under any name, on any
-  mount and machine, are one), or the place and MD5 etag of an object in S3
+- on an mfs mount of our own user or root: the sha256 of a file on a Hub, whose addresses are by content (equal files in
+  any repository of that Hub, under any name, on any mount are one), or the place and MD5 etag of an object in S3
 - on a file system that stamps every change with a time no program can choose: device, inode, size, mtime and ctime
 
-Not trusted: times and sizes of HTTP servers and of folders behind a mount, FUSE in general, and images (squashfs,
-erofs; overlays, which may stand on one), where two builds can have every number in common.
+Not trusted: what a manifest states and its web server does not check; times, sizes, and etags made of these, of HTTP
+servers and of folders behind a mount; FUSE in general; and images (squashfs, erofs; overlays, which may stand on one),
+where two builds can have every number in common.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from mfs.control import mountinfo
 
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 """What S3 gives: of the bytes, or of the parts' own; random with some encryptions, which is as good."""
+
+_HUB = re.compile(r"hf://[^@]*@(https?://[^/]+)")
+"""A Hub that is not huggingface.co stands in the source's name. What one Hub says of its files binds no other."""
 
 _NFS = 0x6969
 CHANGE_STAMPED = {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0x01021994, _NFS}
@@ -83,10 +87,10 @@ def _key_by_mount(fd: int, status: os.stat_result) -> bytes | None:
     mount = next((m for m in mountinfo.read() if m.device == device), None)
     if mount is None or not mount.is_mfs or mount.user_id not in (0, os.geteuid()):
         return None
-    digest = _attribute(fd, "digest")
-    if digest.startswith("sha256:"):
-        return f"content\0{digest}\0{status.st_size}".encode()
-    source, etag = _attribute(fd, "source"), _attribute(fd, "revision")
+    source, digest, etag = (_attribute(fd, name) for name in ("source", "digest", "revision"))
+    if source.startswith("hf://") and digest.startswith("sha256:"):
+        hub = _HUB.match(source)
+        return f"content\0{hub[1] if hub else ''}\0{digest}\0{status.st_size}".encode()
     if source.startswith("s3://") and _MD5_ETAG.fullmatch(etag):
         return f"origin\0{source}\0{etag}\0{status.st_size}".encode("utf-8", "surrogateescape")
     return None
