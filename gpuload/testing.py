@@ -131,7 +131,7 @@ class DeviceSuite:
             device.register(piece, size // 2)
         assert device.reaches(base, size // 2)
         assert device.reaches(base + size // 2 + 5, 100)
-        arena, stream = self._arena(device, 1), device.open_stream()
+        arena, stream = self._arena(device, 2), device.open_stream()
         stream.copy_in(arena.address, base + 3, 5000)
         stream.copy_in_rows(arena.address + 5000, base + size // 2, row_bytes=17, rows_count=40, pitch_bytes=200)
         stream.record().wait(30)
