@@ -293,7 +293,8 @@ class Drafts:
         """
         self._path = path
         self._known = known
-        self.clear()
+        self._settled: dict[str, Listing] = {}
+        self._open_path, self._open = path, _Draft(path)
 
     def add(self, path: str, entries: Iterable[Entry]) -> None:
         """A page: some of the entries of the directory at `path`, the one looked at or one below it."""
@@ -304,7 +305,7 @@ class Drafts:
 
     def clear(self) -> None:
         """The look starts over."""
-        self._settled: dict[str, Listing] = {}
+        self._settled.clear()
         self._open_path, self._open = self._path, _Draft(self._path)
 
     def finish(self) -> dict[str, Listing]:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,12 +23,13 @@ from mfs.fuse import kernel, session
 from mfs.fuse.device import Agreement
 from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.fuse.session import Session
-from mfs.listing import Drafts
+from mfs.listing import Drafts, Listing
 from mfs.namespace import Changes, Directory, Namespace
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
 from mfs.reader import ObjectReader
 from mfs.refresh import Next, Refresher
+from mfs.small_files import SmallFiles, SmallFilesConfig, Wanted, small_files
 from mfs.sources import shown_url
 from mfs.tree_record import TreeRecord
 from mfs.types import Entry, EntryKind, ObjectId
@@ -43,6 +44,8 @@ _HIGH_WATERMARK, _LOW_WATERMARK = 0.95, 0.90  # of the SSD budget; the gap keeps
 _CLOSING_S = 5.0
 _PREDECESSOR_ENDS_S = 60.0
 _REFRESH_SOON_S = 2.0
+_SMALL_FILES_BATCH = 64
+_SMALL_FILES_S = 5.0  # that a mount waits for the small files of what it shows first
 _SHARD = re.compile(r"^(?P<stem>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[^/]*)$")
 
 
@@ -88,6 +91,12 @@ class Mount:
         self.namespace.on_published = self._published
         self._refresher = Refresher(self.namespace, self._list, self._prepare)
         self._record = TreeRecord(config.cache_dir) if config.cache_dir else None
+        self._small_files = SmallFiles(SmallFilesConfig(), self.cache, self.pool)
+        self._new: dict[Directory, None] = {}
+        """Published, and their small files not looked at yet."""
+        self._something_new = trio.Event()
+        self._small_files_there = trio.Event()
+        """Set while none are missing that could be had."""
         self._unrecorded: dict[Directory, None] = {}
         """Published, and not yet written down, in that order."""
         self._something_unrecorded = trio.Event()
@@ -131,11 +140,15 @@ class Mount:
                     nursery.start_soon(self._populate, predecessor)
                     nursery.start_soon(self._maintain)
                     nursery.start_soon(self._refresh_when_told)
-                    nursery.start_soon(self._keep_record)
+                    if self.config.cache_dir is not None:
+                        nursery.start_soon(self._keep_record)
+                        nursery.start_soon(self._bring_small_files)
                     if self.config.refresh_s is not None:
                         nursery.start_soon(self._refresh_regularly, self.config.refresh_s)
                     if predecessor is None:
                         await self._settle()
+                        with trio.move_on_after(_SMALL_FILES_S):
+                            await self._small_files_there.wait()
                     yield self.session.ended
                 # Only now, that the files are closed: closing one tells the prefetcher.
                 nursery.cancel_scope.cancel()
@@ -263,9 +276,11 @@ class Mount:
             self.namespace.adopt_records(records, latest_ns)
 
     def _published(self, directory: Directory) -> None:
-        if self._record is not None:
-            self._unrecorded[directory] = None
+        """Told by the namespace; nothing may wait here."""
+        if self.config.cache_dir is not None:
+            self._unrecorded[directory] = self._new[directory] = None
             self._something_unrecorded.set()
+            self._something_new.set()
 
     def unrecorded(self) -> list[int]:
         """Inodes of directories that are still to be written down."""
@@ -317,7 +332,36 @@ class Mount:
         )
 
     async def _prepare(self, source: int, coming: Sequence[Next]) -> None:
-        """What is about to be published."""
+        """Before a model is published: its new small files come first. Raises: MfsError if they do not."""
+        if self.config.cache_dir is not None:
+            wanted = [item for path, new, old in coming for item in self._small(source, path, new, old)]
+            await self._small_files.bring_for_publication(wanted, timeout_s=self.config.timeout_s)
+
+    def _small(self, source: int, path: str, new: Listing, old: Listing | None = None) -> Iterator[Wanted]:
+        for index in small_files(new, old):
+            entry = new.entry(index)
+            yield entry.object_at(self._identity(source), path), source
+
+    async def _bring_small_files(self) -> None:
+        """Those of directories that are listed for the first time; after a refresh there is nothing left to do."""
+        while True:
+            await self._something_new.wait()
+            self._something_new = trio.Event()
+            directories, self._new = list(self._new), {}
+            wanted: list[Wanted] = []
+            for directory in directories:
+                if directory.listing is not None and self._small_files.has_allowance:
+                    wanted += self._small(directory.source, directory.path, directory.listing)
+                if len(wanted) >= _SMALL_FILES_BATCH or directory is directories[-1]:
+                    batch, wanted = wanted, []
+                    await self._bring_batch(batch)
+            self._small_files_there.set()
+
+    async def _bring_batch(self, wanted: Sequence[Wanted]) -> None:
+        try:
+            await self._small_files.bring_unasked(wanted)
+        except MfsError as error:
+            logger.info("small files come when they are read: %s", error)
 
     def _identity(self, source: int) -> str:
         return self.pool.identities[source]

@@ -184,7 +184,7 @@ class Namespace:
         if entry.kind is EntryKind.SYMLINK:
             size = len(entry.version.encode())
             return Node(inode, entry.kind, size, entry.mtime_ns, owner.source, path, None, entry.version)
-        obj = ObjectId(self._identity(owner.source), path, entry.size, entry.version, entry.digest, entry.locator)
+        obj = entry.object_at(self._identity(owner.source), owner.path)
         return Node(inode, entry.kind, entry.size, entry.mtime_ns, owner.source, path, obj, "")
 
     def directory(self, inode: int) -> Directory | None:

@@ -14,6 +14,9 @@ CHUNK_BYTES = 4 << 20
 BLOCK_BYTES = 128 << 10
 """The unit that is valid or not inside a chunk, with one checksum each: small random reads stay small."""
 
+SMALL_FILE_BYTES = 1 << 20
+"""Files up to this size are brought before they are asked for, and leave the SSD tier last."""
+
 BLOCKS_PER_CHUNK = CHUNK_BYTES // BLOCK_BYTES
 
 
@@ -94,3 +97,8 @@ class Entry(NamedTuple):
     """See `ObjectId.digest`."""
     locator: str = ""
     """See `ObjectId.locator`."""
+
+    def object_at(self, source: str, folder: str) -> ObjectId:
+        """The object a file's entry stands for. source: its identity. folder: path of the directory it stands in."""
+        path = f"{folder}/{self.name}" if folder else self.name
+        return ObjectId(source, path, self.size, self.version, self.digest, self.locator)

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from mfs.cache.ssd import HEADER_BYTES, ChunkHeader, SsdConfig, SsdTier
 from mfs.errors import NotFoundError, StoreError
-from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ObjectId
+from mfs.types import BLOCK_BYTES, CHUNK_BYTES, SMALL_FILE_BYTES, ObjectId
 
 logger = logging.getLogger(__name__)
 
@@ -171,12 +171,19 @@ class ResidencyTables:
         return _resident(self._chunks[first : first + count, 0], count, size)
 
     def victims(self, bytes_wanted: int) -> Iterator[tuple[str, int, int, int]]:
-        """Unpinned chunks, coldest first, until `bytes_wanted` are reached: (cache_id, index, row, bytes)."""
+        """Unpinned chunks, coldest first, until `bytes_wanted` are reached: (cache_id, index, row, bytes).
+
+        Small files go last, as long as they are a quarter of it at most: a model whose weights must come again loads,
+        one whose configuration must come from an origin that hangs does not.
+        """
         found = self._snapshot()
         owners = found.owners()
         candidates = np.flatnonzero((found.sizes > 0) & (owners >= 0))
         candidates = candidates[found.rows[owners[candidates], 6] == 0]
-        for chunk in candidates[np.argsort(found.chunks[candidates, 1], kind="stable")]:
+        is_small = found.rows[owners[candidates], 5] <= SMALL_FILE_BYTES
+        if found.sizes[candidates[is_small]].sum() * 4 > found.sizes.sum():
+            is_small[:] = False
+        for chunk in candidates[np.lexsort((found.chunks[candidates, 1], is_small))]:
             if bytes_wanted <= 0:
                 return
             row = int(owners[chunk])
