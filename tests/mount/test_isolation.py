@@ -88,3 +88,89 @@ def test_a_model_that_hangs_delays_no_other_and_gets_its_bytes_when_it_recovers(
         assert hanging.is_busy()
         liar.tell_truth()
         assert hanging.finish(timeout_s=120) == [waiting.digest_of(WEIGHTS)] * HANGING_COUNT
+
+
+def test_a_process_whose_threads_hang_in_one_model_maps_and_reads_another(
+    tmp_path: Path, liar: LiarServer, nginx: NginxServer
+) -> None:
+    """As a server of many models does: a fault that waits must not hold the memory map of its process."""
+    names = publish_many(liar.files, "m")
+    with two_sources(tmp_path, liar, nginx) as mount:
+        liar.lie(Lie.SILENCE, pattern="/m/*.bin")
+        mount.call(waiting.begin, waiting.map_together, [str(mount.path / "a" / name) for name in names])
+        wait_for_readers(mount, HANGING_COUNT)
+        use(mount, "a/h")
+        liar.tell_truth()
+        assert mount.call(waiting.end, timeout_s=120) == [waiting.digest_of(WEIGHTS)] * HANGING_COUNT
+
+
+def test_opens_that_hang_on_a_models_headers_delay_no_other(
+    tmp_path: Path, liar: LiarServer, nginx: NginxServer
+) -> None:
+    names = publish_many(liar.files, "m", suffix=".safetensors")
+    with two_sources(tmp_path, liar, nginx) as mount:
+        liar.lie(Lie.SILENCE, pattern="/m/*.safetensors")
+        hanging = mount.outside()
+        hanging.start(waiting.read_together, [str(mount.path / "a" / name) for name in names])
+        assert mount.wait_for(lambda: liar.lies_told() > 0)
+        use(mount, "a/h")
+        use(mount, "b/h")
+        assert hanging.is_busy()
+        liar.tell_truth()
+        assert hanging.finish(timeout_s=120) == [waiting.digest_of(WEIGHTS)] * HANGING_COUNT
+
+
+def test_listings_that_hang_delay_no_other_models_listing(tmp_path: Path, liar: LiarServer, nginx: NginxServer) -> None:
+    for number in range(HANGING_COUNT):
+        publish(liar.files, f"m/{number}", {"config.json": b"{}"})
+    publish(liar.files, "g", OTHER)
+    with two_sources(tmp_path, liar, nginx) as mount:
+        assert len(mount.call(touching.list_names, str(mount.path / "a/m"))) == HANGING_COUNT
+        liar.lie(Lie.SILENCE, pattern="/m/*")
+        hanging = mount.outside()
+        paths = [str(mount.path / f"a/m/{number}/config.json") for number in range(HANGING_COUNT)]
+        hanging.start(waiting.stat_together, paths)
+        assert mount.wait_for(lambda: liar.lies_told() >= 4)  # the share of one model
+        use(mount, "a/g")  # whose directories nobody has looked into
+        use(mount, "b/h")
+        assert hanging.is_busy()
+        liar.tell_truth()
+        assert hanging.finish(timeout_s=120) == ["2"] * HANGING_COUNT
+
+
+def test_a_source_that_hangs_keeps_what_it_has_shown_and_delays_no_other(
+    tmp_path: Path, liar: LiarServer, nginx: NginxServer
+) -> None:
+    names = publish_many(liar.files, "m")
+    with two_sources(tmp_path, liar, nginx) as mount:
+        shown = mount.call(touching.tree, str(mount.path / "a"))
+        liar.lie(Lie.SILENCE)
+        hanging = mount.outside()
+        hanging.start(waiting.read_together, [str(mount.path / "a" / name) for name in names])
+        wait_for_readers(mount, HANGING_COUNT)
+        use(mount, "b/h")
+        assert mount.call(touching.tree, str(mount.path / "a")) == shown
+        warm = str(mount.path / "a/h/warm.bin")
+        mount.call(touching.drop_pages, warm)
+        assert mount.call(touching.read, warm) == OTHER["warm.bin"]
+        assert mount.client.stat("b/h/warm.bin")["size"] == len(OTHER["warm.bin"])
+        assert hanging.is_busy()
+        liar.tell_truth()
+        assert hanging.finish(timeout_s=120) == [waiting.digest_of(WEIGHTS)] * HANGING_COUNT
+
+
+def test_a_model_that_hangs_fails_at_its_deadline_and_is_read_at_once_when_it_recovered(
+    tmp_path: Path, liar: LiarServer, nginx: NginxServer
+) -> None:
+    names = publish_many(liar.files, "m")
+    with two_sources(tmp_path, liar, nginx, timeout_s=3.0) as mount:
+        liar.lie(Lie.SILENCE, pattern="/m/*.bin")
+        hanging = mount.outside()
+        paths = [str(mount.path / "a" / name) for name in names]
+        hanging.start(waiting.read_together, paths)
+        wait_for_readers(mount, HANGING_COUNT)
+        use(mount, "a/h")
+        assert set(hanging.finish(timeout_s=60)) == {"EIO"}
+        mount.wait_quiet(prefetch=False)
+        liar.tell_truth()
+        assert hanging.call(waiting.read_together, paths, timeout_s=120) == [waiting.digest_of(WEIGHTS)] * HANGING_COUNT

@@ -7,8 +7,11 @@ import errno
 import hashlib
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
+_background = ThreadPoolExecutor(1)
+_begun: list[Future[list[str]]] = []
 _libc = ctypes.CDLL(None)
 _libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -25,12 +28,37 @@ def map_together(paths: list[str]) -> list[str]:
         return list(pool.map(_map, paths))
 
 
+def begin(how: Callable[[list[str]], list[str]], paths: list[str]) -> None:
+    """Let it happen in threads of this process, which goes on taking calls; `end` has the result."""
+    _begun.append(_background.submit(how, paths))
+
+
+def end() -> list[str]:
+    return _begun.pop().result()
+
+
 def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def stat_together(paths: list[str]) -> list[str]:
+    """The size of each, or the errno name; a thread for each."""
+    with ThreadPoolExecutor(len(paths)) as pool:
+        return list(pool.map(_stat, paths))
+
+
+def _stat(path: str) -> str:
+    try:
+        return str(os.stat(path).st_size)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
 def _read(path: str) -> str:
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
     try:
         parts, offset = [], 0
         while part := os.pread(fd, 1 << 20, offset):
