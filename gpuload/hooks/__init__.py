@@ -4,6 +4,7 @@ auto               what `gpuload run` and the .pth start: waits for safetensors 
 safetensors_patch  safe_open and its slices served from the resident server
 pth                the one-line .pth file that starts `auto` in every process of a Python installation
 vllm, sglang       plugins for their loaders, through their own entry points
+triton             a backend of Triton: model directories of safetensors and a configuration
 weights            what those two hand over: every tensor of a model's files
 resident           the server, or None with one line in the log
 counts             what came from where, for tests and the curious

@@ -2,8 +2,8 @@
 
 `mfs triton backend` installs the few lines that import this; it runs in the stub process of Triton's python backend,
 one per instance. The weights are whole in memory when `initialize` returns, so that a fault is a failed load and not a
-model that says READY; where a `gpuload serve` answers, they are its memory: one copy for all instances, and for all
-versions and models that have tensors in common.
+model that says READY; where a `gpuload serve` answers, they are its memory: one copy for all instances, and of large
+tensors one for all versions and models that have them.
 
 The configuration's parameter "model" names what computes, as 'module:name' or 'file.py:name' (beside the weights, else
 in the model's directory). The name is one of:

@@ -37,8 +37,9 @@ It is called for each request with the inputs by name as tensors, and returns a 
 by output name, a sequence, or the one output. Requests are not joined into batches.""",
         "Memory": """\
 Weights are read whole when the model is loaded, so that a fault is a failed load. Where
-'gpuload serve' runs (same user, or the server root), all instances, and versions and models
-with tensors in common, share one copy; otherwise each instance has its own.""",
+'gpuload serve' runs (as Triton's user), all instances of a version share one copy, and
+versions and models share their equal tensors of 16 MiB and more; otherwise each instance
+has its own. $GPULOAD_SOCKET in Triton's environment names another socket.""",
         "Needs": """\
 gpuload and torch in the Python that Triton's python backend starts ('python3' on the
 server's PATH; PYTHONPATH is ignored there), Python 3.11 or newer.""",
