@@ -12,10 +12,12 @@ import functools
 import logging
 import os
 import stat
+import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -43,6 +45,11 @@ of a notification that gets lost."""
 _INODE_CACHE_S = 3600.0
 """An inode never changes, so its attributes may be believed; directories change and are asked again after a second."""
 _DIRECTORY_CACHE_S = 1.0
+_RETRY_S, _RETRY_BYTES_MAX, _RETRIES_MAX = 0.25, 1 << 16, 16
+"""When a read ahead fails, the kernel asks again for the one page that is wanted (mm/filemap.c): within this time, no
+more bytes than that, and so many failed reads are remembered per handle. It gets the same answer, or a reader would
+wait for a dead origin twice."""
+_WAITED_S_MIN = 1.0  # a failure that came quicker is worth asking about again
 _STORE_TIMEOUT_S = 2.0
 _STORES_MAX = 4  # headers of one model on their way into the page cache, each in a thread
 
@@ -95,6 +102,14 @@ class ReadCounters:
     waiting: int = 0
 
 
+class _Failure(NamedTuple):
+    """A read that waited long and failed."""
+
+    span: ByteRange
+    error: MfsError
+    until_s: float
+
+
 @dataclass
 class _OpenDirectory:
     directory: Directory
@@ -133,6 +148,8 @@ class Operations(pyfuse3.Operations):
         self._reader = reader
         self._owner = owner
         self._files: dict[int, OpenFile] = {}
+        self._failures: dict[int, deque[_Failure]] = {}
+        """By handle: what the kernel may be about to ask again."""
         self._open_directories: dict[int, _OpenDirectory] = {}
         self._handles_count = 0
         self._headed: set[int] = set()
@@ -262,11 +279,18 @@ class Operations(pyfuse3.Operations):
             return b""
         counters = self.counters
         counters.waiting += 1
+        since_s = time.monotonic()
         try:
+            if fh in self._failures:
+                self._raise_if_repeated(fh, span)
             with self._wait_for(file.group):
                 view = await file.read(span)
-        except BaseException:
+        except BaseException as error:
             counters.errors += 1
+            now_s = time.monotonic()
+            if isinstance(error, StoreError) and now_s - since_s > _WAITED_S_MIN:
+                failed = self._failures.setdefault(fh, deque(maxlen=_RETRIES_MAX))
+                failed.append(_Failure(span, error, now_s + _RETRY_S))
             raise
         finally:
             counters.waiting -= 1
@@ -275,7 +299,20 @@ class Operations(pyfuse3.Operations):
         counters.bytes += len(span)
         return cast(bytes, view)  # pyfuse3 replies from any contiguous buffer (handlers.pxi, PyObject_GetBuffer)
 
+    def _raise_if_repeated(self, fh: int, span: ByteRange) -> None:
+        """Raise what a read of these bytes has just failed with, once."""
+        failures = self._failures[fh]
+        while failures and failures[0].until_s < time.monotonic():
+            failures.popleft()
+        if not failures:
+            del self._failures[fh]
+        for failure in failures:
+            if failure.span.start <= span.start and span.stop <= failure.span.stop and len(span) <= _RETRY_BYTES_MAX:
+                failures.remove(failure)
+                raise failure.error
+
     async def release(self, fh: int) -> None:
+        self._failures.pop(fh, None)
         file = self._files.pop(fh, None)
         if file is not None:
             file.close()

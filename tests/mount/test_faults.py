@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ class TestNetwork:
             ({"truncate_after_bytes": 100_000, "faults_count": 2}, True),
             ({"refuse": True, "faults_count": 2}, True),
             ({"rate_mb_s": 20, "rtt_ms": 10}, True),
+            ({"stall_after_bytes": 0, "faults_count": 1}, True),
+            ({"stall_after_bytes": 100_000, "faults_count": 1}, True),
             ({"reset_after_bytes": 100_000}, False),
             ({"truncate_after_bytes": 100_000}, False),
             ({"stall_after_bytes": 0}, False),
@@ -110,6 +113,53 @@ class TestNetwork:
         proxy.clear()
         for name, content in list(files.items())[::5]:
             assert mount.call(touching.read, str(mount.path / name)) == content
+
+
+class TestWaiting:
+    """An origin that fails for a while is waited for; one that fails for good is an error once, and no longer."""
+
+    @pytest.mark.parametrize("lie", [Lie.STATUS, Lie.HANG_UP, Lie.SILENCE])
+    @pytest.mark.parametrize("how", [touching.read, touching.map_file], ids=["read", "mmap"])
+    def test_a_read_waits_and_succeeds_inside_its_deadline(
+        self, liar: LiarServer, mounted: Mounted, lie: Lie, how: Callable[..., bytes]
+    ) -> None:
+        publish(liar, FILES)
+        mount = mounted(liar.url, timeout_s=600.0)
+        liar.lie(lie, pattern="/m/w.bin", status=500)
+        reader = mount.outside()
+        reader.start(how, str(mount.path / "m/w.bin"), *(["shared"] if how is touching.map_file else []))
+        assert mount.wait_for(lambda: liar.lies_told() >= (1 if lie is Lie.SILENCE else 3))
+        assert reader.is_busy()
+        liar.tell_truth()
+        assert reader.finish(timeout_s=60) == FILES["m/w.bin"]
+
+    def test_a_permanent_failure_is_sigbus_for_a_mapping_and_a_clean_retry_works_at_once(
+        self, liar: LiarServer, mounted: Mounted
+    ) -> None:
+        publish(liar, FILES)
+        mount = mounted(liar.url, timeout_s=1.5)
+        path = str(mount.path / "m/w.bin")
+        liar.lie(Lie.STATUS, pattern="/m/w.bin", status=500)
+        reader = mount.outside()
+        with pytest.raises(EOFError, match=f"status -{int(signal.SIGBUS)}"):
+            reader.call(touching.map_file, path, "shared")
+        assert mount.call(touching.read_failure, path, 5 * MIB) == "EIO"
+        liar.tell_truth()
+        assert mount.call(touching.map_file, path, "shared") == FILES["m/w.bin"]
+
+    def test_a_reader_of_a_dead_origin_waits_for_it_once(self, liar: LiarServer, mounted: Mounted) -> None:
+        """The kernel asks again for the page when its reading ahead failed: that finds the answer waiting."""
+        publish(liar, {"one-page.bin": b"x" * 4096})
+        mount = mounted(liar.url, timeout_s=1.5)
+        path = str(mount.path / "one-page.bin")
+        liar.lie(Lie.SILENCE, pattern="/one-page.bin")
+        assert mount.call(touching.read_failure, path) == "EIO"
+        mount.wait_quiet(prefetch=False)
+        assert mount.client.status()["reads"]["errors_count"] == 2
+        assert mount.client.status()["origin"]["errors_count"] == 1
+        assert mount.call(touching.read_failure, path) == "EIO"  # asked anew, not remembered
+        mount.wait_quiet(prefetch=False)
+        assert mount.client.status()["origin"]["errors_count"] == 2
 
 
 class TestLies:
