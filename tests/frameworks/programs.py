@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import os
+import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -38,31 +39,55 @@ def _torch_digest(tensors: dict[str, Any]) -> str:
 # -- safetensors
 
 
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
 def safetensors_safe_open(folder: Path) -> Any:
     """`safe_open`, tensor by tensor, through its mapping."""
     from safetensors import safe_open
 
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return _torch_digest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    found = {}
+    for shard in _shards(folder):
+        with safe_open(shard, framework="pt") as file:
+            found |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    return _torch_digest(found)
+
+
+def safetensors_shuffled(folder: Path) -> Any:
+    """All shards open, tensors taken in an order that has nothing to do with the files', as some loaders do."""
+    from contextlib import ExitStack
+
+    from safetensors import safe_open
+
+    found = {}
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(shard, framework="pt")) for shard in _shards(folder)]
+        places = [(name, file) for file in files for name in file.keys()]  # noqa: SIM118
+        random.Random(8).shuffle(places)
+        for name, file in places:
+            found[name] = file.get_tensor(name).clone()
+    return _torch_digest(found)
 
 
 def safetensors_load_file(folder: Path) -> Any:
     from safetensors.torch import load_file
 
-    return _torch_digest(load_file(folder / "model.safetensors"))
+    return _torch_digest({name: tensor for shard in _shards(folder) for name, tensor in load_file(shard).items()})
 
 
 def safetensors_pread(folder: Path) -> Any:
     """The backend that reads instead of mapping."""
     from safetensors.torch import load_file
 
-    return _torch_digest(load_file(folder / "model.safetensors", backend="pread"))
+    shards = [load_file(shard, backend="pread") for shard in _shards(folder)]
+    return _torch_digest({name: tensor for shard in shards for name, tensor in shard.items()})
 
 
 def safetensors_numpy(folder: Path) -> Any:
     from safetensors.numpy import load_file
 
-    return _digest(load_file(folder / "model.safetensors").items())
+    return [_digest(load_file(shard).items()) for shard in _shards(folder)]
 
 
 def safetensors_slices(folder: Path) -> Any:
@@ -70,13 +95,14 @@ def safetensors_slices(folder: Path) -> Any:
     from safetensors import safe_open
 
     taken = {}
-    with safe_open(folder / "model.safetensors", framework="numpy") as file:
-        for name in file.keys():  # noqa: SIM118
-            part = file.get_slice(name)
-            rows = part.get_shape()[0]
-            if len(part.get_shape()) == 2:
-                taken[name] = part[rows // 4 : rows // 2]
-    return _digest(taken.items())
+    for shard in _shards(folder):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                if len(part.get_shape()) == 2:
+                    rows = part.get_shape()[0]
+                    taken[name] = part[rows // 4 : rows // 2]
+    return _torch_digest(taken)
 
 
 def safetensors_header_sweep(folder: Path) -> Any:
@@ -84,7 +110,7 @@ def safetensors_header_sweep(folder: Path) -> Any:
     from safetensors import safe_open
 
     found = {}
-    for shard in sorted(folder.glob("*.safetensors")):
+    for shard in _shards(folder):
         with safe_open(shard, framework="numpy") as file:
             found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return found
@@ -211,7 +237,7 @@ def fastsafetensors_nogds(folder: Path) -> Any:
     """Its reader without GPUDirect: threads that pread 16 MiB blocks, O_DIRECT where the file system takes it."""
     from fastsafetensors import SafeTensorsFileLoader
 
-    files = sorted(str(file) for file in folder.glob("*.safetensors"))
+    files = [str(file) for file in _shards(folder)]
     loader = SafeTensorsFileLoader(None, "cpu", nogds=True, framework="pytorch")
     try:
         loader.add_filenames({0: files})
@@ -228,20 +254,18 @@ def instanttensor_cuda(folder: Path) -> Any:
     """Its ring of page-locked buffers, filled by io_uring or AIO with O_DIRECT in 8 MiB reads. Needs a GPU."""
     from instanttensor import safe_open
 
-    files = sorted(str(file) for file in folder.glob("*.safetensors"))
+    files = [str(file) for file in _shards(folder)]
     with safe_open(files, framework="pt", device="cuda:0") as opened:
         return _torch_digest({name: tensor.cpu() for name, tensor in opened.tensors()})
 
 
-PROGRAMS: dict[str, Callable[[Path], Any]] = {
-    program.__name__: program
-    for program in (
-        safetensors_safe_open, safetensors_load_file, safetensors_pread, safetensors_numpy, safetensors_slices,
-        safetensors_header_sweep, transformers_from_pretrained, transformers_hub_cache, sentence_transformers,
-        diffusers_pipeline, accelerate_dispatch, onnx_external_data, gguf_reader, llama_cpp_mapping, numpy_memmap,
-        torch_load_mmap, torch_load, fastsafetensors_nogds, instanttensor_cuda,
-    )
-}  # fmt: skip
+_ALL = (
+    safetensors_safe_open, safetensors_shuffled, safetensors_load_file, safetensors_pread, safetensors_numpy,
+    safetensors_slices, safetensors_header_sweep, transformers_from_pretrained, transformers_hub_cache,
+    sentence_transformers, diffusers_pipeline, accelerate_dispatch, onnx_external_data, gguf_reader, llama_cpp_mapping,
+    numpy_memmap, torch_load_mmap, torch_load, fastsafetensors_nogds, instanttensor_cuda,
+)  # fmt: skip
+PROGRAMS: dict[str, Callable[[Path], Any]] = {program.__name__: program for program in _ALL}
 
 
 def main(name: str, folders: list[str]) -> None:
