@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import click
 
 from gpuload import printing
-from gpuload.paths import SOCKET_VARIABLE, default_socket
+from gpuload.paths import SOCKET_VARIABLE, default_digests, default_socket
 from mfs.errors import MfsError, UsageError
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -37,11 +38,48 @@ def parse_rules(given: tuple[str, ...]) -> dict[str, int | None]:
     return rules
 
 
+def parse_device_map(given: tuple[str, ...]) -> dict[str, str]:
+    """'PREFIX=DEVICE' entries, or the path of a JSON file that holds such a map. Raises: UsageError."""
+    found: dict[str, str] = {}
+    for text in given:
+        prefix, separator, device = text.rpartition("=")
+        if separator:
+            found[prefix] = device
+            continue
+        try:
+            entries = json.loads(Path(text).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--device-map {text!r}: expected PREFIX=DEVICE or a JSON file: {error}") from None
+        if not isinstance(entries, dict):
+            raise UsageError(f"--device-map {text}: expected a JSON object of module prefixes and devices")
+        found |= {
+            prefix: f"cuda:{device}" if type(device) is int else str(device) for prefix, device in entries.items()
+        }
+    return found
+
+
 socket_option = click.option(
     "--socket", "socket_path", metavar="PATH", help=f"The server's socket. Default: ${SOCKET_VARIABLE}, else per user."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 device_option = click.option("--device", metavar="NAME", help="'cpu' or 'cuda:N'. Default: the server's only device.")
+device_map_option = click.option(
+    "--device-map",
+    "device_map",
+    multiple=True,
+    metavar="PREFIX=DEVICE",
+    help="Spread it: tensors whose name begins with the module PREFIX go to DEVICE, the longest prefix wins, an empty"
+    " one ('=cuda:0') stands for the rest. Or a JSON file with such a map, as accelerate makes them.",
+)
+rule_option = click.option(
+    "--rule", "rules", multiple=True, metavar="GLOB=AXIS", help="How to cut; else Megatron's way."
+)
+digests_option = click.option(
+    "--digests",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Where digests of files are kept. Default: gpuload/digests in $XDG_CACHE_HOME or ~/.cache.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -69,12 +107,14 @@ def cli() -> None:
     help="Memory to take, once per device. Default: cpu=4GiB.",
 )
 @click.option("--mode", default="600", show_default=True, metavar="OCTAL", help="Of the socket: who may attach.")
+@digests_option
 @socket_option
-def serve(arenas: tuple[str, ...], mode: str, socket_path: str | None) -> None:
+def serve(arenas: tuple[str, ...], mode: str, digests: str | None, socket_path: str | None) -> None:
     """Hold weights for every process of this node, until SIGTERM or Ctrl-C.
 
     The arenas are taken at once and reused for ever: nothing is allocated later, nothing fragments. Users that the
-    socket's mode admits may attach and look; only this user and root may load, swap, pin and unload.
+    socket's mode admits may attach and look; only this user and root may load, swap, pin and unload. 'cpu:1', 'cpu:2'
+    and so on are further arenas in host memory.
     """
     from gpuload.device import canonical_name, open_device
     from gpuload.server.daemon import ServerConfig, run
@@ -88,7 +128,8 @@ def serve(arenas: tuple[str, ...], mode: str, socket_path: str | None) -> None:
     if not re.fullmatch(r"[0-7]{3,4}", mode):
         raise UsageError(f"--mode {mode!r}: expected an octal mode such as 600")
     path = socket_path or default_socket()
-    config = ServerConfig(socket_path=path, socket_mode=int(mode, 8), arena_bytes=budget)
+    folder = os.path.abspath(digests or default_digests())
+    config = ServerConfig(socket_path=path, socket_mode=int(mode, 8), arena_bytes=budget, digests_folder=folder)
     run(config, open_device, lambda: click.echo(f"gpuload: serving at {path}", err=True))
 
 
@@ -99,12 +140,11 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
             click.argument("model", type=click.Path()),
             click.option("--name", metavar="NAME", help="What to serve it as. Default: the folder's or file's name."),
             device_option,
+            device_map_option,
             click.option("--pin", is_flag=True, help="Never evict it."),
             click.option("--rank", default=0, show_default=True, help="Tensor-parallel rank to hold."),
             click.option("--world", default=1, show_default=True, help="Tensor-parallel size."),
-            click.option(
-                "--rule", "rules", multiple=True, metavar="GLOB=AXIS", help="How to cut; else Megatron's way."
-            ),
+            rule_option,
             json_option,
             socket_option,
         ]
@@ -133,8 +173,9 @@ def load(model: str, retain: str, **given: Any) -> None:
 def swap(model: str, allow_gap: bool, **given: Any) -> None:
     """Serve MODEL in place of what has its name; only bytes that differ are moved.
 
-    The old model serves until the new one is complete, and goes on serving if anything fails. Programs that are
-    attached keep the old bytes until they let go.
+    The old model serves until the new one is complete, on all its devices, and goes on serving if anything fails.
+    Programs that are attached keep the old bytes until they let go. Without --device and --device-map the new one
+    stands where the old one stood.
     """
     _load(model, is_swap=True, options={"allow_gap": allow_gap}, **given)
 
@@ -146,6 +187,7 @@ def _load(
     options: dict[str, Any],
     name: str | None,
     device: str | None,
+    device_map: tuple[str, ...],
     pin: bool,
     rank: int,
     world: int,
@@ -158,12 +200,13 @@ def _load(
 
     if name is None and is_swap:
         devices = ask({"op": "status"}, socket_path=socket_path)["devices"]
-        served = [m["model"] for d in devices for m in d["models"] if m["model"] and device in (None, d["device"])]
+        served = {m["model"] for d in devices for m in d["models"] if m["model"] and device in (None, d["device"])}
         if len(served) != 1:
             raise UsageError(f"{len(served)} models are resident: say which to replace, with --name")
-        name = served[0]
+        (name,) = served
     cut = parse_rules(rules) or dict(MEGATRON_RULES)
     options |= {"pinned": pin, "rank": rank, "world": world, "rules": cut if world > 1 else {}}
+    options |= {"device_map": parse_device_map(device_map)}
     name = name or Path(os.path.abspath(model)).name.removesuffix(".safetensors")
     reply = load_resident(model, name, device, is_swap=is_swap, options=options, socket_path=socket_path)
     printing.show_report(reply, as_json)
@@ -213,20 +256,51 @@ def status(as_json: bool, socket_path: str | None) -> None:
 @click.argument("model", type=click.Path())
 @click.option("--kv-cache", "tokens", default=0, metavar="TOKENS", help="Room for so many tokens of key-value cache.")
 @click.option("--device", metavar="NAME", help="Also against this device, with what is in use there now.")
-@click.option("--rule", "rules", multiple=True, metavar="GLOB=AXIS", help="How to cut; else Megatron's way.")
+@device_map_option
+@rule_option
 @json_option
 @socket_option
 def plan(
-    model: str, tokens: int, device: str | None, rules: tuple[str, ...], as_json: bool, socket_path: str | None
+    model: str,
+    tokens: int,
+    device: str | None,
+    device_map: tuple[str, ...],
+    rules: tuple[str, ...],
+    as_json: bool,
+    socket_path: str | None,
 ) -> None:
     """Say whether MODEL fits, from its headers and config alone: nothing is loaded.
 
     Bytes per dtype, per tensor-parallel rank, and the smallest tensor-parallel size for cards of 80 and 141 GB, and for
-    --device. Activations and a framework's own buffers are not in the sum.
+    --device or every device of --device-map: beside what other processes hold there, and in a running server's arena.
+    Activations and a framework's own buffers are not in the sum.
     """
     from gpuload.planning import examine
 
-    printing.show_plan(examine(model, tokens, device, parse_rules(rules), socket_path), as_json)
+    found = examine(model, tokens, device, parse_device_map(device_map), parse_rules(rules), socket_path)
+    printing.show_plan(found, as_json)
+
+
+@cli.command()
+@click.argument("model", type=click.Path())
+@click.option("--world", default=1, show_default=True, help="Tensor-parallel size: for the parts of every rank.")
+@rule_option
+@click.option("--again", is_flag=True, help="Read everything anew, whatever is known.")
+@digests_option
+@json_option
+def digest(model: str, world: int, rules: tuple[str, ...], again: bool, digests: str | None, as_json: bool) -> None:
+    """Compute the digests of MODEL ahead of need, so that the first swap to it already moves only what differs.
+
+    Reads every byte once and keeps 64 bytes for each 4 MiB: they outlive servers, mounts and reboots. A server of the
+    same user finds them. Files of which nothing can be remembered safely are named.
+    """
+    from gpuload.digesting import digest_model
+
+    with printing.progress("digest") as tell:
+        found = digest_model(
+            model, world, parse_rules(rules), folder=digests or default_digests(), again=again, tell=tell
+        )
+    printing.show_digests(found, as_json)
 
 
 @cli.command()

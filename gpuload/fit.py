@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gpuload.plan import Placement, slice_tensor
+from gpuload.plan import Placement, Transfer, slice_tensor
 from gpuload.server.layout import plan_blocks
 from mfs.errors import UsageError
 from mfs.safetensors import Header
@@ -91,10 +91,9 @@ def model_sizes(headers: Sequence[Header], rules: Mapping[str, int | None]) -> S
     )
 
 
-def arena_bytes(headers: Sequence[Header], granule_bytes: int) -> int:
-    """What the model takes in an arena on an otherwise empty device, whole granules counted."""
-    transfers = [slice_tensor(t, shard, Placement()) for shard, header in enumerate(headers) for t in header.tensors]
-    return sum(b.granules_count(granule_bytes) for b in plan_blocks(transfers, granule_bytes)) * granule_bytes
+def arena_bytes(transfers: Sequence[Transfer], granule_bytes: int, device: str) -> int:
+    """What a model takes in an otherwise empty arena of one device, whole granules counted."""
+    return sum(b.granules_count(granule_bytes) for b in plan_blocks(transfers, granule_bytes, device)) * granule_bytes
 
 
 def kv_cache_bytes(config: Mapping[str, Any], tokens: int, world: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""Where server and clients meet when nobody says otherwise."""
+"""Where server and clients meet, and where digests are kept, when nobody says otherwise."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def default_socket() -> str:
     if runtime and os.path.isdir(runtime):
         return os.path.join(runtime, "gpuload.sock")
     return f"/tmp/gpuload-{os.getuid()}/gpuload.sock"
+
+
+def default_digests() -> str:
+    """Where digests of weights files are kept: gpuload/digests in $XDG_CACHE_HOME, else in ~/.cache."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(caches, "gpuload", "digests")

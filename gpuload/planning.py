@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gpuload.device import canonical_name, open_device
-from gpuload.fit import CARDS, CONTEXT_BYTES, Fit, Sizes, arena_bytes, kv_cache_bytes, model_sizes, smallest_world
+from gpuload.fit import CARDS, CONTEXT_BYTES, Fit, arena_bytes, kv_cache_bytes, model_sizes, smallest_world
 from gpuload.pipeline import Limits
-from gpuload.plan import MEGATRON_RULES
+from gpuload.plan import MEGATRON_RULES, Placement, Transfer, plan_transfers
 from gpuload.shards import close_shards, find_shards, open_shards
 from mfs.errors import IntegrityError, MfsError, UsageError
 
@@ -19,7 +20,12 @@ CONFIG_BYTES_MAX = 16 << 20
 
 
 def examine(
-    where: str, tokens: int, device: str | None, rules: dict[str, int | None], socket_path: str | None
+    where: str,
+    tokens: int,
+    device: str | None,
+    device_map: Mapping[str, str],
+    rules: Mapping[str, int | None],
+    socket_path: str | None,
 ) -> dict[str, Any]:
     """Everything `gpuload plan` prints. Loads nothing. Raises: as opening the files does; UsageError, DeviceError."""
     if tokens < 0:
@@ -35,25 +41,26 @@ def examine(
     kv = kv_cache_bytes(config, tokens) if config is not None and tokens else 0
     staging = Limits().buffer_bytes * Limits().buffers_count
     empty = Fit(sizes.bytes_total, kv, CONTEXT_BYTES, 0, 0, 0, 0)
-    targets = [
-        _target(f"a card of {name}", replace(empty, device_bytes=n), sizes, config, tokens) for name, n in CARDS.items()
-    ]
-    if device is not None:
-        name = canonical_name(device)
-        opened = open_device(name)
-        memory, granule = opened.memory(), opened.granule_bytes
-        opened.close()
-        resident, arena = _resident(name, socket_path)
-        here = Fit(
-            weights_bytes=arena_bytes(headers, granule),
-            kv_cache_bytes=kv,
-            context_bytes=0 if name == "cpu" else CONTEXT_BYTES,
-            staging_bytes=0,  # the CPU reads straight into place; a GPU's staging is host memory
-            resident_bytes=resident,
-            others_bytes=max(0, memory.total_bytes - memory.free_bytes - arena),
-            device_bytes=memory.total_bytes,
-        )
-        targets.append(_target(name, here, sizes, config, tokens))
+
+    def with_worlds(name: str, fit: Fit) -> dict[str, Any]:
+        return {**_target(name, fit), "may_be_cut": True, "tensor_parallel": smallest_world(sizes, config, tokens, fit)}
+
+    targets = [with_worlds(f"a card of {name}", replace(empty, device_bytes=n)) for name, n in CARDS.items()]
+    placement = Placement(
+        canonical_name(device) if device is not None else device_map.get("", ""),
+        {prefix: canonical_name(name) for prefix, name in device_map.items()},
+    )
+    transfers = plan_transfers(headers, placement)
+    for name in dict.fromkeys(t.device for t in transfers) if device is not None or device_map else ():
+        if not name:
+            raise UsageError("the device map leaves tensors without a device: add '' to it, or give --device")
+        share = sum(t.nbytes for t in transfers if t.device == name) / max(1, sizes.bytes_total)
+        here, arena = _on_device(name, transfers, int(kv * share), socket_path)
+        fits = [(name, here), *([] if arena is None else [(f"the server's arena on {name}", arena)])]
+        if share == 1:
+            targets += [with_worlds(*one) for one in fits]
+        else:
+            targets += [{**_target(*one), "may_be_cut": False, "tensor_parallel": None} for one in fits]
     return {
         "model": os.path.abspath(where),
         **asdict(sizes),
@@ -64,14 +71,33 @@ def examine(
     }
 
 
-def _target(name: str, fit: Fit, sizes: Sizes, config: dict[str, Any] | None, tokens: int) -> dict[str, Any]:
+def _on_device(name: str, transfers: Sequence[Transfer], kv: int, socket_path: str | None) -> tuple[Fit, Fit | None]:
+    """The sum on one device beside all that is in use there; and in the arena of a server there, if one answers."""
+    opened = open_device(name)
+    memory, granule = opened.memory(), opened.granule_bytes
+    opened.close()
+    weights = arena_bytes(transfers, granule, name)
+    there = _server_on(name, socket_path)
+    taken = there["arena_bytes"] if there else 0
+    here = Fit(
+        weights_bytes=weights,
+        kv_cache_bytes=kv,
+        context_bytes=0 if name.startswith("cpu") else CONTEXT_BYTES,
+        staging_bytes=0,  # the CPU reads straight into place; a GPU's staging is host memory
+        resident_bytes=taken - there["arena_free_bytes"] if there else 0,
+        others_bytes=max(0, memory.total_bytes - memory.free_bytes - taken),
+        device_bytes=memory.total_bytes,
+    )
+    return here, Fit(weights, 0, 0, 0, taken - there["arena_room_bytes"], 0, taken) if there else None
+
+
+def _target(name: str, fit: Fit) -> dict[str, Any]:
     return {
         "target": name,
         **asdict(fit),
         "needed_bytes": fit.needed_bytes,
         "shortfall_bytes": fit.shortfall_bytes,
         "fits": not fit.shortfall_bytes,
-        "tensor_parallel": smallest_world(sizes, config, tokens, fit),
     }
 
 
@@ -88,13 +114,12 @@ def _config(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _resident(device: str, socket_path: str | None) -> tuple[int, int]:
-    """(bytes of weights, bytes of the arena they stand in) of a server on that device, if one answers."""
+def _server_on(device: str, socket_path: str | None) -> dict[str, Any] | None:
+    """What a running server says of its arena on that device; None if none answers, or it has none there."""
     from gpuload.asking import ask
 
     try:
         reply = ask({"op": "status"}, socket_path=socket_path, timeout_s=5)
     except MfsError:
-        return 0, 0
-    there = [d for d in reply["devices"] if d["device"] == device]
-    return sum(d["arena_bytes"] - d["arena_free_bytes"] for d in there), sum(d["arena_bytes"] for d in there)
+        return None
+    return next((d for d in reply["devices"] if d["device"] == device), None)

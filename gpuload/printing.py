@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from gpuload.doctor import Finding
@@ -43,6 +45,27 @@ def show_report(reply: dict[str, Any], as_json: bool) -> None:
     show_json_or(reply, as_json, "\n".join(lines))
 
 
+@contextlib.contextmanager
+def progress(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal: call it with (bytes done, bytes in all), from any thread."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def show_digests(found: dict[str, Any], as_json: bool) -> None:
+    lines = [
+        f"{found['model']}: {size(found['bytes_known'])} known, {size(found['bytes_hashed'])} hashed in"
+        f" {found['seconds']:.2f} s"
+    ]
+    lines += [f"  not kept: {f['path']}: {f['reason']}" for f in found["files"] if f["reason"]]
+    show_json_or(found, as_json, "\n".join(lines))
+
+
 def show_unloaded(reply: dict[str, Any], as_json: bool) -> None:
     after = "released" if reply["released"] else f"released when {reply['leases']} leases end"
     show_json_or(reply, as_json, f"{reply['model']} on {reply['device']}: {after}")
@@ -66,9 +89,15 @@ def show_status(reply: dict[str, Any], as_json: bool) -> None:
         for m in device["models"]:
             name = m["model"] or "(retired)"
             pinned = "yes" if m["pinned"] else ""
-            row = (name, size(m["bytes"]), str(m["leases"]), pinned, str(m["generation"]), m["label"])
+            row = (name, _here(m, device), str(m["leases"]), pinned, str(m["generation"]), m["label"])
             table.add_row(*map(escape, row))
         console.print(table)
+
+
+def _here(model: dict[str, Any], device: dict[str, Any]) -> str:
+    """Its bytes on this device, and where else it stands."""
+    others = [name for name in model["devices"] if name != device["device"]]
+    return size(model["bytes_here"]) + (f", the rest on {', '.join(others)}" if others else "")
 
 
 def show_plan(found: dict[str, Any], as_json: bool) -> None:
@@ -92,7 +121,7 @@ def show_plan(found: dict[str, Any], as_json: bool) -> None:
     for t in found["targets"]:
         world = t["tensor_parallel"]
         verdict = "fits" if t["fits"] else f"short by {size(t['shortfall_bytes'])}"
-        if not t["fits"]:
+        if not t["fits"] and t["may_be_cut"]:
             verdict += f"; fits with tensor parallel {world}" if world else "; fits with none of 1 to 16"
         in_use = size(t["resident_bytes"] + t["others_bytes"])
         table.add_row(t["target"], size(t["needed_bytes"]), in_use, size(t["device_bytes"]), verdict)

@@ -14,7 +14,7 @@ All of it runs on the trio thread between checkpoints; there are no locks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from gpuload.device.base import Run
@@ -201,29 +201,35 @@ class Catalog:
         going: models that leave anyway, to make room elsewhere.
         Raises: FitError naming every part of the sum, if evicting all that may be evicted would not do.
         """
-        kept = {id(m) for m in (*keep, *going)}
-        candidates = [m for m in self.models.values() if not m.leases_count and not m.is_pinned and id(m) not in kept]
-        candidates.sort(key=lambda m: m.used_at)
-        lost: dict[Block, int] = {}
-        room, victims = self.granules.free_count, []
-
-        def give_up(model: Model) -> int:
-            freed = 0
-            for block in model.blocks_in(self):
-                lost[block] = lost.get(block, 0) + 1
-                if lost[block] == block.holds:
-                    freed += block.granules_count
-            return freed
-
-        room += sum(give_up(model) for model in going)
+        candidates = self._evictable({id(m) for m in (*keep, *going)})
+        leaving = [*going]
+        room, victims = self._room_without(leaving), []
         for model in candidates:
             if room >= granules:
                 break
             victims.append(model)
-            room += give_up(model)
+            room = self._room_without([*leaving, *victims])
         if room >= granules:
             return victims
         raise self._refusal(what, granules, room)
+
+    @property
+    def room_count(self) -> int:
+        """Granules that are free, or would be without everything that may be evicted."""
+        return self._room_without(self._evictable(set()))
+
+    def _evictable(self, kept: Set[int]) -> list[Model]:
+        """Whoever is neither leased nor pinned nor in `kept` (by id), oldest use first."""
+        found = [m for m in self.models.values() if not m.leases_count and not m.is_pinned and id(m) not in kept]
+        return sorted(found, key=lambda m: m.used_at)
+
+    def _room_without(self, models: Iterable[Model]) -> int:
+        """Granules that would be free without these models; a block goes with the last who holds it."""
+        lost: dict[Block, int] = {}
+        for model in models:
+            for block in model.blocks_in(self):
+                lost[block] = lost.get(block, 0) + 1
+        return self.granules.free_count + sum(b.granules_count for b, count in lost.items() if count == b.holds)
 
     def _refusal(self, what: str, granules: int, room: int) -> FitError:
         unit = self.granule_bytes

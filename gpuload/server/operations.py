@@ -179,6 +179,7 @@ class Operations:
                     "device_free_bytes": memory.free_bytes,
                     "arena_bytes": site.arena.granules_count * unit,
                     "arena_free_bytes": catalog.granules.free_count * unit,
+                    "arena_room_bytes": catalog.room_count * unit,
                     "loads": site.waiting_count,
                     "gauges": catalog.gauges(),
                     "models": [{**_summary(m), "bytes_here": _bytes_here(m, catalog)} for m in models],

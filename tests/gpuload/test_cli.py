@@ -12,11 +12,25 @@ from pathlib import Path
 
 import pytest
 
-from gpuload.cli import parse_bytes, parse_rules
+from gpuload.cli import parse_bytes, parse_device_map, parse_rules
 from gpuload.testing import random_tensors, write
 from mfs.errors import UsageError
 
-COMMANDS = ["serve", "load", "swap", "unload", "evict", "pin", "status", "plan", "doctor", "bench", "run", "hook"]
+COMMANDS = [
+    "serve",
+    "load",
+    "swap",
+    "unload",
+    "evict",
+    "pin",
+    "status",
+    "plan",
+    "digest",
+    "doctor",
+    "bench",
+    "run",
+    "hook",
+]
 
 
 def gpuload(*args: object, socket_path: Path | None = None, status: int = 0) -> str:
@@ -34,6 +48,7 @@ def gpuload(*args: object, socket_path: Path | None = None, status: int = 0) -> 
 def socket_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("cli") / "s.sock"
     command = [sys.executable, "-m", "gpuload", "serve", "--socket", str(path), "--arena", "cpu=64MiB"]
+    command += ["--digests", str(path.with_name("digests"))]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         assert "serving" in server.stderr.readline()
@@ -62,6 +77,66 @@ def test_a_life_of_a_model(socket_path: Path, tmp_path: Path) -> None:
     assert "other content" in gpuload("load", first, "--name", "first", socket_path=socket_path, status=2)
     assert "released" in gpuload("evict", "first", socket_path=socket_path)
     assert "there are: none" in gpuload("unload", "first", socket_path=socket_path, status=1)
+
+
+def test_a_model_on_two_devices(tmp_path: Path) -> None:
+    """Loaded by --device-map, swapped where it stands, planned, shown and unloaded as one."""
+    path = tmp_path / "s.sock"
+    command = [sys.executable, "-m", "gpuload", "serve", "--socket", str(path), "--digests", str(tmp_path / "d")]
+    with subprocess.Popen(
+        [*command, "--arena", "cpu=32MiB", "--arena", "cpu:1=32MiB"], stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stderr is not None
+            assert "serving" in server.stderr.readline()
+            one = write(tmp_path / "one.safetensors", random_tensors(1, {"a.w": (1000, 1000), "b.w": (1000, 1000)}))
+            two = write(tmp_path / "two.safetensors", random_tensors(2, {"a.w": (1000, 1000), "b.w": (1000, 1000)}))
+            (tmp_path / "map.json").write_text('{"": "cpu", "b": "cpu:1"}')
+            assert "several devices" in gpuload("load", one, socket_path=path, status=2)
+            given = ["--name", "m", "--device-map", "=cpu", "--device-map", "b=cpu:1"]
+            assert "m on cpu,cpu:1" in gpuload("load", one, *given, socket_path=path)
+            assert "m on cpu,cpu:1" in gpuload("swap", two, socket_path=path)
+            found = json.loads(gpuload("plan", one, "--device-map", tmp_path / "map.json", "--json", socket_path=path))
+            names = [t["target"] for t in found["targets"][2:]]
+            assert names == ["cpu", "the server's arena on cpu", "cpu:1", "the server's arena on cpu:1"]
+            assert [t["weights_bytes"] for t in found["targets"][2:]] == [2 << 20] * 4, "whole granules"
+            assert all(t["fits"] for t in found["targets"])
+            assert "the rest on cpu:1" in gpuload("status", socket_path=path)
+            assert "m on cpu,cpu:1: released" in gpuload("unload", "m", socket_path=path)
+        finally:
+            server.send_signal(signal.SIGINT)
+
+
+def test_digests_ahead_of_need(tmp_path: Path) -> None:
+    """After `digest` the very first swap of a new server reads and copies only what differs."""
+    one = random_tensors(1, {"a": (1000, 1000), "b": (1000, 1000)})
+    first = write(tmp_path / "first.safetensors", one)
+    second = write(tmp_path / "second.safetensors", {**one, "b": random_tensors(2, {"b": (1000, 1000)})["b"]})
+    kept = ["--digests", tmp_path / "d"]
+    found = [json.loads(gpuload("digest", model, *kept, "--json")) for model in (first, second, second)]
+    if found[0]["files"][0]["reason"]:
+        pytest.skip(f"{tmp_path}: {found[0]['files'][0]['reason']}")
+    assert [(f["bytes_known"], f["bytes_hashed"]) for f in found] == [(0, 4000000), (0, 4000000), (4000000, 0)]
+    assert "0 B known, 3.81 MiB hashed" in gpuload("digest", second, *kept, "--again")
+    path = tmp_path / "s.sock"
+    command = [sys.executable, "-m", "gpuload", "serve", "--socket", str(path), "--arena", "cpu=64MiB"]
+    with subprocess.Popen([*command, *map(str, kept)], stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            assert "serving" in server.stderr.readline()
+            gpuload("load", first, "--name", "m", socket_path=path)
+            report = json.loads(gpuload("swap", second, "--json", socket_path=path))["report"]
+            assert (report["bytes_hashed"], report["bytes_copied"]) == (0, 2000000)
+        finally:
+            server.send_signal(signal.SIGINT)
+
+
+def test_digests_for_every_rank(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", random_tensors(1, {"a.q_proj.weight": (64, 64), "norm": (64,)}))
+    found = json.loads(gpuload("digest", path, "--world", 2, "--digests", tmp_path / "d", "--json"))
+    if found["files"][0]["reason"]:
+        pytest.skip(found["files"][0]["reason"])
+    assert found["bytes_hashed"] == 64 * 64 * 2 + 64 * 2, "two halves, and once what every rank has whole"
 
 
 def test_run_serves_a_program_that_knows_nothing(socket_path: Path, tmp_path: Path) -> None:
@@ -106,6 +181,9 @@ def test_plan_reads_headers_only(tmp_path: Path) -> None:
         (["plan", "/tmp", "--kv-cache", "-1"], 2, "number of tokens"),
         (["bench", "--size", "1MiB"], 2, "something to measure"),
         (["load", "/tmp", "--world", "2", "--rule", "x"], 2, "GLOB=AXIS"),
+        (["load", "/tmp", "--device-map", "/nonexistent.json"], 2, "PREFIX=DEVICE or a JSON file"),
+        (["load", "/tmp", "--device-map", "/dev/null"], 2, "PREFIX=DEVICE or a JSON file"),
+        (["digest", "/nonexistent"], 1, "no such file"),
     ],
 )  # fmt: skip
 def test_what_fails_is_one_line_and_a_status(args: list[str], status: int, said: str) -> None:
@@ -140,6 +218,16 @@ def test_sizes(text: str, n: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError):
         parse_bytes(text)
+
+
+def test_device_maps(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text('{"": 0, "lm_head": "cpu"}')
+    assert parse_device_map((str(tmp_path / "m.json"), "lm_head=cuda:1", "=cuda:2")) == {
+        "": "cuda:2", "lm_head": "cuda:1",
+    }  # fmt: skip
+    (tmp_path / "m.json").write_text("[]")
+    with pytest.raises(UsageError, match="expected a JSON object"):
+        parse_device_map((str(tmp_path / "m.json"),))
 
 
 def test_rules() -> None:
