@@ -72,7 +72,7 @@ def _server_rows(
     device: str, nbytes: int, one: Path, two: Path, scratch: Path, add: Callable[..., None], rows: list[dict[str, Any]]
 ) -> None:
     path = str(scratch / "s.sock")
-    command = [sys.executable, "-m", "gpuload", "serve", "--socket", path]
+    command = [sys.executable, "-m", "gpuload", "serve", "--socket", path, "--digests", str(scratch / "digests")]
     command += ["--arena", f"{device}={int(nbytes * 1.5) + (256 << 20)}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
