@@ -6,6 +6,7 @@
     cache_size = "500G"          # binary units; a plain integer is bytes
     ram_size = "32G"
     refresh = "30s"              # a plain number is seconds
+    materialize = ["llama/*"]    # files brought in whole when they are opened, and kept meanwhile
 
     [sources.prod]               # appears as /mnt/models/prod
     url = "s3://models/prod"
@@ -87,7 +88,7 @@ def _lines(values: dict[str, Any], keys: dict[str, _Key]) -> list[str]:
     lines = []
     for key, (field, convert) in keys.items():
         value = values[field]
-        if value is None:
+        if value is None or (convert is _patterns and not value):
             continue
         if convert is _size:
             value = exact_size(value)
@@ -145,6 +146,14 @@ def _integer(value: Any) -> int:
     return value
 
 
+def _patterns(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list):
+        raise ValueError(f"is {value!r}: expected a pattern or a list of patterns")
+    return tuple(map(_text, value))
+
+
 def _path(value: Any) -> Path:
     if not _text(value):
         raise ValueError("is empty: expected a path")
@@ -183,6 +192,7 @@ _MOUNT_KEYS: dict[str, _Key] = {
     "refresh": ("refresh_s", _duration),
     "workers": ("workers_count", _integer),
     "connections": ("connections_count", _integer),
+    "materialize": ("materialize", _patterns),
     "allow_other": ("allow_other", _flag),
     "uid": ("uid", _integer),
     "gid": ("gid", _integer),

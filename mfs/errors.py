@@ -6,6 +6,7 @@
     ├── NotFoundError         ENOENT   the source says there is no such thing
     ├── AccessError           EACCES   the source refuses us (401, 403, gated)
     ├── ChangedError          ESTALE   the object is no longer the version that was opened
+    ├── RoomError             ENOSPC   what is to be kept whole does not fit into the cache
     ├── IntegrityError        EIO      bytes arrived that cannot be the object's
     └── StoreError            EIO      the source failed in another way
         └── TransientStoreError        ... and trying again may help; `fetch.retry` retries only this
@@ -43,6 +44,10 @@ class ChangedError(MfsError):
     """The source now holds another version than the one that was asked for."""
 
 
+class RoomError(MfsError):
+    """A file that is to be kept whole while it is open has no room in the cache."""
+
+
 class IntegrityError(MfsError):
     """Bytes arrived whose length, range or checksum cannot be the object's."""
 
@@ -66,7 +71,7 @@ _BY_NAME = {
     cls.__name__: cls
     for cls in (
         MfsError, UsageError, ConfigError, NotFoundError, AccessError, ChangedError,
-        IntegrityError, StoreError, TransientStoreError,
+        IntegrityError, RoomError, StoreError, TransientStoreError,
     )
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ from mfs.fuse.device import Agreement
 from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.fuse.session import Session
 from mfs.listing import Drafts, Listing
+from mfs.materialize import Keeper, KeeperConfig
 from mfs.namespace import Changes, Directory, Namespace
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
@@ -102,7 +103,8 @@ class Mount:
         self._something_unrecorded = trio.Event()
         self.oplog = OpLog([source.name for source in config.sources])
         self.cache.on_filled = self._filled
-        self.reader = ObjectReader(self.cache, self.prefetcher, self.pool, self.oplog)
+        self.keeper = Keeper(_keeper_config(config, self.memory.slots_count), self.cache, self.pool)
+        self.reader = ObjectReader(self.cache, self.prefetcher, self.pool, self.oplog, self.keeper)
         owner = OwnerConfig(
             os.getuid() if config.uid is None else config.uid,
             os.getgid() if config.gid is None else config.gid,
@@ -139,6 +141,7 @@ class Mount:
                     self.session.start()
                     nursery.start_soon(self._populate, predecessor)
                     nursery.start_soon(self._maintain)
+                    nursery.start_soon(self.keeper.run)
                     nursery.start_soon(self._refresh_when_told)
                     if self.config.cache_dir is not None:
                         nursery.start_soon(self._keep_record)
@@ -393,6 +396,13 @@ def _pool_config(config: MountConfig) -> PoolConfig:
     }
     limit = config.connections_count
     return PoolConfig(setup, config.workers_count, limit, max(1, limit - 2))
+
+
+def _keeper_config(config: MountConfig, slots_count: int) -> KeeperConfig:
+    return KeeperConfig(
+        config.materialize, tuple(source.name for source in config.sources), config.timeout_s,
+        config.cache_bytes if config.cache_dir else None, slots_count,
+    )  # fmt: skip
 
 
 def _options(source: SourceConfig) -> Frame:

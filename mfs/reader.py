@@ -8,6 +8,7 @@ from typing import Any
 from mfs.cache.chunk_cache import ChunkCache
 from mfs.cache.chunk_state import ObjectState
 from mfs.errors import MfsError
+from mfs.materialize import Keeper
 from mfs.namespace import Node
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import Prefetcher
@@ -19,14 +20,19 @@ from mfs.workers.pool import WorkerPool
 class OpenObject:
     """One handle on one object version."""
 
-    __slots__ = ("_cache", "_handle", "_log", "_prefetcher", "group", "size", "state")
+    __slots__ = ("_cache", "_handle", "_is_held", "_keeper", "_log", "_prefetcher", "group", "size", "state")
 
-    def __init__(self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher, log: OpLog) -> None:
+    def __init__(
+        self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher, log: OpLog, keeper: Keeper | None
+    ) -> None:
+        """keeper: who will keep it whole, once `settle` was called; None: nobody."""
         self.state = state
         self._cache = cache
         self._log = log
         self._handle = log.next_handle()
         self._prefetcher = prefetcher
+        self._keeper = keeper
+        self._is_held = False
         self.size = state.object.size
         self.group = state.group
         prefetcher.opened(state)
@@ -60,13 +66,30 @@ class OpenObject:
         """The blocks that hold the file's header, None where it has none we know or it could not be fetched."""
         return await self._prefetcher.header(self.state)
 
+    async def settle(self) -> None:
+        """Before anybody is told of the handle: have the whole file here, if it is one to be kept whole.
+
+        Raises: MfsError; then the handle is of no use but to be closed.
+        """
+        if self._keeper is not None and self.size:
+            await self._keeper.hold(self.state)
+            self._is_held = True
+
+    def inherit(self) -> None:
+        """The handle was settled in another daemon."""
+        if self._keeper is not None:
+            self._keeper.inherit(self.state)
+            self._is_held = True
+
     def export(self) -> list[Any]:
         """What `ObjectReader.reopen` needs to open the same version."""
-        return [object_to_wire(self.state.object), self.state.source]
+        return [object_to_wire(self.state.object), self.state.source, self._is_held]
 
     def close(self) -> None:
         if self._log.watched:
             self._tell("close")
+        if self._keeper is not None and self._is_held:
+            self._keeper.release(self.state)
         self._prefetcher.closed(self.state)
         self._cache.close(self.state)
 
@@ -74,21 +97,31 @@ class OpenObject:
 class ObjectReader:
     """Opens nodes and describes them; what `fuse.operations` calls Reader."""
 
-    def __init__(self, cache: ChunkCache, prefetcher: Prefetcher, pool: WorkerPool, log: OpLog) -> None:
+    def __init__(
+        self, cache: ChunkCache, prefetcher: Prefetcher, pool: WorkerPool, log: OpLog, keeper: Keeper
+    ) -> None:  # fmt: skip
         self._cache = cache
         self._prefetcher = prefetcher
         self._pool = pool
         self._log = log
+        self._keeper = keeper
 
     def open(self, node: Node) -> OpenObject:
         """A handle on the node's object version."""
         assert node.object is not None
-        return OpenObject(self._cache.open(node.object, node.source), self._cache, self._prefetcher, self._log)
+        keeper = self._keeper if self._keeper.wants(node.source, node.path) else None
+        return self._handle(self._cache.open(node.object, node.source), keeper)
 
     def reopen(self, exported: list[Any]) -> OpenObject:
         """A handle on the version that another daemon's handle was on."""
-        fields, source = exported
-        return OpenObject(self._cache.open(object_from_wire(fields), source), self._cache, self._prefetcher, self._log)
+        fields, source, is_held = exported
+        found = self._handle(self._cache.open(object_from_wire(fields), source), self._keeper if is_held else None)
+        if is_held:
+            found.inherit()
+        return found
+
+    def _handle(self, state: ObjectState, keeper: Keeper | None) -> OpenObject:
+        return OpenObject(state, self._cache, self._prefetcher, self._log, keeper)
 
     async def residency(self, nodes: list[Node]) -> list[tuple[int, int, bool]]:
         """(bytes on SSD, bytes in RAM, pinned) of each node; zeros for what is no file."""

@@ -9,7 +9,7 @@ rows are written in place by any process. Structure:
     meta     uint64 (4,)       [objects used, chunk rows used, generation, reserved]
     objects  uint64 (rows, 8)  [cache_id digits 0-15, 16-31, 32-39, first chunk row, chunks count, size in bytes,
     pinned,
-                               reserved]
+                               not evicted before this time in seconds since the epoch]
     chunks   uint32 (rows, 2)  [blocks present, last use in seconds since the epoch]; an object's rows are consecutive
 
 Rows of an object with nothing resident are given to the next object with as many chunks.
@@ -155,6 +155,19 @@ class ResidencyTables:
         row = self.find(cache_id)
         return row is not None and bool(self._objects[row, 6])
 
+    def keep(self, obj: ObjectId, until_s: int) -> None:
+        """Protect an object from SSD eviction up to a time, in seconds since the epoch, or longer if it is already."""
+        with self._lock():
+            row = self.find(obj.cache_id)
+            if row is None:
+                row = self._add(obj.cache_id, obj.chunks_count, obj.size)
+            self._objects[row, 7] = max(int(self._objects[row, 7]), until_s)
+
+    def protected(self, cache_id: str) -> bool:
+        """Whether an object is pinned, or kept for somebody who has it open."""
+        row = self.find(cache_id)
+        return row is not None and (bool(self._objects[row, 6]) or int(self._objects[row, 7]) > time.time())
+
     # -- whole tables
 
     def usage(self) -> Usage:
@@ -179,7 +192,8 @@ class ResidencyTables:
         found = self._snapshot()
         owners = found.owners()
         candidates = np.flatnonzero((found.sizes > 0) & (owners >= 0))
-        candidates = candidates[found.rows[owners[candidates], 6] == 0]
+        rows = found.rows[owners[candidates]]
+        candidates = candidates[(rows[:, 6] == 0) & (rows[:, 7] <= time.time())]
         is_small = found.rows[owners[candidates], 5] <= SMALL_FILE_BYTES
         if found.sizes[candidates[is_small]].sum() * 4 > found.sizes.sum():
             is_small[:] = False
@@ -335,7 +349,8 @@ class ResidencyTables:
     def _reusable(self, chunks_count: int) -> int | None:
         """An unpinned row with as many chunks and nothing resident."""
         rows = self._objects[: int(self._meta[0])]
-        matching = np.flatnonzero((rows[:, 4] == chunks_count) & (rows[:, 6] == 0))
+        unused = (rows[:, 6] == 0) & (rows[:, 7] <= time.time())
+        matching = np.flatnonzero((rows[:, 4] == chunks_count) & unused)
         firsts = rows[matching, 3].astype(np.int64)
         free = matching[~self._chunks[firsts[:, None] + np.arange(chunks_count), 0].any(axis=1)]
         return int(free[0]) if len(free) else None

@@ -95,6 +95,13 @@ _MOUNT_OPTIONS = [
     ),
     _Setting(["connections_count", "--connections"], type=int, help="Ranges in flight at the origin, all together."),
     _Setting(["workers_count", "--workers"], type=int, help="Fetcher processes."),
+    _Setting(
+        ["materialize", "--materialize"],
+        multiple=True,
+        metavar="PATTERN",
+        default=None,
+        help="Bring files in whole at open, and keep them while open; repeatable. See below.",
+    ),
     _flag("cache_fsync", "--cache-fsync", "Force chunk files to the disk before they count."),
     _flag("allow_other", "--allow-other", "Let other users read the mount."),
     _Setting(["--uid"], type=int, help="Owner of all files, instead of you."),
@@ -122,6 +129,14 @@ mfs mount s3://models/prod /mnt/models --cache-dir /nvme/mfs --cache-size 500G -
 mfs mount hf://sentence-transformers/all-MiniLM-L6-v2 /mnt/minilm
 mfs mount s3://models /mnt/models --endpoint-url http://minio:9000 --profile minio
 mfs mount --config /etc/mfs.toml --foreground""",
+        "Materialize": """\
+--materialize llama            all files below any directory 'llama'
+--materialize 'prod/*/1/*'     a pattern with '/' is meant from the root of the mount
+--materialize '**'             everything
+     For servers that map weights and answer for months: a page that an origin
+     refuses later kills the process (SIGBUS); this way open fails, or nothing
+     does. open waits for the whole file. Files must fit into --cache-size, or
+     without --cache-dir into three quarters of --ram-size.""",
         "Sizes and times": """\
 64M, 500G, 1.5T: binary units (1G is 2**30 bytes); a plain number is bytes
 250ms, 30s, 5m, 1h; a plain number is seconds""",
@@ -167,7 +182,7 @@ def _settings(
     from mfs import config_file as files
     from mfs.config import MountConfig, SourceConfig
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
     for name in ("cache_dir", "log_file"):
         if name in given:
             given[name] = Path(os.path.abspath(given[name]))

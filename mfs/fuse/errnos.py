@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 
-from mfs.errors import AccessError, ChangedError, MfsError, NotFoundError
+from mfs.errors import AccessError, ChangedError, MfsError, NotFoundError, RoomError
 
 _TABLE: tuple[tuple[type[MfsError], int], ...] = (
     (NotFoundError, errno.ENOENT),
     (AccessError, errno.EACCES),
     (ChangedError, errno.ESTALE),
+    (RoomError, errno.ENOSPC),
     (MfsError, errno.EIO),
 )
 

@@ -63,6 +63,8 @@ class OpenFile(Protocol):
 
     async def read(self, span: ByteRange) -> memoryview | bytes: ...
 
+    async def settle(self) -> None: ...
+
     async def header(self) -> bytes | None: ...
 
     def export(self) -> list[Any]: ...
@@ -230,13 +232,14 @@ class Operations(pyfuse3.Operations):
         if node.object is None:
             raise pyfuse3.FUSEError(errno.EISDIR if node.kind is EntryKind.DIRECTORY else errno.EINVAL)
         file = self._reader.open(node)
-        if inode not in self._headed:
-            self._headed.add(inode)
-            try:
+        try:
+            await file.settle()
+            if inode not in self._headed:
+                self._headed.add(inode)
                 await self._store_header(inode, file)
-            except BaseException:  # the kernel will never hear of this handle
-                file.close()
-                raise
+        except BaseException:  # the kernel will never hear of this handle
+            file.close()
+            raise
         handle = self._new_handle()
         self._files[handle] = file
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)

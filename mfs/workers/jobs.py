@@ -199,6 +199,24 @@ class Jobs:
         found = [int(mask) for mask in self._ssd()[1].masks(wanted.cache_id)]
         return {"masks": found or [0] * wanted.chunks_count}
 
+    def keep(self, *, objects: list[list[Any]], until_s: int, emit: Emit) -> Frame:
+        """Protect objects from SSD eviction up to a time, whoever shares the directory."""
+        _, tables = self._ssd()
+        for obj in objects:
+            tables.keep(object_from_wire(obj), until_s)
+        return {}
+
+    def lacking(self, *, obj: list[Any], emit: Emit) -> Frame:
+        """{chunks: [index, ...]} of which blocks are missing on SSD. Asks the files: the tables are only hints."""
+        tier, _ = self._ssd()
+        wanted = object_from_wire(obj)
+        found = []
+        for index in range(wanted.chunks_count):
+            header = tier.header(wanted.cache_id, index)
+            if header is None or header.mask != full_mask(len(wanted.chunk_range(index))):
+                found.append(index)
+        return {"chunks": found}
+
     def pin(self, *, objects: list[list[Any]], pinned: bool, emit: Emit) -> Frame:
         """Protect objects from SSD eviction, or stop to."""
         _, tables = self._ssd()
@@ -207,11 +225,14 @@ class Jobs:
         return {}
 
     def evict(self, *, objects: list[list[Any]], emit: Emit) -> Frame:
-        """Drop objects from the SSD tier unless pinned. Result: {ssd_bytes, kept_pinned_count}."""
+        """Drop objects from the SSD tier unless pinned, or kept for who has them open.
+
+        Result: {ssd_bytes, kept_pinned_count}.
+        """
         tier, tables = self._ssd()
         freed = kept = 0
         for obj in map(object_from_wire, objects):
-            if tables.pinned(obj.cache_id):
+            if tables.protected(obj.cache_id):
                 kept += 1
                 continue
             freed += tables.resident_bytes(obj.cache_id)
