@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mfs.units import parse_size
 from tests.servers.process import ServerError
-from tools.bench import cases, latency, link, listing, machine, mounts, namespaces, readahead, report
+from tools.bench import cases, latency, link, listing, machine, mounts, namespaces, readahead, report, triton
 from tools.bench.origin import Origin
 from tools.bench.processes import BenchError
 from tools.bench.results import Results, Row
@@ -44,7 +44,7 @@ def main() -> None:
     try:
         namespaces.enter()
         with _folder(args.dir) as folder:
-            tables, results = (_run_mount if args.command == "mount" else _run_readahead)(args, folder, say)
+            tables, results = _RUNS[args.command](args, folder, say)
             described = machine.describe(folder)
     except BaseException as error:
         if interrupted.is_set():  # Ctrl-C also reaches the servers, whose clients may fail before we are told
@@ -61,15 +61,22 @@ def main() -> None:
         console.print(f"[yellow]not measured[/]: {line}")
     machine_line = "{cpu}, {cores} cores, {memory_gib} GiB, kernel {kernel}".format(**described)
     load = f"load average {described['load_average'][0]:.1f}, {time.monotonic() - started:.0f} s"
-    console.print(f"\n{machine_line}, {described['disk']['file_system']}; {load}\n{_NOTE}\nresults: {path}")
+    note = triton.NOTE if args.command == "triton" else _NOTE
+    console.print(f"\n{machine_line}, {described['disk']['file_system']}; {load}\n{note}\nresults: {path}")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/bench/run", description="Measure mfs beside its peers.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("mount", "the mount's figures against their goals"), ("readahead", "which read-ahead is best")):
+    for name, text in (
+        ("mount", "the mount's figures against their goals"),
+        ("readahead", "which read-ahead is best"),
+        ("triton", "a real tritonserver on local disk, on the mount, and on its own s3://"),
+    ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--size", type=parse_size, help="of the model (1.2G; quick: 300M); G is 2**30")
+        command.add_argument(
+            "--size", type=parse_size, help="of the model (1.2G; triton: 200M a version; quick: 300M); G is 2**30"
+        )
         command.add_argument("--rounds", type=int, help="passes of everything (3; quick: 1)")
         command.add_argument("--quick", action="store_true", help="small and once: to see that it works")
         command.add_argument("--json", type=Path, metavar="FILE", help="results file (default: tools/bench/results/)")
@@ -78,7 +85,8 @@ def _arguments() -> argparse.Namespace:
     mount.add_argument("--peers", type=_names(cases.PEERS), default=cases.PEERS, help=f"of {','.join(cases.PEERS)}")
     mount.add_argument("--only", type=_names(_CASES), default=_CASES, help=f"cases, of {','.join(_CASES)}")
     args = parser.parse_args()
-    args.size = args.size or (300 << 20 if args.quick else 1200 << 20)
+    whole = 200 << 20 if args.command == "triton" else 1200 << 20  # triton: of each version
+    args.size = args.size or (min(whole, 300 << 20) if args.quick else whole)
     args.rounds = args.rounds or (1 if args.quick else 3)
     if args.rounds < 1 or args.size < 64 << 20:
         parser.error("expected at least one round and 64M")
@@ -138,6 +146,19 @@ def _run_readahead(args: argparse.Namespace, folder: Path, say: Callable[[str], 
             say(f"[bold]round {number + 1} of {args.rounds}[/]")
             readahead.round(folder, origin, model, number, results, say)
     return {"Kernel read-ahead, shuffled mmap reads": readahead.rows(results)}, results
+
+
+def _run_triton(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> tuple[Tables, Results]:
+    results = Results()
+    with _origin(folder, say) as origin:
+        bench = triton.Bench(folder, origin, args.size, results, say)
+        for number in range(args.rounds):
+            say(f"[bold]round {number + 1} of {args.rounds}[/]")
+            bench.round()
+    return {"Figures": triton.rows(results), "Goals": triton.goal_rows(results)}, results
+
+
+_RUNS = {"mount": _run_mount, "readahead": _run_readahead, "triton": _run_triton}
 
 
 def _present(peers: tuple[str, ...], results: Results) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ is `run`'s, so nobody else's loopback is touched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tools.bench.processes import run
+from tools.bench.processes import BenchError, run
 
 
 def bring_up_loopback() -> None:
@@ -31,3 +32,12 @@ def capped(port: int, gbit_s: float) -> Iterator[None]:
         yield
     finally:
         run(["tc", "qdisc", "del", "dev", "lo", "root"])
+
+
+def sent_bytes() -> int:
+    """What went through the cap since it was opened, headers included."""
+    shown = run(["tc", "-s", "class", "show", "dev", "lo", "classid", "1:1"])  # tc of Debian 12 has no JSON for it
+    found = re.search(r"Sent (\d+) bytes", shown)
+    if found is None:
+        raise BenchError(f"tc shows no count of bytes: {shown!r}")
+    return int(found[1])

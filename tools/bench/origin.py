@@ -35,8 +35,12 @@ class Origin:
 
     def put(self, name: str, model: Model) -> None:
         """Upload a model under `name`."""
+        self.put_file(model.path, self.key(name))
+
+    def put_file(self, path: Path, key: str) -> None:
+        """Upload one file."""
         parts = TransferConfig(multipart_chunksize=16 << 20, max_concurrency=4)
-        self._server.client().upload_file(str(model.path), BUCKET, self.key(name), Config=parts)
+        self._server.client().upload_file(str(path), BUCKET, key, Config=parts)
 
     def key(self, name: str) -> str:
         return f"{name}/{FILE_NAME}"
