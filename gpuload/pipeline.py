@@ -79,6 +79,7 @@ async def move_batches(
     buffers_count = min(limits.buffers_count, len(batches)) if staged else 0
     threads = trio.CapacityLimiter(readers_count)
     feed_in, feed_out = trio.open_memory_channel[Batch](0)
+    over = trio.Event()
     events_in, events_out = trio.open_memory_channel[tuple[Event, Batch, Loan | None]](max(1, buffers_count))
     buffer_bytes = max(batch.nbytes for batch in batches) if staged else 0
     if lent is not None and lent.buffer_bytes < buffer_bytes:
@@ -117,6 +118,14 @@ async def move_batches(
                 loan.release()
                 loans.remove(loan)
             landing.add(batch)
+        over.set()
+
+    async def watch() -> None:
+        try:
+            await over.wait()
+        except trio.Cancelled:
+            source.interrupt()  # readers may wait there for what this very load holds
+            raise
 
     with one_error():
         async with (
@@ -127,6 +136,7 @@ async def move_batches(
         ):
             nursery.start_soon(feed)
             nursery.start_soon(land)
+            nursery.start_soon(watch)
             async with events_in:
                 for _ in range(readers_count):
                     nursery.start_soon(read, events_in.clone())

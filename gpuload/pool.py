@@ -67,6 +67,7 @@ class PoolSource:
         self._files = FileSource(shards)
         self._mapper = mapper
         self._slots: Slots | None = None
+        self._is_interrupted = False
         self._lock = threading.Lock()
         self._connections: list[_Connection] = []
         self._idle: list[_Connection] = []
@@ -77,11 +78,15 @@ class PoolSource:
         """See `Source.borrow`."""
         if stop - start > self._lease_bytes_max:
             return None
+        if self._is_interrupted:
+            raise StoreError(f"{self._paths[shard]}: the load was stopped")
         try:
             with self._connection() as connection:
                 slots = connection.reader.slots
                 lent = connection.reader.borrow(self._file(connection, shard), start, stop)
         except TransientStoreError as error:  # others hold all that is lent, say
+            if self._is_interrupted:
+                raise StoreError(f"{self._paths[shard]}: the load was stopped") from None
             log.info("%s; reading the file instead", error)
             return None
         for offset, nbytes in lent.pieces:
@@ -101,6 +106,14 @@ class PoolSource:
                 finally:
                     loan.release()
             start = stop
+
+    def interrupt(self) -> None:
+        """See `Source.interrupt`: the daemon gives up what we wait for, which may be what we hold ourselves."""
+        self._is_interrupted = True
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            connection.reader.stop()
 
     def close(self) -> None:
         """Give everything back, leases too. No call may be under way."""

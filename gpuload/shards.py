@@ -5,6 +5,7 @@ File names in an index come from strangers: they must name files beside the inde
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -92,8 +93,10 @@ def open_shards(paths: Sequence[str | os.PathLike[str]]) -> list[Shard]:
 
 
 def close_shards(shards: Sequence[Shard]) -> None:
+    """Never raises: a file of a dead mount is closed by an error, and there is nothing to lose in one only read."""
     for shard in shards:
-        os.close(shard.fd)
+        with contextlib.suppress(OSError):
+            os.close(shard.fd)
 
 
 def _open_shard(path: str) -> Shard:

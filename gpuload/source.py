@@ -50,6 +50,10 @@ class Source(Protocol):
         """
         ...
 
+    def interrupt(self) -> None:
+        """Have calls that are under way, and later ones, fail soon where that is possible. From any thread."""
+        ...
+
     def close(self) -> None:
         """Give up what was opened. No call may be under way."""
         ...
@@ -70,6 +74,9 @@ class FileSource:
             group = views[at : at + IOVECS_MAX]
             _read_exactly(fd, path, start, group)
             start += sum(len(v) for v in group)
+
+    def interrupt(self) -> None:
+        return None  # the kernel cannot be told
 
     def close(self) -> None:
         return None

@@ -201,6 +201,9 @@ class FaultySource:
         self._gate.pass_or(StoreError("the source failed, as asked"))
         self._inner.read_into(shard, start, views)
 
+    def interrupt(self) -> None:
+        self._inner.interrupt()
+
     def close(self) -> None:
         self._inner.close()
 
@@ -231,6 +234,9 @@ class LendingSource:
 
     def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
         self._inner.read_into(shard, start, views)
+
+    def interrupt(self) -> None:
+        self._inner.interrupt()
 
     def close(self) -> None:
         self._inner.close()

@@ -1,12 +1,13 @@
 """The pool path's door: local processes get the RAM slots as a file descriptor, and leases on what stands in them.
 
-One SOCK_SEQPACKET connection per reading thread; one JSON message each way per question. This docstring is the
-protocol's only reference:
+One SOCK_SEQPACKET connection per reading thread; one JSON message each way per question, one question at a time, but
+releases and stops at any time. This docstring is the protocol's only reference:
 
     -> on connecting: {size_bytes, lease_bytes_max} with the slots' descriptor, read-only, as SCM_RIGHTS
     <- {open: path from the mount's root, inode: as fstat says, or null}    -> {file, size, identity}
-    <- {file, start, stop}      -> {lease, pieces: [[offset in the slots, nbytes], ...]}, the bytes of the range in
-    order <- {release: lease}         -> nothing
+    <- {file, start, stop}      -> {lease, pieces: [[offset in the slots, nbytes], ...]}: the range's bytes in order
+    <- {release: lease}         -> nothing
+    <- {stop: true}             -> nothing; the question that is not answered yet, if there is one, is now, by an error
     any failure                 -> {error: [name, message]} as `mfs.errors.to_wire`
 
 A lease keeps its slots until it is released or the connection ends, however it ends. All borrowers together hold a
@@ -85,8 +86,8 @@ async def _serve_one(lender: Lender, sock: trio.socket.SocketType, limit: trio.C
         conversation = _Conversation(lender, sock)
         try:
             await conversation.run()
-        except OSError as error:
-            log.debug("a reader of slots went away: %s", error)
+        except* OSError as errors:
+            log.debug("a reader of slots went away: %s", errors.exceptions[0])
         finally:
             conversation.close()
             limit.release_on_behalf_of(sock)
@@ -101,21 +102,51 @@ class _Conversation:
         self._files: dict[int, Any] = {}
         self._leases: dict[int, Any] = {}
         self._serial = 0
+        self._asking: trio.CancelScope | None = None
 
     async def run(self) -> None:
         lender = self._lender
         greeting = json.dumps({"size_bytes": lender.size_bytes, "lease_bytes_max": lender.lease_bytes_max}).encode()
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [lender.fd]))
         await self._sock.sendmsg([greeting], [rights])
-        while message := await self._sock.recv(MESSAGE_BYTES_MAX):
+        async with trio.open_nursery() as nursery:
+            while message := await self._sock.recv(MESSAGE_BYTES_MAX):
+                try:
+                    ask = _parsed(message)
+                    if self._obeyed(ask):
+                        continue
+                    if self._asking is not None:
+                        raise UsageError("one question at a time: the one before is not answered yet")
+                except MfsError as error:
+                    await _send(self._sock, {"error": to_wire(error)})
+                    continue
+                self._asking = trio.CancelScope()
+                nursery.start_soon(self._reply, ask, self._asking)
+            nursery.cancel_scope.cancel()
+
+    def _obeyed(self, ask: dict[str, Any]) -> bool:
+        """Whether it was no question. Never behind one that waits: that may wait for this very release."""
+        match ask:
+            case {"release": int(number)} if number in self._leases:
+                self._leases.pop(number).release()
+                return True
+            case {"stop": True}:
+                if self._asking is not None:
+                    self._asking.cancel()
+                return True
+        return False
+
+    async def _reply(self, ask: dict[str, Any], asking: trio.CancelScope) -> None:
+        answer: dict[str, Any] = {"error": to_wire(TransientStoreError("stopped, as was asked"))}
+        with asking:
             try:
-                answer = await self._answer(_parsed(message))
+                answer = await self._answer(ask)
             except MfsError as error:
                 answer = {"error": to_wire(error)}
-            if answer is not None:
-                await _send(self._sock, answer)
+        self._asking = None
+        await _send(self._sock, answer)
 
-    async def _answer(self, ask: dict[str, Any]) -> dict[str, Any] | None:
+    async def _answer(self, ask: dict[str, Any]) -> dict[str, Any]:
         match ask:
             case {"open": str(path), "inode": int() | None as inode}:
                 file = await self._lender.open(path, inode)
@@ -127,9 +158,6 @@ class _Conversation:
                     raise UsageError(f"range [{start}, {stop}) of a file of {file.size} bytes cannot be leased at once")
                 lease, pieces = await self._lender.lease(file, start, stop)
                 return {"lease": self._keep(self._leases, lease), "pieces": pieces}
-            case {"release": int(number)} if number in self._leases:
-                self._leases.pop(number).release()
-                return None
         raise UsageError(f"not a question this door knows: {str(ask)[:200]}")
 
     def _keep(self, table: dict[int, Any], held: Any) -> int:

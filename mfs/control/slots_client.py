@@ -1,8 +1,8 @@
 """The pool path from the reader's side: bytes of a mounted file, read in place in the daemon's slots.
 
-Synchronous, for loaders. A `SlotReader` is one connection and belongs to one thread at a time, but for `Loan.release`,
-which any thread may call. `Slots` is the mapping; connections to one daemon share it. See `control.slots` for the
-protocol.
+Synchronous, for loaders. A `SlotReader` is one connection and belongs to one thread at a time, but for `Loan.release`
+and `SlotReader.stop`, which any thread may call. `Slots` is the mapping; connections to one daemon share it. See
+`control.slots` for the protocol.
 """
 
 from __future__ import annotations
@@ -140,6 +140,13 @@ class SlotReader:
         try:
             self._socket.send(json.dumps({"release": number}).encode())
         except OSError:  # gone, or closed by us: either way the daemon holds nothing for this connection any more
+            pass
+
+    def stop(self) -> None:
+        """Have the question that another thread waits for here fail with TransientStoreError, if there is one."""
+        try:
+            self._socket.send(b'{"stop": true}')
+        except OSError:  # then that question fails by itself
             pass
 
     def is_gone(self) -> bool:

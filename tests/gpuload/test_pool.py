@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 import torch
+import trio
 from safetensors.torch import load_file as reference_load_file
 from safetensors.torch import save_file
 
 import gpuload
-from gpuload.pool import PoolSource, open_source
-from gpuload.shards import close_shards, open_shards
+from gpuload.device.base import Event, Stream
+from gpuload.device.host import HostDevice, view_of
+from gpuload.errors import DeviceError
+from gpuload.kept import KeptSlots
+from gpuload.pipeline import Limits, move_batches
+from gpuload.plan import Placement, plan_batches, plan_transfers
+from gpuload.pool import Mapper, PoolSource, open_source
+from gpuload.shards import Shard, close_shards, open_shards
 from gpuload.source import FileSource
+from gpuload.testing import FaultyDevice, Gate
 from mfs.control import slots_client
 from mfs.control.slots_client import SlotReader
-from mfs.errors import ChangedError, NotFoundError, StoreError, UsageError
+from mfs.errors import ChangedError, NotFoundError, StoreError, TransientStoreError, UsageError
 from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
 from mfs.types import CHUNK_BYTES
@@ -121,7 +136,287 @@ def test_what_cannot_be_asked_is_refused_and_the_door_stays_open(mount: TestMoun
 def test_the_daemon_dies_under_a_load(mount: TestMount) -> None:
     reader = door(mount)
     file, _, _ = reader.open("model/ramp.bin")
+    held = reader.borrow(file, 0, 100)
     mount.kill()
     with pytest.raises(StoreError), reader.lease(file, 0, 4):
         pass
+    assert b"".join(held.views) == ramp(100), "what was lent stays what it is: the mapping keeps the slots"
+    held.release()
+    held.release()
     reader.close()
+
+
+# -- copied from in place
+
+
+@pytest.fixture
+def shards(mount: TestMount) -> Iterator[list[Shard]]:
+    opened = open_shards([mount.path / "model" / "model.safetensors"])
+    yield opened
+    close_shards(opened)
+
+
+def leased(mount: TestMount) -> int:
+    count: int = mount.client.status()["ram"]["slots_leased"]
+    return count
+
+
+class WatchedDevice(HostDevice):
+    """A host device that behaves as a GPU does, and notes where every copy came from."""
+
+    def __init__(self, refusal: str = "") -> None:
+        super().__init__(is_direct=False)
+        self.sources: list[tuple[int, int]] = []
+        self._refusal = refusal
+
+    def open_stream(self) -> Stream:  # type: ignore[override]
+        return _WatchedStream(super().open_stream(), self.sources)
+
+    def register(self, address: int, nbytes: int) -> None:
+        if self._refusal:
+            raise DeviceError(self._refusal)
+        super().register(address, nbytes)
+
+
+class _WatchedStream:
+    def __init__(self, inner: Stream, sources: list[tuple[int, int]]) -> None:
+        self._inner, self._sources = inner, sources
+
+    def copy_in(self, dst: int, src: int, nbytes: int) -> None:
+        self._sources.append((src, nbytes))
+        self._inner.copy_in(dst, src, nbytes)
+
+    def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
+        self._sources.append((src, row_bytes * rows_count))
+        self._inner.copy_in_rows(dst, src, row_bytes=row_bytes, rows_count=rows_count, pitch_bytes=pitch_bytes)
+
+    def copy_within(self, dst: int, src: int, nbytes: int) -> None:
+        raise AssertionError
+
+    def record(self) -> Event:
+        return self._inner.record()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class Watching(KeptSlots):
+    """Remembers the mapping, to tell its addresses from staging's."""
+
+    def map(self, fd: int, size_bytes: int, door: Path) -> slots_client.Slots:
+        self.slots = super().map(fd, size_bytes, door)
+        return self.slots
+
+    def shares(self, sources: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """(bytes copied out of the slots, bytes copied from elsewhere)"""
+        first, last = self.slots.address, self.slots.address + self.slots.size_bytes
+        inside = sum(n for at, n in sources if first <= at < last)
+        return inside, sum(n for _, n in sources) - inside
+
+
+def load(shards: list[Shard], device: HostDevice | FaultyDevice, mapper: Mapper, world: int = 1) -> bytes:
+    """Everything (of rank 1, cut by columns, of `world`), one tensor after the other, over `mapper`'s slots."""
+    placement = Placement(rank=1 if world > 1 else 0, world=world, rules={"layer.*": 1})
+    transfers = [t for t in plan_transfers([s.header for s in shards], placement) if world == 1 or t.name != "half"]
+    starts = [sum(t.nbytes for t in transfers[:i]) for i in range(len(transfers))]
+    memory = bytearray(sum(t.nbytes for t in transfers))
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+    async def main() -> None:
+        with closing(open_source(shards, mapper)) as source:
+            assert isinstance(source, PoolSource)
+            await move_batches(
+                plan_batches(transfers, buffer_bytes=1 << 20),
+                source=source,
+                device=device,
+                runs_of=lambda p: [(base + starts[p.transfer] + p.offset, p.nbytes)],
+                limits=Limits(1 << 20, 3, 3, 30),
+            )
+
+    trio.run(main)
+    return bytes(memory)
+
+
+def test_a_process_that_stays_copies_out_of_the_slots_once_they_are_locked(
+    mount: TestMount, shards: list[Shard]
+) -> None:
+    """The first load goes by staging, for nobody waits for page-locking; the next ones by no CPU copy at all."""
+    device = WatchedDevice()
+    want = Path(shards[0].path).read_bytes()[shards[0].header.data_start :]
+    with ExitStack() as stack:
+        kept = Watching([device], piece_bytes=4 * CHUNK_BYTES)
+        stack.callback(kept.close)
+        assert load(shards, device, kept) == want
+        kept.wait_idle()
+        assert kept.locked_bytes > len(want)
+        device.sources.clear()
+        assert load(shards, device, kept) == want
+        assert kept.shares(device.sources) == (len(want), 0)
+        device.sources.clear()
+        assert kept.mapped_count == 1
+        assert leased(mount) == 0
+    assert not device._registered._starts, "something stays page-locked"
+
+
+def test_columns_are_copied_out_of_the_slots_too(mount: TestMount, shards: list[Shard], tmp_path: Path) -> None:
+    """A rank's columns, over the edges of slots: the same bits as of the tensor, by strided copies in place."""
+    wide = tmp_path / "registry" / "model" / "wide.safetensors"
+    whole = torch.arange(1500 * 6000, dtype=torch.int32).reshape(1500, 6000)
+    save_file({"layer.w": whole}, wide)
+    mount.client.refresh()
+    device = WatchedDevice()
+    opened = open_shards([mount.path / "model" / "wide.safetensors"])
+    kept = Watching([device])
+    try:
+        for _ in range(2):
+            device.sources.clear()
+            assert load(opened, device, kept, world=2) == whole[:, 3000:].contiguous().numpy().tobytes()
+            kept.wait_idle()
+        assert kept.shares(device.sources) == (whole.nbytes // 2, 0)
+    finally:
+        kept.close()
+        close_shards(opened)
+
+
+def test_a_driver_that_refuses_to_lock_costs_a_copy_and_nothing_else(mount: TestMount, shards: list[Shard]) -> None:
+    device = WatchedDevice(refusal="cuMemHostRegister_v2 failed: CUDA_ERROR_NOT_SUPPORTED (801)")
+    want = Path(shards[0].path).read_bytes()[shards[0].header.data_start :]
+    kept = Watching([device])
+    for _ in range(2):
+        device.sources.clear()
+        assert load(shards, device, kept) == want
+        kept.wait_idle()
+        assert kept.shares(device.sources) == (0, len(want))
+    kept.close()
+    assert leased(mount) == 0
+
+
+@pytest.mark.parametrize("ending", ["cancel", "failure"])
+def test_leases_end_after_the_copies_and_all_of_them(mount: TestMount, shards: list[Shard], ending: str) -> None:
+    """A load that is cancelled, or whose device fails, with copies queued out of the slots."""
+    gate = Gate(1, blocks=ending == "cancel")
+    device = FaultyDevice(HostDevice(), gate)
+    scope = trio.CancelScope()
+    transfers = plan_transfers([s.header for s in shards], Placement())
+    memory = HostDevice().alloc_staging(sum(t.nbytes for t in transfers))
+
+    async def main() -> None:
+        async def cancel() -> None:
+            await trio.to_thread.run_sync(gate.reached.wait, 30)
+            if ending == "cancel":
+                assert await trio.to_thread.run_sync(leased, mount) > 0
+                scope.cancel()
+                gate.opened.set()
+
+        with closing(open_source(shards)) as source:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cancel)
+                with scope:
+                    await move_batches(
+                        plan_batches(transfers, buffer_bytes=1 << 20),
+                        source=source,
+                        device=device,
+                        runs_of=lambda p: [(memory.address, p.nbytes)],
+                        limits=Limits(1 << 20, 3, 3, 30),
+                    )
+            assert await trio.to_thread.run_sync(mount.wait_for, lambda: leased(mount) == 0), "while still connected"
+
+    if ending == "failure":
+        with pytest.raises(ExceptionGroup) as caught:
+            trio.run(main)
+        assert caught.group_contains(DeviceError, match="as asked")
+    else:
+        trio.run(main)
+        assert scope.cancelled_caught
+    memory.close()
+    assert mount.wait_for(lambda: leased(mount) == 0)
+    assert not [t for t in threading.enumerate() if t.name == "gpuload-host-stream"]
+
+
+def test_the_daemon_dies_while_a_device_copies_out_of_its_slots(mount: TestMount, shards: list[Shard]) -> None:
+    """One clear error, no hang, and what was copied was the file's."""
+    gate = Gate(1, blocks=True)
+    device = FaultyDevice(HostDevice(), gate)
+    transfers = plan_transfers([s.header for s in shards], Placement())
+    memory = HostDevice().alloc_staging(sum(t.nbytes for t in transfers))
+    want = Path(shards[0].path).read_bytes()[shards[0].header.data_start :][: 1 << 20]
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def kill() -> None:
+                await trio.to_thread.run_sync(gate.reached.wait, 30)
+                mount.kill(detach=False)
+                gate.opened.set()
+
+            nursery.start_soon(kill)
+            with closing(open_source(shards)) as source:
+                await move_batches(
+                    plan_batches(transfers, buffer_bytes=1 << 20),
+                    source=source,
+                    device=device,
+                    runs_of=lambda p: [(memory.address + (p.start - shards[0].header.data_start), p.nbytes)],
+                    limits=Limits(1 << 20, 3, 1, 30),
+                )
+
+    with pytest.raises(ExceptionGroup) as caught:
+        trio.run(main)
+    assert caught.group_contains(StoreError, match="the mount's daemon")
+    assert bytes(view_of(memory.address, 1 << 20)) == want
+    memory.close()
+    mount.detach()
+
+
+def test_slots_of_a_daemon_that_ended_do_not_stay_in_memory(mount: TestMount, shards: list[Shard]) -> None:
+    device = WatchedDevice()
+    kept = KeptSlots([device])
+    load(shards, device, kept)
+    kept.wait_idle()
+    assert (kept.mapped_count, kept.locked_bytes > 0) == (1, True)
+    mount.stop(check=False)
+    assert mount.wait_for(lambda: kept.mapped_count == 0)
+    assert not device._registered._starts
+    kept.close()
+
+
+def test_a_borrower_that_is_killed_gives_its_leases_back(mount: TestMount) -> None:
+    script = (
+        "import sys; from mfs.control import slots_client as c; found = c.find(sys.argv[1]);"
+        "reader = c.SlotReader(found[0]); held = reader.borrow(reader.open(found[1])[0], 0, 9_000_000);"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(mount.path / "model" / "ramp.bin")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as borrower:
+        assert borrower.stdout is not None
+        assert borrower.stdout.readline() == "held\n"
+        assert leased(mount) == 3
+        borrower.send_signal(signal.SIGKILL)
+    assert mount.wait_for(lambda: leased(mount) == 0)
+
+
+def test_borrowers_cannot_starve_the_readers_of_the_mount(mount: TestMount, tmp_path: Path) -> None:
+    """All that is lent is held for good: everybody else reads the mount as before, far more than RAM holds."""
+    big = tmp_path / "registry" / "model" / "big.bin"
+    big.write_bytes(ramp(80 << 20))
+    mount.client.refresh()
+    lent_most = mount.client.status()["ram"]["slots_count"] // 4
+    with ExitStack() as stack:
+        for _ in range(lent_most):
+            reader = stack.enter_context(closing(door(mount)))
+            reader.borrow(reader.open("model/ramp.bin")[0], 0, 10)
+        assert mount.call(_sha256, mount.path / "model" / "big.bin") == hashlib.sha256(big.read_bytes()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_loader_that_is_lent_nothing_reads_the_file(
+    mount: TestMount, shards: list[Shard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: SlotReader, file: int, start: int, stop: int) -> slots_client.Loan:
+        raise TransientStoreError("others hold all the slots that are lent, for 10 s already")
+
+    monkeypatch.setattr(SlotReader, "borrow", refuse)
+    want = Path(shards[0].path).read_bytes()[shards[0].header.data_start :]
+    assert load(shards, HostDevice(), Mapper()) == want
