@@ -15,11 +15,15 @@ from tests.cli.conftest import Mfs
 COMMANDS = sorted(cli.commands)
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("config", "show"), ("config", "check")])
+PAGES = [(), *((name,) for name in COMMANDS), ("config", "show"), ("config", "check")]
+PAGES += [("triton", "backend"), ("triton", "init")]
+
+
+@pytest.mark.parametrize("command", PAGES)
 def test_every_command_has_its_page(mfs: Mfs, command: tuple[str, ...]) -> None:
     text = mfs(*command, "--help").stdout
     assert text.startswith("Usage: mfs")
-    if command not in (("config",),):
+    if command not in (("config",), ("triton",)):
         assert "Exit status:" in text
         assert "Examples:" in text or command == ("version",)
     assert max(map(len, text.splitlines())) <= 100

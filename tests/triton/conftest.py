@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mfs.testing.mounting import TestMount
+from tests.cli.conftest import Mfs
 from tests.mount import origins
 from tests.servers import triton
 from tests.servers.triton import TritonServer
@@ -59,6 +60,12 @@ class Repository:
             return outside.call(function, *args)
         finally:
             outside.close()
+
+
+@pytest.fixture
+def mfs() -> Mfs:
+    """The command."""
+    return Mfs()
 
 
 Serve = Callable[..., TritonServer]
