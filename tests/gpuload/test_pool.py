@@ -31,6 +31,7 @@ from gpuload.shards import Shard, close_shards, open_shards
 from gpuload.source import FileSource
 from gpuload.testing import FaultyDevice, Gate
 from mfs.control import slots_client
+from mfs.control.slots import CONNECTIONS_MAX
 from mfs.control.slots_client import SlotReader
 from mfs.errors import ChangedError, NotFoundError, StoreError, TransientStoreError, UsageError
 from mfs.testing import ramp
@@ -420,3 +421,65 @@ def test_a_loader_that_is_lent_nothing_reads_the_file(
     monkeypatch.setattr(SlotReader, "borrow", refuse)
     want = Path(shards[0].path).read_bytes()[shards[0].header.data_start :]
     assert load(shards, HostDevice(), Mapper()) == want
+
+
+def _hold_all(mount: TestMount, stack: ExitStack) -> SlotReader:
+    """A connection that holds all that is lent of the mount."""
+    reader = stack.enter_context(closing(door(mount)))
+    file, _, _ = reader.open("model/ramp.bin")
+    for _ in range(mount.client.status()["ram"]["slots_count"] // 4):
+        stack.callback(reader.borrow(file, 0, 10).release)
+    return reader
+
+
+class _Asking(threading.Thread):
+    """Borrows in a thread; `outcome` is the loan or the error."""
+
+    def __init__(self, reader: SlotReader, file: int) -> None:
+        super().__init__()
+        self._reader, self._file = reader, file
+        self.outcome: slots_client.Loan | Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome = self._reader.borrow(self._file, 0, 10)
+        except Exception as error:
+            self.outcome = error
+
+
+def test_a_release_is_heard_while_the_same_connection_waits_for_slots(mount: TestMount) -> None:
+    """Else a loader with more readers than there are slots to lend would wait for itself."""
+    with ExitStack() as stack:
+        reader = stack.enter_context(closing(door(mount)))
+        file, _, _ = reader.open("model/ramp.bin")
+        loans = [reader.borrow(file, 0, 10) for _ in range(mount.client.status()["ram"]["slots_count"] // 4)]
+        asking = _Asking(reader, file)
+        asking.join(0.2)
+        assert asking.is_alive(), "more was lent than the share"
+        loans.pop().release()
+        asking.join(5)
+        assert isinstance(asking.outcome, slots_client.Loan)
+
+
+def test_a_question_can_be_stopped_and_the_connection_goes_on(mount: TestMount) -> None:
+    with ExitStack() as stack:
+        _hold_all(mount, stack)
+        reader = stack.enter_context(closing(door(mount)))
+        file, _, _ = reader.open("model/ramp.bin")
+        asking = _Asking(reader, file)
+        while asking.is_alive():  # the stop may come before the question, which is then not there to be stopped
+            reader.stop()
+            asking.join(0.05)
+        assert isinstance(asking.outcome, TransientStoreError)
+        assert reader.open("model/ramp.bin")[1] == _RAMP_BYTES
+
+
+def test_more_borrowers_than_the_door_takes_are_told_so(mount: TestMount, shards: list[Shard]) -> None:
+    with ExitStack() as stack:
+        for _ in range(CONNECTIONS_MAX):
+            stack.enter_context(closing(door(mount)))
+        with pytest.raises(TransientStoreError, match="64 borrowers are connected already"):
+            door(mount)
+        source = open_source(shards)
+        assert isinstance(source, FileSource), "who is not let in reads the file"
