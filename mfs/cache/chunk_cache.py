@@ -2,7 +2,8 @@
 
     read -> lease -> RAM hit                      the slot's bytes, uncopied
                   -> a fill under way              wait for that one
-                  -> miss                          take a slot, have a worker fill it: SSD first, then origin
+                  -> miss                          take a slot, have a worker fill it: SSD first, then origin;
+                                                   from SSD alone, by a lane of its own, where all of it stands there
     filled -> published to all who wait -> written to SSD, holding the slot meanwhile
 
 Protocol. Everything here runs on the trio thread. Workers write only into blocks of a slot that are neither valid nor
@@ -10,8 +11,9 @@ in another fill. Between checkpoints the following holds:
 
 - a block of a chunk is valid, or in exactly one fill, or absent; `valid` only grows while the chunk has its slot;
 - a chunk with leases, fills or an SSD write under way keeps its slot; any other may lose it at the next checkpoint;
-- a chunk with fills under way counts in `_coming` for its model: a model whose origin hangs holds no more slots than
-  its share (see `workers.shares`), and whoever waits for a slot is woken when his model may take one;
+- a chunk for which an origin is asked counts in `_coming` for its model: a model whose origin hangs holds no more slots
+  than its share (see `workers.shares`), and whoever waits for a slot is woken when his model may take one. What SSD has
+  needs no share: it stays readable however many wait for the origin;
 - a view returned by `read` is good until the caller's next checkpoint: pyfuse3 replies before it yields (handlers.pxi);
 - a fill belongs to the cache, not to the reader that caused it: a cancelled reader does not stop it, its error goes to
   those who wait for it, and the next reader starts a new one.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,11 +87,28 @@ class ChunkCache:
         state = self._states.get(key)
         if state is None:
             state = self._states[key] = ObjectState(obj, source)
+            self._learn_ssd(state)
         elif (state.object, state.object.locator) != (obj, obj.locator):
             # The same bytes by digest under another name or commit: the latest seen is the likeliest still to be there.
             state.object, state.wire = obj, object_to_wire(obj)
         state.users += 1
         return state
+
+    def _learn_ssd(self, state: ObjectState) -> None:
+        """Ask what the SSD tier has of an object."""
+
+        def learned(result: Frame | None, error: MfsError | None) -> None:
+            if result is not None:  # else every fill looks for itself, in the origin's lane
+                masks = result["masks"]
+                for index, chunk in state.chunks.items():
+                    masks[index] |= chunk.saved
+                state.ssd_masks = array("I", masks)
+            state.ssd_known.set()
+
+        if self._config.ssd and state.object.size:
+            self._pool.submit(Job("masks", {"obj": state.wire}, learned))
+        else:
+            state.ssd_known.set()
 
     def close(self, state: ObjectState) -> None:
         """Give an object back."""
@@ -170,7 +190,10 @@ class ChunkCache:
         with trio.move_on_at(deadline):
             while True:
                 chunk = state.chunks.get(index)
-                if not self._may_lease(state, chunk, mask, demand):
+                if not state.ssd_known.is_set():
+                    await state.ssd_known.wait()
+                    continue
+                if not self._may_lease(state, index, chunk, mask, demand):
                     await self._wait_for_slot(state.group)
                     continue  # from the top: another reader may have brought this very chunk meanwhile
                 if chunk is None:
@@ -193,9 +216,11 @@ class ChunkCache:
                     self.release(chunk)
         raise StoreError(f"{state.object}: no answer within {self._config.timeout_s:g} s")
 
-    def _may_lease(self, state: ObjectState, chunk: Chunk | None, mask: int, demand: bool) -> bool:
-        """Whether nothing new must come, or the model may have one more slot for what does."""
-        if chunk is not None and (chunk.fills or not mask & ~chunk.valid):
+    def _may_lease(self, state: ObjectState, index: int, chunk: Chunk | None, mask: int, demand: bool) -> bool:
+        """Whether nothing new must come from the origin, or the model may have one more slot for what does."""
+        if chunk is not None and (chunk.coming or not mask & ~chunk.valid):
+            return True
+        if not (mask & ~chunk.valid if chunk else mask) & ~state.on_ssd(index):
             return True
         return self._coming.may_take(state.group, leaving=0 if demand else _SLOTS_FOR_READERS)
 
@@ -230,9 +255,9 @@ class ChunkCache:
                     self._pool.hurry(fill.job)
         rest = missing & ~under_way
         if rest:
-            fill = Fill((rest | extra) & ~chunk.valid & ~under_way)
-            if not chunk.fills:
-                self._coming.take(chunk.state.group)
+            wanted, on_ssd = (rest | extra) & ~chunk.valid & ~under_way, chunk.state.on_ssd(chunk.index)
+            # What SSD has does not wait for what only the origin has.
+            fill = Fill(wanted if rest & ~on_ssd else wanted & on_ssd)
             chunk.fills.append(fill)
             self._submit_fill(chunk, fill, priority, self._config.timeout_s)
             first = first or fill
@@ -242,8 +267,12 @@ class ChunkCache:
     def _submit_fill(self, chunk: Chunk, fill: Fill, priority: Priority, timeout_s: float) -> None:
         state = chunk.state
         fill.attempts += 1
+        from_ssd = not fill.mask & ~state.on_ssd(chunk.index)
+        if not from_ssd and not chunk.coming:
+            chunk.coming = True
+            self._coming.take(state.group)
         fill.job = Job(
-            "fill",
+            "load" if from_ssd else "fill",
             {"source": state.source, "obj": state.wire, "index": chunk.index, "mask": fill.mask, "slot": chunk.slot},
             lambda result, error: self._filled(chunk, fill, result, error),
             priority,
@@ -262,8 +291,20 @@ class ChunkCache:
             if left_s > 0:
                 self._submit_fill(chunk, fill, fill.job.priority, left_s)
                 return
+        if result is not None and result["lost"]:
+            chunk.saved = 0
+            self._note_ssd(chunk, 0)
+            for other in chunk.fills:
+                other.file_lost = other.file_lost or other is not fill
+        if result is not None and result.get("missing") and not self._pool.closing:
+            self._note_ssd(chunk, chunk.state.on_ssd(chunk.index) & ~result["missing"])
+            assert fill.job is not None
+            fill.attempts = 0
+            self._submit_fill(chunk, fill, fill.job.priority, self._config.timeout_s)  # now from the origin
+            return
         chunk.fills.remove(fill)
-        if not chunk.fills:
+        if chunk.coming and not chunk.fills:
+            chunk.coming = False
             self._coming.give(chunk.state.group)
         if error is not None:
             self.counters.origin_errors += 1
@@ -273,11 +314,7 @@ class ChunkCache:
         else:
             assert result is not None
             chunk.valid |= fill.mask
-            if result["lost"]:
-                chunk.saved = 0
-                for other in chunk.fills:
-                    other.file_lost = True
-            elif not fill.file_lost:
+            if not result["lost"] and not fill.file_lost:
                 chunk.saved |= result["resident"]
             chunk.sums.update(result["sums"])
             chunk.changed_at = time.monotonic()
@@ -293,6 +330,11 @@ class ChunkCache:
             self._drop(chunk)
         else:
             self._wake_slot_waiters()  # if not for a slot, then for the share
+
+    @staticmethod
+    def _note_ssd(chunk: Chunk, mask: int) -> None:
+        if chunk.state.ssd_masks:
+            chunk.state.ssd_masks[chunk.index] = mask
 
     # -- slots
 
@@ -379,6 +421,7 @@ class ChunkCache:
             self.save_suspended_until = time.monotonic() + _SAVE_PAUSE_S
         else:
             chunk.saved |= mask
+            self._note_ssd(chunk, chunk.state.on_ssd(chunk.index) | mask)
             self.counters.saved_bytes += result["bytes"] if result else 0
             self._demote_if_done(chunk)
         saving.set()
@@ -452,8 +495,12 @@ class ChunkCache:
     def note_unsaved(self, obj: ObjectId, source: int) -> None:
         """The SSD tier dropped an object: what RAM has of it may be saved anew."""
         state = self._states.get((obj.cache_id, source))
-        for chunk in state.chunks.values() if state else ():
+        if state is None:
+            return
+        for chunk in state.chunks.values():
             chunk.saved = 0
+        if state.ssd_masks:
+            state.ssd_masks = array("I", bytes(state.ssd_masks.itemsize * len(state.ssd_masks)))
 
     def take_uses(self) -> dict[str, list[int]]:
         """Which SSD chunks were read since the last call."""

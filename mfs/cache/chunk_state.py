@@ -5,6 +5,7 @@ Only `chunk_cache` changes these, on the trio thread; others may look.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import trio
@@ -50,8 +51,8 @@ class Chunk:
     """A chunk that has a slot."""
 
     __slots__ = (
-        "changed_at", "delivered", "fills", "index", "keep", "leases", "length", "saved", "saving", "slot", "state",
-        "sums", "unread", "valid",
+        "changed_at", "coming", "delivered", "fills", "index", "keep", "leases", "length", "saved", "saving", "slot",
+        "state", "sums", "unread", "valid",
     )  # fmt: skip
 
     def __init__(self, state: ObjectState, index: int, slot: int) -> None:
@@ -71,6 +72,8 @@ class Chunk:
         """Asked into RAM by a person: not the first to go once delivered."""
         self.sums: dict[int, int] = {}
         self.fills: list[Fill] = []
+        self.coming = False
+        """Something of it is asked of the origin: it counts against its model's share of the slots."""
         self.leases = 0
         self.saving: trio.Event | None = None
         self.changed_at = 0.0
@@ -87,7 +90,7 @@ class Chunk:
 class ObjectState:
     """An object version somebody uses: its chunks in RAM and its place among the sources."""
 
-    __slots__ = ("chunks", "group", "object", "source", "users", "wire")
+    __slots__ = ("chunks", "group", "object", "source", "ssd_known", "ssd_masks", "users", "wire")
 
     def __init__(self, obj: ObjectId, source: int) -> None:
         self.object = obj
@@ -98,3 +101,11 @@ class ObjectState:
         self.users = 0
         """Open handles and others that hold it."""
         self.wire = object_to_wire(obj)
+        self.ssd_masks: array[int] = array("I")
+        """By chunk: blocks the SSD tier very likely holds; empty if nothing is known. A hint: files decide."""
+        self.ssd_known = trio.Event()
+        """Set once that was asked."""
+
+    def on_ssd(self, index: int) -> int:
+        """Blocks of a chunk that SSD very likely has."""
+        return self.ssd_masks[index] if self.ssd_masks else 0

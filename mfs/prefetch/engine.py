@@ -56,7 +56,7 @@ class _Track:
     """One object that is open, was lately, or is being streamed."""
 
     __slots__ = ("cursor", "dead", "handles", "header_bytes", "heading", "left_at", "passed_on",
-                 "pattern", "paused_until", "ssd_masks", "staged", "state", "streaming", "under_way")  # fmt: skip
+                 "pattern", "paused_until", "staged", "state", "streaming", "under_way")  # fmt: skip
 
     def __init__(self, state: ObjectState) -> None:
         self.state = state
@@ -69,7 +69,6 @@ class _Track:
         self.staged = 0
         """Chunks before it were brought to SSD, where RAM had no room."""
         self.passed_on = False
-        self.ssd_masks: list[int] | None = None
         self.heading: trio.Event | None = None
         """Set once the header is in RAM or could not be had."""
         self.header_bytes = 0
@@ -226,14 +225,14 @@ class Prefetcher:
                     return track, index, False
             del self._streams[track]
             self._begin_sibling(track)
-        elif self._config.ssd and track.ssd_masks is not None:
+        elif self._config.ssd and track.state.ssd_masks:
             # `cursor` waits for readers to take what is in RAM; what is still at the origin goes on to SSD meanwhile.
             track.staged = max(track.staged, track.cursor)
             while track.staged < track.state.object.chunks_count and not track.dead:
                 index = track.staged
                 track.staged += 1
                 whole = full_mask(len(track.state.object.chunk_range(index)))
-                if track.ssd_masks[index] != whole and not self._in_ram(track, index):
+                if track.state.on_ssd(index) != whole and not self._in_ram(track, index):
                     return track, index, True
             self._begin_sibling(track)
         return None
@@ -331,23 +330,15 @@ class Prefetcher:
             heading.set()
 
     async def _housekeeping(self) -> None:
-        """Wake paused streams, learn what the SSD has, forget objects nobody uses."""
+        """Wake paused streams, forget objects nobody uses."""
         while True:
             await trio.sleep(1)
             now = time.monotonic()
             for track in list(self._tracks.values()):
-                if track.streaming and track.ssd_masks is None and self._config.ssd:
-                    await self._learn_ssd(track)
                 idle = not track.handles and not track.under_way and now - track.left_at > _LINGER_S
                 if idle and (track.finished or not track.streaming or self._abandoned(track, now)):
                     self._drop(track)
             self._go()
-
-    async def _learn_ssd(self, track: _Track) -> None:
-        try:
-            track.ssd_masks = (await self._pool.call("masks", obj=track.state.wire))["masks"]
-        except MfsError as error:
-            logger.info("residency of %s: %s", track.state.object.path, error)
 
     def _drop(self, track: _Track) -> None:
         self._streams.pop(track, None)

@@ -70,9 +70,8 @@ class Jobs:
         """
         wanted, view = object_from_wire(obj), self._slot(slot)
         length = len(wanted.chunk_range(index))
-        resident, sums = (0, {}) if self._tier is None else self._tier.read_into(wanted, index, mask, view)
+        resident, lost, sums = self._read_ssd(wanted, index, mask, view)
         missing = mask & ~resident
-        lost = self._tier is not None and self._correct_table(wanted, index, mask, resident)
         requests = 0
         for first, end in mask_runs(missing):
             start, stop = run_bytes(first, end, length)
@@ -91,6 +90,30 @@ class Jobs:
             "origin_bytes": mask_bytes(missing, length),
             "requests": requests,
         }
+
+    def load(self, *, source: int, obj: list[Any], index: int, mask: int, slot: int, emit: Emit) -> Frame:
+        """Bring blocks `mask` of a chunk into a slot from SSD alone.
+
+        Result: as of `fill`, with {missing: blocks that are not there}; if there are any, the slot's are undefined.
+        """
+        wanted, view = object_from_wire(obj), self._slot(slot)
+        resident, lost, sums = self._read_ssd(wanted, index, mask, view)
+        return {
+            "sums": list(sums.items()),
+            "resident": 0 if lost else resident,
+            "lost": lost,
+            "ssd_bytes": mask_bytes(resident, len(wanted.chunk_range(index))),
+            "origin_bytes": 0,
+            "requests": 0,
+            "missing": mask & ~resident,
+        }
+
+    def _read_ssd(self, obj: ObjectId, index: int, mask: int, view: memoryview) -> tuple[int, bool, dict[int, int]]:
+        """Blocks that SSD had, whether the chunk's file turned out bad and is gone, {block: checksum}."""
+        if self._tier is None:
+            return 0, False, {}
+        resident, sums = self._tier.read_into(obj, index, mask, view)
+        return resident, self._correct_table(obj, index, mask, resident), sums
 
     def _correct_table(self, obj: ObjectId, index: int, mask: int, resident: int) -> bool:
         """A block the table promises and the file lacks must not count against the budget for ever, nor the reverse.

@@ -1,8 +1,9 @@
 """The daemon's side of the workers: who does which operation when, and what happens when a worker dies or hangs.
 
-Operations queue here, not in the workers, so that what a reader waits for overtakes what was fetched ahead. Three lanes
+Operations queue here, not in the workers, so that what a reader waits for overtakes what was fetched ahead. Four lanes
 have their own bounds: `origin` (fills) and `control` (listings), each source by itself and shared among its models (see
-`shares`), and `disk` (SSD writes and tables). Everything here belongs to the trio thread; nothing blocks.
+`shares`); `ssd` (what is read from SSD alone) and `disk` (SSD writes, tables), which no origin can hold up. Everything
+here belongs to the trio thread; nothing blocks.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ from mfs.workers.shares import NOBODY, Group, Shares, group_of_directory, group_
 
 logger = logging.getLogger(__name__)
 
-Lane = Literal["origin", "disk", "control"]
-_LANES: dict[str, Lane] = {"fill": "origin", "list_directory": "control", "stat_path": "control"}  # all others: disk
+Lane = Literal["origin", "ssd", "disk", "control"]
+_LANES: dict[str, Lane] = {
+    "fill": "origin", "load": "ssd", "masks": "ssd", "list_directory": "control", "stat_path": "control",
+}  # fmt: skip # all others: disk
+_WITH_DEADLINE = ("fill", "list_directory")  # what asks an origin must know when to give up
 _GRACE_S = 5.0  # a worker that has not answered this long after an operation's deadline is killed
 _DISK_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 20.0
@@ -74,7 +78,10 @@ class PoolConfig:
     """Listings under way at once below one directory of a source's root; a source as with fills."""
 
     def limit(self, lane: Lane) -> int:
-        return {"origin": self.origin_limit, "disk": self.disk_limit, "control": self.control_limit}[lane]
+        return {
+            "origin": self.origin_limit, "ssd": self.origin_limit, "disk": self.disk_limit,
+            "control": self.control_limit,
+        }[lane]  # fmt: skip
 
     @property
     def connections_max(self) -> int:
@@ -154,7 +161,7 @@ class _Worker:
 
 def _group_of(job: Job) -> Group:
     arguments = job.arguments
-    if job.lane == "origin":
+    if job.operation in ("fill", "load"):
         return group_of_file(arguments["source"], arguments["obj"][1])
     if job.operation == "list_directory":
         return group_of_directory(arguments["source"], arguments["path"])
@@ -273,7 +280,8 @@ class WorkerPool:
     # -- dispatch
 
     def _dispatch(self, line: _Line) -> None:
-        leaving = 2 * (self._config.origin_limit - self._config.background_limit) if line.lane == "origin" else 0
+        config = self._config
+        leaving = 2 * (config.origin_limit - config.background_limit) if line.lane in ("origin", "ssd") else 0
         while workers := [w for w in self._workers if w.ready]:
             job = line.pop(leaving)
             if job is None:
@@ -289,8 +297,9 @@ class WorkerPool:
         worker.jobs[job.serial] = job
         if job.priority is Priority.BACKGROUND:
             job.deadline_s = time.monotonic() + job.timeout_s
-        arguments = job.arguments if job.lane == "disk" or job.operation == "stat_path" else {
-            **job.arguments, "deadline_s": job.deadline_s}  # fmt: skip
+        arguments = job.arguments
+        if job.operation in _WITH_DEADLINE:
+            arguments = {**arguments, "deadline_s": job.deadline_s}
         data = encode({"id": job.serial, "op": job.operation, **arguments})
         sent = 0
         if not worker.unsent:

@@ -180,7 +180,9 @@ class Model:
         """Nothing under way any more, and nothing held."""
         pool, cache = self.rig.pool, self.rig.cache
         await until(
-            lambda: not cache.fills_count and not any(pool.inflight(lane) for lane in ("origin", "disk", "control")),
+            lambda: (
+                not cache.fills_count and not any(pool.inflight(lane) for lane in ("origin", "ssd", "disk", "control"))
+            ),
             "rest",
         )
         await cache.wait_saved()

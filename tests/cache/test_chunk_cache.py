@@ -25,7 +25,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     async with running_rig(tmp_path) as running:
         yield running
         await running.cache.wait_saved()
-        await until(lambda: not any(running.pool.inflight(lane) for lane in ("origin", "disk")), "rest")
+        await until(lambda: not any(running.pool.inflight(lane) for lane in ("origin", "ssd", "disk")), "rest")
         running.assert_idle()
 
 
@@ -327,6 +327,7 @@ async def test_a_lease_ahead_of_need_is_hurried_by_a_reader(tmp_path: Path) -> N
     async with running_rig(tmp_path, workers_count=1, origin_limit=2, background_limit=1) as rig:
         obj, gate = rig.put_ramp("model.bin", 4 * CHUNK_BYTES), rig.gate()
         state = rig.cache.open(obj, 0)
+        await state.ssd_known.wait()
         async with trio.open_nursery() as nursery:
 
             async def bring(index: int) -> None:
@@ -342,3 +343,40 @@ async def test_a_lease_ahead_of_need_is_hurried_by_a_reader(tmp_path: Path) -> N
             gate.unlink()
         rig.cache.close(state)
         rig.assert_idle()
+
+
+async def test_what_the_disk_has_waits_for_no_origin(rig: Rig) -> None:
+    """All connections and slots that a model may have wait for its origin: its chunks on SSD are read all the same."""
+    warm, cold = rig.put_ramp("m/warm.bin", 2 * CHUNK_BYTES), rig.put_ramp("m/cold.bin", 64 * CHUNK_BYTES, start=5)
+    await read(rig, warm)
+    await rig.cache.wait_saved()
+    rig.cache.evict(warm, 0)
+    gate = rig.gate()
+    async with trio.open_nursery() as nursery:
+        for index in range(64):
+            nursery.start_soon(read, rig, cold, index * CHUNK_BYTES, index * CHUNK_BYTES + 10)
+        await until(lambda: len(rig.origin_reads()) >= 2 + 6, "the model's share")
+        await read(rig, warm)
+        assert rig.cache.counters.ssd_hit_bytes == warm.size
+        gate.unlink()
+
+
+async def test_a_chunk_file_that_is_gone_or_bad_is_fetched_though_it_was_believed_to_be_there(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", 3 * CHUNK_BYTES)
+    await read(rig, obj)
+    await rig.cache.wait_saved()
+    rig.cache.evict(obj, 0)
+    state = rig.cache.open(obj, 0)
+    await state.ssd_known.wait()
+    assert list(state.ssd_masks) == [FULL] * 3
+    rig.chunk_file(obj, 0).unlink()
+    with open(rig.chunk_file(obj, 1), "r+b") as file:
+        file.seek(4096 + 3 * BLOCK_BYTES)
+        file.write(b"\xff\xfe")
+    await read(rig, obj)
+    assert rig.cache.counters.ssd_hit_bytes == CHUNK_BYTES
+    await rig.cache.wait_saved()
+    assert list(state.ssd_masks) == [FULL] * 3
+    assert rig.chunk_file(obj, 0).exists()
+    assert rig.chunk_file(obj, 1).exists()
+    rig.cache.close(state)

@@ -174,3 +174,23 @@ def test_a_model_that_hangs_fails_at_its_deadline_and_is_read_at_once_when_it_re
         mount.wait_quiet(prefetch=False)
         liar.tell_truth()
         assert hanging.call(waiting.read_together, paths, timeout_s=120) == [waiting.digest_of(WEIGHTS)] * HANGING_COUNT
+
+
+def test_what_the_cache_holds_of_a_model_that_hangs_stays_readable(
+    tmp_path: Path, liar: LiarServer, nginx: NginxServer
+) -> None:
+    names = publish_many(liar.files, "h")
+    with two_sources(tmp_path, liar, nginx) as mount:
+        mount.wait_saved("a/h/warm.bin")
+        mount.client.evict(["a/h/warm.bin"], "ram")
+        liar.lie(Lie.SILENCE, pattern="/h/[0-9]*.bin")
+        hanging = mount.outside()
+        hanging.start(waiting.read_together, [str(mount.path / "a" / name) for name in names])
+        wait_for_readers(mount, HANGING_COUNT)
+        warm = str(mount.path / "a/h/warm.bin")
+        mount.call(touching.drop_pages, warm)
+        before = mount.origin_bytes
+        assert mount.call(touching.read, warm) == OTHER["warm.bin"]
+        assert mount.origin_bytes == before
+        liar.tell_truth()
+        assert hanging.finish(timeout_s=120) == [waiting.digest_of(WEIGHTS)] * HANGING_COUNT

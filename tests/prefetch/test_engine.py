@@ -86,7 +86,7 @@ async def running_model(tmp_path: Path, *, ssd: bool = True) -> AsyncIterator[Mo
             yield model
             nursery.cancel_scope.cancel()
         assert model.prefetcher.active_count == 0
-        await until(lambda: not any(rig.pool.inflight(lane) for lane in ("origin", "disk")), "rest")
+        await until(lambda: not any(rig.pool.inflight(lane) for lane in ("origin", "ssd", "disk")), "rest")
         await rig.cache.wait_saved()
         rig.assert_idle()
         assert not model.prefetcher._tracks

@@ -78,7 +78,7 @@ class Rig:
         """Every gauge at rest, every slot free or in a chunk nobody holds."""
         assert self.cache.leases_count == 0
         assert self.cache.fills_count == 0
-        for lane in ("origin", "disk", "control"):
+        for lane in ("origin", "ssd", "disk", "control"):
             assert self.pool.inflight(lane) == 0, lane
             assert self.pool.queued(lane) == 0, lane
         assert self.cache._coming.count == 0
@@ -130,7 +130,7 @@ async def running_rig(
         pool = WorkerPool(PoolConfig(setup, **pool_limits), memory.fd)
         async with pool.running():
             yield Rig(origin, cache_dir, memory, pool, ChunkCache(CacheConfig(timeout_s, ssd), memory, pool))
-        for lane in ("origin", "disk", "control"):
+        for lane in ("origin", "ssd", "disk", "control"):
             assert pool.inflight(lane) == 0
     finally:
         memory.close()
