@@ -135,8 +135,8 @@ def transformers_from_pretrained(folder: Path | str) -> Any:
 
 
 def transformers_hub_cache(folder: Path) -> Any:
-    """By its name on the Hub, found in the cache tree that HF_HOME names. `folder` is that tree."""
-    assert os.environ["HF_HOME"] == str(folder)
+    """By its name on the Hub, found in the cache tree `folder` that HF_HOME or HF_HUB_CACHE names."""
+    assert str(folder) in (os.environ.get("HF_HOME"), os.environ.get("HF_HUB_CACHE"))
     return transformers_from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
 
 

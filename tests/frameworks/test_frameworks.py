@@ -94,7 +94,7 @@ class TestOverHttp:
 
 
 @pytest.mark.timeout(300)
-def test_a_hub_cache_folder_with_its_links_works_as_hf_home(
+def test_a_hub_cache_folder_with_its_links_works_as_hf_hub_cache(
     folder: origins.FolderOrigin, mounted: Mounted, models: Path
 ) -> None:
     """As huggingface_hub lays it out: `blobs` by hash, and links to them under `snapshots`."""
@@ -107,6 +107,6 @@ def test_a_hub_cache_folder_with_its_links_works_as_hf_home(
         name = file.relative_to(models / "minilm")
         (cache / "snapshots" / SNAPSHOT / name).symlink_to("../" * (len(name.parts) + 1) + f"blobs/{number:040x}")
     mount = mounted(folder)
-    home = mount.path / "hf-home"
-    [found] = run(mount, "transformers_hub_cache", home, env={"HF_HOME": str(home)})
+    hub = mount.path / "hf-home/hub"
+    [found] = run(mount, "transformers_hub_cache", hub, env={"HF_HUB_CACHE": str(hub)})
     assert [found] == run(mount, "transformers_from_pretrained", models / "minilm")
