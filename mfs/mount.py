@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -46,7 +47,8 @@ _CLOSING_S = 5.0
 _PREDECESSOR_ENDS_S = 60.0
 _REFRESH_SOON_S = 2.0
 _SMALL_FILES_BATCH = 64
-_SMALL_FILES_S = 5.0  # that a mount waits for the small files of what it shows first
+_READY_WITHIN_S = 3.0  # that a mount takes for what was looked into last time, and its small files, to be here
+_REVISIT_PARALLEL, _REVISITED_MAX = 4, 2000
 _SHARD = re.compile(r"^(?P<stem>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[^/]*)$")
 
 
@@ -97,7 +99,9 @@ class Mount:
         """Published, and their small files not looked at yet."""
         self._something_new = trio.Event()
         self._small_files_there = trio.Event()
-        """Set while none are missing that could be had."""
+        """Set once none are missing of what is shown first."""
+        self._revisited = trio.Event()
+        """Set once all is listed that was looked into on the last mount."""
         self._unrecorded: dict[Directory, None] = {}
         """Published, and not yet written down, in that order."""
         self._something_unrecorded = trio.Event()
@@ -144,13 +148,15 @@ class Mount:
                     nursery.start_soon(self.keeper.run)
                     nursery.start_soon(self._refresh_when_told)
                     if self.config.cache_dir is not None:
+                        nursery.start_soon(self._revisit)
                         nursery.start_soon(self._keep_record)
                         nursery.start_soon(self._bring_small_files)
                     if self.config.refresh_s is not None:
                         nursery.start_soon(self._refresh_regularly, self.config.refresh_s)
                     if predecessor is None:
                         await self._settle()
-                        with trio.move_on_after(_SMALL_FILES_S):
+                        with trio.move_on_after(_READY_WITHIN_S):
+                            await self._revisited.wait()
                             await self._small_files_there.wait()
                     yield self.session.ended
                 # Only now, that the files are closed: closing one tells the prefetcher.
@@ -277,6 +283,27 @@ class Mount:
         if self._record is not None:
             records, latest_ns = await trio.to_thread.run_sync(self._record.load, self.pool.identities)
             self.namespace.adopt_records(records, latest_ns)
+
+    async def _revisit(self) -> None:
+        """List what was looked into last time: what changed while nothing was mounted shows in its directory's time
+        before somebody reads that.
+        """
+        places = list(reversed(self.namespace.recorded()[:_REVISITED_MAX]))
+        tops = {top.source: top for top in self.namespace.tops()}
+
+        async def work() -> None:
+            while places:
+                source, path = places.pop()
+                with contextlib.suppress(MfsError):  # gone, or whoever looks next hears of it
+                    node = await self.namespace.resolve("/".join(filter(None, (tops[source].full_path, path))))
+                    directory = self.namespace.directory(node.inode)
+                    if directory is not None:
+                        await self.namespace.listing(directory)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(_REVISIT_PARALLEL):
+                nursery.start_soon(work)
+        self._revisited.set()
 
     def _published(self, directory: Directory) -> None:
         """Told by the namespace; nothing may wait here."""

@@ -153,6 +153,10 @@ class Namespace:
         for directory in self._directories.values():
             directory.mtime_ns = self._time_of(directory.source, directory.path, directory.mtime_ns)
 
+    def recorded(self) -> list[tuple[int, str]]:
+        """(source, path) of directories that were looked into on an earlier mount and not on this one, from the top."""
+        return sorted(self._records, key=lambda place: (place[1].count("/"), place[1] != ""))
+
     def _time_of(self, source: int, path: str, listed_ns: int) -> int:
         """The time of a directory nobody has looked into yet."""
         record = self._records.get((source, path))

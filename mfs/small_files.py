@@ -8,7 +8,7 @@ so many over the life of a mount for directories that somebody merely looks into
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -84,14 +84,15 @@ class SmallFiles:
             logger.warning("%d small files of one model: %d come when they are read", len(missing),
                            len(missing) - len(within))  # fmt: skip
         errors: list[MfsError] = []
+        waiting = list(reversed(within))
         with trio.move_on_after(timeout_s) as scope:
-            await self._bring_each(within, errors)
+            await self._bring_each(waiting, errors)
         for error in errors:
             if not isinstance(error, AccessError | IntegrityError):
                 raise error
             logger.warning("published, though not all of it can be read: %s", error)
         if scope.cancelled_caught:
-            raise StoreError(f"its {len(within)} new small files were not all there within {timeout_s:g} s")
+            raise StoreError(f"{waiting[-1][0]} was not here within {timeout_s:g} s, the first of {len(waiting)}")
 
     async def bring_unasked(self, wanted: Sequence[Wanted]) -> None:
         """Bring files of which nobody knows whether they will be read, while there is some allowance left."""
@@ -107,7 +108,7 @@ class SmallFiles:
             logger.info("%d small files were brought ahead of need; from now on they come when they are read, but for "
                         "those of new revisions", self._unasked_count)  # fmt: skip
         errors: list[MfsError] = []
-        await self._bring_each(within, errors)
+        await self._bring_each(list(reversed(within)), errors)
         for error in errors[:1]:
             logger.info("%d small files come when they are read: %s", len(errors), error)
 
@@ -120,26 +121,32 @@ class SmallFiles:
             missing += [item for item, (ssd_bytes, _) in zip(part, rows, strict=True) if ssd_bytes < item[0].size]
         return missing
 
-    async def _bring_each(self, wanted: Iterable[Wanted], errors: list[MfsError]) -> None:
-        left = list(reversed(list(wanted)))
+    async def _bring_each(self, waiting: list[Wanted], errors: list[MfsError]) -> None:
+        """Bring files, the last first; each leaves `waiting` when it is here or failed."""
+        left = list(waiting)
 
         async def work() -> None:
             while left:
-                obj, source = left.pop()
-                state = self._cache.open(obj, source)
+                item = left.pop()
                 try:
-                    await self._cache.bring(state, 0, to_ssd=True)
-                    chunk = state.chunks.get(0)
-                    if state.users == 1 and chunk is not None and chunk.saved == chunk.valid:
-                        self._cache.evict(obj, source)  # the SSD has it; of a slot it would fill a thousandth
+                    await self._bring(*item)
                 except MfsError as error:
                     errors.append(error)
-                finally:
-                    self._cache.close(state)
+                waiting.remove(item)
 
         async with trio.open_nursery() as nursery:
             for _ in range(min(self._config.parallel, len(left))):
                 nursery.start_soon(work)
+
+    async def _bring(self, obj: ObjectId, source: int) -> None:
+        state = self._cache.open(obj, source)
+        try:
+            await self._cache.bring(state, 0, to_ssd=True)
+            chunk = state.chunks.get(0)
+            if state.users == 1 and chunk is not None and chunk.saved == chunk.valid:
+                self._cache.evict(obj, source)  # the SSD has it; of a slot it would fill a thousandth
+        finally:
+            self._cache.close(state)
 
 
 def _within(wanted: Sequence[Wanted], count: int, size: int) -> list[Wanted]:

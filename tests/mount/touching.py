@@ -238,3 +238,14 @@ def drop_pages_if_there(path: str) -> None:
         drop_pages(path)
     except FileNotFoundError:
         pass
+
+
+def all_times(path: str) -> dict[str, tuple[int, int, int]]:
+    """(inode, mtime, ctime) in ns of everything below a directory by relative path, and of itself under ''."""
+    found = {}
+    for folder, directories, files in os.walk(path, onerror=_raise):
+        for name in [".", *directories, *files]:
+            status = os.stat(os.path.join(folder, name))
+            relative = os.path.relpath(os.path.join(folder, name), path)
+            found["" if relative == "." else relative] = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    return found
