@@ -101,11 +101,11 @@ def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None
         at = 0
         for part in reply["parts"]:
             runs = [(first, count) for first, count in part["runs"]]
+            own, at = got[at : at + part["fds"]], at + part["fds"]
             if not runs:
                 flat.append(torch.empty(0, dtype=torch.uint8, device=part["device"]))
                 continue
-            mapping = open_device(part["device"]).attach(got[at : at + part["fds"]], runs)
-            at += part["fds"]
+            mapping = open_device(part["device"]).attach(own, runs)
             held.mappings.append(mapping)
             flat.append(tensors.over_memory(held, mapping.address, mapping.nbytes, part["device"]))
     finally:

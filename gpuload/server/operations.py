@@ -145,7 +145,7 @@ class Operations:
             for part, is_wanted in zip(model.parts, wanted, strict=True):
                 runs, offsets = _runs(part.blocks, part.catalog.granule_bytes)
                 begins.append(offsets)
-                own = self._sites[part.catalog.device].arena.export(runs) if is_wanted else []
+                own = self._sites[part.catalog.device].arena.export(runs) if is_wanted and runs else []
                 fds += own
                 parts.append({"device": part.catalog.device, "runs": runs if is_wanted else [], "fds": len(own)})
         except BaseException:

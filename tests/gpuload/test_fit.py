@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from gpuload.fit import CARDS, Fit, kv_cache_bytes, model_sizes, smallest_world
 from gpuload.plan import MEGATRON_RULES
+from gpuload.planning import examine
+from gpuload.testing import random_tensors, write
 from mfs.errors import UsageError
 from mfs.safetensors import Header, TensorInfo
 
@@ -72,3 +77,30 @@ def test_the_smallest_tensor_parallel_size() -> None:
     assert smallest_world(sizes, None, 0, replace(base, others_bytes=60 << 30)) == 8
     assert smallest_world(sizes, None, 0, replace(base, others_bytes=79 << 30)) is None
     assert smallest_world(sizes, LLAMA_8B, 300_000, base) == 4
+
+
+def test_a_plan_reads_headers_and_the_config_and_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "model.safetensors", random_tensors(1, {"a.w": (1000, 100), "b.w": (1000, 100)}))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    data_begins = path.stat().st_size - 400_000
+    furthest = []
+    pread = os.pread
+
+    def watched(fd: int, count: int, offset: int) -> bytes:
+        furthest.append(offset + count)
+        return pread(fd, count, offset)
+
+    monkeypatch.setattr(os, "pread", watched)
+    found = examine(str(tmp_path), 1000, "cpu", {"b": "cpu:1"}, {}, str(tmp_path / "no.sock"))
+    assert furthest
+    assert max(furthest) <= data_begins
+    assert found["bytes_total"] == 400_000
+    parts = {t["target"]: t for t in found["targets"]}
+    assert parts["cpu"]["weights_bytes"] == parts["cpu:1"]["weights_bytes"] == 2 << 20, "whole granules on each device"
+    assert parts["cpu"]["kv_cache_bytes"] * 2 == found["kv_cache_bytes"], "in proportion to the weights"
+
+
+def test_a_map_that_leaves_tensors_out_is_no_plan(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", random_tensors(1, {"a.w": (10,), "b.w": (10,)}))
+    with pytest.raises(UsageError, match="without a device"):
+        examine(str(path), 0, None, {"b": "cpu"}, {}, str(tmp_path / "no.sock"))

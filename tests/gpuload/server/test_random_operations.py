@@ -7,17 +7,21 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
+import gpuload.client
 from gpuload.asking import ask, load_resident
 from gpuload.client import Attached, attach
 from gpuload.device.host import HostDevice
-from gpuload.errors import FitError
+from gpuload.errors import DeviceError, FitError
+from gpuload.server import versions
 from gpuload.server.daemon import ServerConfig
-from gpuload.testing import assert_same, random_tensors, running_server, write
+from gpuload.testing import FaultyDevice, Gate, ServerThread, assert_same, random_tensors, running_server, write
 from mfs.errors import NotFoundError, UsageError
 
 OPERATIONS = 1000
+SPREAD_OPERATIONS = 250
 GRANULES = 110
 """The models need 26 to 90: sometimes two fit, sometimes one, sometimes none beside what is leased."""
 NAMES = ["a", "b", "c", "d", "e"]
@@ -124,3 +128,78 @@ def test_a_thousand_operations(config: ServerConfig, small_granules: None, tmp_p
         assert set(server.gauges().values()) == {0}
         catalog = server.sites["cpu"].catalog
         assert catalog.granules.take(catalog.granules.count) == [(0, GRANULES)], "no fragment is left of a day of swaps"
+
+
+def test_random_operations_on_several_devices_with_failures_and_forgetting(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Spread in all ways, digests known or not, devices that fail now and then: what is attached is what was loaded,
+    what failed changed nothing, and every arena is one free run in the end."""
+    chance = random.Random(7)
+    models = family(tmp_path)
+    devices = ["cpu", "cpu:1", "cpu:2"]
+    gates = {name: Gate(1 << 30) for name in devices}
+    monkeypatch.setattr(gpuload.client, "open_device", lambda name: HostDevice(name=name, granule_bytes=4096))
+    trusted = versions.CHANGE_STAMPED
+    served: dict[str, dict[str, torch.Tensor]] = {}
+    leases: list[tuple[Attached, dict[str, torch.Tensor]]] = []
+    seen = dict.fromkeys(("swapped", "refused", "failed", "evicted", "one pass", "hash pass", "known"), 0)
+
+    config = replace(config, arena_bytes=dict.fromkeys(devices, 70 * 4096))
+    with running_server(config, lambda n: FaultyDevice(HostDevice(name=n, granule_bytes=4096), gates[n])) as server:
+        where = {"socket_path": server.socket_path}
+        for _ in range(SPREAD_OPERATIONS):
+            name, (path, tensors) = chance.choice(NAMES[:3]), chance.choice(models)
+            device_map = dict(zip(("l.0", "l.1", "l.2"), chance.sample(devices, 3), strict=True))  # on all three
+            device_map |= {prefix: chance.choice(devices) for prefix in ("", "l.3", "n", "n.1", "extra")}
+            monkeypatch.setattr(versions, "CHANGE_STAMPED", trusted if chance.random() < 0.5 else set())
+            broken = chance.choice(devices) if chance.random() < 0.2 else None
+            if broken:
+                gates[broken]._passes = chance.randrange(4)
+            server.settle()
+            before = {n: server.gauges(n) for n in devices}
+            try:
+                options = {"device_map": device_map}
+                report = load_resident(path, name, None, is_swap=True, options=options, **where)["report"]
+            except (FitError, DeviceError) as error:
+                seen["refused" if isinstance(error, FitError) else "failed"] += 1
+                left = set(ask_models(server))
+                if isinstance(error, FitError):
+                    assert {n: server.gauges(n) for n in devices} == before
+                assert name in left or name not in served
+                served = {n: t for n, t in served.items() if n in left}
+            else:
+                seen["swapped"] += 1
+                seen["evicted"] += len(report["evicted"])
+                kind = (
+                    "hash pass" if report["bytes_hashed_before"] else "one pass" if report["bytes_hashed"] else "known"
+                )
+                seen[kind] += 1
+                for victim in report["evicted"]:
+                    del served[victim]
+                served[name] = tensors
+            for gate in gates.values():
+                gate._passes = 1 << 30
+            if chance.random() < 0.4 and served:
+                which = chance.choice(sorted(served))
+                leases.append((attach(which, **where), served[which]))
+                assert_same(*leases[-1])
+            del leases[: chance.randrange(3)]
+            gc.collect(0)
+        assert min(seen.values()) > 0, f"something was never seen: {seen}"
+        for which, tensors in served.items():
+            assert_same(attach(which, **where), tensors)
+        leases.clear()
+        for which in list(served):
+            ask({"op": "unload", "model": which}, **where)
+        gc.collect()
+        for name in devices:
+            assert set(server.gauges(name).values()) == {0}
+            granules = server.sites[name].catalog.granules
+            assert granules.take(granules.count) == [(0, 70)]
+
+
+def ask_models(server: ServerThread) -> list[str]:
+    """Names that are served."""
+    found = ask({"op": "status"}, socket_path=server.socket_path)["devices"]
+    return [m["model"] for d in found for m in d["models"] if m["model"]]

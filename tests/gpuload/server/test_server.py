@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 from gpuload.asking import ask, load_resident
 from gpuload.client import Attached, attach, open_resident
+from gpuload.device.base import Arena, Memory
 from gpuload.device.host import HostDevice
 from gpuload.errors import AwayError, BusyError, DeviceError, FitError, ServerError, from_wire, to_wire
 from gpuload.server import wire
@@ -336,6 +338,41 @@ def test_a_swap_that_fails_leaves_the_old_one_serving(
         gate._passes = 1 << 30
         swap(server, path)
         assert_same(attached(server), new)
+
+
+class FullDevice(HostDevice):
+    """A device on which others hold all but 4 MiB of 1 GiB."""
+
+    def memory(self) -> Memory:
+        return Memory(1 << 30, 4 << 20)
+
+
+@pytest.mark.parametrize(
+    ("arenas", "short"),
+    [
+        ({"cpu": 3 << 20, "cpu:1": 1 << 20}, 2 * 2 * (4 << 20)),  # the arenas fit; their staging does not
+        ({"cuda:0": 5 << 20}, 1 << 20),  # a card's arena is not in host memory
+    ],
+)
+def test_a_server_that_does_not_fit_beside_others_takes_nothing(
+    config: ServerConfig, arenas: dict[str, int], short: int
+) -> None:
+    taken: list[int] = []
+
+    class Watched(FullDevice):
+        def create_arena(self, nbytes: int) -> Arena:
+            taken.append(nbytes)
+            return super().create_arena(nbytes)
+
+    match = r"others hold 1069547520, free are 4194304; short by \d+; nothing was taken"
+    with (
+        pytest.raises(FitError, match=match) as caught,
+        running_server(replace(config, arena_bytes=arenas), lambda name: Watched(name=name, granule_bytes=4096)),
+    ):
+        raise AssertionError("it started")
+    assert caught.value.shortfall_bytes == short
+    assert not taken
+    assert not os.path.exists(config.socket_path)
 
 
 def test_one_server_per_socket(server: ServerThread, config: ServerConfig) -> None:

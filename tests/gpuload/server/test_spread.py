@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -165,6 +167,40 @@ def test_devices_are_filled_at_the_same_time_and_cancelled_as_one(
         gate.opened.set()
     loading.join()
     assert_same(attached(spread), want)
+
+
+@pytest.mark.parametrize("spread", ["staged"], indirect=True)
+def test_a_client_killed_in_the_middle_of_a_swap_leaves_the_old_one_serving_on_all(
+    spread: ServerThread, gates: dict[str, Gate], tmp_path: Path
+) -> None:
+    """However it ends, the kernel closes its connection: that cancels what it asked for, on every device."""
+    old, new = random_tensors(1, SHAPES), random_tensors(2, SHAPES)
+    load(spread, write(tmp_path / "a.safetensors", old))
+    before = all_gauges(spread)
+    gates["cpu:1"]._passes, gates["cpu:1"]._blocks = 1, True
+    path = write(tmp_path / "b.safetensors", new)
+    process = os.fork()
+    if not process:
+        swap(spread, path)
+        os._exit(0)
+    assert gates["cpu:1"].reached.wait(30)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    spread.settle()
+    gates["cpu:1"]._passes = 1 << 30
+    gates["cpu:1"].opened.set()
+    assert all_gauges(spread) == before
+    assert_same(attached(spread), old)
+    swap(spread, path)
+    assert_same(attached(spread), new)
+
+
+def test_a_device_with_nothing_but_empty_tensors_is_no_trouble(spread: ServerThread, tmp_path: Path) -> None:
+    want = random_tensors(1, {"l.1.w": (8, 2048), "nothing": (0, 2)})
+    load(spread, write(tmp_path / "a.safetensors", want), device_map={"": "cpu:1", "nothing": "cpu"})
+    assert_same(attached(spread), want)
+    load(spread, write(tmp_path / "b.safetensors", {}), "none", device_map={"": "cpu:2"})
+    assert_same(attach("none", socket_path=spread.socket_path), {})
 
 
 def test_room_is_found_on_all_devices_or_nobody_goes(spread: ServerThread, tmp_path: Path) -> None:
