@@ -42,13 +42,17 @@ class Inside(Generic[T]):
             raise self._error
         return self._result  # type: ignore[return-value]
 
-    def cancel(self) -> None:
-        """Cancel and wait until all of it has ended."""
+    def run_soon(self, call: Callable[[], object]) -> None:
+        """Have the loop call it; not at all if the work has ended."""
         if self._token is not None:
             try:
-                self._token.run_sync_soon(self._scope.cancel)
+                self._token.run_sync_soon(call)
             except trio.RunFinishedError:
                 pass
+
+    def cancel(self) -> None:
+        """Cancel and wait until all of it has ended."""
+        self.run_soon(self._scope.cancel)
         self._thread.join()
 
     def _run(self) -> None:

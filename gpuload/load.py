@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import trio
 
-from gpuload import tensors
-from gpuload.device import canonical_name, open_device
-from gpuload.device.base import Device
-from gpuload.door import Inside, run_inside
-from gpuload.pipeline import Limits, RunsOf, move_batches
-from gpuload.plan import MEGATRON_RULES, Batch, Piece, Placement, Transfer, plan_batches, plan_transfers
-from gpuload.pool import open_source
-from gpuload.shards import Shard, close_shards, find_shards, open_shards
-from gpuload.source import Source
+from gpuload.device import canonical_name
+from gpuload.door import run_inside
+from gpuload.moving import make_all, move_all
+from gpuload.pipeline import Limits
+from gpuload.plan import MEGATRON_RULES, Placement, Transfer, plan_transfers
+from gpuload.shards import close_shards, find_shards, open_shards
+from gpuload.streaming import stream_transfers
 from mfs.errors import UsageError
 
 Where = str | os.PathLike[str]
@@ -70,43 +65,17 @@ def stream(
 
     order: names to move first, in this order (a recorded order of first use, say); the others follow in file order.
         Without it: file order. Names that the model does not have raise UsageError.
+    Memory: tensors are made as they are reached, `limits.ahead_bytes` ahead of the consumer; who drops each tensor
+        before asking for the next needs no more than that, however large the model. Who asks for none stops the load.
     Closing the generator early cancels what is still on its way. Otherwise as `load_model`.
     """
     placement = _placement(device, device_map, rank, world, rules)
     shards = open_shards(find_shards(where))
     try:
         transfers = _ordered(plan_transfers([s.header for s in shards], placement), order)
-        yield from _landing(shards, transfers, limits or Limits())
+        yield from stream_transfers(shards, transfers, limits or Limits())
     finally:
         close_shards(shards)
-
-
-def _landing(
-    shards: Sequence[Shard], transfers: Sequence[Transfer], limits: Limits
-) -> Iterator[tuple[str, torch.Tensor]]:
-    made = make_all(transfers)
-    landed: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-
-    async def work() -> None:
-        try:
-            await move_all(shards, transfers, made, limits, landed.put)
-        finally:
-            landed.put(None)
-
-    inside = Inside(work)
-    try:
-        here = {i for i, t in enumerate(transfers) if not t.nbytes}
-        for index, transfer in enumerate(transfers):
-            while index not in here:
-                got = landed.get()
-                if got is None:
-                    inside.join()  # raises what ended it
-                    return
-                here.add(got)
-            yield transfer.name, made[index]
-        inside.join()
-    finally:
-        inside.cancel()
 
 
 def _load(paths: Sequence[Where], placement: Placement, limits: Limits) -> dict[str, torch.Tensor]:
@@ -118,49 +87,6 @@ def _load(paths: Sequence[Where], placement: Placement, limits: Limits) -> dict[
         return {t.name: tensor for t, tensor in zip(transfers, made, strict=True)}
     finally:
         close_shards(shards)
-
-
-async def move_all(
-    shards: Sequence[Shard],
-    transfers: Sequence[Transfer],
-    made: Sequence[torch.Tensor],
-    limits: Limits,
-    on_landed: Callable[[int], None] | None = None,
-    open_one: Callable[[str], Device] = open_device,
-) -> None:
-    """Fill every tensor of `made` (by `make_all`) from its transfer, all devices at once."""
-    addresses = [tensor.data_ptr() for tensor in made]
-
-    def runs_of(piece: Piece) -> list[tuple[int, int]]:
-        return [(addresses[piece.transfer] + piece.offset, piece.nbytes)]
-
-    with closing(open_source(shards)) as source:
-        async with trio.open_nursery() as nursery:
-            for name in dict.fromkeys(t.device for t in transfers):
-                batches = plan_batches(transfers, buffer_bytes=limits.buffer_bytes, device=name)
-                nursery.start_soon(_move_to, open_one(name), batches, source, runs_of, limits, on_landed)
-
-
-async def _move_to(
-    device: Device,
-    batches: Sequence[Batch],
-    source: Source,
-    runs_of: RunsOf,
-    limits: Limits,
-    on_landed: Callable[[int], None] | None,
-) -> None:
-    try:
-        await move_batches(batches, source=source, device=device, runs_of=runs_of, limits=limits, on_landed=on_landed)
-    finally:
-        device.close()
-
-
-def make_all(transfers: Sequence[Transfer]) -> list[torch.Tensor]:
-    """Memory for every transfer, free of the caller's earlier kernels. Call it in their thread, as streams are."""
-    made = [tensors.empty(t.dtype, t.shape, t.name, t.device) for t in transfers]
-    for device in dict.fromkeys(t.device for t in transfers):
-        tensors.settle(device)
-    return made
 
 
 def _placement(

@@ -10,7 +10,7 @@ import torch
 
 from gpuload.device import canonical_name, open_device
 from gpuload.door import run_inside
-from gpuload.load import make_all, move_all
+from gpuload.moving import make_all, move_all
 from gpuload.pipeline import Limits, move_one_by_one
 from gpuload.plan import Piece, Transfer, cut_axis, plan_batches
 from gpuload.shards import close_shards, open_shards

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -48,6 +48,8 @@ class Limits:
     buffers_count: int = 6
     readers_count: int = max(2, min(8, os.cpu_count() or 2))
     """Threads that fill buffers; 8 saturate the memory of the machines we know of."""
+    ahead_bytes: int = 256 << 20
+    """Tensors a stream makes ahead of its consumer: more than all buffers hold, so that the pipeline never runs dry."""
     step_timeout_s: float = 120.0
     """Longest wait for one buffer's copies; beyond it the device hangs."""
 
@@ -61,6 +63,7 @@ async def move_batches(
     limits: Limits,
     check: Check | None = None,
     on_landed: Callable[[int], None] | None = None,
+    admit: Callable[[Batch], Awaitable[None]] | None = None,
     lent: Ring | None = None,
 ) -> None:
     """Move every batch; return when every byte is in its place.
@@ -68,6 +71,7 @@ async def move_batches(
     lent: a ring to use, whose buffers hold the largest batch; all its buffers are back in it afterwards, whatever
         happens. None: one is made for this call.
     runs_of: called on the trio thread where a copy is queued, in a reader's thread for direct reads.
+    admit: awaited before each batch, in order: it may be read, and has a place to go to.
     on_landed: told, on the trio thread, the index of each transfer as its last byte is in place, in no fixed order.
     Raises: what source, device or check raise. Cancellation: safe; the destination's bytes are undefined.
     """
@@ -88,6 +92,8 @@ async def move_batches(
     async def feed() -> None:
         async with feed_in:
             for batch in batches:
+                if admit is not None:
+                    await admit(batch)
                 await feed_in.send(batch)
 
     async def read(own: trio.MemorySendChannel[tuple[Event, Batch, Loan | None]]) -> None:

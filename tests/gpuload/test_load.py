@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import struct
 import threading
+import weakref
 from pathlib import Path
+from random import Random
 
 import pytest
 import safetensors
@@ -15,9 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file as reference_load_file
 
 import gpuload
+from gpuload import tensors
 from gpuload.door import run_inside
+from gpuload.pipeline import Limits
 from gpuload.tensors import TORCH_DTYPES
-from gpuload.testing import assert_same, random_tensors, write
+from gpuload.testing import assert_same, bits, random_tensors, write
 from mfs.errors import IntegrityError, NotFoundError, UsageError
 from mfs.safetensors import DTYPE_BITS
 
@@ -103,6 +107,56 @@ def test_stream_keeps_the_order_and_ends_early(model: Path) -> None:
     next(some)
     some.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("gpuload")]
+
+
+def test_a_stream_needs_only_a_window_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever drops each tensor holds at most the window and what shares a batch with the next, not the model."""
+    made = random_tensors(1, {f"t{i}": (1000 + i,) for i in range(200)}, "U8")
+    path = write(tmp_path / "x.safetensors", made)
+    alive, most = 0, 0
+
+    def gone(nbytes: int) -> None:
+        nonlocal alive
+        alive -= nbytes
+
+    def empty(*args: object) -> torch.Tensor:
+        nonlocal alive, most
+        tensor = real_empty(*args)  # type: ignore[arg-type]
+        alive += tensor.nbytes
+        most = max(most, alive)
+        weakref.finalize(tensor, gone, tensor.nbytes)
+        return tensor
+
+    real_empty = tensors.empty
+    monkeypatch.setattr(tensors, "empty", empty)
+    limits = Limits(buffer_bytes=5000, buffers_count=2, readers_count=2, ahead_bytes=20_000)
+    for name, tensor in gpuload.stream(path, limits=limits):
+        assert bits(tensor) == bits(made[name])
+        del tensor
+    assert alive == 0
+    assert most <= 20_000 + 5000 + 1200
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=14),
+    order=st.randoms(use_true_random=False),
+    second=st.sets(st.integers(0, 13)),
+    ahead_bytes=st.sampled_from([0, 1000, 1 << 20]),
+)
+def test_a_stream_in_any_order_over_any_devices_arrives(
+    sizes: list[int], order: Random, second: set[int], ahead_bytes: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No order, no spread over devices and no window makes a tensor wait for one that comes after it."""
+    made = random_tensors(4, {f"t{i}": (n,) for i, n in enumerate(sizes)}, "U8")
+    path = write(tmp_path_factory.getbasetemp() / "order.safetensors", made)
+    names = list(made)
+    order.shuffle(names)
+    device_map = {name: "cpu:1" for i, name in enumerate(made) if i in second}
+    limits = Limits(buffer_bytes=4096, buffers_count=2, readers_count=2, ahead_bytes=ahead_bytes)
+    got = list(gpuload.stream(path, device_map=device_map, order=names, limits=limits))
+    assert [name for name, _ in got] == names
+    assert_same(dict(got), made)
 
 
 KEYS = st.one_of(
