@@ -40,6 +40,8 @@ def show_report(reply: dict[str, Any], as_json: bool) -> None:
         f"  kept in place {size(report['bytes_kept'])}, moved inside the device {size(report['bytes_moved_inside'])},"
         f" copied {size(report['bytes_copied'])}",
     ]
+    if report["bytes_hashed"]:
+        lines.append(f"  read and hashed, since nothing was known of them: {size(report['bytes_hashed'])}")
     if report["evicted"]:
         lines.append(f"  evicted: {', '.join(report['evicted'])}")
     show_json_or(reply, as_json, "\n".join(lines))

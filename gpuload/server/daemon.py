@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -260,7 +261,9 @@ def _listening(config: ServerConfig):  # type: ignore[no-untyped-def]
 
 
 def run(config: ServerConfig, open_one: Callable[[str], Device], on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGTERM or SIGINT, then leave nothing behind."""
+    """Serve until SIGTERM or SIGINT, then leave nothing behind. The process is the server's own from here on."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a 16 GB model on CUDA is handed out as 2000 descriptors
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:

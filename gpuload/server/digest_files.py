@@ -22,6 +22,7 @@ import os
 import stat
 import struct
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,6 +39,9 @@ BYTES_MAX = 256 << 20
 
 FILE_BYTES_MAX = 64 << 20
 """Longest file that is read: a million pieces."""
+
+USED_S = 3600.0
+"""A use is noted once in so long: finer than the day that matters for what to drop, and no write for each read."""
 
 _MAGIC = b"gpldig1\n"
 _COUNTS = struct.Struct("<II")
@@ -61,10 +65,12 @@ class DigestFiles:
             return {}
         path = self._path(key)
         try:
-            if path.stat().st_size > FILE_BYTES_MAX:
+            status = path.stat()
+            if status.st_size > FILE_BYTES_MAX:
                 return {}
             raw = path.read_bytes()
-            os.utime(path)
+            if time.time() - status.st_mtime > USED_S:
+                os.utime(path)
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -75,6 +81,14 @@ class DigestFiles:
             log.warning("digests in %s are damaged: not used", path)
             self.remove(key)
         return found or {}
+
+    def which(self, key: bytes) -> object:
+        """Which file stands there now: another one each time it is replaced; None if there is none."""
+        try:
+            found = os.stat(self._path(key))
+        except OSError:
+            return None
+        return (found.st_ino, found.st_mtime_ns, found.st_size) if self._is_usable else None
 
     def write(self, key: bytes, known: Mapping[Geometry, Digest]) -> None:
         """Replace what is known under `key`."""

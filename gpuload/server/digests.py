@@ -59,7 +59,8 @@ class DigestCache:
         self._disk = files
         self._entries_max = entries_max
         self._settled_ns = int(settled_s * 1e9)
-        self._files: OrderedDict[bytes, Mapping[Geometry, Digest]] = OrderedDict()
+        self._files: OrderedDict[bytes, tuple[Mapping[Geometry, Digest], object]] = OrderedDict()
+        """Key -> what is known, and which file on disk it was read from or written to."""
         self._lock = threading.Lock()
         self.entries_count = 0
 
@@ -67,14 +68,16 @@ class DigestCache:
         """What is known of this version."""
         if version.key is None:
             return {}
+        on_disk = self._disk.which(version.key) if self._disk is not None else None
         with self._lock:
+            known, seen = self._files.get(version.key, ({}, None))
             if version.key in self._files:
                 self._files.move_to_end(version.key)
-                return self._files[version.key]
-        found = self._disk.read(version.key) if self._disk is not None else {}
-        if found:
-            self._keep(version.key, found)
-        return found
+        if self._disk is None or on_disk in (None, seen):
+            return known
+        merged = {**known, **self._disk.read(version.key)}  # another process knows more by now
+        self._keep(version.key, merged, on_disk)
+        return merged
 
     def add(self, version: Version, fd: int, read_at_ns: int, found: Sequence[tuple[Geometry, Digest]]) -> bool:
         """Remember digests of bytes of `fd` that were read after `read_at_ns` (`now_ns`), if that may be done;
@@ -86,25 +89,25 @@ class DigestCache:
             return False
         before = self.find(version)
         known = {**before, **dict(found)}
-        self._keep(version.key, known)
         if self._disk is not None and known != before:
             self._disk.write(version.key, known)
+        self._keep(version.key, known, self._disk.which(version.key) if self._disk is not None else None)
         return True
 
     def forget(self, version: Version) -> None:
         if version.key is None:
             return
         with self._lock:
-            self.entries_count -= len(self._files.pop(version.key, {}))
+            self.entries_count -= len(self._files.pop(version.key, ({}, None))[0])
         if self._disk is not None:
             self._disk.remove(version.key)
 
-    def _keep(self, key: bytes, known: Mapping[Geometry, Digest]) -> None:
+    def _keep(self, key: bytes, known: Mapping[Geometry, Digest], on_disk: object) -> None:
         with self._lock:
-            self.entries_count += len(known) - len(self._files.pop(key, {}))
-            self._files[key] = known
+            self.entries_count += len(known) - len(self._files.pop(key, ({}, None))[0])
+            self._files[key] = (known, on_disk)
             while self.entries_count > self._entries_max:
-                _, dropped = self._files.popitem(last=False)
+                _, (dropped, _) = self._files.popitem(last=False)
                 self.entries_count -= len(dropped)
 
 

@@ -77,6 +77,7 @@ def is_open_for_writing(fd: int) -> bool:
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # of a writer who comes just now; SIGIO would end this process
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        fcntl.fcntl(fd, fcntl.F_SETSIG, 0)
     except OSError as error:
         return error.errno == errno.EAGAIN
     return False

@@ -24,8 +24,8 @@ REQUEST_BYTES_MAX = 4 << 20
 REPLY_BYTES_MAX = 128 << 20
 """A table of 90,000 tensors is 12 MB."""
 
-FDS_MAX = 16384
-"""A 128 GiB model in granules of 8 MiB."""
+FDS_MAX = 65536
+"""A model of 512 GiB over several cards, in granules of 8 MiB."""
 
 FDS_PER_MESSAGE = 200
 """The kernel passes 253 at most (SCM_MAX_FD, include/net/scm.h)."""
@@ -174,7 +174,10 @@ def receive_blocking(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
             got = take_rights(ancillary)
             fds += got
             if not got:
-                raise AwayError(f"the server announced {count} descriptors and sent {len(fds)}")
+                raise AwayError(
+                    f"the server announced {count} descriptors, {len(fds)} arrived: this process may open no more of"
+                    " them, perhaps (ulimit -n)"
+                )
     except BaseException:
         close_all(fds)
         raise

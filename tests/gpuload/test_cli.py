@@ -79,6 +79,22 @@ def test_a_life_of_a_model(socket_path: Path, tmp_path: Path) -> None:
     assert "there are: none" in gpuload("unload", "first", socket_path=socket_path, status=1)
 
 
+def test_a_server_may_open_as_many_files_as_it_is_let(tmp_path: Path) -> None:
+    """A model on CUDA is handed out as thousands of descriptors; a shell's usual soft limit is 1024."""
+    serve = [sys.executable, "-m", "gpuload", "serve", "--socket", str(tmp_path / "s.sock"), "--arena", "cpu=2MiB"]
+    limited = ["bash", "-c", 'ulimit -S -n 200; ulimit -H -n; exec "$@"', "x", *serve, "--digests", str(tmp_path / "d")]
+    with subprocess.Popen(limited, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stderr is not None
+            hard = server.stdout.readline().strip()
+            assert "serving" in server.stderr.readline()
+            limits = Path(f"/proc/{server.pid}/limits").read_text()
+            assert next(line for line in limits.splitlines() if "open files" in line).split()[3:5] == [hard, hard]
+        finally:
+            server.send_signal(signal.SIGINT)
+
+
 def test_a_model_on_two_devices(tmp_path: Path) -> None:
     """Loaded by --device-map, swapped where it stands, planned, shown and unloaded as one."""
     path = tmp_path / "s.sock"

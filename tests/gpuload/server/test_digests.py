@@ -91,6 +91,16 @@ def test_digests_outlive_their_process(tmp_path: Path, fd: int) -> None:
     assert DigestCache(DigestFiles(tmp_path / "d")).find(version(1)) == {}, "forgotten on disk too"
 
 
+def test_what_another_process_finds_out_meanwhile_is_seen_and_kept(tmp_path: Path, fd: int) -> None:
+    ours, theirs = (DigestCache(DigestFiles(tmp_path / "d"), settled_s=0) for _ in range(2))
+    ours.add(version(1), fd, now_ns(), [(ROW, DIGEST)])
+    theirs.add(version(1), fd, now_ns(), [((7, 1, 1, 1), DIGEST)])
+    assert ours.find(version(1)) == {ROW: DIGEST, (7, 1, 1, 1): DIGEST}
+    theirs.add(version(1), fd, now_ns(), [((8, 1, 1, 1), DIGEST)])
+    ours.add(version(1), fd, now_ns(), [((9, 1, 1, 1), DIGEST)])
+    assert len(DigestCache(DigestFiles(tmp_path / "d")).find(version(1))) == 4
+
+
 def test_files_and_folder_are_for_us_alone(tmp_path: Path) -> None:
     files = DigestFiles(tmp_path / "d")
     files.write(b"k", {ROW: DIGEST})
