@@ -289,3 +289,22 @@ class TestCheckPaths:
         place = Path("/proc/mfs-cache") if os.geteuid() == 0 else Path("/root-only/cache")
         with pytest.raises(ConfigError, match="cannot be written"):
             check_paths(self.config(tmp_path, cache_dir=place))
+
+
+class TestMaterialize:
+    def test_a_pattern_or_a_list_of_them(self, tmp_path: Path) -> None:
+        for text, expected in (('"llama"', ("llama",)), ('["a/*", "**"]', ("a/*", "**")), ("[]", ())):
+            file = tmp_path / "mfs.toml"
+            file.write_text(f'[mount]\nmountpoint = "/m"\nmaterialize = {text}\n[sources.x]\nurl = "/x"\n')
+            found = config_file.load(file, mount={}, source={})
+            assert found.materialize == expected
+            assert MountConfig.from_json(found.to_json()) == found
+            (tmp_path / "again.toml").write_text(config_file.dump(found.masked()))
+            assert config_file.load(tmp_path / "again.toml", mount={}, source={}) == found
+
+    @pytest.mark.parametrize("text", ["5", "[5]", '""', '"/"', '["a", "../b"]', "true"])
+    def test_what_is_no_pattern_is_said(self, tmp_path: Path, text: str) -> None:
+        file = tmp_path / "mfs.toml"
+        file.write_text(f'[mount]\nmountpoint = "/m"\nmaterialize = {text}\n[sources.x]\nurl = "/x"\n')
+        with pytest.raises(ConfigError, match="materialize"):
+            config_file.load(file, mount={}, source={})

@@ -15,6 +15,7 @@ from mfs.errors import NotFoundError, StoreError
 from mfs.listing import Drafts
 from mfs.namespace import Changes, Directory, Namespace, Node
 from mfs.refresh import Next, Refresher
+from mfs.tree_record import Record
 from mfs.types import Entry, EntryKind
 
 FILE, DIRECTORY, SYMLINK = EntryKind
@@ -227,6 +228,9 @@ async def follow(is_flat: bool, orders: list[tuple[str, str, str]]) -> None:
                             p.rpartition("/")[2] for p in after if p.rpartition("/")[0] == place
                         }
         seen.check()
+        listings = [d.listing for d in tree._directories.values() if d.listing is not None]
+        assert tree.files_count == sum(map(len, listings))
+        assert tree.listed_bytes == sum(listing.total_bytes for listing in listings)
         for inode, node in (await all_nodes(tree)).items():
             assert clock.setdefault(inode, (node.kind, node.path, node.object)) == (node.kind, node.path, node.object)
 
@@ -466,6 +470,166 @@ async def test_a_directory_that_goes_while_it_is_listed_stays_empty() -> None:
         gate.set()
     assert directory.removed
     assert not len(await tree.listing(directory))
+
+
+# -- publication
+
+
+async def test_a_model_changes_in_one_turn() -> None:
+    """Nobody who looks at every checkpoint sees one directory of a model new and another old."""
+    origin = Origin()
+    for path in ("m/config", "m/1/w", "m/2/w", "other/x"):
+        origin.put(path)
+    tree = make(origin)
+    await follow_all(tree)
+    for path in ("m/config", "m/1/w", "m/2/w", "m/3/w"):
+        origin.put(path, "v2")
+    seen = set[frozenset[str]]()
+
+    async def watch() -> None:
+        while True:
+            nodes = (await walk_visible(tree, tree.root)).values()
+            seen.add(frozenset(n.object.version for n in nodes if n.object and n.path.startswith("m/")))
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await tree.refresh()
+        await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert seen == {frozenset({"v1"}), frozenset({"v2"})}
+
+
+async def follow_all(tree: Tree) -> None:
+    """Look into everything."""
+    async for _ in tree.walk(await tree.resolve(""), ""):
+        pass
+
+
+async def test_what_cannot_be_prepared_keeps_its_tree_and_others_go_on() -> None:
+    origin = Origin()
+    for path in ("m/config", "m/1/w", "other/x"):
+        origin.put(path)
+    tree = make(origin)
+    await follow_all(tree)
+    before = await walk_visible(tree, tree.root)
+    origin.put("m/config", "v2")
+    origin.put("m/2/w")
+    origin.put("new/1/w")
+    origin.put("other/x", "v2")
+    tree.unprepared = {"m/2"}
+    changes = await tree.refresh()
+    after = await walk_visible(tree, tree.root)
+    assert {p: n for p, n in after.items() if p.startswith("m")} == {p: n for p, n in before.items() if p[0] == "m"}
+    assert set(after) - set(before) == {"new", "new/1", "new/1/w"}
+    assert after["other/x"].inode != before["other/x"].inode
+    assert changes.errors == ["m is not published: m/2: not to be had"]
+    assert {"m", "m/2", "new", "new/1", "other"} == set(tree.prepared)
+    tree.unprepared = set()
+    assert (await tree.refresh()).errors == []
+    assert {"m/2/w", "m/config"} <= set(await walk_visible(tree, tree.root))
+
+
+async def test_what_is_new_is_listed_before_it_shows() -> None:
+    origin = Origin()
+    origin.put("m/1/w")
+    tree = make(origin)
+    await follow_all(tree)
+    origin.put("m/2/deep/er/w")
+    origin.put("n/1/w")
+    await tree.refresh()
+    assert {"m/2/deep/er/w", "n/1/w"} <= set(await walk_visible(tree, tree.root))
+
+
+async def test_a_new_directory_that_cannot_be_listed_does_not_show() -> None:
+    origin = Origin()
+    origin.put("m/1/w")
+    tree = make(origin)
+    await follow_all(tree)
+    for path in ("m/2/w", "n/1/w", "o/1/w"):
+        origin.put(path)
+    origin.failing = {"m/2", "n/1"}
+    changes = await tree.refresh()
+    assert sorted(changes.errors) == ["m/2: asked to fail", "n/1: asked to fail"]
+    assert set(await walk_visible(tree, tree.root)) == {"m", "m/1", "m/1/w", "o", "o/1", "o/1/w"}
+
+
+async def test_what_nobody_looked_into_is_not_listed_by_a_refresh() -> None:
+    origin = Origin()
+    for number in range(10):
+        origin.put(f"m{number}/1/w")
+    tree = make(origin)
+    await tree.resolve("m3/1/w")
+    origin.listed.clear()
+    await tree.refresh()
+    assert sorted(origin.listed) == ["", "m3", "m3/1"]
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+async def test_a_source_that_is_one_model_changes_as_one(is_flat: bool) -> None:
+    """Its root holds a model's files, so that its directories are parts of it."""
+    origin = Origin(is_flat=is_flat)
+    for path in ("model_index.json", "unet/w", "vae/w"):
+        origin.put(path)
+    tree = make(origin)
+    await follow_all(tree)
+    for path in ("model_index.json", "unet/w", "vae/w"):
+        origin.put(path, "v2")
+    tree.unprepared = {"vae"}
+    assert (await tree.refresh()).errors == ["vae: not to be had"]
+    found = (await walk_visible(tree, tree.root)).values()
+    assert {node.object.version for node in found if node.object} == {"v1"}
+    tree.unprepared = set()
+    await tree.refresh()
+    found = (await walk_visible(tree, tree.root)).values()
+    assert {node.object.version for node in found if node.object} == {"v2"}
+
+
+# -- times
+
+
+def record_of(directory: Directory) -> Record:
+    assert directory.listing is not None
+    return Record(directory.mtime_ns, directory.listing.fingerprint(), directory.listing.mtimes.tobytes())
+
+
+async def test_times_come_back_with_the_same_content_and_move_on_with_another() -> None:
+    origin = Origin()
+    origin.put("m/w")
+    tree = make(origin)
+    await follow_all(tree)
+    origin.put("m/w", "v2")
+    await tree.refresh()
+    places = [(0, ""), (0, "m")]
+    records = {place: record_of(found) for place in places if (found := tree.directory_at(*place)) is not None}
+    before = await walk_visible(tree, tree.root)
+    assert before["m/w"].mtime_ns == before["m"].mtime_ns > 5  # the origin's date, 5, is its old version's too
+
+    again = make(origin)
+    again.adopt_records(records, max(record.mtime_ns for record in records.values()))
+    assert (await again.resolve("m")).mtime_ns == before["m"].mtime_ns
+    await follow_all(again)
+    after = await walk_visible(again, again.root)
+    assert {p: n.mtime_ns for p, n in after.items()} == {p: n.mtime_ns for p, n in before.items()}
+
+    origin.remove("m/w")
+    third = make(origin)
+    third.adopt_records(records, max(record.mtime_ns for record in records.values()))
+    await follow_all(third)
+    assert (await third.resolve("m")).mtime_ns > before["m"].mtime_ns
+
+
+async def test_a_change_is_later_than_any_date_of_the_tree() -> None:
+    """Dates from the future included: whoever remembers the latest time sees the change."""
+    origin = Origin()
+    origin.put("m/1/w")
+    origin.entries["m/1/w"] = origin.entries["m/1/w"]._replace(mtime_ns=4 * 10**18)  # 2096
+    origin.put("m/2/w")
+    tree = make(origin)
+    await follow_all(tree)
+    origin.remove("m/2")
+    await tree.refresh()
+    assert (await tree.resolve("m")).mtime_ns > 4 * 10**18
 
 
 # -- hostile sources

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,36 @@ def test_victims_are_the_coldest_unpinned_chunks(
     assert list(tables.victims(0)) == []
 
 
+def test_what_is_kept_for_who_has_it_open_is_no_victim_until_then(tables: ResidencyTables, tmp_path: Path) -> None:
+    """The mark is a time: nobody needs to take it away, and another process sees it."""
+    kept, other = (ObjectId("s", name, CHUNK_BYTES, "v") for name in ("kept", "other"))
+    now = int(time.time())
+    tables.keep(kept, now + 100)
+    for obj in (kept, other):
+        tables.set_mask(obj, 0, 2**32 - 1)
+    tables.keep(kept, now - 100)  # a longer mark stands
+    for seen in (tables, ResidencyTables(tmp_path, writable=True)):
+        assert [cache_id for cache_id, *_ in seen.victims(10**12)] == [other.cache_id]
+        assert (seen.protected(kept.cache_id), seen.protected(other.cache_id)) == (True, False)
+    tables.keep(other, now - 1)
+    assert [cache_id for cache_id, *_ in tables.victims(10**12)] == [other.cache_id]
+
+
+def test_small_files_are_victims_last_unless_they_are_many(tables: ResidencyTables) -> None:
+    small = [ObjectId("s", f"small-{n}", 1000, "v") for n in range(3)]
+    large = ObjectId("s", "large", CHUNK_BYTES, "v")
+    for obj in [*small, large]:
+        tables.set_mask(obj, 0, full_mask(obj.size))
+    found = [cache_id for cache_id, *_ in tables.victims(10**12)]
+    assert found[0] == large.cache_id
+    assert len(found) == 4
+    many = [ObjectId("s", f"many-{n}", 1 << 20, "v") for n in range(20)]
+    for obj in many:
+        tables.set_mask(obj, 0, full_mask(obj.size))
+    tables.touch(large.cache_id, [0])
+    assert next(tables.victims(1))[0] == small[0].cache_id
+
+
 def test_a_pin_outlives_its_bytes_and_an_unpin_needs_none(tmp_path: Path, tables: ResidencyTables) -> None:
     obj = make_object()
     tables.set_pinned(obj, False)
@@ -181,6 +212,7 @@ def test_tables_grow_under_a_reader_that_mapped_them_small(tmp_path: Path, table
 
 _GROWER = """
 import sys
+import time
 from pathlib import Path
 from mfs.cache.residency import ResidencyTables
 from tests.cache.chunkfiles import make_object

@@ -1,0 +1,62 @@
+"""The record of what directories showed: what is written comes back, what is damaged is thrown away."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import pytest
+
+from mfs.tree_record import Record, TreeRecord
+
+TIMES = array("Q", [7, 9]).tobytes()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    (tmp_path / "v1").mkdir()
+    return tmp_path
+
+
+def test_rows_come_back_by_source_and_path(cache: Path) -> None:
+    record = TreeRecord(cache)
+    assert record.load(["s3://a", "s3://b"]) == ({}, 0)
+    rows = [("s3://a", "", 5, b"f", TIMES), ("s3://a", "m/\u00e4", 6, b"g", b""), ("s3://c", "m", 99, b"h", b"")]
+    assert record.save(rows)
+    found, latest_ns = TreeRecord(cache).load(["s3://b", "s3://a"])
+    assert found == {(1, ""): Record(5, b"f", TIMES), (1, "m/\u00e4"): Record(6, b"g", b"")}
+    assert latest_ns == 9
+
+
+def test_what_another_mount_wrote_first_of_the_same_content_holds(cache: Path) -> None:
+    """Two mounts of one source see a change at different times: each must find its own or an earlier one again."""
+    record = TreeRecord(cache)
+    record.save([("a", "m", 5, b"old", b"")])
+    record.save([("a", "m", 10, b"new", b"")])
+    record.save([("a", "m", 11, b"new", b"")])
+    assert record.load(["a"])[0] == {(0, "m"): Record(10, b"new", b"")}
+
+
+def test_a_damaged_file_is_thrown_away_and_said(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = TreeRecord(cache)
+    (cache / "v1" / "tree.sqlite").write_bytes(b"this is no database at all" * 100)
+    assert record.load(["a"]) == ({}, 0)
+    assert "tree.sqlite" in caplog.text
+    assert record.save([("a", "m", 5, b"f", b"")])
+    assert len(record.load(["a"])[0]) == 1
+
+
+def test_a_row_that_makes_no_sense_costs_the_record_not_the_mount(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = TreeRecord(cache)
+    record.save([("a", "m", 5, b"f", b"123")])
+    assert record.load(["a"]) == ({}, 0)
+    assert "tree.sqlite" in caplog.text
+
+
+def test_a_cache_directory_that_is_gone_is_said(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = TreeRecord(cache / "gone")
+    assert not record.save([("a", "m", 5, b"f", b"")])
+    assert record.load(["a"]) == ({}, 0)
+    assert "tree.sqlite" in caplog.text
