@@ -29,6 +29,10 @@ from mfs.types import ByteRange
 ERROR_BODY_BYTES = 4096
 """At most this much of an error's body is read: enough for S3's XML."""
 
+WHOLE_BYTES_MAX = 8 << 20
+"""A server that answers a range with the whole object is forgiven up to this size (Hubs do so for small files); the
+rest is thrown away. Beyond it, each range would cost the object."""
+
 ERROR_BODY_S = 2.0
 """Longest wait for an error's body: docker-registry announces the whole blob with a 416 and sends 33 bytes."""
 
@@ -124,8 +128,8 @@ class Transport:
         """Fill `out` with bytes [span.start, span.stop) of an object of `size` bytes.
 
         name: what error messages call the object where its URL would say little (a signed address, say).
-        Returns the 206 (or 200, where the span is the whole object) after `out` was filled; any other status comes
-        back with the start of its body, `out` untouched, for the caller to make sense of.
+        Returns the 206 (or 200, where the answer is the whole object and that is small) after `out` was filled; any
+        other status comes back with the start of its body, `out` untouched, for the caller to make sense of.
         Raises: IntegrityError for an answer with other bytes than asked for; ChangedError if the object has another
             size; StoreError if the server does not do ranges; TransientStoreError on reset, timeout, early end.
         Source: RFC 9110 §14.2 Range, §15.3.7 206.
@@ -146,7 +150,11 @@ class Transport:
             if response.status not in (200, 206):
                 return self._finish_error(connection, response, deadline_s)
             _check_range_answer(response, span, size, target)
-            filled = _fill(connection, response, out)
+            if response.status == 200 and len(span) != size:
+                _cut(response, span, out, size, target)
+                filled = len(out)
+            else:
+                filled = _fill(connection, response, out)
             if filled < len(out):
                 raise TransientStoreError(
                     f"{target.shown}: the body of bytes {span.start}-{span.stop - 1} ended after {filled} bytes"
@@ -286,7 +294,7 @@ def _check_range_answer(response: http.client.HTTPResponse, span: ByteRange, siz
         raise IntegrityError(f"{target.shown}: asked for {asked} as they are, got them in {encoding!r} encoding")
     length = response.length
     if response.status == 200:
-        if len(span) != size:
+        if len(span) != size and size > WHOLE_BYTES_MAX:
             raise StoreError(f"{target.shown}: no range support: asked for {asked}, got status 200 with all of it")
         if length is not None and length != size:
             raise ChangedError(f"{target.shown}: expected {size} bytes, the object now has {length}")
@@ -302,6 +310,18 @@ def _check_range_answer(response: http.client.HTTPResponse, span: ByteRange, siz
         raise IntegrityError(f"{target.shown}: asked for {asked}, got Content-Range {content_range!r}")
     if length is not None and length != len(span):
         raise IntegrityError(f"{target.shown}: asked for {asked}, got a body of {length} bytes")
+
+
+def _cut(response: http.client.HTTPResponse, span: ByteRange, out: memoryview, size: int, target: Target) -> None:
+    """Read the whole object, small as it is, and keep the span."""
+    body = response.read(size + 1)
+    if len(body) > size:
+        raise ChangedError(f"{target.shown}: expected {size} bytes, the object now has more")
+    if len(body) < size:
+        raise TransientStoreError(f"{target.shown}: the body of {size} bytes ended after {len(body)} bytes")
+    if response.length == 0:
+        response.close()
+    out[:] = body[span.start : span.stop]
 
 
 def _fill(connection: Connection, response: http.client.HTTPResponse, out: memoryview) -> int:

@@ -21,6 +21,7 @@ from mfs.errors import (
     StoreError,
     TransientStoreError,
 )
+from mfs.fetch import transport as transport_module
 from mfs.fetch.connections import IDLE_S
 from mfs.fetch.environment import proxy_for
 from mfs.fetch.transport import ERROR_BODY_BYTES, Transport, parse_target
@@ -74,7 +75,6 @@ def lying(liar: LiarServer) -> LiarServer:
         (Lie.SHORT_RANGE, IntegrityError, "bytes 100-599/"),
         (Lie.OTHER_TOTAL, ChangedError, "expected 1048576 bytes, the object now has 1048577"),
         (Lie.NO_CONTENT_RANGE, IntegrityError, "Content-Range ''"),
-        (Lie.IGNORES_RANGE, StoreError, "no range support"),
         (Lie.GROWN, ChangedError, "the object now has 2097152"),
         (Lie.HANG_UP, TransientStoreError, "RemoteDisconnected"),
         (Lie.NOT_HTTP, TransientStoreError, "BadStatusLine"),
@@ -92,6 +92,19 @@ def test_lies_are_errors_that_say_what_was_expected(
     assert "w.bin" in str(caught.value)
     lying.tell_truth()
     assert get(transport, lying.url + "w.bin", 100, 1100) == ramp(1000, 100)
+
+
+def test_a_range_answered_with_a_small_object_is_cut_out_of_it_and_of_a_large_one_is_an_error(
+    lying: LiarServer, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lying.lie(Lie.IGNORES_RANGE)
+    for start, stop in [(0, 1), (100, 1100), (SIZE - 7, SIZE), (1, SIZE), (0, SIZE)]:
+        assert get(transport, lying.url + "w.bin", start, stop) == ramp(SIZE)[start:stop]
+    with pytest.raises(ChangedError, match="now has 1048576"):
+        get(transport, lying.url + "w.bin", 100, 1100, size=SIZE - 1)
+    monkeypatch.setattr(transport_module, "WHOLE_BYTES_MAX", SIZE - 1)
+    with pytest.raises(StoreError, match="no range support"):
+        get(transport, lying.url + "w.bin", 100, 1100)
 
 
 @pytest.mark.parametrize("lie", [Lie.SILENCE, Lie.DRIP])

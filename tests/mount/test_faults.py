@@ -205,6 +205,17 @@ class TestLies:
         assert mount.wait_for(lambda: mount.call(touching.read_failure, path, 5 * MIB) == "")
         assert mount.call(touching.read, path) == FILES["m/w.bin"]
 
+    def test_a_small_file_is_read_from_a_server_that_answers_ranges_with_all_of_it(
+        self, liar: LiarServer, mounted: Mounted
+    ) -> None:
+        publish(liar, {"small.bin": FILES["m/w.bin"][:3_000_001]})
+        mount = mounted(liar.url)
+        liar.lie(Lie.IGNORES_RANGE, pattern="/small.bin")
+        path = str(mount.path / "small.bin")
+        assert mount.call(touching.pread_direct, path, 4096, 2 * MIB) == FILES["m/w.bin"][2 * MIB :][:4096]
+        assert mount.call(touching.read, path) == FILES["m/w.bin"][:3_000_001]
+        assert liar.lies_told() >= 2
+
     def test_a_503_that_passes_is_not_noticed(self, liar: LiarServer, mounted: Mounted) -> None:
         (liar.files / "w.bin").write_bytes(FILES["m/w.bin"])
         mount = mounted(liar.url)
