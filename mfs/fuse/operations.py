@@ -50,6 +50,8 @@ _RETRY_S, _RETRY_BYTES_MAX, _RETRIES_MAX = 0.25, 1 << 16, 16
 more bytes than that, and so many failed reads are remembered per handle. It gets the same answer, or a reader would
 wait for a dead origin twice."""
 _WAITED_S_MIN = 1.0  # a failure that came quicker is worth asking about again
+_ENTRIES_MAX = 256
+"""Of one answer to readdir, about 2 ms: the kernel has room for thousands (10,000 took up to 148 ms) and asks again."""
 _STORE_TIMEOUT_S = 2.0
 _STORES_MAX = 4  # headers of one model on their way into the page cache, each in a thread
 
@@ -215,6 +217,8 @@ class Operations(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         opened = self._open_directories[fh]
         for index, name, node in self._namespace.nodes(opened.directory, opened.listing, start_id):
+            if index == start_id + _ENTRIES_MAX:
+                return
             if not pyfuse3.readdir_reply(token, name, self._attributes(node), index + 1):
                 return
             self._namespace.remember(node.inode)
