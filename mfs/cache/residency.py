@@ -12,6 +12,9 @@ rows are written in place by any process. Structure:
                                not evicted before this time in seconds since the epoch]
     chunks   uint32 (rows, 2)  [blocks present, last use in seconds since the epoch]; an object's rows are consecutive
 
+Pins must outlive the tables: each is also an empty file <cache>/v1/pins/<cache_id>.<size in bytes>, from which a
+rebuild takes them.
+
 Rows of an object with nothing resident are given to the next object with as many chunks.
 """
 
@@ -83,6 +86,7 @@ class ResidencyTables:
             a writer whose disk is full.
         """
         self._directory = cache_directory / "v1" / "index"
+        self._pins = cache_directory / "v1" / "pins"
         self._cache_directory = cache_directory
         self._mode = "r+" if writable else "r"
         if not writable and not self._directory.is_dir():
@@ -150,6 +154,12 @@ class ResidencyTables:
                 row = self._add(obj.cache_id, obj.chunks_count, obj.size)
             if row is not None:
                 self._objects[row, 6] = int(pinned)
+            pin = self._pins / f"{obj.cache_id}.{obj.size}"
+            if pinned:
+                self._pins.mkdir(exist_ok=True)
+                pin.touch()
+            else:
+                pin.unlink(missing_ok=True)
 
     def pinned(self, cache_id: str) -> bool:
         row = self.find(cache_id)
@@ -324,6 +334,18 @@ class ResidencyTables:
         self._map()
         for header in SsdTier(SsdConfig(self._cache_directory)).walk():
             self._note_file(header)
+        self._restore_pins()
+
+    def _restore_pins(self) -> None:
+        """Pin what the files say was pinned; the lock is held."""
+        for path in self._pins.iterdir() if self._pins.is_dir() else ():
+            cache_id, _, size = path.name.partition(".")
+            if len(cache_id) != 40 or cache_id.strip("0123456789abcdef") or not size.isdecimal():
+                continue
+            row = self.find(cache_id)
+            if row is None:
+                row = self._add(cache_id, -(-int(size) // CHUNK_BYTES), int(size))
+            self._objects[row, 6] = 1
 
     def _note_file(self, header: ChunkHeader) -> None:
         """A chunk file was found; the lock is held."""

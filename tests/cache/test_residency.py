@@ -162,6 +162,19 @@ def test_a_pin_outlives_its_bytes_and_an_unpin_needs_none(tmp_path: Path, tables
     assert ResidencyTables(tmp_path, writable=False).pinned(obj.cache_id)
 
 
+def test_pins_outlive_tables_that_are_lost(tmp_path: Path, tier: SsdTier, tables: ResidencyTables) -> None:
+    kept, bare, freed = (make_object(name, 2 * CHUNK_BYTES) for name in ("kept", "bare", "freed"))
+    put(tier, tables, kept, 0, FULL)
+    for obj in (kept, bare, freed):
+        tables.set_pinned(obj, True)
+    tables.set_pinned(freed, False)
+    shutil.rmtree(tmp_path / "v1" / "index")
+    rebuilt = ResidencyTables(tmp_path, writable=True)
+    assert [rebuilt.pinned(obj.cache_id) for obj in (kept, bare, freed)] == [True, True, False]
+    assert rebuilt.resident_bytes(kept.cache_id) == CHUNK_BYTES
+    assert list(rebuilt.victims(1 << 40)) == []
+
+
 def test_an_empty_file_can_be_pinned(tables: ResidencyTables, tmp_path: Path) -> None:
     tables.set_pinned(make_object("empty", 0), True)
     tables.set_pinned(make_object("empty-too", 0), True)
