@@ -209,7 +209,7 @@ class Keeper:
         await self._each_chunk([index for index in range(obj.chunks_count) if index not in there], lease)
 
     @staticmethod
-    async def _each_chunk(indexes: Sequence[int], bring: Callable[[int], Awaitable[None]]) -> None:
+    async def _each_chunk(indexes: Sequence[int], bring: Callable[[int], Awaitable[object]]) -> None:
         """Bring chunks, several at once. Raises: MfsError, the first of all."""
         left, errors = list(reversed(indexes)), list[MfsError]()
 

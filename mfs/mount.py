@@ -234,7 +234,8 @@ class Mount:
                 await self.enforce_budget()
             except MfsError as error:
                 logger.warning("maintenance: %s", error)
-            await trio.sleep(_MAINTENANCE_S)
+            with trio.move_on_after(_MAINTENANCE_S):
+                await self.cache.wait_saved_more(int(self.config.cache_bytes * (1 - _HIGH_WATERMARK)))
 
     async def _flush_uses(self) -> None:
         uses = self.cache.take_uses()
@@ -251,6 +252,7 @@ class Mount:
         found = await self.pool.call(
             "enforce_budget", budget_bytes=int(budget * _HIGH_WATERMARK), target_bytes=int(budget * _LOW_WATERMARK)
         )
+        self.cache.note_evicted(found["dropped"])
         if found["evicted_bytes"]:
             logger.info("evicted %d bytes from SSD, %d stay", found["evicted_bytes"], found["used_bytes"])
 

@@ -328,7 +328,9 @@ class _Prefetch(_Work):
 
     async def _bring(self, path: str, state: ObjectState, index: int, limiter: trio.CapacityLimiter) -> None:
         try:
-            await self._mount.cache.bring(state, index, to_ssd=self._tier == "ssd", keep=self._tier == "ram")
+            on_ssd = await self._mount.cache.bring(state, index, to_ssd=self._tier == "ssd", keep=self._tier == "ram")
+            if self._tier == "ssd" and not on_ssd:
+                raise StoreError("could not be written to the SSD cache: its disk is full or fails; see the log")
             self.done_bytes += len(state.object.chunk_range(index))
         except MfsError as error:
             self._failed.setdefault(path, str(error))

@@ -68,6 +68,8 @@ class ChunkCache:
         slots_count = memory.slots_count
         self._coming = Shares(slots_count * 3 // 4, hard=slots_count)
         self._slot_waiters: dict[Group, trio.Event] = {}
+        self._saved_mark = 0
+        self._much_saved = trio.Event()
         self._uses: dict[str, set[int]] = {}
         self.counters = CacheCounters()
         self.unread = Shares(slots_count, hard=slots_count)
@@ -293,6 +295,7 @@ class ChunkCache:
                 return
         if result is not None and result["lost"]:
             chunk.saved = 0
+            chunk.file_lost = True
             self._note_ssd(chunk, 0)
             for other in chunk.fills:
                 other.file_lost = other.file_lost or other is not fill
@@ -398,6 +401,7 @@ class ChunkCache:
         if not mask:
             return
         chunk.saving = trio.Event()
+        chunk.file_lost = False
         self._pool.submit(Job(
             "persist",
             {"obj": chunk.state.wire, "index": chunk.index, "slot": chunk.slot,
@@ -420,13 +424,25 @@ class ChunkCache:
                 logger.warning("cache disk is full: serving on without writing to it for %.0f s", _SAVE_PAUSE_S)
             self.save_suspended_until = time.monotonic() + _SAVE_PAUSE_S
         else:
-            chunk.saved |= mask
-            self._note_ssd(chunk, chunk.state.on_ssd(chunk.index) | mask)
-            self.counters.saved_bytes += result["bytes"] if result else 0
+            if not chunk.file_lost:  # else the file that was dropped meanwhile may have been this very one
+                chunk.saved |= mask
+                self._note_ssd(chunk, chunk.state.on_ssd(chunk.index) | mask)
+            self._count_saved(result["bytes"] if result else 0)
             self._demote_if_done(chunk)
         saving.set()
         if chunk.idle:
             self._wake_slot_waiters()
+
+    def _count_saved(self, nbytes: int) -> None:
+        self.counters.saved_bytes += nbytes
+        if self.counters.saved_bytes >= self._saved_mark:
+            self._much_saved.set()
+
+    async def wait_saved_more(self, nbytes: int) -> None:
+        """Until the SSD tier was given so many bytes more than now."""
+        self._saved_mark = self.counters.saved_bytes + nbytes
+        self._much_saved = trio.Event()
+        await self._much_saved.wait()
 
     def save_partial(self, *, older_than_s: float) -> None:
         """Start saving incomplete chunks that have not changed for a while; complete ones are saved as they come."""
@@ -443,12 +459,12 @@ class ChunkCache:
 
     async def bring(
         self, state: ObjectState, index: int, *, to_ssd: bool, ahead: bool = False, keep: bool = False
-    ) -> None:
+    ) -> bool:
         """Have a whole chunk in RAM, and on SSD if asked and possible; the door for everything that fetches ahead.
 
         to_ssd: return only once the SSD tier has it, if it can have it. ahead: a reader is expected; count the chunk as
         unread until one comes. keep: a person wants it in RAM.
-        Raises: MfsError of the fill. Cancellation: safe.
+        Returns whether SSD has all of it. Raises: MfsError of the fill. Cancellation: safe.
         """
         mask = full_mask(len(state.object.chunk_range(index)))
         fresh = index not in state.chunks
@@ -460,6 +476,7 @@ class ChunkCache:
                 self.unread.take(state.group)
             if to_ssd:
                 await self._wait_on_ssd(chunk)
+            return not chunk.valid & ~chunk.saved
         finally:
             self.release(chunk)
 
@@ -501,6 +518,15 @@ class ChunkCache:
             chunk.saved = 0
         if state.ssd_masks:
             state.ssd_masks = array("I", bytes(state.ssd_masks.itemsize * len(state.ssd_masks)))
+
+    def note_evicted(self, dropped: dict[str, list[int]]) -> None:
+        """The SSD tier dropped some chunks, by cache_id: they may be saved anew."""
+        for state in self._states.values():
+            for index in dropped.get(state.object.cache_id, ()):
+                if state.ssd_masks:
+                    state.ssd_masks[index] = 0
+                if index in state.chunks:
+                    state.chunks[index].saved = 0
 
     def take_uses(self) -> dict[str, list[int]]:
         """Which SSD chunks were read since the last call."""

@@ -51,8 +51,8 @@ class Chunk:
     """A chunk that has a slot."""
 
     __slots__ = (
-        "changed_at", "coming", "delivered", "fills", "index", "keep", "leases", "length", "saved", "saving", "slot",
-        "state", "sums", "unread", "valid",
+        "changed_at", "coming", "delivered", "file_lost", "fills", "index", "keep", "leases", "length", "saved",
+        "saving", "slot", "state", "sums", "unread", "valid",
     )  # fmt: skip
 
     def __init__(self, state: ObjectState, index: int, slot: int) -> None:
@@ -70,6 +70,8 @@ class Chunk:
         """Brought ahead of need, and nobody came yet."""
         self.keep = False
         """Asked into RAM by a person: not the first to go once delivered."""
+        self.file_lost = False
+        """Its SSD file turned out bad and was dropped since the last save began."""
         self.sums: dict[int, int] = {}
         self.fills: list[Fill] = []
         self.coming = False

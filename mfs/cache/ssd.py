@@ -7,6 +7,7 @@ This docstring is the format's only reference. Below the cache directory:
                                         index eight hex digits
     v1/chunks/<aa>/*.tmp                a chunk being written; swept when an hour old
     v1/index/                           `residency`'s tables: hints about what stands here, rebuilt when lost
+    v1/pins/                            which objects are pinned, likewise `residency`'s
 
 A chunk file is a 4096-byte header page followed by the chunk's bytes at their own offsets (holes where blocks are
 missing), cut at the chunk's length. The header, little-endian:
@@ -163,7 +164,7 @@ class SsdTier:
         got = os.preadv(fd, [page, slot[: _aligned(length)]] if whole else [page], 0)
         header = parse_header(page) if got >= HEADER_BYTES else None
         if header is None or (header.cache_id, header.index, header.object_bytes) != (obj.cache_id, index, obj.size):
-            self._drop(path, "its header is damaged or another chunk's")
+            self._drop(path, "its header is damaged or another chunk's", fd)
             return 0, {}
         wanted = mask & header.mask
         good, sums = 0, {}
@@ -177,7 +178,7 @@ class SsdTier:
                     good |= 1 << block
                     sums[block] = header.sums[block]
         if good != wanted:
-            self._drop(path, f"blocks {wanted & ~good:#x} fail their checksums")
+            self._drop(path, f"blocks {wanted & ~good:#x} fail their checksums", fd)
         return good, sums
 
     def header(self, cache_id: str, index: int) -> ChunkHeader | None:
@@ -322,10 +323,12 @@ class SsdTier:
             page = self._local.page = mmap.mmap(-1, HEADER_BYTES)
         return page
 
-    def _drop(self, path: Path, why: str) -> None:
+    def _drop(self, path: Path, why: str, fd: int | None = None) -> None:
+        """Delete a bad file. fd: it, open; whatever was renamed over it meanwhile stays."""
         logger.warning("cache: %s dropped: %s", path, why)
         with contextlib.suppress(OSError):
-            path.unlink()
+            if fd is None or os.path.samestat(os.fstat(fd), path.stat()):
+                path.unlink()
 
 
 def parse_header(page: bytes | mmap.mmap) -> ChunkHeader | None:

@@ -186,8 +186,9 @@ class Jobs:
         }
 
     def enforce_budget(self, *, budget_bytes: int, target_bytes: int, emit: Emit) -> Frame:
-        """Above the budget, evict least recently used chunks down to the target. Result: {evicted_bytes, used_bytes}.
+        """Above the budget, evict least recently used chunks down to the target.
 
+        Result: {evicted_bytes, used_bytes, dropped: {cache_id: [chunk, ...]}}.
         One process at a time evicts from a directory; another finds the lock taken and leaves the work to it.
         """
         tier, tables = self._ssd()
@@ -197,15 +198,16 @@ class Jobs:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _reconcile_if_due(fd, tier, tables)
             used = tables.usage().used_bytes
-            evicted = 0
+            evicted, dropped = 0, dict[str, list[int]]()
             if used > budget_bytes:
                 for cache_id, index, row, nbytes in tables.victims(used - target_bytes):
                     tier.remove(cache_id, index)
                     tables.clear(cache_id, row, index)
                     evicted += nbytes
-            return {"evicted_bytes": evicted, "used_bytes": used - evicted}
+                    dropped.setdefault(cache_id, []).append(index)
+            return {"evicted_bytes": evicted, "used_bytes": used - evicted, "dropped": dropped}
         except BlockingIOError:
-            return {"evicted_bytes": 0, "used_bytes": tables.usage().used_bytes}
+            return {"evicted_bytes": 0, "used_bytes": tables.usage().used_bytes, "dropped": {}}
         finally:
             os.close(fd)
 

@@ -288,7 +288,7 @@ async def test_a_disk_that_fails_is_left_alone_for_a_while(rig: Rig, caplog: pyt
     (rig.cache_dir / "v1" / "chunks").touch()
     state = rig.cache.open(obj, 0)
     for index in range(40):
-        await rig.cache.bring(state, index, to_ssd=False)
+        assert not await rig.cache.bring(state, index, to_ssd=index % 2 == 0)
     await rig.cache.wait_saved()
     rig.cache.close(state)
     assert 1 <= caplog.text.count("serving on without writing") <= 16
@@ -307,6 +307,37 @@ async def test_dropped_from_disk_is_saved_again(rig: Rig) -> None:
     await rig.cache.wait_saved()
     assert rig.chunk_file(obj, 0).exists()
     rig.cache.close(rig.cache.open(obj, 0))
+
+
+async def test_what_the_budget_drops_from_disk_may_be_saved_again(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", 4 * CHUNK_BYTES)
+    state = rig.cache.open(obj, 0)
+    for index in range(4):
+        assert await rig.cache.bring(state, index, to_ssd=True)
+    found = await rig.pool.call("enforce_budget", budget_bytes=4 * CHUNK_BYTES, target_bytes=2 * CHUNK_BYTES)
+    [(cache_id, dropped)] = found["dropped"].items()
+    assert cache_id == obj.cache_id
+    rig.cache.note_evicted(found["dropped"])
+    assert [index for index in range(4) if not state.chunks[index].saved] == sorted(dropped)
+    assert [index for index in range(4) if not state.on_ssd(index)] == sorted(dropped)
+    for index in range(4):
+        assert await rig.cache.bring(state, index, to_ssd=True)
+        assert rig.chunk_file(obj, index).exists()
+    rig.cache.close(state)
+
+
+async def test_who_keeps_the_budget_is_woken_by_what_is_written(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", 4 * CHUNK_BYTES)
+    state = rig.cache.open(obj, 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.cache.wait_saved_more, 2 * CHUNK_BYTES + 1)
+        await trio.testing.wait_all_tasks_blocked()
+        for index in range(2):
+            await rig.cache.bring(state, index, to_ssd=True)
+        await trio.testing.wait_all_tasks_blocked()
+        assert nursery.child_tasks
+        await rig.cache.bring(state, 2, to_ssd=True)
+    rig.cache.close(state)
 
 
 async def test_unread_chunks_are_counted_until_read_or_dropped(rig: Rig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import random
 import struct
@@ -17,6 +18,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mfs.cache import ssd
 from mfs.cache.chunks import full_mask
 from mfs.cache.ssd import FORMAT, HEADER_BYTES, SsdTier, open_directory
 from mfs.errors import ConfigError
@@ -402,3 +404,29 @@ def test_processes_that_start_together_all_get_the_directory(tmp_path: Path) -> 
         opener.stdin.write(b"g")
         opener.stdin.flush()
     assert [opener.communicate()[1].decode() for opener in openers] == [""] * 3
+
+
+def test_a_good_file_that_replaced_a_bad_one_while_it_was_read_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, obj = make_tier(tmp_path), make_object("model", CHUNK_BYTES)
+    write_chunk(tier, obj, 0, full_mask(CHUNK_BYTES))
+    path = chunk_path(tmp_path, obj, 0)
+    good = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.seek(HEADER_BYTES + 10)
+        file.write(b"\xff\xfe")
+    checksum = ssd.xxh3_64_intdigest
+
+    def replacing(data: memoryview) -> int:
+        """Another process writes the chunk anew, just now."""
+        path.with_suffix(".new").write_bytes(good)
+        path.with_suffix(".new").rename(path)
+        return checksum(data)
+
+    slot = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+    with monkeypatch.context() as patch:
+        patch.setattr(ssd, "xxh3_64_intdigest", replacing)
+        brought, _ = tier.read_into(obj, 0, full_mask(CHUNK_BYTES), slot)
+    assert brought == full_mask(CHUNK_BYTES) & ~1
+    assert tier.read_into(obj, 0, full_mask(CHUNK_BYTES), slot)[0] == full_mask(CHUNK_BYTES)
