@@ -33,7 +33,10 @@ def load_resident(
 ) -> dict[str, Any]:
     """Make a folder, index or file resident under a name (`is_swap`: in place of who has it); returns the report.
 
-    options: 'rank', 'world', 'rules', 'pinned', 'retain', 'allow_gap', 'label', as the protocol has them.
+    device: where all of it goes, or what options['device_map'] (module prefix -> device) leaves out; None: the server's
+        only device, and for a swap where the model stands that it replaces.
+    options: 'device_map', 'ranks', 'rank', 'world', 'rules', 'pinned', 'retain', 'allow_gap', 'label', as the protocol
+        has them (ARCHITECTURE.md).
     Raises: FitError naming the shortfall, UsageError, AwayError, and what reading the files raises.
     Cancellation: closing the connection (an interrupt does) cancels the load; the old model keeps serving.
     """

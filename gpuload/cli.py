@@ -142,7 +142,12 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
             device_option,
             device_map_option,
             click.option("--pin", is_flag=True, help="Never evict it."),
-            click.option("--rank", default=0, show_default=True, help="Tensor-parallel rank to hold."),
+            click.option(
+                "--ranks",
+                metavar="DEVICE,DEVICE,...",
+                help="All tensor-parallel ranks, one on each of these devices, as one model: swapped as one.",
+            ),
+            click.option("--rank", default=0, show_default=True, help="Tensor-parallel rank to hold, alone."),
             click.option("--world", default=1, show_default=True, help="Tensor-parallel size."),
             rule_option,
             json_option,
@@ -189,6 +194,7 @@ def _load(
     device: str | None,
     device_map: tuple[str, ...],
     pin: bool,
+    ranks: str | None,
     rank: int,
     world: int,
     rules: tuple[str, ...],
@@ -205,8 +211,8 @@ def _load(
             raise UsageError(f"{len(served)} models are resident: say which to replace, with --name")
         (name,) = served
     cut = parse_rules(rules) or dict(MEGATRON_RULES)
-    options |= {"pinned": pin, "rank": rank, "world": world, "rules": cut if world > 1 else {}}
-    options |= {"device_map": parse_device_map(device_map)}
+    options |= {"pinned": pin, "rank": rank, "world": world, "rules": cut if world > 1 or ranks else {}}
+    options |= {"device_map": parse_device_map(device_map), "ranks": ranks.split(",") if ranks else []}
     name = name or Path(os.path.abspath(model)).name.removesuffix(".safetensors")
     reply = load_resident(model, name, device, is_swap=is_swap, options=options, socket_path=socket_path)
     printing.show_report(reply, as_json)

@@ -66,8 +66,8 @@ def attach(
 ) -> Attached:
     """The tensors of a resident model, without a copy.
 
-    device: only what stands on this one; None: all of it, wherever it stands (of several models with that name, the one
-        on the server's first device).
+    device: only what stands on this one, which is how a rank is attached; None: all of it, wherever it stands (of
+        several models with that name, the one on the server's first device).
     Raises: AwayError if no server answers, NotFoundError if it has no such model, AccessError, DeviceError.
     """
     request = {"op": "attach", "model": model}

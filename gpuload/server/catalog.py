@@ -87,8 +87,8 @@ class Model:
     tensors: list[ResidentTensor]
     metadata: list[dict[str, str] | None]
     """Each shard's own strings."""
-    placement: Placement = field(default_factory=Placement)
-    """How it was spread: what a swap that says nothing else keeps."""
+    placements: Sequence[Placement] = (Placement(),)
+    """How it was spread, one for each rank that stands here: what a swap that says nothing else keeps."""
     label: str = ""
     """Where it was loaded from, for people."""
     is_pinned: bool = False

@@ -65,8 +65,9 @@ class Loader:
         Cancellation: safe.
         """
         began = time.monotonic()
-        transfers = plan_transfers([s.header for s in job.shards], job.placement)
-        sites = self._sites_of(transfers, job.placement.device)
+        headers = [s.header for s in job.shards]
+        transfers = [t for placement in job.placements for t in plan_transfers(headers, placement)]
+        sites = self._sites_of(transfers, job.placements[0].device)
         async with self._in_turn(sites):
             began_ns = now_ns()
             versions = await trio.to_thread.run_sync(lambda: [look(s.fd) for s in job.shards])
@@ -362,7 +363,7 @@ class Loader:
             parts=parts,
             tensors=work.table(),
             metadata=[s.header.metadata for s in job.shards],
-            placement=job.placement,
+            placements=job.placements,
             label=job.label,
             is_pinned=job.is_pinned or work.inherits_pin,
             retain=job.retain,

@@ -95,7 +95,7 @@ class Operations:
 
     async def _job(self, name: str | None, request: dict[str, Any], fds: Sequence[int]) -> Job:
         is_swap = request.get("op") == "swap"
-        placement = self._placement(name if is_swap else None, request)
+        placements = self._placements(name if is_swap else None, request)
         labels = request.get("files")
         if not isinstance(labels, list) or not labels or len(labels) != len(fds):
             raise UsageError(f"{len(fds)} files came, expected as many names in 'files', and one at least")
@@ -107,14 +107,14 @@ class Operations:
             name=name,
             label=_printable(str(request.get("label", paths[0])))[:500],
             shards=await trio.to_thread.run_sync(_shards, paths, list(fds)),
-            placement=placement,
+            placements=placements,
             is_swap=is_swap,
             allow_gap=_flag(request, "allow_gap", False),
             is_pinned=_flag(request, "pinned", False),
             retain=retain,
         )
 
-    def _placement(self, swapped: str | None, request: dict[str, Any]) -> Placement:
+    def _placements(self, swapped: str | None, request: dict[str, Any]) -> list[Placement]:
         """Where it is to go. A swap that names no device goes where the model stands that it replaces."""
         rank, world, rules = request.get("rank", 0), request.get("world", 1), request.get("rules", {})
         if type(rank) is not int or type(world) is not int:
@@ -125,15 +125,26 @@ class Operations:
         given = request.get("device_map") or {}
         _check_object(given, "device_map")
         device_map = {prefix: self._site(name).name for prefix, name in given.items()}
-        device = request.get("device")
+        device, ranks = request.get("device"), request.get("ranks") or []
+        if ranks:
+            return self._ranks(ranks, rules, is_alone=device is None and not device_map and world == 1)
         if device is None and not device_map:
             olds = namesakes(swapped, self._catalogs)
             if len(olds) == 1:
-                old = olds[0].placement
-                return Placement(old.device, old.device_map, rank, world, rules)
+                old = olds[0].placements
+                return list(old) if len(old) > 1 else [Placement(old[0].device, old[0].device_map, rank, world, rules)]
         if device is None and device_map and len(self._sites) > 1:
-            return Placement(device_map.get("", ""), device_map, rank, world, rules)
-        return Placement(self._site(device).name, device_map, rank, world, rules)
+            return [Placement(device_map.get("", ""), device_map, rank, world, rules)]
+        return [Placement(self._site(device).name, device_map, rank, world, rules)]
+
+    def _ranks(self, given: object, rules: dict[str, int | None], *, is_alone: bool) -> list[Placement]:
+        """One rank on each of these devices, in their order."""
+        if not isinstance(given, list) or not is_alone:
+            raise UsageError("ranks must be a list of devices, without device, device_map and world")
+        names = [self._site(name).name for name in given]
+        if len(set(names)) < len(names):
+            raise UsageError(f"ranks on {', '.join(names)}: each needs a device of its own")
+        return [Placement(name, {}, rank, len(names), rules) for rank, name in enumerate(names)]
 
     def _attach(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
         """only: the device whose part is wanted; None: all of it. The lease is on the whole model in any case."""
@@ -141,6 +152,11 @@ class Operations:
         begins: list[list[int]] = []
         fds: list[int] = []
         wanted = [only is None or part.catalog is only.catalog for part in model.parts]
+        if len(model.placements) > 1 and only is None:
+            where = ", ".join(p.device for p in model.placements)
+            raise UsageError(
+                f"{model.name!r} stands as {len(model.placements)} ranks on {where}: say whose, by 'device'"
+            )
         try:
             for part, is_wanted in zip(model.parts, wanted, strict=True):
                 runs, offsets = _runs(part.blocks, part.catalog.granule_bytes)
@@ -253,6 +269,7 @@ def _summary(model: Model) -> dict[str, Any]:
         "label": model.label,
         "bytes": sum(t.nbytes for t in model.tensors),
         "tensors_count": len(model.tensors),
+        "ranks": len(model.placements),
         "leases": model.leases_count,
         "pinned": model.is_pinned,
         "retain": model.retain,

@@ -28,7 +28,8 @@ class Job:
     """None: by content, shared with whoever loaded the same bytes."""
     label: str
     shards: Sequence[Shard]
-    placement: Placement
+    placements: Sequence[Placement]
+    """One; or one for each tensor-parallel rank, each on a device of its own: their parts are one model."""
     is_swap: bool = False
     """Replace whoever has the name."""
     allow_gap: bool = False

@@ -119,6 +119,9 @@ def test_a_model_on_two_devices(tmp_path: Path) -> None:
             assert all(t["fits"] for t in found["targets"])
             assert "the rest on cpu:1" in gpuload("status", socket_path=path)
             assert "m on cpu,cpu:1: released" in gpuload("unload", "m", socket_path=path)
+            rule = ["--rule", "*.w=0"]
+            said = json.loads(gpuload("load", one, "--ranks", "cpu:1,cpu", *rule, "--json", socket_path=path))
+            assert (said["ranks"], said["bytes"]) == (2, 4_000_000)
         finally:
             server.send_signal(signal.SIGINT)
 

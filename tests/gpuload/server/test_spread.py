@@ -278,9 +278,50 @@ def test_one_name_on_two_devices_is_two_models_unless_it_was_spread(spread: Serv
     assert attached(spread).device == "cpu:1"
 
 
+def rank_of(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    return {n: t.chunk(2, RULES[n])[rank].contiguous() if n in RULES else t for n, t in tensors.items()}
+
+
+RULES = {"x.q_proj.weight": 0, "x.o_proj.weight": 1}
+
+
+def test_all_ranks_are_one_model_and_swapped_as_one(
+    spread: ServerThread, gates: dict[str, Gate], tmp_path: Path
+) -> None:
+    shapes = {"x.q_proj.weight": (64, 64), "x.o_proj.weight": (64, 64), "norm": (64,)}
+    old, new = random_tensors(1, shapes), random_tensors(2, shapes)
+    ranks = ["cpu:1", "cpu"]
+    reply = load(spread, write(tmp_path / "a.safetensors", old), device_map={}, ranks=ranks, rules=RULES)
+    assert (reply["ranks"], reply["bytes"]) == (2, 2 * 64 * 64 * 2 + 2 * 64 * 2)
+    with pytest.raises(UsageError, match="stands as 2 ranks on cpu:1, cpu: say whose"):
+        attached(spread)
+    for rank, device in enumerate(ranks):
+        assert_same(attached(spread, device), rank_of(old, rank))
+    path = write(tmp_path / "b.safetensors", new)
+    for gate in (
+        gates["cpu"],
+        gates["cpu:1"],
+    ):  # a failure on either leaves both old; nothing fails where reads are direct
+        gate._passes = 0
+        try:
+            swap(spread, path)
+        except DeviceError:
+            for rank, device in enumerate(ranks):
+                assert_same(attached(spread, device), rank_of(old, rank))
+        gate._passes = 1 << 30
+    assert swap(spread, path)["ranks"] == 2, "a swap that says nothing keeps the ranks"
+    for rank, device in enumerate(ranks):
+        assert_same(attached(spread, device), rank_of(new, rank))
+
+
 @pytest.mark.parametrize(
     ("given", "error", "match"),
     [
+        ({"device_map": {}, "ranks": ["cpu", "cpu:0"]}, UsageError, "a device of its own"),
+        ({"device_map": {}, "ranks": "cpu"}, UsageError, "a list of devices"),
+        ({"device_map": {}, "ranks": ["cpu", "cpu:1"], "world": 2}, UsageError, "a list of devices"),
+        ({"ranks": ["cpu", "cpu:1"]}, UsageError, "a list of devices, without device"),
+        ({"device_map": {}, "ranks": ["cpu", "cpu:9"]}, NotFoundError, "no arena on cpu:9"),
         ({"device_map": {"l.0": "cpu:1"}}, UsageError, r"leaves 'l.1.norm' without a device"),
         ({"device_map": {"": "cpu:7"}}, NotFoundError, "no arena on cpu:7; it has: cpu, cpu:1, cpu:2"),
         ({"device_map": {"": "tpu"}}, UsageError, "no such device"),
