@@ -17,7 +17,7 @@ from gpuload.hooks.auto import is_asked_for
 from gpuload.hooks.weights import are_mounted, weights_of
 
 _MODULE = "sglang.srt.model_loader.loader"
-_ITERATORS = ("safetensors_weights_iterator", "buffered_multi_thread_safetensors_weights_iterator")
+ITERATORS = ("safetensors_weights_iterator", "buffered_multi_thread_safetensors_weights_iterator")
 
 _is_registered = False
 
@@ -31,7 +31,7 @@ def register() -> None:
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     except ImportError:
         return
-    for name in _ITERATORS:
+    for name in ITERATORS:
         HookRegistry.register(f"{_MODULE}.{name}", iterate, HookType.AROUND)
     _is_registered = True
 

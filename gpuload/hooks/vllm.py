@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -116,7 +117,7 @@ def _instead_of(original: Any, ours: Callable[[Sequence[str]], Iterator[Any] | N
         given = signature.bind(*args, **kwargs).arguments
         is_plain = given.get("safetensors_load_strategy") in _PLAIN_STRATEGIES
         if is_plain and given.get("local_expert_ids") is None:
-            found = ours(given[files_name])
+            found = ours(sorted(given[files_name], key=_natural))  # as vLLM's iterator sorts them
             if found is not None:
                 return found
         made: Iterator[Any] = original(*args, **kwargs)
@@ -129,3 +130,8 @@ def _text(value: Any, key: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise UsageError(f"model_loader_extra_config: {key!r} must be a text, got {type(value).__name__}")
     return value
+
+
+def _natural(path: str) -> list[Any]:
+    """'x-10' after 'x-9'. Every second part is a number, so that like is compared with like."""
+    return [int(part) if part.isascii() and part.isdecimal() else part for part in re.split(r"([0-9]+)", path)]

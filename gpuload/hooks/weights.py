@@ -8,7 +8,6 @@ loader it replaces. An error in the middle of a file is raised: what was handed 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,11 +18,11 @@ from gpuload.hooks.resident import attach_file, tell_once
 def weights_of(
     files: Sequence[str], *, device: str = "cpu", socket_path: str | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (name, tensor), file by file in natural order; a file's tensors in no promised order.
+    """Yield (name, tensor), file by file in the order given; a file's tensors in no promised order.
 
     device: of the server's arena to be served from. Without a server the tensors come on the CPU.
     """
-    for file in sorted(files, key=_natural):
+    for file in files:
         attached = attach_file(file, device, socket_path=socket_path)
         if attached is not None:
             for item in attached.items():
@@ -68,8 +67,3 @@ def are_mounted(files: Sequence[str]) -> bool:
     from mfs.control import slots_client
 
     return bool(files) and all(slots_client.find(os.path.abspath(file)) is not None for file in files)
-
-
-def _natural(path: str) -> list[Any]:
-    """'x-10' after 'x-9'. Every second part is a number, so that like is compared with like."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,9 +34,8 @@ def resident(tmp_path: Path) -> Iterator[ServerThread]:
     config = ServerConfig(socket_path=str(tmp_path / "s.sock"), arena_bytes={"cpu": 192 << 20}, settled_s=0)
     with running_server(config) as running:
         yield running
-        catalog = running.loaders["cpu"].catalog
-        for model in list(catalog.models.values()):
-            running.on_loop(lambda model=model: catalog.retire(model))
+        for model in list(running.sites["cpu"].catalog.models.values()):
+            running.on_loop(model.retire)
         assert set(running.gauges().values()) == {0}, "the test left something resident or leased"
 
 
@@ -49,16 +51,28 @@ def hooked_environment(socket_path: str | None, **more: str) -> dict[str, str]:
     }
 
 
-def run_hooked(code: str, *args: object, socket_path: str | None, **env: str) -> subprocess.CompletedProcess[str]:
-    """A Python of its own that runs `code`, hooked; it must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        env=hooked_environment(socket_path, **env),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
+def run_hooked(
+    code: str, *args: object, socket_path: str | None, timeout_s: float = DEADLINE_S, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """A Python of its own that runs `code`, hooked; it must succeed. Nothing that it started outlives this call.
+
+    Into files and not through pipes, whose end would be waited for if a grandchild (an engine's worker) lingers.
+    """
+    command = [sys.executable, "-c", code, *map(str, args)]
+    environment = hooked_environment(socket_path, **env)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            command, env=environment, cwd=REPOSITORY, stdout=out, stderr=err, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        done = subprocess.CompletedProcess(command, status, out.read(), err.read())
     assert done.returncode == 0, done.stderr
     return done
 
@@ -72,11 +86,13 @@ class Outcome:
     stderr: str
 
 
-def run_program(name: str, *args: object, socket_path: str | None, **env: str) -> Outcome:
+def run_program(
+    name: str, *args: object, socket_path: str | None, timeout_s: float = DEADLINE_S, **env: str
+) -> Outcome:
     """One of `programs` in a hooked process."""
     code = "from tests.gpuload.hooks.programs import main; main()"
-    done = run_hooked(code, name, *args, socket_path=socket_path, **env)
-    said = json.loads(done.stdout.splitlines()[-1])
+    done = run_hooked(code, name, *args, socket_path=socket_path, timeout_s=timeout_s, **env)
+    said = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"found"'))  # vLLM talks too
     return Outcome(said["found"], said["counts"], done.stderr)
 
 

@@ -1,11 +1,13 @@
 """Programs that know nothing of gpuload, as functions: the tests run each once as it is and once in a hooked process.
 
-Run as `python -m tests.gpuload.hooks.programs NAME ARGUMENT...`; prints what it found and the hooks' counts as JSON.
+`main NAME ARGUMENT...` runs one and prints what it found and the hooks' counts as JSON; NAME may be MODULE:NAME, for
+programs in a module beside this one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -201,7 +203,9 @@ def threads(path: str) -> Found:
 
 def main() -> None:
     name, *arguments = sys.argv[1:]
-    program: Callable[..., Any] = globals()[name]
+    place, _, name = f"programs:{name}".rpartition(":")
+    module = importlib.import_module(f"{__package__}.{place.rpartition(':')[2]}")
+    program: Callable[..., Any] = getattr(module, name)
     found = program(*arguments)
     from gpuload.hooks.counts import counts
 
