@@ -21,6 +21,7 @@ import array
 import json
 import logging
 import os
+import select
 import socket
 import struct
 import time
@@ -44,7 +45,7 @@ from mfs.errors import (
     from_wire,
     to_wire,
 )
-from mfs.fuse.device import Agreement
+from mfs.fuse.device import Agreement, is_connected
 from mfs.fuse.kernel import KernelSettings
 from mfs.mount import Mount, RefreshState
 
@@ -57,6 +58,7 @@ _MESSAGE_BYTES_MAX = 64 << 10
 _READY_S = 20.0
 """How long the mount stays paused for a new daemon that says nothing."""
 _REGISTER_S = 30.0
+_DEAD_S = 5.0  # between the end of a process' connections and that of the process
 _ANSWER_S = 30.0  # above what the old daemon may need to save what is only in RAM
 _TEXT = "surrogatepass"
 _SAME = ("mountpoint", "allow_other", "uid", "gid", "umask")
@@ -221,6 +223,7 @@ class Heir:
             raise
         found = _read_memory_file(description)
         self.pid: int = found["pid"]
+        self._process = os.pidfd_open(self.pid)
         self.version: str = found["version"]
         self.config = MountConfig.from_json(found["config"])
         """As the old daemon was told, secrets too."""
@@ -247,6 +250,8 @@ class Heir:
         try:
             _restore(mount, state)
             await trio.to_thread.run_sync(self._confirm)
+            if not is_connected(device):
+                raise StoreError("the mount was taken away while it was handed over")
             mount.session.connect(device, self.agreement)
         finally:
             os.close(device)
@@ -261,24 +266,21 @@ class Heir:
         return _read_memory_file(state), device
 
     def _confirm(self) -> None:
+        """Make the mount ours. Raises: StoreError if the old daemon keeps it."""
         try:
             answer, _ = self._ask({"ask": "mine"}, 0)
         except OSError as error:
+            # One that is dead left it to us: we have all that it had, and nobody else has.
+            if select.select([self._process], [], [], _DEAD_S)[0]:
+                log.warning("the old daemon (pid %d) died while it handed over", self.pid)
+                return
             raise StoreError(f"the old daemon (pid {self.pid}) keeps the mount: {error}") from error
         if answer != {"yours": True}:
             raise StoreError(f"the old daemon (pid {self.pid}) keeps the mount: it said {answer}")
 
     async def wait_ended(self) -> None:
-        """Until the old daemon's process is gone."""
-        try:
-            fd = os.pidfd_open(self.pid)
-        except OSError:
-            return
-        try:
-            await trio.lowlevel.wait_readable(fd)
-        finally:
-            trio.lowlevel.notify_closing(fd)
-            os.close(fd)
+        """See `mount.Predecessor`."""
+        await trio.lowlevel.wait_readable(self._process)
 
     def close(self) -> None:
         """Let the old daemon end; or go on, if the mount is still its."""
@@ -289,7 +291,7 @@ class Heir:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-        for fd in {self.stderr, self.lock} - {-1}:
+        for fd in {self.stderr, self.lock, self._process} - {-1}:
             os.close(fd)
 
     def _ask(self, ask: dict[str, Any], fds_count: int) -> tuple[dict[str, Any], list[int]]:

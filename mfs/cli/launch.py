@@ -10,36 +10,44 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mfs.config import MountConfig
 from mfs.control import mountinfo, runtime
 from mfs.control.ready import daemon_arguments
 from mfs.errors import ConfigError, StoreError, from_wire
 
+if TYPE_CHECKING:
+    from mfs.handover import Heir
+
 DAEMON_MODULE = "mfs.daemon"
 _END_S = 10.0
 _ANSWER_BYTES_MAX = 1 << 20
 
 
-def start_daemon(config: MountConfig, *, deadline_s: float, module: str = DAEMON_MODULE) -> list[str]:
+def start_daemon(
+    config: MountConfig, *, deadline_s: float, module: str = DAEMON_MODULE, heir: Heir | None = None
+) -> list[str]:
     """Start a daemon in a session of its own and wait until its tree can be used. Returns its warnings.
 
     deadline_s: seconds until a daemon that says nothing is ended.
+    heir: connected to the daemon that hands its mount over to this one, which inherits its standard error, if it had no
+        log file, and of its environment what we do not set ourselves (credentials, say).
     Raises: the error that the daemon reports; StoreError if it dies or stays silent, with the last line of its log.
     An interrupt while waiting ends the daemon.
     """
-    config = _with_log_file(config)
-    assert config.log_file is not None
-    log = _open_log(config.log_file)
+    if heir is not None and config.log_file is None:
+        log = os.dup(heir.stderr)
+    else:
+        config, log = _with_log_file(config)
     log_start = os.fstat(log).st_size
     answer, answer_write = os.pipe()
     config_fd = _memory_file(config.to_json())
     try:
         process = subprocess.Popen(
-            [*_command(module), *daemon_arguments(config_fd=0, ready_fd=answer_write)],
+            [*_command(module), *daemon_arguments(config_fd=0, ready_fd=answer_write, handover=heir is not None)],
             stdin=config_fd, stdout=log, stderr=log, pass_fds=[answer_write], start_new_session=True, cwd="/",
+            env=_environment(heir),
         )  # fmt: skip
     finally:
         for fd in (config_fd, answer_write, log):
@@ -55,12 +63,20 @@ def start_daemon(config: MountConfig, *, deadline_s: float, module: str = DAEMON
     return warnings
 
 
-def become_daemon(config: MountConfig, *, module: str = DAEMON_MODULE) -> NoReturn:
-    """Replace this process by the daemon, which stays with our terminal or service manager."""
+def become_daemon(config: MountConfig, *, module: str = DAEMON_MODULE, heir: Heir | None = None) -> NoReturn:
+    """Replace this process by the daemon, which stays with our terminal or service manager.
+
+    heir: as in `start_daemon`.
+    """
     config_fd = _memory_file(config.to_json())
     os.set_inheritable(config_fd, True)
-    command = [*_command(module), *daemon_arguments(config_fd=config_fd, ready_fd=None)]
-    os.execv(command[0], command)
+    arguments = daemon_arguments(config_fd=config_fd, ready_fd=None, handover=heir is not None)
+    command = [*_command(module), *arguments]
+    os.execve(command[0], command, _environment(heir))
+
+
+def _environment(heir: Heir | None) -> dict[str, str]:
+    return (heir.environment if heir is not None else {}) | dict(os.environ)
 
 
 def _command(module: str) -> list[str]:
@@ -68,21 +84,18 @@ def _command(module: str) -> list[str]:
     return [sys.executable, "-P", "-m", module]
 
 
-def _with_log_file(config: MountConfig) -> MountConfig:
-    """A daemon without a terminal must leave its words somewhere."""
-    if config.log_file is not None:
-        return config
-    runtime.create_directory()
-    file = runtime.log_path(mountinfo.real_mountpoint(str(config.mountpoint)))
-    file.unlink(missing_ok=True)  # the last mount's; a file that a living daemon still writes keeps its inode
-    return replace(config, log_file=file)
-
-
-def _open_log(file: Path) -> int:
+def _with_log_file(config: MountConfig) -> tuple[MountConfig, int]:
+    """A daemon without a terminal must leave its words somewhere. The settings with a log file, and it, open."""
+    file = config.log_file
+    if file is None:
+        runtime.create_directory()
+        file = runtime.log_path(mountinfo.real_mountpoint(str(config.mountpoint)))
+        file.unlink(missing_ok=True)  # the last mount's; a file that a living daemon still writes keeps its inode
     try:
-        return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
     except OSError as error:
         raise ConfigError(f"log file {file} cannot be written: {error.strerror}") from error
+    return replace(config, log_file=file), fd
 
 
 def _memory_file(text: str) -> int:
@@ -116,7 +129,8 @@ def _wait(
 
 def _last_words(config: MountConfig, log_start: int) -> str:
     """': what it logged last (log file …)'."""
-    assert config.log_file is not None
+    if config.log_file is None:
+        return ", see its log"
     try:
         with open(config.log_file, "rb") as file:
             file.seek(max(log_start, os.fstat(file.fileno()).st_size - 4096))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from mfs.units import parse_duration, parse_size
 if TYPE_CHECKING:
     from mfs.config import MountConfig
 
+_TAKE_OVER_S = 120.0  # starting, the handover's own deadlines, and what the old daemon saves first
 _START_GRACE_S = 60.0  # beside the origin's own deadline: a large cache's tables and page-locking take their time
 
 
@@ -117,7 +119,11 @@ _MOUNT_OPTIONS = [
     cls=Page,
     short_help="Mount a source; return when it can be used.",
     params=[*_SOURCE_OPTIONS, *_MOUNT_OPTIONS],
-    usages=("[OPTIONS] SOURCE MOUNTPOINT", "[OPTIONS] --config FILE [MOUNTPOINT]"),
+    usages=(
+        "[OPTIONS] SOURCE MOUNTPOINT",
+        "[OPTIONS] --config FILE [MOUNTPOINT]",
+        "--handover [OPTIONS] [SOURCE] MOUNTPOINT",
+    ),
     sections={
         "Sources": """\
 s3://BUCKET[/PREFIX]             any S3 server; credentials as for boto3 and the AWS CLI
@@ -128,7 +134,10 @@ http://HOST/PATH/, https://…     a folder with an index; the server must suppo
 mfs mount s3://models/prod /mnt/models --cache-dir /nvme/mfs --cache-size 500G --ram-size 32G
 mfs mount hf://sentence-transformers/all-MiniLM-L6-v2 /mnt/minilm
 mfs mount s3://models /mnt/models --endpoint-url http://minio:9000 --profile minio
-mfs mount --config /etc/mfs.toml --foreground""",
+mfs mount --config /etc/mfs.toml --foreground
+mfs mount --handover /mnt/models                  upgrade the daemon; open files and mappings go on
+mfs mount --handover /mnt/models --ram-size 64G   the same mount with another setting
+mfs mount --handover --config /etc/mfs.toml       read the file again (systemd: ExecReload)""",
         "Materialize": """\
 --materialize llama            all files below any directory 'llama'
 --materialize 'prod/*/1/*'     a pattern with '/' is meant from the root of the mount
@@ -153,18 +162,26 @@ NOTIFY_SOCKET    told READY=1 when the mount can be used (systemd Type=notify)""
 )
 @click.argument("source", required=False)
 @click.argument("mountpoint", required=False, type=TREE_PATH)
+@click.option("--handover", is_flag=True, help="Take the mount over from the daemon that serves it.")
 @click.option(
     "--config", "config_file", type=_FILE, metavar="FILE", help="Read settings from a TOML file; options win."
 )
-def mount(source: str | None, mountpoint: str | None, config_file: Path | None, **options: Any) -> None:
+def mount(source: str | None, mountpoint: str | None, config_file: Path | None, handover: bool, **options: Any) -> None:
     """Mount SOURCE at MOUNTPOINT, an empty directory, and return when it can be used.
 
     With --config, several sources appear side by side, each under its own name. A mount left by a daemon that
     crashed is replaced. Only headers and what is read cross the network.
+
+    With --handover a new daemon takes a mount over that is in use. Its settings are those of the running one, other
+    than the options given; sources, owner and access stay as they are. Readers wait for milliseconds; whatever fails
+    leaves the old daemon serving. Needs Linux 6.9.
     """
     from mfs.cli.launch import become_daemon, start_daemon
     from mfs.config import check_paths
 
+    if handover:
+        _take_over(source, mountpoint, config_file, options)
+        return
     settings = _settings(source, mountpoint, config_file, options)
     _clear_stale_mount(str(settings.mountpoint))
     check_paths(settings)
@@ -175,6 +192,56 @@ def mount(source: str | None, mountpoint: str | None, config_file: Path | None, 
     print(_success(settings))
 
 
+def _take_over(source: str | None, mountpoint: str | None, config_file: Path | None, options: dict[str, Any]) -> None:
+    from mfs.cli.launch import become_daemon, start_daemon
+    from mfs.cli.targets import connect
+    from mfs.control import mountinfo
+    from mfs.control.runtime import find_mount
+    from mfs.handover import Heir, door_path
+
+    settings = None
+    if config_file is not None or mountpoint is not None:
+        settings = _settings(source, mountpoint, config_file, options)
+        place = str(settings.mountpoint)
+    elif source is not None:
+        place = os.path.abspath(source)
+    else:
+        raise UsageError("--handover needs the MOUNTPOINT; see 'mfs mount --help'")
+    served = find_mount(place)
+    if served.place.path:
+        raise UsageError(f"{place} lies inside a mount: name its mount point, {served.place.mount.mountpoint}")
+    connect(served)  # says it well if the daemon is gone
+    with Heir(door_path(served.socket)) as heir:
+        if settings is None:
+            settings = _changed(heir.config, options)
+        settings = replace(
+            settings, mountpoint=Path(mountinfo.real_mountpoint(place)), foreground=bool(options["foreground"])
+        )
+        heir.check_same(settings)
+        if settings.foreground:
+            become_daemon(settings, heir=heir)
+        for warning in start_daemon(settings, deadline_s=_TAKE_OVER_S, heir=heir):
+            warn(warning)
+        print(clean(f"{place} taken over from pid {heir.pid} (mfs {heir.version})"))
+
+
+def _changed(config: MountConfig, options: dict[str, Any]) -> MountConfig:
+    """The running mount's settings with the options given."""
+    given = _given(options)
+    for option in _SOURCE_OPTIONS:
+        if option.name in given:
+            raise UsageError(f"{option.opts[0]}: how the sources are reached cannot change while mounted")
+    return replace(config, **given)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    for name in ("cache_dir", "log_file"):
+        if name in given:
+            given[name] = Path(os.path.abspath(given[name]))
+    return given
+
+
 def _settings(
     source: str | None, mountpoint: str | None, config_file: Path | None, options: dict[str, Any]
 ) -> MountConfig:
@@ -182,10 +249,7 @@ def _settings(
     from mfs import config_file as files
     from mfs.config import MountConfig, SourceConfig
 
-    given = {name: value for name, value in options.items() if value is not None and value != ()}
-    for name in ("cache_dir", "log_file"):
-        if name in given:
-            given[name] = Path(os.path.abspath(given[name]))
+    given = _given(options)
     of_source = {name: given.pop(name) for name in [option.name for option in _SOURCE_OPTIONS] if name in given}
     if config_file is not None:
         if mountpoint is not None:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import mountinfo, runtime
@@ -91,38 +91,71 @@ class TestMount:
     def start(self) -> TestMount:
         """Start the daemon and return when it serves. Raises: MountFailedError."""
         assert self._process is None, "already started"
-        config = MountConfig(mountpoint=self.path, sources=self._sources, **self._settings)
-        config_read, config_write = os.pipe()
-        ready_read, ready_write = os.pipe()
-        with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "mfs.daemon", *daemon_arguments(config_fd=config_read, ready_fd=ready_write)],
-                pass_fds=(config_read, ready_write), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env={**os.environ, **self._env},
-            )  # fmt: skip
-        os.close(config_read)
-        os.close(ready_write)
-        with open(config_write, "wb") as file:
-            file.write(config.to_json().encode())
-        with open(ready_read, "rb", buffering=0) as pipe:
-            try:
-                answer = self._read_answer(pipe.fileno())
-            except BaseException:
-                self.clean_up()
-                raise
+        self._process, ready = self.spawn()
+        try:
+            answer = self._read_answer(ready)
+        except BaseException:
+            self.clean_up()
+            raise
         if "error" in answer:
-            self.status = self._process.wait(SETTLE_TIMEOUT_S)
-            self._process = None
-            raise MountFailedError(answer["error"]["type"], answer["error"]["message"], self.status)
+            process, self._process = self._process, None
+            self._raise_failed(process, answer)
         self.ready = answer
         found = mountinfo.mount_at(os.path.realpath(self.folder) + "/mnt")
         assert found is not None, "the daemon says it serves, and nothing is mounted"
         self._device = found.device
         return self
 
+    def hand_over(self, *, program: str | None = None, old_status: int = 0, **settings: Any) -> None:
+        """Have a new daemon, with these settings changed, take the mount over; the old one must end as it should.
+
+        program: Python that becomes the new daemon, instead of `mfs.daemon`.
+        Raises: MountFailedError if the new one does not come about; the old one goes on then.
+        """
+        old, before = self._process, self._settings
+        assert old is not None, "not running"
+        self._settings = before | settings
+        heir, ready = self.spawn(handover=True, program=program)
+        try:
+            answer = self._read_answer(ready)
+        except BaseException:
+            heir.kill()
+            heir.wait(SETTLE_TIMEOUT_S)
+            raise
+        if "error" in answer:
+            self._settings = before
+            self._raise_failed(heir, answer)
+        self.ready, self._process = answer, heir
+        assert old.wait(SETTLE_TIMEOUT_S) == old_status, (
+            f"the old daemon ended with {old.returncode}:\n{self.log[-4000:]}"
+        )
+
+    def spawn(self, *, handover: bool = False, program: str | None = None) -> tuple[subprocess.Popen[bytes], int]:
+        """A daemon process with this mount's settings, and the descriptor on which it will answer, once."""
+        config = MountConfig(mountpoint=self.path, sources=self._sources, **self._settings)
+        config_read, config_write = os.pipe()
+        ready_read, ready_write = os.pipe()
+        what = ["-c", program] if program else ["-m", "mfs.daemon"]
+        arguments = daemon_arguments(config_fd=config_read, ready_fd=ready_write, handover=handover)
+        with self.log_file.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *what, *arguments], pass_fds=(config_read, ready_write), stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, env={**os.environ, **self._env},
+            )  # fmt: skip
+        os.close(config_read)
+        os.close(ready_write)
+        with open(config_write, "wb") as file:
+            file.write(config.to_json().encode())
+        return process, ready_read
+
+    def _raise_failed(self, process: subprocess.Popen[bytes], answer: dict[str, Any]) -> NoReturn:
+        self.status = process.wait(SETTLE_TIMEOUT_S)
+        raise MountFailedError(answer["error"]["type"], answer["error"]["message"], self.status)
+
     def _read_answer(self, fd: int) -> dict[str, Any]:
+        """The daemon's answer; closes `fd`."""
         text, deadline_s = b"", time.monotonic() + READY_TIMEOUT_S
-        with selectors.DefaultSelector() as ready:
+        with selectors.DefaultSelector() as ready, open(fd, "rb", buffering=0):
             ready.register(fd, selectors.EVENT_READ)
             while not text.endswith(b"\n"):
                 if not ready.select(max(0.0, deadline_s - time.monotonic())):

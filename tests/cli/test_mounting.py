@@ -176,6 +176,100 @@ def test_a_source_that_cannot_be_used(mfs: Mfs, mnt: Path, tmp_path: Path) -> No
     assert mountinfo.mount_at(str(mnt)) is None
 
 
+class TestHandover:
+    """`mfs mount --handover`; what readers see of it is tested in tests/mount/test_handover.py."""
+
+    def test_the_mount_has_another_daemon_and_the_same_files(self, mfs: Mfs, models: Path, mnt: Path) -> None:
+        mfs("mount", models, mnt, *SMALL, "--log-file", mnt.parent / "log")
+        with open(mnt / "llama" / "config.json") as file:
+            before = runtime.read_record(str(mnt))
+            assert before is not None
+            done = mfs("mount", "--handover", mnt)
+            assert done.stdout.startswith(f"{mnt} taken over from pid {before.pid} (mfs ")
+            after = runtime.read_record(str(mnt))
+            assert after is not None
+            assert after.pid != before.pid
+            assert detach.wait_until_ended(before, DEADLINE_S)
+            assert file.read() == "{}"
+        assert mfs.json("status", mnt)["pid"] == after.pid
+        assert mfs.json("config", mnt)["ram_bytes"] == 64 << 20
+        assert f"handed over to pid {after.pid}" in (mnt.parent / "log").read_text()
+        mfs("umount", mnt)
+        assert not after.is_alive
+        assert mountinfo.mount_at(str(mnt)) is None
+
+    def test_settings_come_from_the_command_or_the_file(
+        self, mfs: Mfs, models: Path, mnt: Path, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "mfs.toml"
+        file.write_text(f'[mount]\nmountpoint="{mnt}"\nram_size="64M"\n[sources.a]\nurl="{models}"\n')
+        mfs("mount", "--config", file)
+        mfs("mount", "--handover", "--ram-size", "68M", "mnt/", cwd=mnt.parent)
+        assert mfs.json("config", mnt)["ram_bytes"] == 68 << 20
+        file.write_text(file.read_text().replace("64M", "72M"))
+        mfs("mount", "--handover", "--config", file)
+        assert mfs.json("config", mnt)["ram_bytes"] == 72 << 20
+        assert (mnt / "a" / "llama").is_dir()
+        mfs("umount", mnt)
+
+    def test_credentials_of_the_environment_go_along(self, mfs: Mfs, models: Path, mnt: Path) -> None:
+        """Of two environments the new one counts, and the old one where that says nothing."""
+        mfs("mount", models, mnt, *SMALL, env=os.environ | {"AWS_PROFILE": "old", "HF_TOKEN": "old"})
+        mfs("mount", "--handover", mnt, env=os.environ | {"HF_TOKEN": "new"})
+        record = runtime.read_record(str(mnt))
+        assert record is not None
+        environment = Path(f"/proc/{record.pid}/environ").read_bytes().split(b"\0")
+        assert {b"AWS_PROFILE=old", b"HF_TOKEN=new"} <= set(environment)
+        mfs("umount", mnt)
+
+    def test_what_cannot_be_handed_over_is_said(
+        self, mfs: Mfs, models: Path, mnt: Path, fake_mount: Callable[..., FakeMount]
+    ) -> None:
+        assert "is not under an mfs mount" in mfs.error("mount", "--handover", mnt)
+        assert "needs the MOUNTPOINT" in mfs.error("mount", "--handover", status=2)
+        crashed = fake_mount("crashed")
+        crashed.kill()
+        assert "has ended; 'mfs umount" in mfs.error("mount", "--handover", crashed.path)
+        mfs("mount", models, mnt, *SMALL)
+        pid = mfs.json("status", mnt)["pid"]
+        assert f"name its mount point, {mnt}" in mfs.error("mount", "--handover", mnt / "llama", status=2)
+        assert "sources cannot change" in mfs.error("mount", "--handover", models / "llama", mnt, *SMALL)
+        assert "umask cannot change" in mfs.error("mount", "--handover", mnt, "--umask", "077")
+        assert "cannot change while mounted" in mfs.error("mount", "--handover", mnt, "--region", "x", status=2)
+        assert mfs.json("status", mnt)["pid"] == pid
+        mfs("umount", mnt)
+
+    def test_a_new_daemon_that_cannot_start_leaves_the_old_one(self, mfs: Mfs, models: Path, mnt: Path) -> None:
+        mfs("mount", models, mnt, *SMALL)
+        pid = mfs.json("status", mnt)["pid"]
+        (mnt.parent / "file").touch()
+        assert "is not a directory" in mfs.error("mount", "--handover", mnt, "--cache-dir", mnt.parent / "file")
+        assert mfs.json("status", mnt)["pid"] == pid
+        assert (mnt / "llama" / "config.json").read_text() == "{}"
+        mfs("umount", mnt)
+
+    def test_in_the_foreground_and_told_to_the_service_manager(
+        self, mfs: Mfs, models: Path, mnt: Path, tmp_path: Path
+    ) -> None:
+        """As under systemd: the manager learns the new main process, and the log goes where it went."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, (tmp_path / "journal").open("wb") as journal:
+            manager.bind(str(tmp_path / "notify"))
+            manager.settimeout(DEADLINE_S)
+            command = [sys.executable, "-m", "mfs", "mount", str(models), str(mnt), "--foreground", *SMALL]
+            environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+            with subprocess.Popen(command, env=environment, stderr=journal) as process:
+                assert manager.recv(4096).startswith(b"READY=1\n")
+                mfs("mount", "--handover", mnt)
+                record = runtime.read_record(str(mnt))
+                assert record is not None
+                assert manager.recv(4096) == f"MAINPID={record.pid}".encode()
+                assert manager.recv(4096).startswith(b"READY=1\n")
+                assert process.wait(DEADLINE_S) == 0
+            assert f"mfs[{record.pid}]" in (tmp_path / "journal").read_text()
+            mfs("umount", mnt)
+            assert manager.recv(4096) == b"STOPPING=1"
+
+
 class TestStart:
     """Of a daemon that fails; the fake fails on demand."""
 
