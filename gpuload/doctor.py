@@ -8,9 +8,10 @@ import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from gpuload.hooks import pth
-from gpuload.paths import default_socket
+from gpuload.paths import default_digests, default_socket
 from mfs.errors import MfsError
 
 
@@ -36,6 +37,7 @@ def examine(socket_path: str | None = None) -> Iterator[Finding]:
     yield _cuda()
     yield _descriptors()
     yield _maps()
+    yield _digests()
     yield _server(socket_path)
     installed = pth.is_installed()
     yield Finding("hook", "ok" if installed else "note", str(pth.location()) if installed else "no .pth installed")
@@ -88,6 +90,18 @@ def _maps() -> Finding:
     except (OSError, ValueError) as error:
         return Finding("mappings", "note", f"cannot read vm.max_map_count: {error}")
     return Finding("mappings", "ok" if count >= 65530 else "note", f"vm.max_map_count is {count}")
+
+
+def _digests() -> Finding:
+    from gpuload.server.digest_files import trouble_with
+
+    folder = Path(default_digests())
+    if not folder.exists():
+        return Finding("digests", "ok", f"none kept in {folder} yet; `gpuload digest MODEL` computes them ahead")
+    trouble = trouble_with(folder)
+    if trouble is not None:
+        return Finding("digests", "note", f"not used: {trouble}; every swap reads its files whole")
+    return Finding("digests", "ok", f"of {sum(1 for _ in folder.glob('*.digests'))} files in {folder}")
 
 
 def _server(socket_path: str | None) -> Finding:

@@ -117,17 +117,16 @@ class DigestFiles:
         return self._folder / f"{blake3(key).hexdigest()[:40]}.digests"
 
     def _prepare(self) -> bool:
-        """Make the folder, or see that only we can write there: whoever else could would choose what we serve."""
+        """Make the folder, or see that only we can write there."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self._folder.stat()
         except OSError as error:
             log.warning("digests are not kept: %s: %s", self._folder, error.strerror)
             return False
-        if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
-            log.warning("digests are not kept: %s can be written by others than user %d", self._folder, os.geteuid())
-            return False
-        return True
+        trouble = trouble_with(self._folder)
+        if trouble is not None:
+            log.warning("digests are not kept: %s", trouble)
+        return trouble is None
 
     def _trim(self) -> None:
         """Least recently used first, until the folder is within its budget; what a killed writer left counts too."""
@@ -143,6 +142,17 @@ class DigestFiles:
             with contextlib.suppress(OSError):
                 os.unlink(path)
             over -= size
+
+
+def trouble_with(folder: Path) -> str | None:
+    """Why nothing in a folder that exists is believed: whoever else could write there would choose what we serve."""
+    try:
+        found = folder.stat()
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        return f"{folder} can be written by others than user {os.geteuid()}"
+    return None
 
 
 def encode(key: bytes, known: Mapping[Geometry, Digest]) -> bytes:

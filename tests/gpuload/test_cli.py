@@ -226,6 +226,19 @@ def test_doctor_says_what_there_is() -> None:
     assert "cuda" in gpuload("doctor")
 
 
+def test_doctor_names_a_folder_of_digests_that_others_may_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = [json.loads(gpuload("doctor", "--json"))["findings"]]
+    (tmp_path / "gpuload" / "digests").mkdir(parents=True)
+    (tmp_path / "gpuload" / "digests").chmod(0o777)
+    found.append(json.loads(gpuload("doctor", "--json"))["findings"])
+    said = [next(f for f in findings if f["what"] == "digests") for findings in found]
+    assert [f["state"] for f in said] == ["ok", "note"]
+    assert "can be written by others" in said[1]["detail"]
+
+
 @pytest.mark.parametrize(
     ("text", "n"), [("4GiB", 4 << 30), ("70GB", 70 * 10**9), ("12", 12), ("1.5 KiB", 1536), ("7b", 7)]
 )
