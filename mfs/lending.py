@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
 from mfs.cache.chunk_cache import ChunkCache
-from mfs.cache.chunk_state import Chunk
-from mfs.cache.chunks import block_mask, chunk_spans, full_mask
-from mfs.errors import ChangedError, NotFoundError, TransientStoreError
+from mfs.cache.chunk_state import Chunk, ObjectState
+from mfs.cache.chunks import block_mask, chunk_spans
+from mfs.errors import ChangedError, MfsError, NotFoundError, TransientStoreError
 from mfs.mount import Mount
 from mfs.reader import OpenObject
 from mfs.types import CHUNK_BYTES, ByteRange
@@ -94,12 +94,9 @@ class SlotLender:
 
     async def lease(self, file: LentFile, start: int, stop: int) -> tuple[Loan, list[tuple[int, int]]]:
         """See Lender.lease."""
-        cache, state = self._mount.cache, file.handle.state
-        span = ByteRange(start, stop)
-        whole_chunks = file.handle.note(span)
+        cache = self._mount.cache
         loan = Loan(cache, self._limit)
-        pieces = []
-        parts = list(chunk_spans(span))
+        parts = list(chunk_spans(ByteRange(start, stop)))
         try:
             with trio.move_on_after(self._wait_s) as scope:
                 async with self._turn:  # two borrowers that each hold half of what both need would wait for ever
@@ -109,14 +106,35 @@ class SlotLender:
                         loan.tokens.append(token)
             if scope.cancelled_caught:
                 raise TransientStoreError(f"others hold all the slots that are lent, for {self._wait_s:g} s already")
-            for index, part in parts:
-                extra = full_mask(len(state.object.chunk_range(index))) if whole_chunks else 0
-                mask = block_mask(part.start, part.stop)
-                chunk = await cache.lease(state, index, mask, extra=extra)
-                loan.chunks.append(chunk)
-                cache.note_delivery(chunk, mask)
-                pieces.append((chunk.slot * CHUNK_BYTES + part.start, len(part)))
+            await self._bring(file.handle.state, parts, loan)
         except BaseException:
             loan.release()
             raise
-        return loan, pieces
+        for chunk in loan.chunks:
+            cache.note_use(chunk)  # not delivered: no page cache has it now, its slot is all there is in memory
+        slots = {chunk.index: chunk.slot for chunk in loan.chunks}
+        return loan, [(slots[index] * CHUNK_BYTES + part.start, len(part)) for index, part in parts]
+
+    async def _bring(self, state: ObjectState, parts: Sequence[tuple[int, ByteRange]], loan: Loan) -> None:
+        """Hold all parts for `loan`, missing ones fetched at once, and no block more than is asked for: a borrower says
+        exactly what it wants, so nothing is guessed, and a tensor-parallel rank fetches its share alone.
+        """
+        errors: list[MfsError] = []
+
+        async def take(index: int, mask: int) -> None:
+            try:
+                loan.chunks.append(await self._mount.cache.lease(state, index, mask))
+            except MfsError as error:
+                errors.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for index, part in parts:
+                mask = block_mask(part.start, part.stop)
+                chunk = state.chunks.get(index)
+                if chunk is not None and not mask & ~chunk.valid:
+                    await take(index, mask)
+                else:
+                    nursery.start_soon(take, index, mask)
+        if errors:
+            raise errors[0]

@@ -163,15 +163,19 @@ class ChunkCache:
         return self._memory.view(chunk.slot)[part.start : part.stop]
 
     def note_delivery(self, chunk: Chunk, mask: int) -> None:
-        """Blocks of a leased chunk go to a reader."""
+        """Blocks of a leased chunk go to a reader, by way of the kernel's page cache."""
         chunk.delivered |= mask
+        self.note_use(chunk)
+        self._demote_if_done(chunk)
+
+    def note_use(self, chunk: Chunk) -> None:
+        """A leased chunk is read, perhaps where it stands."""
         if chunk.unread:
             chunk.unread = False
             self.unread.give(chunk.state.group)
         self._lru.move_to_end(chunk)
         if chunk.saved:
             self._uses.setdefault(chunk.state.object.cache_id, set()).add(chunk.index)
-        self._demote_if_done(chunk)
 
     def _demote_if_done(self, chunk: Chunk) -> None:
         """A chunk the kernel has whole and the SSD has too is the first to lose its slot: one copy in RAM is enough."""
