@@ -17,12 +17,14 @@ from typing import Any
 from mfs.control import mountinfo
 from mfs.errors import ConfigError
 from mfs.sources.base import name_fault
+from mfs.sources.hf_cache import directory_name
 from mfs.types import CHUNK_BYTES
 from mfs.units import exact_size
 
 RAM_SLOTS_COUNT_MIN = 16
 """The RAM tier refuses fewer (`mfs.cache.ram`, whose test keeps the two equal); said here before anything starts."""
 
+LAYOUTS = ("plain", "hub-cache")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _MASK = "***"
 
@@ -46,10 +48,21 @@ class SourceConfig:
     token: str | None = field(default=None, repr=False)
     """Bearer token (Hub, HTTP); None leaves it to the environment. Secret: masked wherever it is printed."""
 
+    layout: str = "plain"
+    """One of LAYOUTS. 'hub-cache' shows an hf:// source as huggingface_hub's cache would; its directory of the mount is
+    then called 'models--org--name', whatever `name` says."""
+
     def __post_init__(self) -> None:
         label = f"source {self.name!r}" if self.name else "source"
         if not self.url:
             raise ConfigError(f"{label} has no url: expected s3://…, hf://…, http(s)://…, file:///… or /directory")
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"{label}: layout is {self.layout!r}: expected one of {', '.join(LAYOUTS)}")
+        if self.layout == "hub-cache":
+            if not self.url.startswith("hf://"):
+                raise ConfigError(f"{label}: layout 'hub-cache' is for hf:// sources, got {mask_url(self.url)}")
+            repo = self.url.removeprefix("hf://").rstrip("/").partition("@")[0]
+            object.__setattr__(self, "name", directory_name(repo))
         fault = name_fault(self.name) if self.name else None
         if fault:
             raise ConfigError(f"source name {self.name!r} cannot be a directory of the mount: {fault}")

@@ -208,4 +208,5 @@ _SOURCE_KEYS: dict[str, _Key] = {
     "region": ("region", _text),
     "unsigned": ("unsigned", _flag),
     "token": ("token", _text),
+    "layout": ("layout", _text),
 }

@@ -438,7 +438,7 @@ def _options(source: SourceConfig) -> Frame:
     """A source's settings as `sources.SourceOptions` takes them."""
     return {
         "endpoint_url": source.endpoint_url, "profile": source.profile, "region": source.region,
-        "unsigned": source.unsigned, "token": source.token,
+        "unsigned": source.unsigned, "token": source.token, "layout": source.layout,
     }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ class Refresher:
         try:
             await look.at("")
             root = look.pages[""]
-            if any(_MODEL_FILE.fullmatch(name) for name in root.names):
+            if _is_one_model(root):
                 paths = await look.at_all_below("")
                 await self._prepare(top.source, look.changed(paths))
                 look.publish(paths, changes)
@@ -67,6 +67,12 @@ class Refresher:
             changes.errors.append(str(error))
             return
         await _Units(look, self._prepare, changes).refresh()
+
+
+def _is_one_model(root: Listing) -> bool:
+    """Whether a source is one model rather than a registry of them: by its files, or as the Hub's cache has one."""
+    is_cache = root.find(b"refs") >= 0 and root.find(b"snapshots") >= 0
+    return is_cache or any(_MODEL_FILE.fullmatch(name) for name in root.names)
 
 
 class _Units:

@@ -86,6 +86,11 @@ _SOURCE_OPTIONS = [
     click.Option(["--profile"], metavar="NAME", help="Section of the AWS configuration files."),
     click.Option(["--region"], metavar="NAME", help="AWS region."),
     _flag("unsigned", "--unsigned", "No signatures, for public S3 buckets.", click.Option),
+    click.Option(
+        ["--layout"],
+        type=click.Choice(["plain", "hub-cache"]),
+        help="hub-cache: show an hf:// source as huggingface_hub's cache does (see below).",
+    ),
 ]
 _MOUNT_OPTIONS = [
     _Setting(["--cache-dir"], type=TREE_PATH, help="Where the SSD tier lives; several mounts may share it."),
@@ -146,6 +151,11 @@ mfs mount --handover --config /etc/mfs.toml       read the file again (systemd: 
      refuses later kills the process (SIGBUS); this way open fails, or nothing
      does. open waits for the whole file. Files must fit into --cache-size, or
      without --cache-dir into three quarters of --ram-size.""",
+        "Hub cache": """\
+mfs mount hf://org/name /mnt/hub --layout hub-cache
+HF_HUB_CACHE=/mnt/hub HF_HUB_OFFLINE=1 python server.py
+     from_pretrained("org/name") then reads from the mount. Several
+     repositories side by side: [sources.*] with layout = "hub-cache".""",
         "Sizes and times": """\
 64M, 500G, 1.5T: binary units (1G is 2**30 bytes); a plain number is bytes
 250ms, 30s, 5m, 1h; a plain number is seconds""",

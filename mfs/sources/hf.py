@@ -16,7 +16,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -24,6 +24,7 @@ from mfs.errors import NotFoundError, StoreError, TransientStoreError
 from mfs.fetch.redirects import Hop, follow, next_hop
 from mfs.fetch.retry import with_retries
 from mfs.fetch.transport import Reply, Transport, parse_target
+from mfs.sources import hf_cache
 from mfs.sources.base import Page
 from mfs.sources.hf_access import HUB_URL, error_of, expiry_s, hub_endpoint, hub_token, parse_hf_url
 from mfs.sources.options import SourceOptions
@@ -54,11 +55,14 @@ class HfSource:
         self._revision = revision
         self._endpoint = hub_endpoint(options.endpoint_url)
         self._token = options.token or hub_token()
+        self._is_cache = options.layout == "hub-cache"
         self._transport = Transport(connections_max=options.connections_max)
         self._closed = threading.Event()
         self._addresses: dict[tuple[str, str], _Address] = {}
         self._locks = [threading.Lock() for _ in range(LOCKS_COUNT)]
         self.identity = f"hf://{repo}" if self._endpoint == HUB_URL else f"hf://{repo}@{self._endpoint}"
+        if self._is_cache:
+            self.identity += "#hub-cache"  # another tree, with other paths
 
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Pin the revision and yield all directories at `path` and below; see `Source.list`."""
@@ -73,14 +77,17 @@ class HfSource:
             if following == url:
                 raise StoreError(f"{where}: the listing goes in circles: a page names itself as the next")
             url = following
-        pages = [page for page in tree.pages() if not path or page[0] == path or page[0].startswith(f"{path}/")]
+        found = tree.pages()
+        if self._is_cache:
+            found = iter(hf_cache.cache_pages(found, where, self._revision, commit))
+        pages = [page for page in found if not path or page[0] == path or page[0].startswith(f"{path}/")]
         if not pages:
             raise NotFoundError(f"{where}: no directory {path!r}")
         if is_gated:
-            self._check_access(commit, pages, where, deadline_s)
+            self._check_access(commit, tree.pages(), where, deadline_s)
         yield from pages
 
-    def _check_access(self, commit: str, pages: Sequence[Page], where: str, deadline_s: float) -> None:
+    def _check_access(self, commit: str, pages: Iterable[Page], where: str, deadline_s: float) -> None:
         """The Hub lists a gated repository for everyone: asking for a file says now what reading would say later."""
         files = [f"{folder}/{e.name}" if folder else e.name for folder, found in pages for e in found
                  if e.kind is EntryKind.FILE]  # fmt: skip
@@ -93,10 +100,13 @@ class HfSource:
 
     def get_range(self, obj: ObjectId, span: ByteRange, *, out: memoryview, deadline_s: float) -> None:
         """Fill `out` from the file at its commit; see `Source.get_range`."""
+        if self._is_cache and hf_cache.fill_ref(obj, span, out):
+            return
+        path = hf_cache.repository_path(obj.path) if self._is_cache else obj.path
         commit = obj.locator
         if not _COMMIT.fullmatch(commit):
             raise StoreError(f"{obj}: expected a commit as its locator, got {commit!r}")
-        where = f"hf://{self._repo}@{commit[:12]}/{obj.path}"
+        where = f"hf://{self._repo}@{commit[:12]}/{path}"
 
         def send(hop: Hop) -> Reply:
             headers = self._headers(hop)
@@ -105,17 +115,17 @@ class HfSource:
             )
 
         def attempt() -> None:
-            address, is_new = self._address(commit, obj.path, where, deadline_s)
+            address, is_new = self._address(commit, path, where, deadline_s)
             reply, hop = follow(address.hop, send)
             if reply.status in (401, 403, 404, 410) and not is_new:  # the address has died before its time
-                self._forget(commit, obj.path, address)
-                address, _ = self._address(commit, obj.path, where, deadline_s)
+                self._forget(commit, path, address)
+                address, _ = self._address(commit, path, where, deadline_s)
                 reply, hop = follow(address.hop, send)
             if reply.status not in (200, 206):
-                self._forget(commit, obj.path, address)
+                self._forget(commit, path, address)
                 raise self._error(reply, where)
             if hop != address.hop:
-                self._addresses[commit, obj.path] = _Address(hop, expiry_s(hop.url))
+                self._addresses[commit, path] = _Address(hop, expiry_s(hop.url))
 
         if not span:
             return

@@ -19,5 +19,7 @@ class SourceOptions:
     """S3: do not sign; for public buckets."""
     token: str | None = field(default=None, repr=False)
     """Hub: the access token, instead of HF_TOKEN and the file that `hf auth login` writes."""
+    layout: str = "plain"
+    """Hub: 'hub-cache' shows the repository as huggingface_hub's cache would, see `sources.hf_cache`."""
     connections_max: int = 32
     """Connections kept per origin and process; readers beyond it wait inside their deadline."""
