@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
 
 from gpuload.device import driver as cu
@@ -38,11 +38,14 @@ class CudaEvent:
 
     def wait(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        self._device.enter()
-        while not self._device.driver.is_ready(self._handle):
+        while not self._is_ready():
             if time.monotonic() > deadline:
                 raise BusyError(f"a copy to {self._device.name} was not done after {timeout_s:.0f} s")
             time.sleep(POLL_S)
+
+    def _is_ready(self) -> bool:
+        with self._device.current():
+            return self._device.driver.is_ready(self._handle)
 
     def __del__(self) -> None:
         if self._handle:
@@ -221,17 +224,24 @@ class CudaDevice:
         smallest = self.number("cuMemGetAllocationGranularity", c_size_t, properties, cu.GRANULARITY_MINIMUM)
         self.granule_bytes = -(-granule_bytes // smallest) * smallest
 
-    def enter(self) -> None:
-        """Make this device's context the calling thread's. Every thread that calls the driver must, and it is cheap."""
-        self.driver.call("cuCtxSetCurrent", self._context)
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this device's context the calling thread's for a while. The thread may be one in which torch works with
+        another device, so what was current is current again afterwards.
+        """
+        self.driver.call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self.driver.call("cuCtxPopCurrent_v2", ctypes.byref(c_void_p()))
 
     def call(self, name: str, *args: object) -> None:
-        self.enter()
-        self.driver.call(name, *args)
+        with self.current():
+            self.driver.call(name, *args)
 
     def number(self, name: str, kind: type, *args: object) -> int:
-        self.enter()
-        return self.driver.number(name, kind, *args)
+        with self.current():
+            return self.driver.number(name, kind, *args)
 
     def model_name(self) -> str:
         """What the card is called."""

@@ -106,6 +106,19 @@ def test_memory_that_cannot_be_page_locked_is_refused_and_not_reached(
     slots.close()
 
 
+def test_the_callers_own_context_is_current_again_after_every_call(library: cu.Driver) -> None:
+    """torch may be working with another device in that thread."""
+    current = library._functions["cuCtxPopCurrent_v2"]
+    device = CudaDevice(0, granule_bytes=65536, driver=library)
+    stream, staging = device.open_stream(), device.alloc_staging(4096)
+    stream.record().wait(30)
+    with pytest.raises(DeviceError):
+        device.call("cuMemMap", 0, 65536, 0, 5, 0)
+    assert current(ctypes.byref(ctypes.c_void_p())) == 201, "a context was left current"
+    stream.close()
+    staging.close()
+
+
 def test_nothing_is_left_open(library: cu.Driver) -> None:
     device = CudaDevice(0, granule_bytes=65536, driver=library)
     before = len(os.listdir("/proc/self/fd"))

@@ -37,7 +37,8 @@ typedef struct {
 #endif
 
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, ALREADY_REGISTERED = 712, NOT_REGISTERED = 713, TOTAL = 1 << 30, UNIT = 65536 };
-static __thread void *current;
+static __thread void *current, *before[8];
+static __thread int depth;
 static int context_mark;
 #define NEED_CONTEXT if (current != &context_mark) return INVALID_CONTEXT
 
@@ -52,7 +53,18 @@ CUresult cuDeviceGet(CUdevice *d, int ordinal) { *d = ordinal; return ordinal ? 
 CUresult cuDeviceGetName(char *s, int n, CUdevice d) { strncpy(s, "stand-in", n); return d ? INVALID_VALUE : OK; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)&context_mark; return d ? INVALID_VALUE : OK; }
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice d) { return d ? INVALID_VALUE : OK; }
-CUresult cuCtxSetCurrent(CUcontext c) { current = c; return OK; }
+CUresult cuCtxPushCurrent_v2(CUcontext c) {
+    if (!c || depth == 8) return INVALID_VALUE;
+    before[depth++] = current;
+    current = c;
+    return OK;
+}
+CUresult cuCtxPopCurrent_v2(CUcontext *c) {
+    if (!depth) return INVALID_CONTEXT;
+    *c = current;
+    current = before[--depth];
+    return OK;
+}
 CUresult cuCtxSynchronize(void) { NEED_CONTEXT; return OK; }
 CUresult cuMemGetInfo_v2(size_t *f, size_t *t) { NEED_CONTEXT; *t = TOTAL; *f = TOTAL / 2; return OK; }
 CUresult cuMemHostAlloc(void **p, size_t n, unsigned flags) {
