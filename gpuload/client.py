@@ -7,6 +7,7 @@ child share the connection.
 
 from __future__ import annotations
 
+import resource
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,9 +96,14 @@ def open_resident(
 
 def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None, timeout_s: float) -> Attached:
     held = _Held(connect(socket_path, timeout_s))
-    reply, got = exchange(held.sock, request, fds)
     flat: list[torch.Tensor] = []
+    got: list[int] = []
+    # A 16 GB model on CUDA comes as 2000 descriptors, for as long as it takes to map them; 1024 is the usual soft limit.
+    # It stays raised: putting it back would pull it from under another thread that attaches just now.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
+        reply, got = exchange(held.sock, request, fds)
         at = 0
         for part in reply["parts"]:
             runs = [(first, count) for first, count in part["runs"]]

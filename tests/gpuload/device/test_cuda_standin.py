@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import resource
 import shutil
 import subprocess
 from dataclasses import replace
@@ -163,3 +164,26 @@ def test_the_server_on_it(
 def test_without_a_driver(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="no CUDA driver on this machine"):
         cu.Driver(str(tmp_path / "libcuda.so.1"))
+
+
+def test_a_model_of_more_granules_than_a_process_may_have_files(
+    library: cu.Driver, config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The usual limit is 1024 descriptors; a 16 GB model comes as 2000."""
+    monkeypatch.setattr(gpuload.client, "open_device", lambda _: CudaDevice(0, granule_bytes=65536, driver=library))
+    over = gpuload.client.tensors.over_memory
+    monkeypatch.setattr(gpuload.client.tensors, "over_memory", lambda owner, at, n, _: over(owner, at, n, "cpu"))
+    made = random_tensors(1, {"w": (400 * 65536,)}, "U8")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    arena = replace(config, arena_bytes={"cuda:0": 420 * 65536})
+    with running_server(arena, lambda _: CudaDevice(0, granule_bytes=65536, driver=library)) as server:
+        load_resident(write(tmp_path / "a.safetensors", made), "m", "cuda:0", socket_path=server.socket_path)
+        used = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 100, limits[1]))
+        try:
+            held = attach("m", socket_path=server.socket_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert_same(held, made)
+        del held
+        gc.collect()
