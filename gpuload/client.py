@@ -98,7 +98,7 @@ def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None
     held = _Held(connect(socket_path, timeout_s))
     flat: list[torch.Tensor] = []
     got: list[int] = []
-    # A 16 GB model on CUDA comes as 2000 descriptors, for as long as it takes to map them; 1024 is the usual soft limit.
+    # A 16 GB model on CUDA comes as 2000 descriptors, for as long as it takes to map them; 1024 is the usual limit.
     # It stays raised: putting it back would pull it from under another thread that attaches just now.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
