@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import pwd
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
@@ -231,9 +232,18 @@ def _mount_help(allow_other: bool) -> str:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         return f"/dev/fuse cannot be opened ({errno.errorcode.get(error.errno or 0)})"
+    if os.geteuid() and not _has_name(os.geteuid()):
+        return f"fusermount3 mounts for users that have a name, and uid {os.geteuid()} is not in /etc/passwd"
     if allow_other and os.geteuid():
         return "--allow-other needs 'user_allow_other' in /etc/fuse.conf for users other than root"
     return "is fusermount3 installed (Debian package fuse3) and the mount point yours?"
+
+
+def _has_name(uid: int) -> bool:
+    try:
+        return bool(pwd.getpwuid(uid))
+    except KeyError:
+        return False
 
 
 def _ascii(label: str) -> str:
