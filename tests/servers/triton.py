@@ -9,6 +9,7 @@ own by a private prefix and cleans them up.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import platform
@@ -20,7 +21,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,7 @@ class TritonServer:
         self._log = folder / "triton.log"
         self._process: ServerProcess | None = None
         self._pid = 0
+        self._kept: http.client.HTTPConnection | None = None
         # Its stubs name their memory by a prefix and themselves by no more: with a prefix of our own we know ours.
         self._prefix = f"mfs_test_triton_{os.getpid()}_{self.port}_"
         self.temporary = folder / "tmp"
@@ -239,18 +242,47 @@ class TritonServer:
 
     def call(self, path: str, body: Any = None, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """POST and return the JSON of the answer. Raises: TritonError; OSError if it does not answer in time."""
-        # A connection each: one kept alive would delay the server's stop.
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", method="POST", data=json.dumps(body or {}).encode()
-        )
-        request.add_header("Connection", "close")
+        # A connection each, unless one is kept: one kept alive would delay the server's stop.
+        connection = self._kept or http.client.HTTPConnection("127.0.0.1", self.port)
+        headers = {} if self._kept else {"Connection": "close"}
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-                text = answer.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                raise TritonError(error.code, error.read().decode("utf-8", "replace")) from None
+            connection.timeout = timeout_s
+            if connection.sock is not None:
+                connection.sock.settimeout(timeout_s)
+            connection.request("POST", path, json.dumps(body or {}), headers)
+            answer = connection.getresponse()
+            text = answer.read()
+        finally:
+            if not self._kept:
+                connection.close()
+        if answer.status != 200:
+            raise TritonError(answer.status, text.decode("utf-8", "replace"))
         return json.loads(text) if text else None
+
+    @contextmanager
+    def kept_connection(self) -> Iterator[None]:
+        """While this is open, calls go over one connection that the server answers now.
+
+        Triton gives every connection to one of a few threads, and a load blocks its thread: a new connection may wait
+        for somebody else's load, whatever the load waits for.
+        """
+        deadline_s = time.monotonic() + CALL_TIMEOUT_S
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1)
+            try:
+                connection.request("GET", "/v2/health/live")
+                connection.getresponse().read()
+                break
+            except TimeoutError:
+                connection.close()
+                if time.monotonic() > deadline_s:
+                    raise
+        self._kept = connection
+        try:
+            yield
+        finally:
+            self._kept = None
+            connection.close()
 
     def _answers(self, path: str) -> bool:
         try:

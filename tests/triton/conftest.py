@@ -13,6 +13,7 @@ from mfs.testing.mounting import TestMount
 from tests.cli.conftest import Mfs
 from tests.mount import origins
 from tests.servers import triton
+from tests.servers.liar import LiarServer
 from tests.servers.triton import TritonServer
 
 
@@ -21,6 +22,17 @@ def _needs_triton() -> None:
     reason = triton.missing()
     if reason and "run tools/setup" not in reason:
         pytest.skip(reason)
+
+
+class LiarOrigin(origins.WebOrigin):
+    """A folder of a server that lies as told."""
+
+    def __init__(self, liar: LiarServer) -> None:
+        self.liar = liar
+        self.root = liar.files
+        self.url = liar.url
+        self.source = {}
+        self.env = {}
 
 
 class Repository:

@@ -1,4 +1,4 @@
-"""A model whose answers tell which weights it has: y = x * scale + bias, and the sum of the filler's bytes.
+"""A model whose answers tell which weights it has: y = x * scale + bias, and if x[0] is set its filler's sum.
 
 The same `model.py` for all; the parameter `reads` of its configuration says how it takes its weights:
     all    all tensors, read when it is loaded
@@ -7,8 +7,6 @@ The same `model.py` for all; the parameter `reads` of its configuration says how
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from safetensors.numpy import save
@@ -40,8 +38,8 @@ class TritonPythonModel:
         for request in requests:
             x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
             y = x * self.weights["scale"] + self.weights["bias"]
-            filler = self.weights.get("filler")
-            total = numpy.array([-1 if filler is None else filler.sum(dtype=numpy.int64)], numpy.int64)
+            filler = self.weights["filler"] if x[0] else numpy.zeros(1)
+            total = numpy.array([filler.sum(dtype=numpy.int64)])
             answers.append(pb_utils.InferenceResponse([pb_utils.Tensor("y", y), pb_utils.Tensor("sum", total)]))
         return answers
 """
@@ -93,21 +91,23 @@ def version(name: str, number: int, *, scale: int | None = None, filler_bytes: i
 
 
 def scale_of(server: TritonServer, name: str, version: int | None = None, *, timeout_s: float = 30.0) -> float:
-    """Ask the model, check that all numbers of the answer fit together, and return the scale they were made with."""
-    answer = ask(server, name, version, timeout_s=timeout_s)
+    """Ask the model, check that all numbers of the answer fit together, and return the scale they were made with.
+
+    The filler is not touched.
+    """
     x = (0.0, 1.0, 2.0, 3.0)
+    answer = server.infer(name, {"x": ("FP32", [4], x)}, version=version, timeout_s=timeout_s)
     scale = answer["y"][1] - answer["y"][0]
     assert answer["y"] == [value * scale + scale / 2 for value in x]
     return float(scale)
 
 
+def total_of(server: TritonServer, name: str, version: int | None = None, *, timeout_s: float = 30.0) -> int:
+    """The sum of all bytes of the model's filler, as the model finds it."""
+    answer = server.infer(name, {"x": ("FP32", [4], [1, 1, 1, 1])}, version=version, timeout_s=timeout_s)
+    return int(answer["sum"][0])
+
+
 def filler_sum(number: int, filler_bytes: int = 300_000) -> int:
-    """What `sum` must be of a version whose scale is `number`."""
+    """What `total_of` must give for a version whose scale is `number`."""
     return int(np.frombuffer(ramp(filler_bytes, number), np.uint8).sum(dtype=np.int64))
-
-
-def ask(
-    server: TritonServer, name: str, version: int | None = None, *, timeout_s: float = 30.0
-) -> dict[str, Sequence[float]]:
-    """The whole answer for x = 0, 1, 2, 3."""
-    return server.infer(name, {"x": ("FP32", [4], [0, 1, 2, 3])}, version=version, timeout_s=timeout_s)

@@ -86,7 +86,7 @@ def test_a_whole_version_is_moved_once_and_the_other_not_at_all(
     repository.add(models.model("whole", 1, 2, filler_bytes=FILLER_BYTES))
     sent.forget()
     server.load("whole")
-    assert models.ask(server, "whole")["sum"] == [models.filler_sum(2, FILLER_BYTES)]
+    assert models.total_of(server, "whole") == models.filler_sum(2, FILLER_BYTES)
     size = len(repository.files["whole/2/model.safetensors"])
     assert sent.bytes("whole/1/model.safetensors") == 0
     assert sent.bytes("whole/2/model.safetensors") == size
@@ -98,12 +98,12 @@ def test_the_second_swap_moves_nothing(repository: Repository, server: TritonSer
     )
     for name, number in (("ping", 1), ("pong", 2)):
         server.load(name)
-        assert models.ask(server, name)["sum"] == [models.filler_sum(number, FILLER_BYTES)]
+        assert models.total_of(server, name) == models.filler_sum(number, FILLER_BYTES)
         server.unload(name)
     sent.forget()
     for name, number in (("ping", 1), ("pong", 2), ("ping", 1)):
         server.load(name)
-        assert models.ask(server, name)["sum"] == [models.filler_sum(number, FILLER_BYTES)]
+        assert models.total_of(server, name) == models.filler_sum(number, FILLER_BYTES)
         server.unload(name)
     assert sent.requests() == []
 

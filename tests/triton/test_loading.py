@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.mount import origins, touching
+from tests.servers import triton
+from tests.servers.process import ServerError
 from tests.servers.triton import TritonError, TritonServer
 from tests.triton import models
-from tests.triton.conftest import Repository, Serve
+from tests.triton.conftest import Repository, Serve, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +48,11 @@ def test_mode_none_serves_every_model_of_the_mount(repository: Repository, serve
 def test_load_infer_unload(repository: Repository, server: TritonServer) -> None:
     repository.add(models.model("plain", 4))
     server.load("plain")
-    answer = models.ask(server, "plain")
     assert models.scale_of(server, "plain") == 4
-    assert answer["sum"] == [models.filler_sum(4)]
+    assert models.total_of(server, "plain") == models.filler_sum(4)
     server.unload("plain")
     with pytest.raises(TritonError):
-        models.ask(server, "plain")
+        models.total_of(server, "plain")
 
 
 def test_a_load_of_what_did_not_change_does_nothing(repository: Repository, server: TritonServer) -> None:
@@ -107,7 +110,7 @@ class TestVersions:
         assert models.scale_of(server, "back") == 2
         repository.remove("back/2/")
         server.load("back")
-        assert server.versions("back") == ["1"]
+        wait_for(lambda: server.versions("back") == ["1"], "the unloading of the other")
         assert models.scale_of(server, "back") == 1
 
     def test_rollback_by_policy_moves_only_the_configuration(
@@ -118,7 +121,7 @@ class TestVersions:
         config = models.config(extra="version_policy: { specific { versions: [ 1 ] } }")
         repository.add({"pinned/config.pbtxt": config})
         server.load("pinned")
-        assert server.versions("pinned") == ["1"]
+        wait_for(lambda: server.versions("pinned") == ["1"], "the unloading of the other")
         assert models.scale_of(server, "pinned") == 1
 
     def test_a_renamed_version(self, repository: Repository, server: TritonServer) -> None:
@@ -127,7 +130,7 @@ class TestVersions:
         files = {name: content for name, content in repository.files.items() if not name.startswith("renamed/1/")}
         repository.publish({**files, **models.version("renamed", 5, scale=1)})
         server.load("renamed")
-        assert server.versions("renamed") == ["5"]
+        wait_for(lambda: server.versions("renamed") == ["5"], "the unloading of the other")
         assert models.scale_of(server, "renamed") == 1
 
     def test_retrained_weights_of_the_same_size_and_an_older_date_are_served(
@@ -143,7 +146,7 @@ class TestVersions:
         repository.mount.client.refresh()
         server.load("retrained")
         assert models.scale_of(server, "retrained") == 9
-        assert models.ask(server, "retrained")["sum"] == [models.filler_sum(9)]
+        assert models.total_of(server, "retrained") == models.filler_sum(9)
 
 
 def test_a_version_without_its_weights_is_a_failed_load_and_the_one_before_serves_on(
@@ -184,3 +187,38 @@ def times(repository: Repository, paths: Sequence[str]) -> dict[str, tuple[int, 
     """What Triton compares."""
     found = {path: repository.look(touching.stat, str(repository.path / path)) for path in paths}
     return {path: (stat["st_mtime_ns"], stat["st_ctime_ns"]) for path, stat in found.items()}
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can reach, as pytest's are not."""
+    folder = Path(tempfile.mkdtemp(prefix="mfs-triton-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_a_server_of_another_user_reads_a_mount_that_allows_others(open_folder: Path) -> None:
+    """And only such a one: without --allow-other it finds no repository."""
+    for folder in (open_folder, triton.ROOT):
+        if not all(place.stat().st_mode & 0o001 for place in folder.parents):
+            pytest.skip(f"other users cannot reach {folder}")
+    # The capability is for Python, whose folder may be root's; FUSE does not ask for it.
+    capabilities = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    other = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *capabilities, "--pdeathsig=KILL", "--")
+    for allow_other in (True, False):
+        place = open_folder / str(allow_other)
+        repository = Repository(origins.FolderOrigin(place / "registry"), place / "m", allow_other=allow_other)
+        repository.publish(models.model("theirs", 1))
+        server = TritonServer(place / "t", repository.path, argv_before=other)
+        with repository.mount:
+            stat = repository.look(touching.stat, str(repository.path / "theirs/1/model.safetensors"))
+            assert stat["st_mode"] & 0o7777 == 0o444
+            if allow_other:
+                with server:
+                    assert Path(f"/proc/{server.pid}").stat().st_uid == 65534
+                    assert models.scale_of(server, "theirs") == 1
+            else:
+                with pytest.raises(ServerError):
+                    server.start()
