@@ -64,7 +64,7 @@ def _default_text(field: str) -> str:
     from mfs.units import exact_size, format_duration
 
     value = getattr(MountConfig, field)
-    if value is None or value is False:
+    if value is None or value is False or value == ():
         return ""
     if field.endswith("_bytes"):
         return exact_size(value)
@@ -140,7 +140,7 @@ mfs mount s3://models/prod /mnt/models --cache-dir /nvme/mfs --cache-size 500G -
 mfs mount hf://sentence-transformers/all-MiniLM-L6-v2 /mnt/minilm
 mfs mount s3://models /mnt/models --endpoint-url http://minio:9000 --profile minio
 mfs mount --config /etc/mfs.toml --foreground
-mfs mount --handover /mnt/models                  upgrade the daemon; open files and mappings go on
+mfs mount --handover /mnt/models                  upgrade the daemon; open files go on
 mfs mount --handover /mnt/models --ram-size 64G   the same mount with another setting
 mfs mount --handover --config /etc/mfs.toml       read the file again (systemd: ExecReload)""",
         "Materialize": """\
@@ -180,7 +180,7 @@ def mount(source: str | None, mountpoint: str | None, config_file: Path | None, 
     """Mount SOURCE at MOUNTPOINT, an empty directory, and return when it can be used.
 
     With --config, several sources appear side by side, each under its own name. A mount left by a daemon that
-    crashed is replaced. Only headers and what is read cross the network.
+    crashed is replaced. Only headers, small files and what is read cross the network.
 
     With --handover a new daemon takes a mount over that is in use. Its settings are those of the running one, other
     than the options given; sources, owner and access stay as they are. Readers wait for milliseconds; whatever fails
