@@ -37,9 +37,14 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bert(tmp_path: Path) -> Path:
+def transformers() -> Any:
+    """The library, which the other frameworks import too; it refuses a safetensors that is too old for it."""
+    return pytest.importorskip("transformers", exc_type=ImportError)
+
+
+@pytest.fixture
+def bert(tmp_path: Path, transformers: Any) -> Path:
     """A small BERT in several shards."""
-    transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
@@ -71,6 +76,7 @@ def test_transformers_from_shards(resident: ServerThread, bert: Path, plainly: P
     assert resident.gauges()["models"] == len(list(bert.glob("*.safetensors")))
 
 
+@pytest.mark.usefixtures("transformers")
 def test_diffusers_pipeline(resident: ServerThread, tmp_path: Path, plainly: Plainly) -> None:
     diffusers = pytest.importorskip("diffusers")
     unet = diffusers.UNet2DModel(
@@ -94,6 +100,7 @@ def test_accelerate_loads_dispatches_and_offloads(
     assert len({digest for _, _, digest in outcome.found["out"].values()}) == 1, "all three models say the same"
 
 
+@pytest.mark.usefixtures("transformers")
 def test_sentence_transformers_embeds_the_same(resident: ServerThread, minilm_dir: Path, plainly: Plainly) -> None:
     pytest.importorskip("sentence_transformers")
     outcome = run_program("sentence_embedding", minilm_dir, socket_path=resident.socket_path)
