@@ -36,6 +36,7 @@ SHARED_MEMORY = Path("/dev/shm")
 CALL_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 _EXIT_TIMEOUT_S = 5
+_PREFIX = "mfs_test_triton_"
 
 
 class TritonError(Exception):
@@ -86,7 +87,7 @@ class TritonServer:
         self._pid = 0
         self._kept: http.client.HTTPConnection | None = None
         # Its stubs name their memory by a prefix and themselves by no more: with a prefix of our own we know ours.
-        self._prefix = f"mfs_test_triton_{os.getpid()}_{self.port}_"
+        self._prefix = f"{_PREFIX}{os.getpid()}_{self.port}_"
         self.temporary = folder / "tmp"
         """Its TMPDIR."""
 
@@ -101,6 +102,9 @@ class TritonServer:
             raise ServerError(reason)
         if self._process is not None:
             raise ServerError("Triton is already running")
+        for left in SHARED_MEMORY.glob(f"{_PREFIX}*"):  # of a run that was killed a day ago
+            if time.time() - left.stat().st_mtime > 86_400:
+                left.unlink(missing_ok=True)
         self.temporary.mkdir(exist_ok=True)
         self._log.unlink(missing_ok=True)
         argv = [
