@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
+import tarfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +153,34 @@ def test_an_environment_on_the_mount_is_used_in_place(repository: Repository, se
     assert str(path) in server.log
 
 
+def test_a_packed_environment_is_extracted_once(repository: Repository, server: TritonServer, packed_name: str) -> None:
+    """Again only if its time differs: over three loads of an unchanged one, and a refresh between, it does not."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, content in {**environment_files(), packed_name: b"x"}.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), 0o755
+            tar.addfile(member, io.BytesIO(content))
+    repository.add({"packed/env.tar.gz": packed.getvalue()})
+    config = 'parameters {{ key: "EXECUTION_ENV_PATH" value {{ string_value: "{}" }} }}'
+    repository.add(models.model("packed", 1, extra=config.format(repository.path / "packed" / "env.tar.gz")))
+    for _ in range(3):
+        server.load("packed")
+        assert models.scale_of(server, "packed") == 1
+        server.unload("packed")
+        repository.mount.client.refresh()
+    assert len(list(Path("/tmp").glob(f"python_env_*/*/{packed_name}"))) == 1
+
+
+@pytest.fixture
+def packed_name() -> Iterator[str]:
+    """A file of the packed environment by which its extractions are known, and removed."""
+    name = f"mfs-test-{uuid.uuid4().hex}"
+    yield name
+    for found in Path("/tmp").glob(f"python_env_*/*/{name}"):
+        shutil.rmtree(found.parent)
+
+
 def environment_files() -> dict[str, bytes]:
-    """A folder that Triton takes for a packed environment: a script that puts one more Python in front."""
+    """An environment as Triton takes it: a script that puts one more Python in front."""
     return {"bin/activate": f"export PATH={PYTHON.parent}:$PATH\n".encode(), "lib/nothing": b""}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.servers.chaos import ChaosProxy
 from tests.servers.swift import SwiftServer
 from tests.servers.triton import TritonServer
 from tests.triton import models
-from tests.triton.conftest import Repository, wait_for
+from tests.triton.conftest import Repository, Serve, wait_for
 
 POLL_S = 1
 IDLE_POLLS = 10
@@ -156,3 +157,20 @@ def test_a_slow_listing_shows_a_version_whole_or_not_at_all(
         assert seen == {("model.py", "model.safetensors")}
     finally:
         proxy.clear()
+
+
+def test_an_exchange_of_the_daemon_reloads_nothing(tmp_path: Path, serve: Serve) -> None:
+    """`mfs mount --handover` while Triton polls; afterwards a new version is noticed as before."""
+    repository = Repository(origins.FolderOrigin(tmp_path / "registry"), tmp_path / "m")
+    repository.publish(models.model("stays", 1))
+    with repository.mount:
+        server = serve(repository.path, "--model-control-mode=poll", f"--repository-poll-secs={POLL_S}")
+        polls(server, 2)
+        repository.mount.hand_over()
+        polls(server, 3)
+        assert (server.loads("stays"), server.unloads("stays")) == (1, 0)
+        assert models.total_of(server, "stays") == models.filler_sum(1)
+        repository.add(models.version("stays", 2))
+        wait_for(lambda: server.versions("stays") == ["2"], "the new version")
+        assert models.scale_of(server, "stays") == 2
+        server.stop()
