@@ -323,6 +323,7 @@ class ChunkCache:
             chunk.valid |= fill.mask
             if not result["lost"] and not fill.file_lost:
                 chunk.saved |= result["resident"]
+                self._note_ssd(chunk, chunk.state.on_ssd(chunk.index) | result["resident"])
             chunk.sums.update(result["sums"])
             chunk.changed_at = time.monotonic()
             self.counters.ssd_hit_bytes += result["ssd_bytes"]
@@ -479,6 +480,7 @@ class ChunkCache:
                 chunk.unread = True
                 self.unread.take(state.group)
             if to_ssd:
+                chunk.saved &= state.on_ssd(index)
                 await self._wait_on_ssd(chunk)
             return not chunk.valid & ~chunk.saved
         finally:
@@ -524,13 +526,13 @@ class ChunkCache:
             state.ssd_masks = array("I", bytes(state.ssd_masks.itemsize * len(state.ssd_masks)))
 
     def note_evicted(self, dropped: dict[str, list[int]]) -> None:
-        """The SSD tier dropped some chunks, by cache_id: they may be saved anew."""
+        """The SSD tier's budget dropped some chunks, by cache_id.
+
+        They stay `saved`: to write again at once what was found cold would go round in circles. `bring` does, if asked.
+        """
         for state in self._states.values():
-            for index in dropped.get(state.object.cache_id, ()):
-                if state.ssd_masks:
-                    state.ssd_masks[index] = 0
-                if index in state.chunks:
-                    state.chunks[index].saved = 0
+            for index in dropped.get(state.object.cache_id, ()) if state.ssd_masks else ():
+                state.ssd_masks[index] = 0
 
     def take_uses(self) -> dict[str, list[int]]:
         """Which SSD chunks were read since the last call."""
