@@ -183,7 +183,7 @@ def _exported(mount: Mount) -> dict[str, Any]:
         "tree": mount.namespace.export(),
         "handles": mount.operations.export(),
         "names": list(mount.session.unsaid_names),
-        "refreshed": [mount.refreshed.last_at, mount.refreshed.last_errors],
+        "refreshed": [[last.last_at, last.last_errors] for last in mount.refreshed],
         "kernel": [mount.kernel.read_ahead_kb, mount.kernel.max_background, mount.kernel.notes],
         "unrecorded": mount.unrecorded(),
     }
@@ -197,7 +197,7 @@ def _restore(mount: Mount, state: dict[str, Any]) -> None:
     try:
         mount.namespace.restore(state["tree"])
         mount.operations.restore(state["handles"])
-        mount.refreshed = RefreshState(*state["refreshed"])
+        mount.refreshed = [RefreshState(*last) for last in state["refreshed"]]
         mount.kernel = KernelSettings(*state["kernel"])
         mount.warnings += mount.kernel.notes
         mount.record_again(state["unrecorded"])

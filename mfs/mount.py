@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import time
@@ -92,7 +93,9 @@ class Mount:
         )  # fmt: skip
         self.namespace = Namespace([source.name for source in config.sources], self._list, self._identity)
         self.namespace.on_published = self._published
-        self._refresher = Refresher(self.namespace, self._list, self._prepare)
+        self._refresher = Refresher(
+            self.namespace, self._list, self._prepare, lambda names: self.session.invalidate_names(names)
+        )
         self._record = TreeRecord(config.cache_dir) if config.cache_dir else None
         self._small_files = SmallFiles(SmallFilesConfig(), self.cache, self.pool)
         self._new: dict[Directory, None] = {}
@@ -117,10 +120,11 @@ class Mount:
         self.operations = Operations(self.namespace, self.reader, owner)
         self.kernel = kernel.KernelSettings()
         self.session: Session
-        self.refreshed = RefreshState()
+        self.refreshed = [RefreshState() for _ in config.sources]
+        """By source."""
         self.warnings: list[str] = []
-        self._refresh_soon = trio.Event()
-        self.cache.on_changed = lambda state: self._refresh_soon.set()
+        self._refresh_soon = [trio.Event() for _ in config.sources]
+        self.cache.on_changed = lambda state: self._refresh_soon[state.source].set()
         self._saved_at_last_check = -1
 
     # -- serving
@@ -146,13 +150,12 @@ class Mount:
                     nursery.start_soon(self._populate, predecessor)
                     nursery.start_soon(self._maintain)
                     nursery.start_soon(self.keeper.run)
-                    nursery.start_soon(self._refresh_when_told)
+                    for source in range(len(self.config.sources)):
+                        nursery.start_soon(self._keep_fresh, source)
                     if self.config.cache_dir is not None:
                         nursery.start_soon(self._revisit)
                         nursery.start_soon(self._keep_record)
                         nursery.start_soon(self._bring_small_files)
-                    if self.config.refresh_s is not None:
-                        nursery.start_soon(self._refresh_regularly, self.config.refresh_s)
                     if predecessor is None:
                         await self._settle()
                         with trio.move_on_after(_READY_WITHIN_S):
@@ -201,7 +204,7 @@ class Mount:
                     await self.namespace.listing(directory)
                 except MfsError as error:
                     raise type(error)(f"source {directory.name!r}: {error}") from error
-        self.refreshed.last_at = time.time()
+        self.refreshed = [RefreshState(time.time()) for _ in self.config.sources]
 
     async def _settle(self) -> None:
         """Wait until the kernel has finished INIT and the mount answers, then tune the kernel."""
@@ -258,25 +261,38 @@ class Mount:
 
     async def refresh(self) -> Changes:
         """List the sources again, publish what changed, tell the kernel."""
-        changes = await self._refresher.refresh()
-        self.session.invalidate_names(changes.names)
-        self.refreshed = RefreshState(time.time(), changes.errors)
+        changes = Changes()
+
+        async def look(source: int) -> None:
+            found = await self._refresh(source)
+            changes.added_count += found.added_count
+            changes.changed_count += found.changed_count
+            changes.removed_count += found.removed_count
+            changes.errors += found.errors
+            changes.names += found.names
+
+        async with trio.open_nursery() as nursery:
+            for source in range(len(self.config.sources)):
+                nursery.start_soon(look, source)
+        return changes
+
+    async def _refresh(self, source: int) -> Changes:
+        changes = await self._refresher.refresh(source)
+        self.refreshed[source] = RefreshState(time.time(), changes.errors)
         for line in changes.errors:
             logger.warning("refresh: %s", line)
         return changes
 
-    async def _refresh_regularly(self, every_s: float) -> None:
+    async def _keep_fresh(self, source: int) -> None:
+        """Look at a source regularly, and when it answered with another version than listed; then not all the time."""
         while True:
-            await trio.sleep(every_s)
-            await self.refresh()
-
-    async def _refresh_when_told(self) -> None:
-        """An origin that answers with another version than listed has changed: look again, but not all the time."""
-        while True:
-            await self._refresh_soon.wait()
-            self._refresh_soon = trio.Event()
-            await self.refresh()
-            await trio.sleep(_REFRESH_SOON_S)
+            with trio.move_on_after(math.inf if self.config.refresh_s is None else self.config.refresh_s):
+                await self._refresh_soon[source].wait()
+            was_told = self._refresh_soon[source].is_set()
+            self._refresh_soon[source] = trio.Event()
+            await self._refresh(source)
+            if was_told:
+                await trio.sleep(_REFRESH_SOON_S)
 
     # -- times that outlive a remount
 

@@ -30,31 +30,35 @@ Next = tuple[str, Listing, Listing | None]
 """(directory path inside the source, what it shows next, what it shows now)."""
 Prepare = Callable[[int, Sequence[Next]], Awaitable[None]]
 """(source, what is about to be published). An MfsError keeps it from that."""
+Tell = Callable[[Sequence[tuple[int, str]]], None]
+"""Told at once which (directory inode, name) mean something else from now on. Nothing may wait there."""
 
 
 class Refresher:
     """Refreshes one namespace."""
 
-    def __init__(self, namespace: Namespace, lister: Lister, prepare: Prepare) -> None:
+    def __init__(self, namespace: Namespace, lister: Lister, prepare: Prepare, tell: Tell = lambda names: None) -> None:
         self._namespace = namespace
         self._lister = lister
         self._prepare = prepare
-        self._refreshing = trio.Lock()
+        self._tell = tell
+        self._refreshing: dict[int, trio.Lock] = {}
 
-    async def refresh(self) -> Changes:
-        """List again what was listed, publish what changed. What fails keeps its old tree and is named.
+    async def refresh(self, source: int) -> Changes:
+        """List again what was listed of a source, publish what changed. What fails keeps its old tree and is named.
 
         Cancellation: what was published stays.
         """
         changes = Changes()
-        async with self._refreshing, trio.open_nursery() as nursery:  # of two at once, the first could publish last
+        # Of two at once, the first could publish last.
+        async with self._refreshing.setdefault(source, trio.Lock()):
             for top in self._namespace.tops():
-                if top.listing is not None:
-                    nursery.start_soon(self._refresh_source, top, changes)
+                if top.source == source and top.listing is not None:
+                    await self._refresh_source(top, changes)
         return changes
 
     async def _refresh_source(self, top: Directory, changes: Changes) -> None:
-        look = _Look(self._namespace, self._lister, top)
+        look = _Look(self._namespace, self._lister, top, self._tell)
         try:
             await look.at("")
             root = look.pages[""]
@@ -141,9 +145,10 @@ class _Units:
 class _Look:
     """One look at a source: what its directories show next."""
 
-    def __init__(self, namespace: Namespace, lister: Lister, top: Directory) -> None:
+    def __init__(self, namespace: Namespace, lister: Lister, top: Directory, tell: Tell) -> None:
         self._namespace = namespace
         self._lister = lister
+        self._tell = tell
         self._started = namespace.published_count
         self.top = top
         self.pages: dict[str, Listing] = {}
@@ -219,6 +224,7 @@ class _Look:
 
     def publish(self, paths: Iterable[str], changes: Changes) -> None:
         """Publish what was found. No checkpoint."""
+        told_count = len(changes.names)
         for path in paths:
             listing = self.pages.pop(path)
             directory = self._namespace.below(self.top, path)
@@ -227,3 +233,5 @@ class _Look:
             if not self._namespace.is_newer(directory, self._shown.get(directory.inode, self._started)):
                 self._namespace.publish(directory, listing, changes)
                 self._shown[directory.inode] = directory.published
+        if len(changes.names) > told_count:
+            self._tell(changes.names[told_count:])

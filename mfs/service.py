@@ -56,8 +56,8 @@ class Service:
                     "name": source.name,
                     "url": mount.pool.identities[number],
                     "listed_directories": mount.namespace.listed_count,
-                    "last_refresh_at": mount.refreshed.last_at,
-                    "last_error": mount.refreshed.last_errors[0] if mount.refreshed.last_errors else None,
+                    "last_refresh_at": mount.refreshed[number].last_at,
+                    "last_error": next(iter(mount.refreshed[number].last_errors), None),
                 }
                 for number, source in enumerate(config.sources)
             ],

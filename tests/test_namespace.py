@@ -90,7 +90,7 @@ class Tree(Namespace):
         self._refresher = Refresher(self, origin.list, self._prepare)
 
     async def refresh(self) -> Changes:
-        return await self._refresher.refresh()
+        return await self._refresher.refresh(0)
 
     async def _prepare(self, source: int, coming: Sequence[Next]) -> None:
         await trio.lowlevel.checkpoint()

@@ -194,3 +194,17 @@ def test_what_the_cache_holds_of_a_model_that_hangs_stays_readable(
         assert mount.origin_bytes == before
         liar.tell_truth()
         assert hanging.finish(timeout_s=120) == [waiting.digest_of(WEIGHTS)] * HANGING_COUNT
+
+
+def test_a_source_that_hangs_while_it_is_looked_at_keeps_no_news_of_another_back(
+    tmp_path: Path, liar: LiarServer, nginx: NginxServer
+) -> None:
+    with two_sources(tmp_path, liar, nginx, refresh_s=1.0) as mount:
+        liar.lie(Lie.SILENCE)
+        assert mount.wait_for(lambda: liar.lies_told() > 0)  # a look has begun, and will not end
+        for number in range(3):
+            publish(nginx.files / tmp_path.name, f"new-{number}", {"config.json": b"{}"})
+            names = str(mount.path / "b")
+            assert mount.wait_for(lambda: f"new-{number}" in mount.call(touching.list_names, names))  # noqa: B023
+        assert mount.call(touching.list_names, str(mount.path / "a")) == ["h"]
+        liar.tell_truth()

@@ -130,7 +130,8 @@ class TestRefresh:
         found = mount.client.refresh()
         assert found["errors"] == []
         assert mount.wait_for(lambda: mount.call(touching.list_names, str(mount.path)) == ["stays"])
-        assert mount.call(touching.failure, "stat", str(mount.path / "gone/deep")) == "ENOENT"
+        deep = str(mount.path / "gone/deep")  # the kernel is told of names by a thread
+        assert mount.wait_for(lambda: mount.call(touching.failure, "stat", deep) == "ENOENT")
 
     def test_a_file_becomes_a_folder_and_back(self, folder: origins.FolderOrigin, mounted: Mounted) -> None:
         folder.put("x", b"file")
