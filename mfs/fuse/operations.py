@@ -208,7 +208,8 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         directory = self._directory(inode)
-        listing = await self._namespace.listing(directory)
+        with self._wait_for(group_of_directory(directory.source, directory.path)):
+            listing = await self._namespace.listing(directory)
         handle = self._new_handle()
         self._open_directories[handle] = _OpenDirectory(directory, listing)
         return handle
@@ -237,7 +238,8 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EISDIR if node.kind is EntryKind.DIRECTORY else errno.EINVAL)
         file = self._reader.open(node)
         try:
-            await file.settle()
+            with self._wait_for(file.group):
+                await file.settle()
             if inode not in self._headed:
                 self._headed.add(inode)
                 await self._store_header(inode, file)
