@@ -24,7 +24,7 @@ __all__ = ["folder", "mounted"]
 _MAKING_S = 120.0
 SNAPSHOT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 """A commit, as the Hub's cache names its snapshots."""
-HUB_CACHE = "hf-home/hub/models--sentence-transformers--all-MiniLM-L6-v2"
+HUB_CACHE = "hub/models--sentence-transformers--all-MiniLM-L6-v2"
 
 
 @pytest.fixture(scope="session")
@@ -45,44 +45,40 @@ class Registry:
     def __init__(self, models: Path, swift: SwiftServer, bucket: str, nginx: NginxServer) -> None:
         self.models = models
         self._swift, self._bucket, self._nginx = swift, bucket, nginx
-        self._there: set[tuple[str, str]] = set()
-        self._web = origins.WebOrigin(nginx)
+        self._uploaded: set[str] = set()
 
     def s3(self, model: str) -> origins.S3Origin:
-        """The bucket, with this model in it."""
-        origin = origins.S3Origin(self._swift, self._bucket, "prod")
-        for name, file in self._missing("s3", model):
-            origin.client.upload_file(str(file), self._bucket, f"prod/{name}")
+        """The model in the bucket."""
+        origin = origins.S3Origin(self._swift, self._bucket, model)
+        if model not in self._uploaded:
+            self._uploaded.add(model)
+            for file in files_below(self.models / model):
+                origin.client.upload_file(str(file), self._bucket, str(file.relative_to(self.models)))
         return origin
 
     def web(self, model: str) -> origins.WebOrigin:
-        """The web server's folder, with this model in it."""
-        for name, file in self._missing("web", model):
-            target = self._web.root / name
+        """The model in a folder of the web server."""
+        origin = origins.WebOrigin(self._nginx)
+        for file in files_below(self.models / model):
+            target = origin.root / file.relative_to(self.models / model)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(file, target)
             target.chmod(0o644)
-        return self._web
+        return origin
 
     def s3_hub_cache(self) -> origins.S3Origin:
         """The model as a Hub cache was uploaded: no links there, so the files stand under `snapshots` themselves."""
-        origin = self.s3("minilm")
-        if ("s3", HUB_CACHE) not in self._there:
-            self._there.add(("s3", HUB_CACHE))
-            client, key = origin.client, f"prod/{HUB_CACHE}"
+        minilm, origin = self.s3("minilm"), origins.S3Origin(self._swift, self._bucket, "hf-home")
+        if origin.prefix not in self._uploaded:
+            self._uploaded.add(origin.prefix)
+            client, key = minilm.client, f"{origin.prefix}/{HUB_CACHE}"
             client.put_object(Bucket=self._bucket, Key=f"{key}/refs/main", Body=SNAPSHOT.encode())
             for file in files_below(self.models / "minilm"):
                 name = file.relative_to(self.models / "minilm")
-                source = {"Bucket": self._bucket, "Key": f"prod/minilm/{name}"}
+                source = {"Bucket": self._bucket, "Key": f"minilm/{name}"}
                 # Not copy_object: of a file uploaded in parts Swift 2.38 makes a copy whose listed etag no GET gives.
                 client.copy(source, self._bucket, f"{key}/snapshots/{SNAPSHOT}/{name}")
         return origin
-
-    def _missing(self, server: str, model: str) -> list[tuple[str, Path]]:
-        if (server, model) in self._there:
-            return []
-        self._there.add((server, model))
-        return [(str(file.relative_to(self.models)), file) for file in files_below(self.models / model)]
 
 
 def files_below(folder: Path) -> list[Path]:
