@@ -24,6 +24,7 @@ from safetensors.torch import load_file as reference_load_file
 from safetensors.torch import save_file
 
 from gpuload.asking import load_resident
+from gpuload.bench_first import first_loads, in_place_rows
 from gpuload.client import attach
 from gpuload.device import canonical_name, open_device
 from gpuload.errors import DeviceError
@@ -32,6 +33,9 @@ from mfs.errors import UsageError
 
 TENSOR_BYTES = 16 << 20
 ROUNDS = 3
+IN_PLACE_BYTES_MAX = 4 << 30
+"""Memory of another's that is page-locked for the row that says what it costs."""
+
 DIFFERENT_PARTS = 10
 """One tensor of so many differs between the two fine-tunes."""
 
@@ -57,6 +61,8 @@ def run_bench(device: str, nbytes: int, folder: str) -> dict[str, Any]:
         add("safetensors load_file, every byte touched", _best(lambda: _touch(reference_load_file(one, device=device))))
         add("gpuload load_file", _best(lambda: load_file(one, device)))
         rows.append({**_plain("gpuload stream, first tensor", _best(lambda: next(iter(stream(one, device)))))})
+        rest = [*first_loads(one, device, rounds=ROUNDS), *in_place_rows(device, min(nbytes, IN_PLACE_BYTES_MAX))]
+        rows += [row | {"of_ceiling": row["gb_s"] * 1e9 / ceiling} for row in rest]
         _server_rows(device, nbytes, one, two, Path(scratch), add, rows)
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, {_card(device)}",
