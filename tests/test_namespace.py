@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgpack
 import pytest
 import trio
 from hypothesis import given, settings
@@ -127,6 +128,7 @@ changes = st.one_of(
     st.tuples(st.just("forget"), paths, st.just("")),
     st.tuples(st.just("fail"), paths, st.just("")),
     st.tuples(st.just("refresh"), st.just(""), st.just("")),
+    st.tuples(st.just("hand over"), st.just(""), st.just("")),
 )
 
 
@@ -206,6 +208,11 @@ async def follow(is_flat: bool, orders: list[tuple[str, str, str]]) -> None:
                     seen.forget(inode)
             case "fail":
                 origin.failing ^= {path}
+            case "hand over":
+                heir = make(origin)
+                heir.restore(msgpack.unpackb(msgpack.packb(tree.export()), strict_map_key=False))
+                assert await walk_visible(heir, heir.root) == await walk_visible(tree, tree.root)
+                tree = seen.tree = heir
             case "refresh":
                 before = await walk_visible(tree, tree.root)
                 listings = {d.inode: (d.mtime_ns, d.listing) for d in tree._directories.values() if not d.removed}

@@ -112,8 +112,8 @@ class TestMount:
         program: Python that becomes the new daemon, instead of `mfs.daemon`.
         Raises: MountFailedError if the new one does not come about; the old one goes on then.
         """
-        old, before = self._process, self._settings
-        assert old is not None, "not running"
+        before = self._settings
+        assert self._process is not None, "not running"
         self._settings = before | settings
         heir, ready = self.spawn(handover=True, program=program)
         try:
@@ -125,10 +125,15 @@ class TestMount:
         if "error" in answer:
             self._settings = before
             self._raise_failed(heir, answer)
-        self.ready, self._process = answer, heir
-        assert old.wait(SETTLE_TIMEOUT_S) == old_status, (
-            f"the old daemon ended with {old.returncode}:\n{self.log[-4000:]}"
-        )
+        self.ready = answer
+        self.adopt(heir, old_status=old_status)
+
+    def adopt(self, heir: subprocess.Popen[bytes], *, old_status: int = 0) -> None:
+        """Go on with a daemon from `spawn` that has taken the mount over; the old one must end as it should."""
+        old, self._process = self._process, heir
+        assert old is not None, "not running"
+        status = old.wait(SETTLE_TIMEOUT_S)
+        assert status == old_status, f"the old daemon ended with {status}:\n{self.log[-4000:]}"
 
     def spawn(self, *, handover: bool = False, program: str | None = None) -> tuple[subprocess.Popen[bytes], int]:
         """A daemon process with this mount's settings, and the descriptor on which it will answer, once."""

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mfs.control.runtime import socket_path
+from mfs.control.slots_client import SlotReader, slots_path
 from mfs.handover import Heir, door_path
 from mfs.testing import ramp
 from mfs.testing.mounting import MountFailedError, TestMount
@@ -194,6 +196,44 @@ class TestReaders:
         (tmp_path / "go").touch()
         assert reader.finish() == names
         assert "later.bin" in mount.call(touching.list_names, str(mount.path))
+
+    def test_every_kind_of_origin(self, origin: origins.Origin, mounted: Mounted) -> None:
+        """Also with nothing cached: what was listed is fetched in the version that was listed."""
+        origin.put_all({"d/w.bin": ramp(SIZE), "d/v.bin": ramp(SIZE, 3)})
+        mount = mounted(origin, cache_dir=None)
+        reader = mount.outside()
+        reader.call(touching.hold, "fd", str(mount.path / "d" / "w.bin"))
+        before = reader.call(touching.stat, str(mount.path / "d" / "v.bin"))
+        mount.hand_over()
+        assert reader.call(touching.held_read, "fd", 0, SIZE) == ramp(SIZE)
+        assert reader.call(touching.stat, str(mount.path / "d" / "v.bin")) == before
+        assert reader.call(touching.read, str(mount.path / "d" / "v.bin")) == ramp(SIZE, 3)
+        assert mount.client.refresh() == {"changed_count": 0, "added_count": 0, "removed_count": 0, "errors": []}
+
+    def test_borrowed_slots_are_good_until_they_are_given_back(
+        self, folder: origins.FolderOrigin, mounted: Mounted
+    ) -> None:
+        """The old daemon stays for those who borrowed, and ends with the last of them."""
+        folder.put("w.bin", ramp(SIZE))
+        mount = mounted(folder)
+        old, before = mount.pid, socket_path(str(mount.path), mount.folder / "run")
+        reader = SlotReader(slots_path(before))
+        number, _, _ = reader.open("w.bin")
+        with reader.lease(number, 1000, 2000) as pieces:
+            heir, ready = mount.spawn(handover=True)
+            with open(ready, "rb") as answer:
+                assert b'"ready": true' in answer.readline()
+            assert mount.client.status()["pid"] == heir.pid
+            assert b"".join(pieces) == ramp(1000, 1000)
+            with reader.lease(number, 5_000_000, 5_001_000) as more:
+                assert b"".join(more) == ramp(1000, 5_000_000)
+            assert not worker_is_gone(old)
+        reader.close()
+        mount.adopt(heir)
+        with closing(SlotReader(slots_path(before))) as again:
+            number, _, _ = again.open("w.bin")
+            with again.lease(number, 0, 1000) as pieces:
+                assert b"".join(pieces) == ramp(1000)
 
 
 class TestSettings:
