@@ -298,7 +298,7 @@ def digest(model: str, world: int, rules: tuple[str, ...], again: bool, digests:
     """Compute the digests of MODEL ahead of need, so that the first swap to it already moves only what differs.
 
     Reads every byte once and keeps 64 bytes for each 4 MiB: they outlive servers, mounts and reboots. A server of the
-    same user finds them. Files of which nothing can be remembered safely are named.
+    same user finds them. Files of which nothing can be remembered safely are named; status 1 if that is all of them.
     """
     from gpuload.digesting import digest_model
 
@@ -307,6 +307,8 @@ def digest(model: str, world: int, rules: tuple[str, ...], again: bool, digests:
             model, world, parse_rules(rules), folder=digests or default_digests(), again=again, tell=tell
         )
     printing.show_digests(found, as_json)
+    if all(file["reason"] for file in found["files"]):
+        raise SystemExit(1)
 
 
 @cli.command()

@@ -56,10 +56,14 @@ class _Held:
         self.sock = sock
         self.mappings: list[DeviceMapping] = []
 
-    def __del__(self) -> None:
-        for mapping in self.mappings:
-            mapping.close()
+    def close(self) -> None:
+        """Idempotent."""
+        while self.mappings:
+            self.mappings.pop().close()
         self.sock.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def attach(
@@ -95,15 +99,28 @@ def open_resident(
 
 
 def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None, timeout_s: float) -> Attached:
-    held = _Held(connect(socket_path, timeout_s))
-    flat: list[torch.Tensor] = []
-    got: list[int] = []
     # A 16 GB model on CUDA comes as 2000 descriptors, for as long as it takes to map them; 1024 is the usual limit.
     # It stays raised: putting it back would pull it from under another thread that attaches just now.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    held = _Held(connect(socket_path, timeout_s))
     try:
-        reply, got = exchange(held.sock, request, fds)
+        reply, flat = _mapped(held, request, fds)
+    except BaseException:
+        held.close()  # at once: whoever keeps the error must not keep the lease
+        raise
+    made = {
+        name: tensors.view_as(flat[part][offset : offset + nbytes], dtype, shape, name)
+        for name, dtype, shape, part, offset, nbytes in reply["tensors"]
+    }
+    return Attached(made, reply, held)
+
+
+def _mapped(held: _Held, request: dict[str, Any], fds: Sequence[int]) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Ask, and map every part of the answer: the answer, and the memory of each part as bytes."""
+    reply, got = exchange(held.sock, request, fds)
+    flat: list[torch.Tensor] = []
+    try:
         at = 0
         for part in reply["parts"]:
             runs = [(first, count) for first, count in part["runs"]]
@@ -116,8 +133,4 @@ def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None
             flat.append(tensors.over_memory(held, mapping.address, mapping.nbytes, part["device"]))
     finally:
         wire.close_all(got)
-    made = {
-        name: tensors.view_as(flat[part][offset : offset + nbytes], dtype, shape, name)
-        for name, dtype, shape, part, offset, nbytes in reply["tensors"]
-    }
-    return Attached(made, reply, held)
+    return reply, flat

@@ -9,8 +9,8 @@ hashed each time:
 - on a file system that stamps every change with a time no program can choose: device, inode, size, mtime and ctime
 
 Not trusted: what a manifest states and its web server does not check; times, sizes, and etags made of these, of HTTP
-servers and of folders behind a mount; FUSE in general; and images (squashfs, erofs; overlays, which may stand on one),
-where two builds can have every number in common.
+servers and of folders behind a mount; FUSE in general; and images (squashfs, erofs, whatever is mounted read-only as a
+whole; overlays, which may stand on one), where two builds can have every number in common.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ def look(fd: int) -> Version:
     status = os.fstat(fd)
     stamp = stamp_of(status)
     kind = _file_system(fd)
-    if kind in CHANGE_STAMPED:
+    mount = _mount_of(status)
+    if kind in CHANGE_STAMPED and not (mount is not None and "ro" in mount.options.split(",")):
         numbers = (kind, os.statvfs(fd).f_fsid, *stamp)
         return Version(stamp, b"file\0" + repr(numbers).encode(), max(status.st_mtime_ns, status.st_ctime_ns))
-    return Version(stamp, _key_by_mount(fd, status))
+    return Version(stamp, _key_by_mount(fd, status, mount))
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
@@ -83,9 +84,13 @@ def is_open_for_writing(fd: int) -> bool:
     return False
 
 
-def _key_by_mount(fd: int, status: os.stat_result) -> bytes | None:
+def _mount_of(status: os.stat_result) -> mountinfo.Mount | None:
+    """The mount with that file system; None if this process does not see it (btrfs numbers its parts otherwise)."""
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
-    mount = next((m for m in mountinfo.read() if m.device == device), None)
+    return next((m for m in mountinfo.read() if m.device == device), None)
+
+
+def _key_by_mount(fd: int, status: os.stat_result, mount: mountinfo.Mount | None) -> bytes | None:
     if mount is None or not mount.is_mfs or mount.user_id not in (0, os.geteuid()):
         return None
     source, digest, etag = (_attribute(fd, name) for name in ("source", "digest", "revision"))

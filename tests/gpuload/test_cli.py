@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from gpuload.cli import parse_bytes, parse_device_map, parse_rules
+from gpuload.cli import cli, parse_bytes, parse_device_map, parse_rules
+from gpuload.server import versions
 from gpuload.testing import random_tensors, write
 from mfs.errors import UsageError
 
@@ -150,6 +152,16 @@ def test_digests_ahead_of_need(tmp_path: Path) -> None:
             server.send_signal(signal.SIGINT)
 
 
+def test_a_model_of_which_nothing_can_be_remembered_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "CHANGE_STAMPED", set())
+    path = write(tmp_path / "m.safetensors", random_tensors(1, {"a": (64, 64)}))
+    result = CliRunner().invoke(cli, ["digest", str(path), "--digests", str(tmp_path / "d")])
+    assert result.exit_code == 1
+    assert f"not kept: {path}: nothing that can be told of this file" in result.output
+
+
 def test_digests_for_every_rank(tmp_path: Path) -> None:
     path = write(tmp_path / "m.safetensors", random_tensors(1, {"a.q_proj.weight": (64, 64), "norm": (64,)}))
     found = json.loads(gpuload("digest", path, "--world", 2, "--digests", tmp_path / "d", "--json"))
@@ -211,10 +223,6 @@ def test_what_fails_is_one_line_and_a_status(args: list[str], status: int, said:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str) -> None:
-    from click.testing import CliRunner
-
-    from gpuload.cli import cli
-
     result = CliRunner().invoke(cli, [command, "--help"])
     assert result.exit_code == 0
     assert len(result.output.splitlines()) > 6

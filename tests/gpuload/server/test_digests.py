@@ -15,6 +15,7 @@ from gpuload.server import versions
 from gpuload.server.digest_files import DigestFiles, decode, encode
 from gpuload.server.digests import DigestCache, now_ns
 from gpuload.server.versions import Version, is_open_for_writing, look
+from mfs.control import mountinfo
 
 ROW = (0, 1, 1, 1)
 DIGEST = b"d" * 32
@@ -79,6 +80,17 @@ def test_file_systems_whose_times_say_nothing_are_not_trusted(fd: int, monkeypat
     cache = DigestCache(settled_s=0)
     assert not cache.add(look(fd), fd, now_ns(), [(ROW, DIGEST)])
     assert cache.find(look(fd)) == {}
+
+
+def test_images_are_not_trusted(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that nobody can write to was built somewhere, its times with it. A read-only bind mount is none."""
+    monkeypatch.setattr(versions, "CHANGE_STAMPED", {versions._file_system(fd)})
+    device = os.fstat(fd).st_dev
+    line = "1 1 %d:%d / / %s - ext4 /dev/x %s"
+    for mount, options, is_trusted in (("ro", "rw,errors=remount-ro", True), ("rw", "ro,relatime", False)):
+        table = mountinfo.parse((line % (os.major(device), os.minor(device), mount, options)).encode())
+        monkeypatch.setattr(mountinfo, "read", lambda table=table: table)
+        assert (look(fd).key is not None) == is_trusted
 
 
 def test_digests_outlive_their_process(tmp_path: Path, fd: int) -> None:
