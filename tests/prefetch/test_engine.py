@@ -218,3 +218,18 @@ async def test_handles_closed_after_the_end_are_no_error(tmp_path: Path) -> None
                 nursery.cancel_scope.cancel()
             assert await model.prefetcher.header(state) is None
         assert not state.users
+
+
+async def test_a_model_that_hangs_stops_nobody_elses_stream(tmp_path: Path) -> None:
+    async with running_model(tmp_path) as model:
+        hanging, other = (model.add(f"{name}/model.safetensors", 6, 9 * MIB) for name in "mh")
+        async with model.open(hanging) as first, model.open(other) as second:
+            head = hanging.size - 6 * 9 * MIB
+            await model.read(first, head, head + 18 * MIB - BLOCK_BYTES)
+            gate = model.rig.gate("m")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(model.read, first, head + 18 * MIB - BLOCK_BYTES, hanging.size)
+                await model.read(second, head, head + 18 * MIB)
+                await until(lambda: model.fetched(other) == other.size, "all of the other")
+                assert model.fetched(hanging) < hanging.size
+                gate.unlink()

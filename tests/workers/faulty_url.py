@@ -1,7 +1,8 @@
 """faulty:///folder: a folder whose reads are written down and fail or wait as files beside it say. In workers only.
 
-Beside /folder, in /folder.faults: `log` gets a line "path start stop" per read; while `gate` exists reads wait
-for it to go; each file `fail-*` befalls one read: it holds the name of an error class.
+Beside /folder, in /folder.faults: `log` gets a line "path start stop" per read; while `gate` exists reads wait for it to
+go, or while `gate-MODEL` does those below that top-level directory; each file `fail-*` befalls one read: it holds the
+name of an error class.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class FaultyFolder(FolderSource):
             os.write(fd, line)
         finally:
             os.close(fd)
-        while (self._faults / "gate").exists():
+        gates = self._faults / "gate", self._faults / f"gate-{obj.path.partition('/')[0]}"
+        while any(gate.exists() for gate in gates):
             if time.monotonic() > deadline_s:
                 raise TransientStoreError(f"{obj}: stalled until the deadline")
             time.sleep(0.005)

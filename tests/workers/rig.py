@@ -54,9 +54,9 @@ class Rig:
         """The folder where a faulty origin looks for what it shall do wrong."""
         return Path(f"{self.origin}.faults")
 
-    def gate(self) -> Path:
-        """Make the origin's reads wait until the file returned is gone."""
-        gate = self.faults / "gate"
+    def gate(self, model: str = "") -> Path:
+        """Make the origin's reads, all or those of one model, wait until the file returned is gone."""
+        gate = self.faults / (f"gate-{model}" if model else "gate")
         gate.touch()
         return gate
 
