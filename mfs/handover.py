@@ -185,7 +185,7 @@ def _exported(mount: Mount) -> dict[str, Any]:
         "names": list(mount.session.unsaid_names),
         "refreshed": [[last.last_at, last.last_errors] for last in mount.refreshed],
         "kernel": [mount.kernel.read_ahead_kb, mount.kernel.max_background, mount.kernel.notes],
-        "unrecorded": mount.unrecorded(),
+        "unrecorded": mount.publication.unrecorded() if mount.publication else [],
     }
 
 
@@ -200,7 +200,8 @@ def _restore(mount: Mount, state: dict[str, Any]) -> None:
         mount.refreshed = [RefreshState(*last) for last in state["refreshed"]]
         mount.kernel = KernelSettings(*state["kernel"])
         mount.warnings += mount.kernel.notes
-        mount.record_again(state["unrecorded"])
+        if mount.publication is not None:
+            mount.publication.record_again(state["unrecorded"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"what the old daemon hands over is not understood: {error!r}") from error
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,14 +24,15 @@ from mfs.fuse import kernel, session
 from mfs.fuse.device import Agreement
 from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.fuse.session import Session
-from mfs.listing import Drafts, Listing
+from mfs.listing import Drafts
 from mfs.materialize import Keeper, KeeperConfig
-from mfs.namespace import Changes, Directory, Namespace
+from mfs.namespace import Changes, Namespace
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
+from mfs.publication import Publication
 from mfs.reader import ObjectReader
 from mfs.refresh import Next, Refresher
-from mfs.small_files import SmallFiles, SmallFilesConfig, Wanted, small_files
+from mfs.small_files import SmallFiles, SmallFilesConfig
 from mfs.sources import shown_url
 from mfs.tree_record import TreeRecord
 from mfs.types import Entry, EntryKind, ObjectId
@@ -47,9 +47,7 @@ _HIGH_WATERMARK, _LOW_WATERMARK = 0.95, 0.90  # of the SSD budget; the gap keeps
 _CLOSING_S = 5.0
 _PREDECESSOR_ENDS_S = 60.0
 _REFRESH_SOON_S = 2.0
-_SMALL_FILES_BATCH = 64
 _READY_WITHIN_S = 3.0  # that a mount takes for what was looked into last time, and its small files, to be here
-_REVISIT_PARALLEL, _REVISITED_MAX = 4, 2000
 _SHARD = re.compile(r"^(?P<stem>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[^/]*)$")
 
 
@@ -92,22 +90,16 @@ class Mount:
             self.cache, self.pool, self._siblings,
         )  # fmt: skip
         self.namespace = Namespace([source.name for source in config.sources], self._list, self._identity)
-        self.namespace.on_published = self._published
         self._refresher = Refresher(
             self.namespace, self._list, self._prepare, lambda names: self.session.invalidate_names(names)
         )
-        self._record = TreeRecord(config.cache_dir) if config.cache_dir else None
-        self._small_files = SmallFiles(SmallFilesConfig(), self.cache, self.pool)
-        self._new: dict[Directory, None] = {}
-        """Published, and their small files not looked at yet."""
-        self._something_new = trio.Event()
-        self._small_files_there = trio.Event()
-        """Set once none are missing of what is shown first."""
-        self._revisited = trio.Event()
-        """Set once all is listed that was looked into on the last mount."""
-        self._unrecorded: dict[Directory, None] = {}
-        """Published, and not yet written down, in that order."""
-        self._something_unrecorded = trio.Event()
+        self.publication: Publication | None = None
+        """What goes with publishing where there is an SSD tier."""
+        if config.cache_dir is not None:
+            self.publication = Publication(
+                self.namespace, self._identity, TreeRecord(config.cache_dir),
+                SmallFiles(SmallFilesConfig(), self.cache, self.pool), timeout_s=config.timeout_s,
+            )  # fmt: skip
         self.oplog = OpLog([source.name for source in config.sources])
         self.cache.on_filled = self._filled
         self.keeper = Keeper(_keeper_config(config, self.memory.slots_count), self.cache, self.pool)
@@ -139,7 +131,8 @@ class Mount:
         await self.memory.populate(SLOTS_COUNT_MIN)
         async with self.pool.running():
             if predecessor is None:
-                await self._recall()
+                if self.publication is not None:
+                    await self.publication.recall(self.pool.identities)
                 await self._look_at_sources()
             async with trio.open_nursery() as nursery:
                 async with self._open_session(predecessor) as self.session:
@@ -152,15 +145,13 @@ class Mount:
                     nursery.start_soon(self.keeper.run)
                     for source in range(len(self.config.sources)):
                         nursery.start_soon(self._keep_fresh, source)
-                    if self.config.cache_dir is not None:
-                        nursery.start_soon(self._revisit)
-                        nursery.start_soon(self._keep_record)
-                        nursery.start_soon(self._bring_small_files)
+                    if self.publication is not None:
+                        nursery.start_soon(self.publication.run)
                     if predecessor is None:
                         await self._settle()
                         with trio.move_on_after(_READY_WITHIN_S):
-                            await self._revisited.wait()
-                            await self._small_files_there.wait()
+                            if self.publication is not None:
+                                await self.publication.wait_settled()
                     yield self.session.ended
                 # Only now, that the files are closed: closing one tells the prefetcher.
                 nursery.cancel_scope.cancel()
@@ -223,8 +214,8 @@ class Mount:
         with trio.move_on_after(_CLOSING_S, shield=True):
             self.cache.save_partial(older_than_s=0)
             await self._flush_uses()
-            if self.session.is_ours:  # else the next daemon writes its own, and knows better
-                await self._write_record()
+            if self.publication is not None and self.session.is_ours:  # else the next daemon writes, and knows better
+                await self.publication.write_record()
             await self.cache.wait_saved()
 
     # -- from time to time
@@ -294,69 +285,6 @@ class Mount:
             if was_told:
                 await trio.sleep(_REFRESH_SOON_S)
 
-    # -- times that outlive a remount
-
-    async def _recall(self) -> None:
-        """Before anything is listed: what directories showed when they were last mounted."""
-        if self._record is not None:
-            records, latest_ns = await trio.to_thread.run_sync(self._record.load, self.pool.identities)
-            self.namespace.adopt_records(records, latest_ns)
-
-    async def _revisit(self) -> None:
-        """List what was looked into last time: what changed while nothing was mounted shows in its directory's time
-        before somebody reads that.
-        """
-        places = list(reversed(self.namespace.recorded()[:_REVISITED_MAX]))
-        tops = {top.source: top for top in self.namespace.tops()}
-
-        async def work() -> None:
-            while places:
-                source, path = places.pop()
-                with contextlib.suppress(MfsError):  # gone, or whoever looks next hears of it
-                    node = await self.namespace.resolve("/".join(filter(None, (tops[source].full_path, path))))
-                    directory = self.namespace.directory(node.inode)
-                    if directory is not None:
-                        await self.namespace.listing(directory)
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(_REVISIT_PARALLEL):
-                nursery.start_soon(work)
-        self._revisited.set()
-
-    def _published(self, directory: Directory) -> None:
-        """Told by the namespace; nothing may wait here."""
-        if self.config.cache_dir is not None:
-            self._unrecorded[directory] = self._new[directory] = None
-            self._something_unrecorded.set()
-            self._something_new.set()
-
-    def unrecorded(self) -> list[int]:
-        """Inodes of directories that are still to be written down."""
-        return [directory.inode for directory in self._unrecorded]
-
-    def record_again(self, inodes: Sequence[int]) -> None:
-        """Write down what another daemon did not come to."""
-        for inode in inodes:
-            if (directory := self.namespace.directory(inode)) is not None:
-                self._published(directory)
-
-    async def _keep_record(self) -> None:
-        while True:
-            await self._something_unrecorded.wait()
-            await self._write_record()
-
-    async def _write_record(self) -> None:
-        """Write down what was published since the last time."""
-        self._something_unrecorded = trio.Event()
-        directories, self._unrecorded = list(self._unrecorded), {}
-        rows = [
-            (self._identity(d.source), d.path, d.mtime_ns, d.listing.fingerprint(), d.listing.mtimes.tobytes())
-            for d in directories
-            if d.listing is not None and not d.removed
-        ]
-        if rows and self._record is not None:
-            await trio.to_thread.run_sync(self._record.save, rows)
-
     # -- what the parts ask each other
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
@@ -380,36 +308,8 @@ class Mount:
         )
 
     async def _prepare(self, source: int, coming: Sequence[Next]) -> None:
-        """Before a model is published: its new small files come first. Raises: MfsError if they do not."""
-        if self.config.cache_dir is not None:
-            wanted = [item for path, new, old in coming for item in self._small(source, path, new, old)]
-            await self._small_files.bring_for_publication(wanted, timeout_s=self.config.timeout_s)
-
-    def _small(self, source: int, path: str, new: Listing, old: Listing | None = None) -> Iterator[Wanted]:
-        for index in small_files(new, old):
-            entry = new.entry(index)
-            yield entry.object_at(self._identity(source), path), source
-
-    async def _bring_small_files(self) -> None:
-        """Those of directories that are listed for the first time; after a refresh there is nothing left to do."""
-        while True:
-            await self._something_new.wait()
-            self._something_new = trio.Event()
-            directories, self._new = list(self._new), {}
-            wanted: list[Wanted] = []
-            for directory in directories:
-                if directory.listing is not None and self._small_files.has_allowance:
-                    wanted += self._small(directory.source, directory.path, directory.listing)
-                if len(wanted) >= _SMALL_FILES_BATCH or directory is directories[-1]:
-                    batch, wanted = wanted, []
-                    await self._bring_batch(batch)
-            self._small_files_there.set()
-
-    async def _bring_batch(self, wanted: Sequence[Wanted]) -> None:
-        try:
-            await self._small_files.bring_unasked(wanted)
-        except MfsError as error:
-            logger.info("small files come when they are read: %s", error)
+        if self.publication is not None:
+            await self.publication.prepare(source, coming)
 
     def _identity(self, source: int) -> str:
         return self.pool.identities[source]
