@@ -72,6 +72,7 @@ def watch(path: str, command: tuple[str, ...], log: IO[str] | None, as_json: boo
                 uses.add(records)
                 if log is not None:
                     log.writelines(json.dumps(record) + "\n" for record in records)
+                    log.flush()  # somebody may follow it
         except KeyboardInterrupt:  # which the command got as well
             if process is not None:
                 process.wait()

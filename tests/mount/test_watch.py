@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,30 @@ class TestCommand:
         assert lines[2].split()[0] == "1"
         assert lines[2].endswith("w.bin")
         assert self.watch(mount.path, "true", runtime_dir=run).stdout == "nothing was opened or read\n"
+
+    def test_without_a_command_it_watches_until_interrupted(
+        self, folder: origins.FolderOrigin, mounted: Mounted, tmp_path: Path
+    ) -> None:
+        folder.put("w.bin", CONTENT)
+        mount, log = mounted(folder), tmp_path / "ops.jsonl"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mfs", "watch", "--log", log, mount.path], stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"MFS_RUNTIME_DIR": str(mount.folder / "run")},
+        )  # fmt: skip
+        try:
+
+            def is_told() -> bool:
+                mount.call(touching.pread_direct, str(mount.path / "w.bin"), 4096, 8 * MIB)
+                return log.exists() and '"read"' in log.read_text()
+
+            assert mount.wait_for(is_told)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == 0
+        assert out.splitlines()[-1].endswith("w.bin")
 
     def test_mistakes_are_one_line(self, folder: origins.FolderOrigin, mounted: Mounted, tmp_path: Path) -> None:
         folder.put("w.bin", b"x")
