@@ -20,7 +20,7 @@ from mfs.workers.pool import WorkerPool
 class OpenObject:
     """One handle on one object version."""
 
-    __slots__ = ("_cache", "_handle", "_is_held", "_keeper", "_log", "_prefetcher", "group", "size", "state")
+    __slots__ = ("_cache", "_handle", "_is_held", "_keeper", "_log", "_path", "_prefetcher", "group", "size", "state")
 
     def __init__(
         self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher, log: OpLog, keeper: Keeper | None
@@ -30,6 +30,7 @@ class OpenObject:
         self._cache = cache
         self._log = log
         self._handle = log.next_handle()
+        self._path = state.object.path  # other names of the same bytes share the state and may rename it
         self._prefetcher = prefetcher
         self._keeper = keeper
         self._is_held = False
@@ -56,7 +57,7 @@ class OpenObject:
             self._tell("read", start=span.start, stop=span.stop, waited_s=time.monotonic() - since_s, **error)
 
     def _tell(self, op: str, **details: object) -> None:
-        self._log.note(op, self.state.source, self.state.object.path, handle=self._handle, **details)
+        self._log.note(op, self.state.source, self._path, handle=self._handle, **details)
 
     def note(self, span: ByteRange) -> bool:
         """Say that `span` is read now. Returns whether missing chunks should be fetched whole."""

@@ -16,6 +16,7 @@ from mfs.types import BLOCK_BYTES
 from tests.frameworks.conftest import watching
 from tests.mount import origins, touching
 from tests.mount.conftest import Mounted
+from tests.servers.hub import HubServer
 
 MIB = 1 << 20
 CONTENT = ramp(20 * MIB + 7)
@@ -54,6 +55,20 @@ def test_all_bytes_of_the_origin_are_accounted_for(folder: origins.FolderOrigin,
         if record["op"] == "read":
             seen[record["file"]] |= set(range(record["start"] // 4096, -(-record["stop"] // 4096)))
     assert [len(pages) for pages in seen.values()] == [-(-len(CONTENT) // 4096), 9 * MIB // 4096]
+
+
+def test_two_names_of_one_digest_are_told_apart(hub: HubServer, mounted: Mounted) -> None:
+    origin = origins.HubOrigin(hub)
+    origin.put_all({"a.bin": CONTENT, "b.bin": CONTENT})
+    mount = mounted(origin)
+    with watching(mount) as records:
+        for name in ("a.bin", "b.bin"):
+            mount.call(touching.hold, name, str(mount.path / name))
+        assert mount.call(touching.held_read, "a.bin", 100, 5000) == CONTENT[100:5100]
+        for name in ("a.bin", "b.bin"):
+            mount.call(touching.release, name)
+    assert {record["file"] for record in records if record["op"] == "read"} == {"a.bin"}
+    assert [record["file"] for record in records if record["op"] == "open"] == ["a.bin", "b.bin"]
 
 
 def test_a_read_that_fails_is_told_with_its_reason(folder: origins.FolderOrigin, mounted: Mounted) -> None:
