@@ -18,6 +18,7 @@ from gpuload import tensors
 from gpuload.asking import ATTACH_S, LOAD_S, connect, exchange
 from gpuload.device import open_device
 from gpuload.device.base import Mapping as DeviceMapping
+from gpuload.errors import ServerError
 from gpuload.server import wire
 
 
@@ -121,6 +122,8 @@ def _mapped(held: _Held, request: dict[str, Any], fds: Sequence[int]) -> tuple[d
     reply, got = exchange(held.sock, request, fds)
     flat: list[torch.Tensor] = []
     try:
+        if "parts" not in reply:
+            raise ServerError("the gpuload server is of another version than this program: restart it")
         at = 0
         for part in reply["parts"]:
             runs = [(first, count) for first, count in part["runs"]]

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import gpuload.client
 from gpuload.asking import ask, load_resident
 from gpuload.client import attach, open_resident
 from gpuload.device.host import HostDevice
-from gpuload.errors import to_wire
+from gpuload.errors import ServerError, to_wire
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import ServerThread, assert_same, random_tensors, running_server, write
 from mfs.errors import AccessError, ConfigError
@@ -158,3 +159,22 @@ def test_a_name_beside_a_descriptor_opens_nothing(server: ServerThread, tmp_path
     with open(path, "rb") as file:
         got = open_resident([file.fileno()], [str(lure)], "cpu", socket_path=server.socket_path)
     assert_same(got, mine)
+
+
+@one_way
+def test_a_server_of_another_version_is_one_clear_line_and_holds_no_lease(
+    server: ServerThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (50, 50)}))
+    load_resident(path, "m", "cpu", socket_path=server.socket_path)
+    real = gpuload.client.exchange
+
+    def older(*args: object) -> tuple[dict[str, object], list[int]]:
+        reply, fds = real(*args)  # type: ignore[arg-type]
+        return {name: value for name, value in reply.items() if name != "parts"}, fds
+
+    monkeypatch.setattr(gpuload.client, "exchange", older)
+    with pytest.raises(ServerError, match="another version than this program: restart it") as kept:
+        attach("m", socket_path=server.socket_path)
+    assert kept.value is not None
+    assert server.gauges()["leases"] == 0, "though the error, with all it refers to, is still held"
