@@ -106,6 +106,18 @@ class TestAnOpenFile:
             assert reader.finish(timeout_s=60) == WEIGHTS
         assert SIZE <= mount.origin_bytes < SIZE + MIB
 
+    def test_is_kept_by_the_next_daemon_too(self, folder: origins.FolderOrigin, mounted: Mounted) -> None:
+        """The file is gone from the origin and evicted from everywhere it may be evicted from."""
+        folder.put("kept.bin", WEIGHTS)
+        mount = mounted(folder, materialize=("kept.bin",))
+        mount.call(touching.hold, "file", str(mount.path / "kept.bin"))
+        mount.hand_over()
+        assert mount.wait_for(lambda: mount.log.count("kept.bin is whole") == 2)
+        (folder.root / "kept.bin").unlink()
+        forget(mount, "kept.bin")
+        assert mount.call(touching.held_read, "file", 0, SIZE) == WEIGHTS
+        mount.call(touching.release, "file")
+
 
 class TestAnOpenThatCannotKeepItsPromise:
     def test_fails_when_the_origin_is_gone_and_works_when_it_is_back(
