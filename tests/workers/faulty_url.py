@@ -1,13 +1,8 @@
 """faulty:///folder: a folder whose reads are written down and fail or wait as files beside it say. In workers only.
 
 Beside /folder, in /folder.faults: `log` gets a line "path start stop" per read; while `gate` exists reads wait for it
-<<<<<<< Updated upstream
-to go, or while `gate-MODEL` does those below that top-level directory; each file `fail-*` befalls one read: it holds the
-name of an error class.
-=======
 to go, or while `gate-MODEL` does those below that top-level directory; each file `fail-*` befalls one read: it holds
 the name of an error class.
->>>>>>> Stashed changes
 """
 
 from __future__ import annotations
