@@ -80,7 +80,8 @@ def test_a_copy_that_hangs_ends_in_busy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "name"), [("cpu", "cpu"), ("cpu:0", "cpu"), ("cuda", "cuda:0"), (1, "cuda:1"), ("cuda:07", "cuda:7")]
+    ("given", "name"),
+    [("cpu", "cpu"), ("cpu:0", "cpu"), ("cpu:03", "cpu:3"), ("cuda", "cuda:0"), (1, "cuda:1"), ("cuda:07", "cuda:7")],
 )
 def test_names(given: str | int, name: str) -> None:
     assert canonical_name(given) == name
