@@ -93,8 +93,8 @@ class MountConfig:
     workers_count: int = 2
     """Fetcher processes. Default: one moves 3.5 GB/s on loopback, the second covers its pauses."""
     connections_count: int = 16
-    """Ranges in flight at the origin, all workers together. Default: hides 20 ms of latency at 25 Gbit/s with
-    4 MiB parts."""
+    """Ranges in flight for one model, all workers together; for all models of a source twice that (`workers.shares`).
+    Default: hides 20 ms of latency at 25 Gbit/s with 4 MiB parts."""
     materialize: tuple[str, ...] = ()
     """Patterns of files that are brought in whole when they are opened, and kept as long as they are open; see
     `mfs.materialize.matches`. None: files stay lazy."""
