@@ -100,7 +100,11 @@ _MOUNT_OPTIONS = [
     _Setting(
         ["refresh_s", "--refresh"], type=_DURATION, help="Look for changes this often, not only on 'mfs refresh'."
     ),
-    _Setting(["connections_count", "--connections"], type=int, help="Ranges in flight for one model; a source has twice that."),
+    _Setting(
+        ["connections_count", "--connections"],
+        type=int,
+        help="Ranges in flight for one model; a source has twice that.",
+    ),
     _Setting(["workers_count", "--workers"], type=int, help="Fetcher processes."),
     _Setting(
         ["materialize", "--materialize"],
