@@ -25,6 +25,8 @@ import select
 import socket
 import struct
 import time
+from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +34,7 @@ from typing import Any, Self
 import msgpack
 import trio
 
-from mfs.config import MountConfig
+from mfs.config import MountConfig, SourceConfig
 from mfs.control import listening
 from mfs.control.ready import notify
 from mfs.errors import (
@@ -158,7 +160,7 @@ class Giver:
             self._busy = False
         log.info("handed over to pid %d, after a pause of %.0f ms", pid, (time.monotonic() - paused_at) * 1e3)
         notify(f"MAINPID={pid}")
-        with trio.move_on_after(_REGISTER_S):
+        with trio.move_on_after(_REGISTER_S), suppress(OSError):
             await sock.recv(1)
         self.gone.set()
 
@@ -308,8 +310,9 @@ class Heir:
         return answer, fds
 
 
-def _places(config: MountConfig) -> list[tuple[str, str, str | None]]:
-    return [(source.name, source.url, source.endpoint_url) for source in config.sources]
+def _places(config: MountConfig) -> list[SourceConfig]:
+    """The sources without what only opens them."""
+    return [replace(source, profile=None, region=None, unsigned=False, token=None) for source in config.sources]
 
 
 def _parsed(message: bytes) -> dict[str, Any]:
