@@ -37,7 +37,7 @@ _TYPES = frozenset(
     [f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)]
     + ["BOOL", "FP16", "FP32", "FP64", "BF16", "STRING"]
 )
-_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.+-]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _CONFIG_BYTES_MAX = 1 << 20
 
 
@@ -147,13 +147,10 @@ def _sources(model_dir: Path, computes: str | None) -> list[Path]:
     if not found:
         raise NotFoundError(f"{model_dir} holds no .safetensors file")
     found += sorted(model_dir.glob("*.safetensors.index.json"))
-    found += [path for path in (model_dir / "config.json",) if path.is_file()]
+    found += [path for path in (model_dir / "config.json", *sorted(model_dir.glob("*.py"))) if path.is_file()]
     place = (computes or "").rpartition(":")[0]
-    if place.endswith(".py"):
-        code = model_dir / place
-        if "/" in place or not code.is_file():
-            raise UsageError(f"--model {computes}: no file {place} in {model_dir}")
-        found.append(code)
+    if place.endswith(".py") and model_dir / place not in found:
+        raise UsageError(f"--model {computes}: no file {place} in {model_dir}")
     return found
 
 

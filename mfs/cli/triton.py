@@ -75,8 +75,8 @@ aws s3 sync ./repository s3://models/triton                    and mount that"""
         "What it writes": """\
 REPOSITORY/NAME/config.pbtxt         backend "gpuload" ('mfs triton backend'), the parameter
                                      "model", inputs and outputs; kept where it exists
-REPOSITORY/NAME/VERSION/             the model's safetensors, their index, config.json, and
-                                     the file that --model names
+REPOSITORY/NAME/VERSION/             MODEL_DIR's safetensors, their index, config.json and
+                                     *.py
 A version appears whole or not at all (written beside REPOSITORY, then renamed).""",
         "Inputs and outputs": """\
 NAME:TYPE:DIMS, as in  x:FP32:16  or  tokens:INT64:-1,-1 ; -1 is any length. Dimensions do not

@@ -41,7 +41,7 @@ def test_both_commands_and_the_server_make_a_served_model(mfs: Mfs, scorer: Path
     )  # fmt: skip
     assert server.infer("scorer", {"x": ("FP32", [2], [10, 10])}) == {"y": [20, 30]}
     save_file({"w": np.array([4, 5], np.float32)}, str(scorer / "model.safetensors"))
-    made = mfs.json("triton", "init", scorer, tmp_path / "repo", "--version", "2", *INTERFACE)
+    made = mfs.json("triton", "init", scorer, tmp_path / "repo", "--version", "2")
     assert not made["config_written"]
     server.load("scorer")
     assert server.infer("scorer", {"x": ("FP32", [2], [10, 10])}) == {"y": [40, 50]}
@@ -90,6 +90,7 @@ class TestRefusals:
             ((*INTERFACE, "--input", "x:FP33:2"), "expected NAME:TYPE:DIMS"),
             ((*INTERFACE, "--input", "x:FP32:0"), "expected NAME:TYPE:DIMS"),
             ((*INTERFACE, "--name", "../up"), "model name '../up'"),
+            ((*INTERFACE, "--name", ".."), "model name '..'"),
         ],
     )
     def test_usage(self, mfs: Mfs, scorer: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
