@@ -143,7 +143,7 @@ class SmallFiles:
         try:
             await self._cache.bring(state, 0, to_ssd=True)
             chunk = state.chunks.get(0)
-            if state.users == 1 and chunk is not None and chunk.saved == chunk.valid:
+            if state.users == 1 and chunk is not None and chunk.saved == chunk.valid and not chunk.keep:
                 self._cache.evict(obj, source)  # the SSD has it; of a slot it would fill a thousandth
         finally:
             self._cache.close(state)
