@@ -23,7 +23,9 @@ def load_file(filename: Where, device: str | int = "cpu", *, limits: Limits | No
     """All tensors of one safetensors file, bit for bit as `safetensors.torch.load_file` gives them.
 
     The tensors own their memory (no view of a mapped file remains), in the order of their bytes in the file.
-    device: 'cpu', 'cuda', 'cuda:N' or N.
+    device: 'cpu', 'cuda', 'cuda:N' or N. On 'cpu' the bytes are copied once: the tensors are the caller's to write, and
+        no later truncation, I/O error or dead mount reaches them as SIGBUS. Lazy views of the mapped file are what
+        `safetensors` gives, on a mount too; memory that is shared without a copy is what `attach` gives.
     Raises: NotFoundError, AccessError, IntegrityError for a hostile or truncated file, ChangedError if it is cut short
         meanwhile, DeviceError, UsageError. An interrupt cancels the load as one.
     """
