@@ -52,11 +52,22 @@ class ObjectId:
     locator: str = field(default="", compare=False)
     """Whatever the source needs, beside the path, to find this version again (a commit, say). No part of identity."""
 
+    @property
+    def voucher(self) -> str:
+        """Who states `digest`: a Hub for all its repositories, any other source for itself alone.
+
+        Nobody checks a digest before the whole object was read, so what one states binds no other: a web folder whose
+        manifest is wrong must not name bytes of a Hub.
+        """
+        if not self.source.startswith("hf://"):
+            return self.source
+        return "hf@" + self.source.partition("#")[0].partition("@")[2]
+
     @cached_property
     def cache_id(self) -> str:
-        """40 hex digits naming these bytes in the SSD cache: by content where a digest is known, else by origin."""
+        """40 hex digits naming these bytes in the SSD cache: by content where a digest is stated, else by origin."""
         if self.digest:
-            identity = f"{self.digest}\0{self.size}"
+            identity = f"{self.digest}\0{self.size}\0{self.voucher}"
         else:
             identity = f"{self.source}\0{self.path}\0{self.size}\0{self.version}"
         return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:40]
