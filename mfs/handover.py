@@ -201,7 +201,7 @@ def _restore(mount: Mount, state: dict[str, Any]) -> None:
         mount.operations.restore(state["handles"])
         mount.refreshed = [RefreshState(*last) for last in state["refreshed"]]
         mount.kernel = KernelSettings(*state["kernel"])
-        mount.warnings += mount.kernel.notes
+        mount.warnings += [*mount.kernel.notes, *([mount.memory.note] if mount.memory.note else [])]
         if mount.publication is not None:
             mount.publication.record_again(state["unrecorded"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
