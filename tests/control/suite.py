@@ -151,7 +151,9 @@ class ControlSuite:
         last = list(client.verify([""]))[-1]
         prefix = expected.directory + "/"
         resident_bytes = sum(size for path, size in expected.files.items() if path.startswith(prefix))
-        assert last == {"done": True, "checked_bytes": resident_bytes, "bad": []}
+        assert (last["done"], last["bad"]) == (True, [])
+        # Small files elsewhere in the tree may come by themselves meanwhile.
+        assert resident_bytes <= last["checked_bytes"] <= sum(expected.files.values())
 
     def test_refresh_of_an_unchanged_source_changes_nothing(self, client: Client) -> None:
         assert client.refresh() == {"changed_count": 0, "added_count": 0, "removed_count": 0, "errors": []}
