@@ -1,9 +1,9 @@
 """The CUDA driver library through ctypes: only the calls that `cuda.py` makes, declared exactly, always checked.
 
 The driver API, not the runtime's: it alone has virtual memory management, needs no package, and shares the primary
-context with torch. NOT YET RUN against a real driver: tests/gpuload/device/test_cuda_header.py holds prototypes, structs
-and numbers against NVIDIA's cuda.h (12.9 and 13.0), and test_cuda_standin.py runs them against a stand-in library that
-was compiled from the same prototypes.
+context with torch. NOT YET RUN against a real driver: tests/gpuload/device/test_cuda_header.py holds prototypes,
+structs and numbers against NVIDIA's cuda.h (12.9 and 13.0), and test_cuda_standin.py runs them against a stand-in
+library that was compiled from the same prototypes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,99 @@
+"""The lender's bounds by themselves: its share, its deadline, and what is left of a lease that did not come about."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from mfs.errors import StoreError, TransientStoreError
+from mfs.lending import SlotLender
+from mfs.types import CHUNK_BYTES
+
+SLOTS_COUNT = 32
+
+
+class _Cache:
+    """Chunks that are there at once, but those of `hanging`, which never come, and of `broken`, which fail."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.hanging: set[int] = set()
+        self.broken: set[int] = set()
+
+    async def lease(self, state: Any, index: int, mask: int) -> Any:
+        if index in self.broken:
+            raise StoreError("the origin is dead")
+        if index in self.hanging:
+            await trio.sleep_forever()
+        self.held += 1
+        return SimpleNamespace(index=index, slot=index)
+
+    def note_use(self, chunk: Any) -> None:
+        return None
+
+    def release(self, chunk: Any) -> None:
+        self.held -= 1
+
+
+@pytest.fixture
+def cache() -> _Cache:
+    return _Cache()
+
+
+@pytest.fixture
+def lender(cache: _Cache) -> Iterator[SlotLender]:
+    fd = os.memfd_create("slots")
+    memory = SimpleNamespace(fd=fd, size_bytes=SLOTS_COUNT * CHUNK_BYTES, slots_count=SLOTS_COUNT)
+    lender = SlotLender(SimpleNamespace(memory=memory, cache=cache))  # type: ignore[arg-type]
+    yield lender
+    os.close(lender.fd)
+    os.close(fd)
+
+
+FILE: Any = SimpleNamespace(handle=SimpleNamespace(state=SimpleNamespace(chunks={})))
+
+
+async def test_a_quarter_is_lent_and_who_waits_too_long_is_refused(
+    lender: SlotLender, cache: _Cache, autojump_clock: trio.testing.MockClock
+) -> None:
+    loans = [(await lender.lease(FILE, i * CHUNK_BYTES, i * CHUNK_BYTES + 1))[0] for i in range(SLOTS_COUNT // 4)]
+    began = trio.current_time()
+    with pytest.raises(TransientStoreError, match="others hold all the slots that are lent, for 10 s already"):
+        await lender.lease(FILE, 0, 1)
+    assert trio.current_time() - began == pytest.approx(10)
+    loans.pop().release()
+    with pytest.raises(TransientStoreError):
+        await lender.lease(FILE, 0, 2 * CHUNK_BYTES)  # needs two, has one: and gives that one back
+    (await lender.lease(FILE, 0, 1))[0].release()
+    for loan in loans:
+        loan.release()
+    assert cache.held == 0
+
+
+@pytest.mark.parametrize("ending", ["failure", "cancel"])
+async def test_a_lease_that_does_not_come_about_holds_nothing(
+    lender: SlotLender, cache: _Cache, ending: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    cache.hanging = {1}
+    cache.broken = {2} if ending == "failure" else set()
+    if ending == "failure":
+        with pytest.raises(StoreError, match="the origin is dead"):
+            await lender.lease(FILE, 0, 4 * CHUNK_BYTES)
+    else:
+        with trio.move_on_after(5):
+            await lender.lease(FILE, 0, 4 * CHUNK_BYTES)
+    assert cache.held == 0
+    loan, pieces = await lender.lease(FILE, 3 * CHUNK_BYTES + 5, 3 * CHUNK_BYTES + 9)
+    assert pieces == [(3 * CHUNK_BYTES + 5, 4)]
+    loan.release()
+    cache.hanging = cache.broken = set()
+    for _ in range(3):  # all permits are back
+        whole, _ = await lender.lease(FILE, 0, (SLOTS_COUNT // 4 - 1) * CHUNK_BYTES)
+        whole.release()
+    assert cache.held == 0
