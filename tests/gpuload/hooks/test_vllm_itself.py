@@ -136,7 +136,7 @@ def test_with_no_flag_a_mounted_model_is_ours_and_another_is_not(
     assert found[len(plain) :] == [[tensors, [0, 0, left]] for tensors, left in zip(plain, lefts, strict=True)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engines(interface: Any) -> None:
     if interface["platform"] != "CpuPlatform":
         pytest.skip(f"vLLM {interface['version']} as installed has no CPU engine ({interface['platform']})")
@@ -150,7 +150,7 @@ def run_engine(
 
 
 @pytest.fixture(scope="module")
-def said(llama: list[Path]) -> list[Any]:
+def said(llama: list[Path], engines: None) -> list[Any]:
     """What vLLM alone says from the first model, and from the second once its weights are loaded in place."""
     found = run_engine(llama[0], socket_path=None, then=llama[1]).found
     return [found["says"], found["after"]]
