@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import os
 import signal
@@ -11,6 +12,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,9 @@ from safetensors.torch import load_file as reference_load_file
 from safetensors.torch import save_file
 
 import gpuload
+import gpuload.client
+from gpuload.asking import load_resident
+from gpuload.client import attach
 from gpuload.device.base import Event, Stream
 from gpuload.device.host import HostDevice, view_of
 from gpuload.errors import DeviceError
@@ -27,9 +33,11 @@ from gpuload.kept import KeptSlots
 from gpuload.pipeline import Limits, move_batches
 from gpuload.plan import Placement, plan_batches, plan_transfers
 from gpuload.pool import Mapper, PoolSource, open_source
+from gpuload.server.catalog import Catalog
+from gpuload.server.daemon import ServerConfig
 from gpuload.shards import Shard, close_shards, open_shards
 from gpuload.source import FileSource
-from gpuload.testing import FaultyDevice, Gate
+from gpuload.testing import FaultyDevice, Gate, assert_same, running_server
 from mfs.control import slots_client
 from mfs.control.slots import CONNECTIONS_MAX
 from mfs.control.slots_client import SlotReader
@@ -483,3 +491,44 @@ def test_more_borrowers_than_the_door_takes_are_told_so(mount: TestMount, shards
             door(mount)
         source = open_source(shards)
         assert isinstance(source, FileSource), "who is not let in reads the file"
+
+
+def _retire_all(catalog: Catalog) -> None:
+    for model in list(catalog.models.values()):
+        model.retire()
+
+
+def test_the_server_loads_from_the_slots_and_keeps_nothing_leased(
+    mount: TestMount, config: ServerConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Hashed on the way, in place once the slots are locked: the same model under the same digest, load after load."""
+    devices: list[WatchedDevice] = []
+
+    def open_one(name: str) -> WatchedDevice:
+        devices.append(WatchedDevice())
+        return devices[-1]
+
+    monkeypatch.setattr(gpuload.client, "open_device", lambda name: HostDevice())
+    want = reference_load_file(tmp_path / "registry" / "model" / "model.safetensors")
+    path = mount.path / "model" / "model.safetensors"
+    limits = Limits(1 << 20, 3, 3, 30)
+    with running_server(replace(config, arena_bytes={"cpu": 64 << 20}, limits=limits), open_one) as server:
+        digests = set()
+        for _ in range(3):
+            load_resident(path, "m", "cpu", socket_path=server.socket_path)
+            held = attach("m", socket_path=server.socket_path)
+            assert_same(held, want)
+            digests.add(held.digest)
+            del held
+            gc.collect()
+            server.settle()
+            server.on_loop(partial(_retire_all, server.sites["cpu"].catalog))
+            assert leased(mount) == 0
+            assert mount.wait_for(lambda: bool(devices[0]._registered._starts))  # all slots of this mount are one piece
+            last = list(devices[0].sources)
+            devices[0].sources.clear()
+        assert last
+        assert all(devices[0]._registered.holds(at, nbytes) for at, nbytes in last), "copied over staging"
+        assert len(digests) == 1
+        assert server.gauges()["leases"] == 0
+    assert not devices[0]._registered._starts, "the server left slots page-locked"
