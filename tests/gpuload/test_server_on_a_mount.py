@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gpuload.asking import load_resident
+from gpuload.asking import ask, connect, exchange, load_resident
 from gpuload.client import attach
 from gpuload.device.host import HostDevice
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import assert_same, random_tensors, running_server, write
+from mfs.errors import MfsError
 from mfs.testing.mounting import TestMount
 from tests.mount.origins import HubOrigin
 from tests.servers.hub import HubServer
@@ -65,3 +67,30 @@ def test_a_swap_reads_what_differs_after_a_remount_from_another_repository_by_a_
         swapped = load("new/y.safetensors", is_swap=True)
         assert (swapped["bytes_hashed"], swapped["bytes_copied"]) == (0, 32768)
         assert_same(attach("m", socket_path=config.socket_path), new)
+
+
+def test_a_server_outlives_the_mounts_that_it_loads_from(
+    config: ServerConfig, small_granules: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a dead mount even closing a file is an error: one line for who asked, and all others go on being served."""
+    monkeypatch.setenv("MFS_RUNTIME_DIR", str(tmp_path / "m" / "run"))
+    tensors = random_tensors(1, SHAPES)
+    origin = tmp_path / "registry"
+    origin.mkdir()
+    write(origin / "a.safetensors", tensors)
+    with running_server(config, lambda _: HostDevice(granule_bytes=4096)) as server:
+        load_resident(origin / "a.safetensors", "m", "cpu", socket_path=server.socket_path)
+        mount = TestMount(tmp_path / "m", str(origin)).start()
+        fd = os.open(mount.path / "a.safetensors", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            mount.kill(detach=False)
+            request = {"op": "load", "model": "n", "device": "cpu", "files": [str(mount.path / "a.safetensors")]}
+            with closing(connect(server.socket_path, 30)) as sock, pytest.raises(MfsError, match="not connected"):
+                exchange(sock, request, [fd])
+        finally:
+            with suppress(OSError):
+                os.close(fd)
+            mount.clean_up()
+        assert ask({"op": "ping"}, socket_path=server.socket_path)["pid"]
+        assert_same(attach("m", socket_path=server.socket_path), tensors)
+        server.on_loop(server.sites["cpu"].catalog.models["m"].retire)
