@@ -75,9 +75,11 @@ class Directory:
     @property
     def full_path(self) -> str:
         """Path from the root of the mount."""
-        if self.parent is None:
-            return ""
-        return f"{self.parent.full_path}/{self.name}" if self.parent.parent else self.name
+        names, current = list[str](), self
+        while current.parent is not None:
+            names.append(current.name)
+            current = current.parent
+        return "/".join(reversed(names))
 
 
 class _Loading:
@@ -205,8 +207,7 @@ class Namespace:
 
     def directory_at(self, source: int, path: str) -> Directory | None:
         """The listed directory at a path inside a source, None if nobody has looked there."""
-        tops = [d for d in self._directories.values() if d.source == source and d.path == ""]
-        return self.below(tops[0], path) if tops else None
+        return next((self.below(top, path) for top in self.tops() if top.source == source), None)
 
     async def lookup(self, parent: Directory, name: bytes) -> Node | None:
         """The child with this name, None if there is none. Lists the directory if nobody has."""
@@ -232,16 +233,26 @@ class Namespace:
         return node
 
     async def walk(self, node: Node, path: str) -> AsyncIterator[tuple[str, Node]]:
-        """(path, file) of all files at and below a node, links left out."""
-        if node.kind is EntryKind.FILE:
-            yield path, node
-        directory = self.directory(node.inode)
-        if directory is None:
-            return
-        for _, name, child in list(self.nodes(directory, await self.listing(directory), 0)):
-            below = f"{path}/{name.decode()}" if path else name.decode()
-            async for found in self.walk(child, below):
-                yield found
+        """(path, file) of all files at and below a node, links left out. Gives way to readers. Raises: MfsError."""
+        levels, turn_ends = [iter([(path, node)])], time.monotonic() + _TURN_S  # no recursion: sources may be deep
+        while levels:
+            found = next(levels[-1], None)
+            if found is None:
+                levels.pop()
+                continue
+            if time.monotonic() > turn_ends:
+                await trio.lowlevel.checkpoint()
+                turn_ends = time.monotonic() + _TURN_S
+            path, node = found
+            if node.kind is EntryKind.FILE:
+                yield path, node
+            directory = self.directory(node.inode)
+            if directory is not None:
+                levels.append(self._paths(path, directory, await self.listing(directory)))
+
+    def _paths(self, path: str, parent: Directory, listing: Listing) -> Iterator[tuple[str, Node]]:
+        for _, name, node in self.nodes(parent, listing, 0):
+            yield (f"{path}/{name.decode()}" if path else name.decode()), node
 
     # -- from one daemon to the next
 
@@ -304,7 +315,6 @@ class Namespace:
             self._orphans.pop(inode, None)
             directory = self._directories.get(inode)
             if directory is not None and directory.removed:
-                self._orphan_children(directory)
                 del self._directories[inode]
 
     # -- listing
@@ -361,7 +371,10 @@ class Namespace:
 
     def tops(self) -> list[Directory]:
         """The directories that stand for sources."""
-        return [directory for directory in self._directories.values() if directory.source >= 0 and not directory.path]
+        if self.root.source >= 0:
+            return [self.root]
+        assert self.root.listing is not None
+        return [self._directories[inode] for inode in self.root.listing.inodes]
 
     @property
     def published_count(self) -> int:
@@ -459,26 +472,29 @@ class Namespace:
         return array("Q", range(first, first + count))
 
     def _orphan(self, inode: int) -> None:
-        """An inode leaves the tree; what the kernel still knows stays answerable."""
+        """An inode leaves the tree with all below it; what the kernel still knows stays answerable."""
+        leaving = [inode]  # no recursion: sources may be deep
+        for parent in leaving:
+            directory = self._directories.get(parent)
+            if directory is not None and directory.listing is not None:
+                leaving += directory.listing.inodes
+        for leaver in reversed(leaving):  # a child is looked up in its parent's listing
+            self._leave(leaver)
+
+    def _leave(self, inode: int) -> None:
         node = self.node(inode)
         known = self._lookups[inode] and node is not None and node.kind is EntryKind.DIRECTORY
         directory = self.directory(inode) if known else self._directories.get(inode)
         if directory is not None:
             directory.removed = True
-            self._orphan_children(directory)
+            if directory.listing is not None:
+                self._count(directory.listing, -1)
+            directory.listing = Listing()
             if not self._lookups[inode]:
                 del self._directories[inode]
         elif node is not None and self._lookups[inode]:
             self._orphans[inode] = node
         self._owner[inode] = 0
-
-    def _orphan_children(self, directory: Directory) -> None:
-        old = directory.listing
-        if old is not None:
-            for inode in old.inodes:
-                self._orphan(inode)
-            self._count(old, -1)
-        directory.listing = Listing()
 
     @property
     def listed_count(self) -> int:

@@ -149,7 +149,8 @@ class _Look:
         self._namespace = namespace
         self._lister = lister
         self._tell = tell
-        self._started = namespace.published_count
+        self._asked: dict[str, int] = {}
+        """By path: how much was published when we asked for the page."""
         self.top = top
         self.pages: dict[str, Listing] = {}
         """By path; each leaves when it is published."""
@@ -158,9 +159,11 @@ class _Look:
 
     async def at(self, path: str) -> None:
         """List a directory, and what comes along below it. Raises: MfsError."""
-        drafts = Drafts(path, self._now)
+        drafts, asked = Drafts(path, self._now), self._namespace.published_count
         await self._lister(self.top.source, path, drafts)
-        self.pages |= drafts.finish()
+        found = drafts.finish()
+        self.pages |= found
+        self._asked |= dict.fromkeys(found, asked)
 
     def _now(self, path: str) -> Listing | None:
         """What a directory shows now, None if it is not listed."""
@@ -230,7 +233,7 @@ class _Look:
             directory = self._namespace.below(self.top, path)
             if directory is None:
                 continue
-            if not self._namespace.is_newer(directory, self._shown.get(directory.inode, self._started)):
+            if not self._namespace.is_newer(directory, max(self._asked[path], self._shown.get(directory.inode, 0))):
                 self._namespace.publish(directory, listing, changes)
                 self._shown[directory.inode] = directory.published
         if len(changes.names) > told_count:

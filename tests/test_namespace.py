@@ -731,3 +731,83 @@ async def test_a_directorys_mtime_never_goes_back(monkeypatch: pytest.MonkeyPatc
         last = tree.root.mtime_ns
         await tree.refresh()
         assert tree.root.mtime_ns == last
+
+
+DEEP = 3000  # an object store's keys may have as many names as fit into 1024 bytes, a manifest's more
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+async def test_a_tree_deeper_than_pythons_stack_is_walked_and_removed(is_flat: bool) -> None:
+    """A source decides how deep it is; one refresh of it must not end the daemon."""
+    origin = Origin(is_flat=is_flat)
+    depth = DEEP if not is_flat else 600  # the test's origin is quadratic there
+    path = "/".join(["d"] * depth)
+    origin.put("m/config.json")
+    origin.put(f"m/{path}/f")
+    tree = make(origin)
+    found = [name async for name, _ in tree.walk(await tree.resolve("m"), "m")]
+    assert found == ["m/config.json", f"m/{path}/f"]
+    bottom = await directory_at(tree, f"m/{path}")
+    assert bottom.full_path == f"m/{path}"
+    tree.remember(bottom.inode)
+    origin.remove("m")
+    assert (await tree.refresh()).errors == []
+    assert tree.files_count == 0
+    tree.forget(bottom.inode, 1)
+
+
+async def test_what_somebody_listed_before_a_look_came_there_is_no_reason_to_keep_it() -> None:
+    """A look at 10,000 models takes long. Somebody looks into a directory before the look gets there, and then a new
+    version is uploaded: the look has seen it, so it is published whole.
+    """
+    origin = Origin()
+    for name in ("m/sub/code.py", "z/config"):
+        origin.put(name)
+    tree = make(origin)
+    await follow_all(tree)
+    tree = make(origin)
+    for path in ("", "m", "z"):
+        await tree.listing(await directory_at(tree, path))
+    listed = origin.list
+
+    async def list_and_meanwhile(source: int, path: str, drafts: Drafts) -> None:
+        await listed(source, path, drafts)
+        if path == "":  # the look has begun, and is not at m yet
+            assert len(await children(tree, await directory_at(tree, "m/sub"))) == 1
+            origin.put("m/sub/code.py", "v2")
+            origin.put("m/config", "v2")
+
+    tree._refresher = Refresher(tree, list_and_meanwhile, tree._prepare)
+    await tree.refresh()
+    node = await tree.resolve("m/config")
+    assert node.object is not None
+    assert node.object.version == "v2"
+    node = await tree.resolve("m/sub/code.py")
+    assert node.object is not None
+    assert node.object.version == "v2"
+
+
+async def test_walking_300000_files_gives_way_to_readers() -> None:
+    origin = Origin()
+    tree = make(origin)
+    drafts = Drafts("")
+    drafts.add("", [Entry(f"{number:06d}", FILE, 1, 5, "v") for number in range(60_000)])
+    tree.publish(tree.root, drafts.finish()[""], Changes())
+    turns, done = 0, trio.Event()
+
+    async def read() -> None:
+        nonlocal turns
+        while not done.is_set():
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await trio.lowlevel.checkpoint()
+        root = tree.node(tree.root.inode)
+        assert root is not None
+        turns_before = turns
+        assert len([path async for path, _ in tree.walk(root, "")]) == 60_000
+        turns_within = turns - turns_before
+        done.set()
+    assert turns_within > 5
