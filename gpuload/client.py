@@ -124,6 +124,9 @@ def _mapped(held: _Held, request: dict[str, Any], fds: Sequence[int]) -> tuple[d
     try:
         if "parts" not in reply:
             raise ServerError("the gpuload server is of another version than this program: restart it")
+        for name, dtype, shape, *_ in reply["tensors"]:  # before anything stands on what an error would unmap
+            tensors.torch_dtype(dtype, name)
+            tensors.storage_shape(dtype, shape, name)
         at = 0
         for part in reply["parts"]:
             runs = [(first, count) for first, count in part["runs"]]

@@ -63,7 +63,7 @@ class Part:
 
     catalog: Catalog
     digest: str
-    """Hex; of the name, type, shape and bytes of every tensor here."""
+    """Hex; of the files' own strings and the name, type, shape and bytes of every tensor here."""
     blocks: list[Block]
 
     @property
@@ -82,7 +82,7 @@ class Model:
     name: str | None
     """What it is served as; None once it was swapped out or unloaded while leased."""
     digest: str
-    """Hex; of every tensor's name, type, shape and bytes, wherever they stand."""
+    """Hex; of the files' own strings and every tensor's name, type, shape and bytes, wherever they stand."""
     parts: list[Part]
     tensors: list[ResidentTensor]
     metadata: list[dict[str, str] | None]

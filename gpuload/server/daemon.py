@@ -156,7 +156,8 @@ async def _connection(
         peer = _peer(sock)
         while True:
             idle_s = float("inf") if lease else config.idle_s
-            request = await channel.receive(idle_s=idle_s, message_s=config.message_s, fds_max=config.fds_max)
+            fds_max = config.fds_max if peer.may_change else 0  # the others have no use for any
+            request = await channel.receive(idle_s=idle_s, message_s=config.message_s, fds_max=fds_max)
             if request is None:
                 return
             message, fds = request
@@ -243,8 +244,12 @@ def _listening(config: ServerConfig):  # type: ignore[no-untyped-def]
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BusyError(f"a server is already running at {path}") from None
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        try:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise ConfigError(f"{path} is there and is no socket; give another path")
+            os.unlink(path)  # a dead server's
+        except FileNotFoundError:
+            pass
         try:
             sock.bind(path)
             os.chmod(path, config.socket_mode)

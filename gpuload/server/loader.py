@@ -39,6 +39,9 @@ from gpuload.server.work import Job, PartWork, PieceKey, Report, Work
 from gpuload.source import Source
 from mfs.errors import ChangedError, NotFoundError, UsageError
 
+CONTENT_PREFIX = "content:"
+"""Of the names of models that were opened without one."""
+
 WAITING_MAX = 64
 """Loads that may wait for a device; one more is refused."""
 
@@ -375,8 +378,8 @@ class Loader:
 def content_name(content: Mapping[str, str]) -> str:
     """What a model without a name is served as: another one for other bytes, or for another spread of them."""
     if len(content) == 1:
-        return f"content:{next(iter(content.values()))[:16]}"
-    return f"content:{digest_views([memoryview(repr(sorted(content.items())).encode())]).hex()[:16]}"
+        return f"{CONTENT_PREFIX}{next(iter(content.values()))[:16]}"
+    return f"{CONTENT_PREFIX}{digest_views([memoryview(repr(sorted(content.items())).encode())]).hex()[:16]}"
 
 
 def placed_bytes(plan: BlockPlan) -> int:

@@ -17,7 +17,7 @@ from gpuload.device import canonical_name
 from gpuload.device.base import Run
 from gpuload.plan import Placement
 from gpuload.server.catalog import Block, Catalog, Model, namesakes
-from gpuload.server.loader import Loader
+from gpuload.server.loader import CONTENT_PREFIX, Loader
 from gpuload.server.site import Site
 from gpuload.server.wire import close_all
 from gpuload.server.work import Job
@@ -41,6 +41,11 @@ class Peer:
     pid: int
     uid: int
 
+    @property
+    def may_change(self) -> bool:
+        """Whether this is the server's own user, or root."""
+        return self.uid in (0, os.geteuid())
+
 
 @dataclass
 class Answer:
@@ -61,8 +66,8 @@ class Operations:
 
     async def answer(self, request: dict[str, Any], fds: Sequence[int], peer: Peer) -> Answer:
         """Raises: MfsError with the reason of a refusal. `fds` stay the caller's."""
-        verb = request.get("op")
-        if verb in CHANGES and peer.uid not in (0, os.geteuid()):
+        verb = str(request.get("op"))
+        if verb in CHANGES and not peer.may_change:
             raise AccessError(f"user {peer.uid} may not {verb} on a server of user {os.geteuid()}, only attach")
         match verb:
             case "ping":
@@ -81,10 +86,12 @@ class Operations:
                 model = self._find_one(request)
                 model.is_pinned = _flag(request, "pinned", True)
                 return Answer({"model": model.name, "pinned": model.is_pinned})
-        raise UsageError(f"no such operation: {str(verb)[:50]!r}")
+        raise UsageError(f"no such operation: {verb[:50]!r}")
 
     async def _load(self, request: dict[str, Any], fds: Sequence[int]) -> Answer:
         name = _name(request.get("model"))
+        if name.startswith(CONTENT_PREFIX):
+            raise UsageError(f"names that begin with {CONTENT_PREFIX!r} are the server's own")
         model, report = await self._loader.load(await self._job(name, request, fds))
         return Answer({**_summary(model), "report": report.as_dict()})
 
@@ -208,7 +215,7 @@ class Operations:
             return next(iter(self._sites.values()))
         if given is None:
             raise UsageError(f"this server has several devices: say which of {', '.join(self._sites)}")
-        name = canonical_name(str(given))
+        name = canonical_name(str(given)[:100])
         if name not in self._sites:
             raise NotFoundError(f"this server has no arena on {name}; it has: {', '.join(self._sites)}")
         return self._sites[name]
@@ -307,8 +314,6 @@ def _check_object(value: object, what: str) -> None:
 def _name(value: object) -> str:
     if not isinstance(value, str) or not value or len(value) > NAME_LENGTH_MAX or _printable(value) != value:
         raise UsageError(f"a model's name is 1 to {NAME_LENGTH_MAX} printable characters")
-    if value.startswith("content:"):
-        raise UsageError("names that begin with 'content:' are the server's own")
     return value
 
 

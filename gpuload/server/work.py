@@ -131,14 +131,18 @@ class Work:
         return by_shard
 
     def content(self) -> tuple[str, dict[str, str]]:
-        """The whole model's digest, and that of what stands on each device; all digests must be known."""
+        """The whole model's digest, and that of what stands on each device, each with the files' own strings, which are
+        handed out beside the tensors; all digests must be known.
+        """
         by_transfer: dict[int, list[Digest]] = {}
         for part in self.parts:
             for piece in part.pieces():
                 by_transfer.setdefault(piece.transfer, []).append(self.digests[piece.transfer, piece.offset])
 
+        strings = [sorted((shard.header.metadata or {}).items()) for shard in self.job.shards]
+
         def digest(wanted: Iterable[tuple[int, Transfer]]) -> str:
-            hasher = blake3()
+            hasher = blake3(repr(strings).encode("utf-8"))
             for index, t in wanted:
                 hasher.update(repr((t.name, t.dtype, t.shape)).encode("utf-8"))
                 hasher.update(b"".join(by_transfer.get(index, [])))

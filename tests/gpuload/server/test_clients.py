@@ -1,0 +1,129 @@
+"""Clients that are hostile, broken or confused: each gets one line or is let go, and nobody else is harmed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import struct
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import gpuload.tensors
+from gpuload.asking import ask, load_resident
+from gpuload.client import attach, open_resident
+from gpuload.device.host import HostDevice
+from gpuload.server.daemon import ServerConfig
+from gpuload.testing import ServerThread, random_tensors, running_server, write
+from mfs.errors import ConfigError, IntegrityError, NotFoundError, UsageError
+from tests.gpuload.server.test_leases import NOBODY, in_child
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "match"),
+    [
+        ({"op": "dance"}, UsageError, "no such operation"),
+        ({}, UsageError, "no such operation"),
+        ({"op": ["load"]}, UsageError, "no such operation"),
+        ({"op": "dance" * 100_000}, UsageError, "no such operation"),
+        ({"op": "attach", "model": "m", "device": "x" * 100_000}, UsageError, "no such device: 'x{1,200}'"),
+        ({"op": "unload", "model": "content:1"}, NotFoundError, "no model 'content:1' is resident"),
+        ({"op": "attach", "model": "absent"}, NotFoundError, "there are: none"),
+        ({"op": "attach", "model": 3}, UsageError, "printable"),
+        ({"op": "attach", "model": "x\n"}, UsageError, "printable"),
+        ({"op": "load", "model": "m", "device": "cpu", "files": ["a"]}, UsageError, "0 files came"),
+        ({"op": "load", "model": "m", "device": "cuda:9", "files": []}, NotFoundError, "it has: cpu"),
+        ({"op": "load", "model": "m", "device": "tpu"}, UsageError, "no such device"),
+        ({"op": "load", "model": "content:1", "device": "cpu"}, UsageError, "server's own"),
+        ({"op": "unload", "model": "absent"}, NotFoundError, "there are: none"),
+    ],
+)  # fmt: skip
+def test_requests_that_mean_nothing(server: ServerThread, request_: dict, error: type, match: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(error, match=match):
+        ask(request_, socket_path=server.socket_path)
+
+
+def test_a_hostile_file_is_refused(server: ServerThread, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"\xff" * 64)
+    with pytest.raises(IntegrityError, match="not a safetensors file"):
+        load_resident(path, "m", "cpu", socket_path=server.socket_path)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"\0", struct.pack(">I", 1 << 31), struct.pack(">I", 3) + b"abc", struct.pack(">I", 2) + b"[]",
+     struct.pack(">I", 20) + b"{}", struct.pack(">I", 12) + b'{"fds":9999}', struct.pack(">I", 9) + b'{"fds":1}F',
+     struct.pack(">I", 10) + b'{"fds":-1}'],
+)  # fmt: skip
+def test_a_client_that_breaks_the_protocol_harms_nobody(server: ServerThread, sent: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(server.socket_path)
+        sock.sendall(sent)
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(30)
+        while sock.recv(4096):
+            pass
+    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 2
+
+
+def test_unwanted_descriptors_are_closed(server: ServerThread) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with open("/dev/null") as file, pytest.raises(UsageError):
+            ask({"op": "dance"}, [file.fileno()] * 300, socket_path=server.socket_path)
+    server.settle()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_whoever_may_only_attach_sends_no_descriptors(config: ServerConfig) -> None:
+    """Else a thousand connections of strangers, each with thousands of files, would leave the server none."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        config = replace(config, socket_path=f"{folder}/s.sock", socket_mode=0o666)
+        with running_server(config, lambda _: HostDevice(granule_bytes=4096)) as server:
+
+            def work() -> str:
+                os.setuid(NOBODY)
+                with open("/dev/null") as file:
+                    ask({"op": "ping"}, [file.fileno()], socket_path=server.socket_path)
+                return "taken"
+
+            process, out, hold = in_child(work)
+            assert "1 descriptors, more than 0" in os.read(out, 10_000).decode()
+            os.close(hold)
+            os.waitpid(process, 0)
+            os.close(out)
+
+
+def test_a_file_that_is_no_socket_is_not_replaced_by_one(config: ServerConfig) -> None:
+    path = Path(config.socket_path)
+    path.write_text("precious")
+    with pytest.raises(ConfigError, match="is there and is no socket"), running_server(config):
+        raise AssertionError("it started")
+    assert path.read_text() == "precious"
+
+
+def test_a_model_that_was_opened_by_content_can_be_unloaded(server: ServerThread, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (50, 50)}))
+    with open(path, "rb") as file:
+        name = open_resident([file.fileno()], [str(path)], "cpu", socket_path=server.socket_path).model
+    gc.collect()
+    assert name.startswith("content:")
+    assert ask({"op": "unload", "model": name}, socket_path=server.socket_path)["released"]
+
+
+def test_tensors_that_this_torch_does_not_have_leave_no_lease(
+    server: ServerThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (50, 50)}))
+    load_resident(path, "m", "cpu", socket_path=server.socket_path)
+    monkeypatch.delitem(gpuload.tensors.TORCH_DTYPES, "BF16")
+    with pytest.raises(UsageError, match="'w' is BF16, which torch") as kept:
+        attach("m", socket_path=server.socket_path)
+    assert kept.value is not None
+    assert server.gauges()["leases"] == 0, "though the error, with all it refers to, is still held"
