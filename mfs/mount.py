@@ -41,6 +41,8 @@ from mfs.workers.pool import PoolConfig, Priority, WorkerPool
 
 logger = logging.getLogger(__name__)
 
+_TELL_S = 5.0  # the kernel may be held up by a request about the same directory that waits for its origin
+
 _MAINTENANCE_S = 5.0
 _SAVE_PARTIAL_AFTER_S = 2.0
 _HIGH_WATERMARK, _LOW_WATERMARK = 0.95, 0.90  # of the SSD budget; the gap keeps evictions rare and large
@@ -239,8 +241,8 @@ class Mount:
     async def enforce_budget(self) -> None:
         """Evict from SSD what is over the budget, if anything was written since the last look."""
         saved = self.cache.counters.saved_bytes
-        if self.config.cache_dir is None or saved == self._saved_at_last_check:
-            return
+        if self.config.cache_dir is None or saved == self._saved_at_last_check or not self.session.is_ours:
+            return  # whoever has the mount may have another budget
         self._saved_at_last_check = saved
         budget = self.config.cache_bytes
         found = await self.pool.call(
@@ -251,7 +253,10 @@ class Mount:
             logger.info("evicted %d bytes from SSD, %d stay", found["evicted_bytes"], found["used_bytes"])
 
     async def refresh(self) -> Changes:
-        """List the sources again, publish what changed, tell the kernel."""
+        """List the sources again, publish what changed, tell the kernel.
+
+        Returns when the kernel knows, so that who asked for it then sees it; it is given a few seconds for that.
+        """
         changes = Changes()
 
         async def look(source: int) -> None:
@@ -265,6 +270,8 @@ class Mount:
         async with trio.open_nursery() as nursery:
             for source in range(len(self.config.sources)):
                 nursery.start_soon(look, source)
+        with trio.move_on_after(_TELL_S):
+            await self.session.wait_told()
         return changes
 
     async def _refresh(self, source: int) -> Changes:
@@ -281,6 +288,8 @@ class Mount:
                 await self._refresh_soon[source].wait()
             was_told = self._refresh_soon[source].is_set()
             self._refresh_soon[source] = trio.Event()
+            if not self.session.is_ours:  # handed over: the next daemon looks
+                return
             await self._refresh(source)
             if was_told:
                 await trio.sleep(_REFRESH_SOON_S)

@@ -51,6 +51,7 @@ class Session:
         self._paused = trio.Event()
         self._resumed = trio.Event()
         self._unsaid = trio.Event()
+        self._told = trio.Event()
 
     @property
     def device(self) -> int:
@@ -127,6 +128,11 @@ class Session:
         self.unsaid_names.extend(names)
         self._unsaid.set()
 
+    async def wait_told(self) -> None:
+        """Until the kernel knows of all names so far: whoever looks from now on sees what was published."""
+        while self.is_ours and self.unsaid_names:
+            await self._told.wait()
+
     async def _tell_names(self) -> None:
         """In a thread: the kernel holds us up while a request about the same directory waits for its answer."""
         while True:
@@ -136,6 +142,8 @@ class Session:
                 await trio.to_thread.run_sync(_invalidate, batch, abandon_on_cancel=True)
                 for _ in batch:  # only now: told twice is no harm, should we stop in between
                     self.unsaid_names.popleft()
+                self._told.set()
+                self._told = trio.Event()
             self._unsaid = trio.Event()
 
     # -- the end
@@ -156,6 +164,14 @@ def _invalidate(names: list[Name]) -> None:
             pass
         except OSError as error:
             logger.warning("the kernel was not told that %r changed: %s", name, error)
+    # The directory's own time: for a name that the kernel does not know, the above leaves it as it was (fs/fuse/dir.c).
+    for inode in dict.fromkeys(inode for inode, _ in names):
+        try:
+            pyfuse3.invalidate_inode(inode, attr_only=True)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logger.warning("the kernel was not told that a directory changed: %s", error)
 
 
 @contextlib.asynccontextmanager

@@ -113,6 +113,20 @@ class TestVersions:
         wait_for(lambda: server.versions("back") == ["1"], "the unloading of the other")
         assert models.scale_of(server, "back") == 1
 
+    def test_what_a_refresh_has_published_the_next_load_sees(
+        self, repository: Repository, server: TritonServer
+    ) -> None:
+        """`mfs refresh` returns when the kernel knows: Triton would not look again by itself."""
+        repository.add(models.model("often", 1))
+        for _ in range(6):
+            repository.add(models.version("often", 2))
+            server.load("often")
+            assert server.is_model_ready("often", 2)
+            repository.remove("often/2/")
+            server.load("often")
+            wait_for(lambda: not server.is_model_ready("often", 2), "the rollback")
+            assert models.scale_of(server, "often") == 1
+
     def test_rollback_by_policy_moves_only_the_configuration(
         self, repository: Repository, server: TritonServer
     ) -> None:
