@@ -132,7 +132,7 @@ class Namespace:
         self.files_count = 0
         """Entries in all listings."""
         self.on_published: Callable[[Directory], None] | None = None
-        """Told of a directory that was listed for the first time or shows something new."""
+        """Told of a directory that was listed for the first time, shows something new, or was listed and is removed."""
         single = list(mounts) == [""]
         self.root = self._directories[ROOT_INODE] = Directory(ROOT_INODE, None, "", 0 if single else -1, "", 0)
         if not single:
@@ -158,6 +158,21 @@ class Namespace:
     def recorded(self) -> list[tuple[int, str]]:
         """(source, path) of directories that were looked into on an earlier mount and not on this one, from the top."""
         return sorted(self._records, key=lambda place: (place[1].count("/"), place[1] != ""))
+
+    def forget_record(self, source: int, path: str) -> bool:
+        """Forget what a directory showed on an earlier mount, if what is published says that there is none any more.
+        Returns whether that is so.
+        """
+        current = next((top for top in self.tops() if top.source == source), None)
+        for name in filter(None, path.split("/")):
+            if current is None or current.listing is None:
+                return False
+            index = current.listing.find(name.encode())
+            current = self.directory(current.listing.inodes[index]) if index >= 0 else None
+            if current is None:
+                self._records.pop((source, path), None)
+                return True
+        return False
 
     def _time_of(self, source: int, path: str, listed_ns: int) -> int:
         """The time of a directory nobody has looked into yet."""
@@ -489,6 +504,8 @@ class Namespace:
             directory.removed = True
             if directory.listing is not None:
                 self._count(directory.listing, -1)
+                if self.on_published is not None:
+                    self.on_published(directory)
             directory.listing = Listing()
             if not self._lookups[inode]:
                 del self._directories[inode]

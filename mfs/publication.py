@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 import trio
 
@@ -16,12 +19,13 @@ from mfs.listing import Listing
 from mfs.namespace import Directory, Identity, Namespace
 from mfs.refresh import Next
 from mfs.small_files import SmallFiles, Wanted, small_files
-from mfs.tree_record import TreeRecord
+from mfs.tree_record import Row, TreeRecord
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 64  # small files brought together
 _REVISIT_PARALLEL, _REVISITED_MAX = 4, 2000
+_TURN_S = 0.005  # without giving way to readers
 
 
 class Publication:
@@ -38,8 +42,13 @@ class Publication:
         self._timeout_s = timeout_s
         self._new: dict[Directory, None] = {}
         """Published, and their small files not looked at yet."""
+        self.writing = trio.Semaphore(1, max_value=1)
+        """Held while the record is written. Whoever hands the mount over keeps it: times that the next daemon does not
+        know of never reach the record, and its own are not overwritten."""
         self._unrecorded: dict[Directory, None] = {}
-        """Published, and not yet written down, in that order."""
+        """Published or removed, and that not yet written down, in that order."""
+        self._gone: dict[tuple[int, str], None] = {}
+        """(source, path) of those that went while nothing was mounted, and that not yet written down."""
         self._something_new = trio.Event()
         self._something_unrecorded = trio.Event()
         self._small_files_there = trio.Event()
@@ -66,20 +75,37 @@ class Publication:
 
     async def prepare(self, source: int, coming: Sequence[Next]) -> None:
         """Before a model is published: its new small files come first. Raises: MfsError if they do not."""
-        wanted = [item for path, new, old in coming for item in self._small(source, path, new, old)]
+        wanted = chain.from_iterable(self._small(source, path, new, old) for path, new, old in coming)
         await self._small_files.bring_for_publication(wanted, timeout_s=self._timeout_s)
 
     async def write_record(self) -> None:
-        """Write down what was published since the last time."""
+        """Write down what was published since the last time. What cannot be written now comes with the next.
+
+        Cancellation: nothing is lost.
+        """
         self._something_unrecorded = trio.Event()
-        directories, self._unrecorded = list(self._unrecorded), {}
-        rows = [
-            (self._identity(d.source), d.path, d.mtime_ns, d.listing.fingerprint(), d.listing.mtimes.tobytes())
-            for d in directories
-            if d.listing is not None and not d.removed
-        ]
-        if rows:
-            await trio.to_thread.run_sync(self._record.save, rows)
+        directories, self._unrecorded = self._unrecorded, {}
+        gone, self._gone = self._gone, {}
+        is_saved = False
+        try:
+            rows = list[Row]()
+            absent = [(self._identity(source), path) for source, path in gone]
+            turn_ends = time.monotonic() + _TURN_S
+            for d in directories:
+                if d.removed:
+                    absent.append((self._identity(d.source), d.path))
+                elif d.listing is not None:
+                    times = d.listing.mtimes.tobytes()
+                    rows.append((self._identity(d.source), d.path, d.mtime_ns, d.listing.fingerprint(), times))
+                if time.monotonic() > turn_ends:
+                    await trio.lowlevel.checkpoint()
+                    turn_ends = time.monotonic() + _TURN_S
+            if rows or absent:
+                is_saved = await trio.to_thread.run_sync(self._record.save, rows, absent)
+        finally:
+            if not is_saved:
+                self._unrecorded = directories | self._unrecorded
+                self._gone = gone | self._gone
 
     def unrecorded(self) -> list[int]:
         """Inodes of directories that are still to be written down."""
@@ -100,46 +126,68 @@ class Publication:
     async def _keep_record(self) -> None:
         while True:
             await self._something_unrecorded.wait()
-            await self.write_record()
+            async with self.writing:
+                await self.write_record()
 
     async def _revisit(self) -> None:
         """List what was looked into last time: what changed while nothing was mounted shows in its directory's time
-        before somebody reads that.
+        before somebody reads that. What is gone leaves the record.
         """
-        places = list(reversed(self._namespace.recorded()[:_REVISITED_MAX]))
+        places, left_count = deque(self._namespace.recorded()), _REVISITED_MAX
         tops = {top.source: top for top in self._namespace.tops()}
 
         async def work() -> None:
-            while places:
-                source, path = places.pop()
-                with contextlib.suppress(MfsError):  # gone, or whoever looks next hears of it
+            nonlocal left_count
+            while places and left_count:
+                source, path = places.popleft()
+                await trio.lowlevel.checkpoint()
+                if self._is_gone(source, path):
+                    continue
+                left_count -= 1
+                with contextlib.suppress(MfsError):  # whoever looks next hears of it
                     node = await self._namespace.resolve("/".join(filter(None, (tops[source].full_path, path))))
                     directory = self._namespace.directory(node.inode)
                     if directory is not None:
                         await self._namespace.listing(directory)
+                self._is_gone(source, path)
 
         async with trio.open_nursery() as nursery:
             for _ in range(_REVISIT_PARALLEL):
                 nursery.start_soon(work)
         self._revisited.set()
 
+    def _is_gone(self, source: int, path: str) -> bool:
+        is_gone = self._namespace.forget_record(source, path)
+        if is_gone:
+            self._gone[source, path] = None
+            self._something_unrecorded.set()
+        return is_gone
+
     async def _bring_small_files(self) -> None:
         """Those of directories that are listed for the first time; after a refresh there is nothing left to do."""
         while True:
             await self._something_new.wait()
             self._something_new = trio.Event()
-            directories, self._new = list(self._new), {}
-            wanted: list[Wanted] = []
+            directories, self._new = self._new, {}
+            batch, turn_ends = list[Wanted](), time.monotonic() + _TURN_S
             for directory in directories:
-                if directory.listing is not None and self._small_files.has_allowance:
-                    wanted += self._small(directory.source, directory.path, directory.listing)
-                if len(wanted) >= _BATCH or directory is directories[-1]:
-                    batch, wanted = wanted, []
-                    try:
-                        await self._small_files.bring_unasked(batch)
-                    except MfsError as error:
-                        logger.info("small files come when they are read: %s", error)
+                coming = self._small(directory.source, directory.path, directory.listing or Listing())
+                while self._small_files.has_allowance and (part := list(islice(coming, _BATCH))):
+                    batch += part
+                    if len(batch) >= _BATCH:
+                        await self._bring_unasked(batch)
+                        batch = []
+                if time.monotonic() > turn_ends:
+                    await trio.lowlevel.checkpoint()
+                    turn_ends = time.monotonic() + _TURN_S
+            await self._bring_unasked(batch)
             self._small_files_there.set()
+
+    async def _bring_unasked(self, wanted: Sequence[Wanted]) -> None:
+        try:
+            await self._small_files.bring_unasked(wanted)
+        except MfsError as error:
+            logger.info("small files come when they are read: %s", error)
 
     def _small(self, source: int, path: str, new: Listing, old: Listing | None = None) -> Iterator[Wanted]:
         for index in small_files(new, old):

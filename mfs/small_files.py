@@ -8,8 +8,9 @@ so many over the life of a mount for directories that somebody merely looks into
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import trio
 
@@ -73,16 +74,19 @@ class SmallFiles:
         self._unasked_count = 0
         self._unasked_bytes = 0
 
-    async def bring_for_publication(self, wanted: Sequence[Wanted], *, timeout_s: float) -> None:
+    async def bring_for_publication(self, wanted: Iterable[Wanted], *, timeout_s: float) -> None:
         """Have these files on SSD, as many as the bounds allow.
 
         Raises: MfsError if one cannot be had now but perhaps later. One that nobody will be able to read is logged.
         """
-        missing = await self._missing(wanted)
-        within = _within(missing, self._config.publication_count_max, self._config.publication_bytes_max)
-        if len(within) < len(missing):
-            logger.warning("%d small files of one model: %d come when they are read", len(missing),
-                           len(missing) - len(within))  # fmt: skip
+        config, coming = self._config, iter(wanted)
+        first = list(islice(coming, config.publication_count_max))
+        missing = await self._missing(first)
+        within = _within(missing, config.publication_count_max, config.publication_bytes_max)
+        if len(within) < len(missing) or next(coming, None) is not None:
+            logger.warning("of the small files of one model that are new, %d are brought before it shows; the others, "
+                           "beyond %d files and %d bytes, come when they are read",
+                           len(within), config.publication_count_max, config.publication_bytes_max)  # fmt: skip
         errors: list[MfsError] = []
         waiting = list(reversed(within))
         with trio.move_on_after(timeout_s) as scope:

@@ -76,10 +76,14 @@ class TreeRecord:
             return {}, 0
         return found, latest_ns
 
-    def save(self, rows: Iterable[Row]) -> bool:
-        """Write rows, replacing those of the same directories. Returns whether that went well; if not, says so."""
+    def save(self, rows: Iterable[Row], absent: Iterable[tuple[str, str]] = ()) -> bool:
+        """Write rows, replacing those of the same directories. Returns whether that went well; if not, says so.
+
+        absent: (identity of the source, path) of directories that are no more. One of `rows` may have come after it.
+        """
         try:
             with self._open() as database, database:
+                database.executemany("DELETE FROM tree WHERE source = ? AND path = ?", absent)
                 # What stands there with the same fingerprint was published by another mount, earlier: it holds for all.
                 database.executemany(
                     "INSERT INTO tree VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET mtime_ns = excluded.mtime_ns, "
