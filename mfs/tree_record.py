@@ -22,9 +22,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mfs.listing import MTIME_MAX_NS
+
 logger = logging.getLogger(__name__)
 
 _BUSY_S = 5.0  # that another mount may take to write its rows
+_LATEST_NS = MTIME_MAX_NS + 10**18  # publications stamp nanoseconds beyond the latest date; 32 years of them
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tree (
     source TEXT NOT NULL, path TEXT NOT NULL, mtime_ns INTEGER NOT NULL, fingerprint BLOB NOT NULL, times BLOB NOT NULL,
@@ -66,11 +69,14 @@ class TreeRecord:
                         "SELECT path, mtime_ns, fingerprint, times FROM tree WHERE source = ?", (identity,)
                     ):
                         record = Record(*fields)
+                        times = (record.mtime_ns, *array("Q", record.times))
+                        if not 0 <= min(times) <= max(times) <= _LATEST_NS:
+                            raise ValueError(f"{path} has a time beyond the year 2116")
                         found[number, path] = record
-                        latest_ns = max(latest_ns, record.mtime_ns, max(array("Q", record.times), default=0))
+                        latest_ns = max(latest_ns, *times)
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:
             logger.warning("%s cannot be read (%s): directories may show other times than before", self._file, error)
-            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+            if not isinstance(error, sqlite3.OperationalError | OSError):  # else it may be right another time
                 with contextlib.suppress(OSError):
                     self._file.unlink()
             return {}, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,13 +47,22 @@ def test_a_damaged_file_is_thrown_away_and_said(cache: Path, caplog: pytest.LogC
     assert len(record.load(["a"])[0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("mtime_ns", "times"),
+    [(5, b"123"), (-1, TIMES), (2**63 - 1, TIMES), (5, array("Q", [2**64 - 1]).tobytes()), (5, "text"), ("x", TIMES)],
+)
 def test_a_row_that_makes_no_sense_costs_the_record_not_the_mount(
-    cache: Path, caplog: pytest.LogCaptureFixture
+    cache: Path, caplog: pytest.LogCaptureFixture, mtime_ns: Any, times: Any
 ) -> None:
+    """Without fsync a power cut may leave anything there. A time beyond what fits would end each later mount."""
     record = TreeRecord(cache)
-    record.save([("a", "m", 5, b"f", b"123")])
+    record.save([("a", "m", mtime_ns, b"f", times)])
     assert record.load(["a"]) == ({}, 0)
     assert "tree.sqlite" in caplog.text
+    caplog.clear()
+    assert record.save([("a", "m", 5, b"f", b"")])  # of the same content: what made no sense does not stay for that
+    assert record.load(["a"]) == ({(0, "m"): Record(5, b"f", b"")}, 5)
+    assert not caplog.text
 
 
 def test_a_cache_directory_that_is_gone_is_said(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
