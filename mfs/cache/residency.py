@@ -131,6 +131,19 @@ class ResidencyTables:
             if self._cache_id(row) == cache_id:
                 self._chunks[int(self._objects[row, 3]) + index, 0] = 0
 
+    def drop(self, tier: SsdTier, cache_id: str, row: int, index: int) -> bool:
+        """Remove a chunk's file and say that it is gone, unless its object is pinned or kept by now.
+
+        Nothing happens either if `row` is another's. In one turn with `keep`, so that who keeps an object and then looks at its files loses none of them.
+        """
+        with self._lock():
+            self._remap_if_changed()
+            if self._cache_id(row) != cache_id or self._is_protected(row):
+                return False
+            tier.remove(cache_id, index)
+            self._chunks[int(self._objects[row, 3]) + index, 0] = 0
+            return True
+
     def masks(self, cache_id: str) -> NDArray[np.uint32]:
         """Copy of the blocks-present masks of all chunks of an object; empty if it is not known."""
         row = self.find(cache_id)
@@ -176,7 +189,10 @@ class ResidencyTables:
     def protected(self, cache_id: str) -> bool:
         """Whether an object is pinned, or kept for somebody who has it open."""
         row = self.find(cache_id)
-        return row is not None and (bool(self._objects[row, 6]) or int(self._objects[row, 7]) > time.time())
+        return row is not None and self._is_protected(row)
+
+    def _is_protected(self, row: int) -> bool:
+        return bool(self._objects[row, 6]) or int(self._objects[row, 7]) > time.time()
 
     # -- whole tables
 

@@ -201,8 +201,8 @@ class Jobs:
             evicted, dropped = 0, dict[str, list[int]]()
             if used > budget_bytes:
                 for cache_id, index, row, nbytes in tables.victims(used - target_bytes):
-                    tier.remove(cache_id, index)
-                    tables.clear(cache_id, row, index)
+                    if not tables.drop(tier, cache_id, row, index):
+                        continue
                     evicted += nbytes
                     dropped.setdefault(cache_id, []).append(index)
             return {"evicted_bytes": evicted, "used_bytes": used - evicted, "dropped": dropped}
@@ -256,14 +256,15 @@ class Jobs:
         """
         tier, tables = self._ssd()
         freed = kept = 0
-        for obj in map(object_from_wire, objects):
-            if tables.protected(obj.cache_id):
-                kept += 1
+        for cache_id in (object_from_wire(obj).cache_id for obj in objects):
+            row, resident = tables.find(cache_id), tables.resident_bytes(cache_id)
+            if row is None:
                 continue
-            freed += tables.resident_bytes(obj.cache_id)
-            for index in tables.masks(obj.cache_id).nonzero()[0]:
-                tier.remove(obj.cache_id, int(index))
-                tables.set_mask(obj, int(index), 0)
+            for index in tables.masks(cache_id).nonzero()[0]:
+                if not tables.drop(tier, cache_id, row, int(index)):
+                    break
+            freed += resident - tables.resident_bytes(cache_id)
+            kept += tables.protected(cache_id)
         return {"ssd_bytes": freed, "kept_pinned_count": kept}
 
     def verify(self, *, obj: list[Any], emit: Emit) -> Frame:

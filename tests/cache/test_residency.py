@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from mfs.cache import residency
 from mfs.cache.chunks import full_mask, mask_bytes
 from mfs.cache.residency import ResidencyTables, scan
-from mfs.cache.ssd import HEADER_BYTES, SsdTier
+from mfs.cache.ssd import HEADER_BYTES, SsdConfig, SsdTier
 from mfs.errors import NotFoundError, StoreError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ObjectId
+from mfs.workers.frames import object_to_wire
+from mfs.workers.jobs import Jobs
 from tests.cache.chunkfiles import chunk_path, make_object, make_tier, write_chunk
 
 FULL = full_mask(CHUNK_BYTES)
@@ -134,6 +136,43 @@ def test_what_is_kept_for_who_has_it_open_is_no_victim_until_then(tables: Reside
         assert (seen.protected(kept.cache_id), seen.protected(other.cache_id)) == (True, False)
     tables.keep(other, now - 1)
     assert [cache_id for cache_id, *_ in tables.victims(10**12)] == [other.cache_id]
+
+
+@pytest.mark.parametrize("how", ["keep", "pin"])
+@pytest.mark.parametrize("job", ["enforce_budget", "evict"])
+def test_what_is_kept_while_an_eviction_runs_loses_nothing_from_then_on(
+    tmp_path: Path, tier: SsdTier, monkeypatch: pytest.MonkeyPatch, how: str, job: str
+) -> None:
+    """Evicting gigabytes takes seconds; who opens a file meanwhile and finds all of it may rely on that."""
+    jobs = Jobs([], memoryview(b""), SsdConfig(tmp_path))
+    objects = [make_object(name, 2 * CHUNK_BYTES) for name in ("a.bin", "b.bin")]
+    for obj in objects:
+        for index in (0, 1):
+            put(tier, jobs._tables, obj, index, FULL)
+    removed: list[str] = []
+    remove = SsdTier.remove
+
+    def remove_and_note(tier: SsdTier, cache_id: str, index: int) -> bool:
+        removed.append(cache_id)
+        return remove(tier, cache_id, index)
+
+    protected = ResidencyTables._is_protected
+
+    def open_one(tables: ResidencyTables, row: int) -> bool:
+        if len(removed) == 1:  # the eviction is in the middle of it
+            [opened] = [obj for obj in objects if (obj.cache_id == removed[0]) is (job == "evict")]
+            tables._objects[tables.find(opened.cache_id), 7 if how == "keep" else 6] = int(time.time()) + 100
+            removed.append("")
+        return protected(tables, row)
+
+    monkeypatch.setattr(SsdTier, "remove", remove_and_note)
+    monkeypatch.setattr(ResidencyTables, "_is_protected", open_one)
+    if job == "evict":
+        jobs.evict(objects=[object_to_wire(objects[0])], emit=print)
+        assert removed == [objects[0].cache_id, ""]
+    else:
+        jobs.enforce_budget(budget_bytes=1, target_bytes=0, emit=print)
+        assert len({cache_id for cache_id in removed if cache_id}) == 1
 
 
 def test_small_files_are_victims_last_unless_they_are_many(tables: ResidencyTables) -> None:
