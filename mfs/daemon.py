@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mfs.control import mountinfo, runtime, server, slots
 from mfs.control.ready import DaemonStart, notify
 from mfs.control.slots_client import slots_path
 from mfs.errors import MfsError, StoreError
+from mfs.fuse.session import never_block_in_read
 from mfs.handover import Giver, Heir, door_path
 from mfs.lending import SlotLender
 from mfs.mount import Mount
@@ -36,6 +37,7 @@ def main() -> None:
     try:
         config = MountConfig.from_json(start.config_json)
         _set_up_logging(config)
+        never_block_in_read()
         trio.run(_run, config, start)
     except BaseException as error:
         cause = _cause(error)
@@ -65,7 +67,9 @@ async def _run(config: MountConfig, start: DaemonStart) -> None:
             with Heir(door_path(runtime.socket_path(record.mountpoint))) as heir:
                 heir.check_same(config)
                 await trio.to_thread.run_sync(check_cache_dir, config)
-                async with mount.serving(heir) as ended:
+                async with AsyncExitStack() as stack:
+                    with runtime.room_held(record):  # once the mount is ours there is no way back
+                        ended = await stack.enter_async_context(mount.serving(heir))
                     with runtime.announced(record) as socket_path:
                         await _answer(mount, ended, signals, start, socket_path, heir.lock, heir.close)
         else:
@@ -86,9 +90,9 @@ async def _answer(
         service = Service(mount, ended.cancel, nursery)
         lender = SlotLender(mount)
         giver = Giver(mount, lock, dict(os.environ))
-        await nursery.start(server.serve, service, socket_path)
-        await nursery.start(slots.serve, lender, slots_path(socket_path))
         await nursery.start(giver.serve, door_path(socket_path))
+        await nursery.start(slots.serve, lender, slots_path(socket_path))
+        await nursery.start(server.serve, service, socket_path)  # last: who is answered there finds the others
         nursery.start_soon(_stop_on_signal, signals, ended)
         nursery.start_soon(_end_after_handover, giver, lender, ended)
         on_registered()

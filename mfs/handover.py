@@ -25,7 +25,8 @@ import select
 import socket
 import struct
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -146,16 +147,17 @@ class Giver:
         self._busy = True
         try:
             await self._mount.save()
-            await session.pause()
-            paused_at, given = time.monotonic(), False
-            try:
-                given = await self._offer(sock)
-            finally:
-                if given:
-                    session.release()
-                else:
-                    session.resume()
-                    log.warning("the mount was not handed over to pid %d: going on", pid)
+            async with _record_held(self._mount):
+                await session.pause()
+                paused_at, given = time.monotonic(), False
+                try:
+                    given = await self._offer(sock)
+                finally:
+                    if given:
+                        session.release()
+                    else:
+                        session.resume()
+                        log.warning("the mount was not handed over to pid %d: going on", pid)
         finally:
             self._busy = False
         log.info("handed over to pid %d, after a pause of %.0f ms", pid, (time.monotonic() - paused_at) * 1e3)
@@ -177,6 +179,20 @@ class Giver:
                 return True
             raise UsageError(f"expected 'mine', got {message[:200]!r}")
         raise StoreError(f"the new daemon did not say within {_READY_S:g} s that it can serve")
+
+
+@asynccontextmanager
+async def _record_held(mount: Mount) -> AsyncIterator[None]:
+    """Nothing is written to the record of times meanwhile; nor later, if the mount is somebody else's by then."""
+    if mount.publication is None:
+        yield
+        return
+    await mount.publication.writing.acquire()
+    try:
+        yield
+    finally:
+        if mount.session.is_ours:
+            mount.publication.writing.release()
 
 
 def _exported(mount: Mount) -> dict[str, Any]:

@@ -83,7 +83,6 @@ class Publication:
 
         Cancellation: nothing is lost.
         """
-        self._something_unrecorded = trio.Event()
         directories, self._unrecorded = self._unrecorded, {}
         gone, self._gone = self._gone, {}
         is_saved = False
@@ -126,6 +125,7 @@ class Publication:
     async def _keep_record(self) -> None:
         while True:
             await self._something_unrecorded.wait()
+            self._something_unrecorded = trio.Event()  # here: nobody else may exchange what is waited for
             async with self.writing:
                 await self.write_record()
 

@@ -29,15 +29,15 @@ def door(path: Path, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM) ->
     try:
         yield sock
     finally:
-        sock.close()
         with suppress(FileNotFoundError):
-            if path.stat().st_ino == inode:
+            if path.stat().st_ino == inode:  # ours: its number is nobody else's before it is closed
                 path.unlink()
+        sock.close()
 
 
 def _listen(path: Path, mode: int, kind: socket.SocketKind) -> trio.socket.SocketType:
     """Under its final name only once it listens, so that nobody is refused in between."""
-    temporary = path.with_name(f"{path.stem[:16]}.{os.getpid()}")  # never longer than the name it gets
+    temporary = path.with_name(f"{path.stem[:8]}.{os.getpid()}{path.suffix}")  # never longer than the name it gets
     sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
         temporary.unlink(missing_ok=True)

@@ -26,6 +26,8 @@ from mfs.control.mountinfo import Mount, Place
 from mfs.errors import AccessError, ConfigError, NotFoundError
 
 _SOCKET_PATH_BYTES_MAX = 107  # sun_path, less its final zero: unix(7)
+_LONGEST_ENDING = ".slots"
+_ROOM_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def mount_hash(mountpoint: str) -> str:
 def socket_path(mountpoint: str, folder: Path | None = None) -> Path:
     """Where the daemon of the mount at this real path listens. Raises: ConfigError if the path is too long to bind."""
     path = (folder or directory()) / f"{mount_hash(mountpoint)}.sock"
-    length_bytes = len(os.fsencode(path))
+    length_bytes = len(os.fsencode(path.with_suffix(_LONGEST_ENDING)))
     if length_bytes > _SOCKET_PATH_BYTES_MAX:
         raise ConfigError(
             f"socket path {path} is {length_bytes} bytes long: the kernel allows {_SOCKET_PATH_BYTES_MAX}; "
@@ -137,6 +139,23 @@ def locked(mountpoint: str) -> Iterator[int]:
         yield lock
     finally:
         os.close(lock)
+
+
+@contextmanager
+def room_held(record: Record) -> Iterator[None]:
+    """Hold as much of the runtime directory's file system as `announced` and the sockets need for a moment.
+
+    A full one is found out before anything depends on it. Raises: ConfigError.
+    """
+    room = socket_path(record.mountpoint, create_directory()).with_suffix(f".{record.pid}.room")
+    try:
+        try:
+            room.write_bytes(bytes(_ROOM_BYTES))
+        except OSError as error:
+            raise ConfigError(f"nothing can be written in {room.parent}: {error.strerror}") from error
+        yield
+    finally:
+        room.unlink(missing_ok=True)
 
 
 @contextmanager

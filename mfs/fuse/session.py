@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import pwd
+import signal
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _AGREE_TIMEOUT_S = 10.0
 _NAMES_AT_ONCE = 256
+_NUDGE_S = 1.0
 Name = tuple[int, str]
 """(directory inode, name)"""
 
@@ -154,6 +156,17 @@ class Session:
         pyfuse3.close(unmount=False)  # first: unmounting may ask the file system, and nobody answers any more
         if still_mounted:
             self._unmount()
+
+
+def never_block_in_read() -> None:
+    """For the main thread of a process that serves: a read of the device that blocks all the same soon ends.
+
+    pyfuse3 reads when the device is readable, but the kernel takes a request back if its reader is killed just then,
+    and the read would wait, with the whole process, for the next one. pyfuse3 does not know EAGAIN; it does know
+    EINTR, which any signal brings about.
+    """
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, _NUDGE_S, _NUDGE_S)
 
 
 def _invalidate(names: list[Name]) -> None:

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -291,6 +292,13 @@ def heir_that_signals(pid: int, number: int) -> str:
     )
 
 
+def recorded(mount: TestMount) -> list[Any]:
+    """The times that the next mount will show."""
+    with closing(sqlite3.connect(f"file:{next(mount.folder.rglob('tree.sqlite'))}?mode=ro", uri=True)) as database:
+        tables = [name for (name,) in database.execute("select name from sqlite_master where type = 'table'")]
+        return [row for name in tables for row in database.execute(f"select * from {name}")]
+
+
 class TestFailures:
     def test_a_new_daemon_that_dies_with_the_mount_in_its_hands(
         self, folder: origins.FolderOrigin, mounted: Mounted
@@ -329,6 +337,49 @@ class TestFailures:
         folder.put("w.bin", ramp(SIZE, 1))
         mount.client.refresh()
         assert mount.wait_for(lambda: mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE, 1))
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+    def test_a_full_runtime_directory_is_found_before_the_mount_changes_hands(
+        self, folder: origins.FolderOrigin, mounted: Mounted
+    ) -> None:
+        """The new daemon could not be found by anybody: the old one keeps the mount."""
+        folder.put("w.bin", ramp(SIZE))
+        with tempfile.TemporaryDirectory(prefix="mfs-rt-") as run:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "tmpfs", run], check=True)
+            try:
+                mount = mounted(folder.url, env={"MFS_RUNTIME_DIR": run})
+                mount.alarms_expected.append("nothing can be written in")
+                pid = mount.pid
+                with pytest.raises(OSError, match="No space left"):
+                    Path(run, "filler").write_bytes(bytes(1 << 20))
+                with pytest.raises(MountFailedError, match=f"nothing can be written in {run}: No space left"):
+                    mount.hand_over()
+                assert mount.client.status()["pid"] == pid
+                assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE)
+                Path(run, "filler").unlink()
+                mount.hand_over()
+                assert sorted(path.suffix for path in Path(run).iterdir()) == [
+                    ".json", ".lock", ".next", ".slots", ".sock",
+                ]  # fmt: skip
+                mount.stop()
+            finally:
+                subprocess.run(["umount", "-l", run], check=True)
+
+    def test_what_is_published_in_the_pause_is_written_down_only_by_a_daemon_that_keeps_the_mount(
+        self, folder: origins.FolderOrigin, mounted: Mounted
+    ) -> None:
+        """The next daemon does not know of it: its readers' times would go back when the record is read again."""
+        folder.put("w.bin", ramp(1000))
+        mount = mounted(folder)
+        assert mount.call(touching.list_names, str(mount.path)) == ["w.bin"]
+        with Heir(door(mount)) as heir:
+            heir._take()
+            before = recorded(mount)
+            assert before
+            folder.put("w.bin", ramp(2000, 1))
+            assert mount.client.refresh()["changed_count"] == 1
+            assert not mount.wait_for(lambda: recorded(mount) != before, timeout_s=1)
+        assert mount.wait_for(lambda: recorded(mount) != before)
 
     def test_an_old_daemon_that_dies_while_it_hands_over(self, folder: origins.FolderOrigin, mounted: Mounted) -> None:
         """Killed with the mount paused: the new one has all that it had, and serves."""
