@@ -136,14 +136,22 @@ class Keeper:
             self._inherited.append(state)
 
     async def run(self) -> None:
-        """Renew the marks, until cancelled."""
-        for state in self._inherited:
-            held = self._held.get(state)
-            if held is not None:
-                try:
-                    await self._bring(state, held)
-                except MfsError as error:
-                    logger.warning("%s is open and not kept whole any more: %s", state.object, error)
+        """Bring again what is inherited and renew the marks, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for state in self._inherited:
+                nursery.start_soon(self._bring_again, state)
+            self._inherited.clear()
+            await self._renew()
+
+    async def _bring_again(self, state: ObjectState) -> None:
+        held = self._held.get(state)
+        if held is not None:
+            try:
+                await self._bring(state, held)
+            except MfsError as error:
+                logger.warning("%s is open and not kept whole any more: %s", state.object, error)
+
+    async def _renew(self) -> None:
         while True:
             await trio.sleep(_RENEW_S)
             if self._held and self._config.ssd_bytes is not None:

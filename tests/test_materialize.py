@@ -1,10 +1,16 @@
-"""Which files a --materialize pattern names."""
+"""Which files a --materialize pattern names, and what is kept over a handover while an origin hangs."""
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from mfs.materialize import matches
+import pytest
+import trio
+import trio.testing
+
+from mfs.cache.chunk_state import ObjectState
+from mfs.materialize import Keeper, KeeperConfig, matches
+from mfs.types import ObjectId
 
 
 @pytest.mark.parametrize(
@@ -47,3 +53,41 @@ def test_names(pattern: str, path: str) -> None:
 )
 def test_does_not_name(pattern: str, path: str) -> None:
     assert not matches(pattern, path)
+
+
+class HangingTier:
+    """An SSD tier from which one object was lost, whose origin hangs."""
+
+    def __init__(self) -> None:
+        self.marked: dict[str, list[float]] = {}
+        self.looked_at: list[str] = []
+
+    async def call(self, op: str, **arguments: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        if op == "keep":
+            for fields in arguments["objects"]:
+                self.marked.setdefault(fields[1], []).append(trio.current_time())
+            return {}
+        assert op == "lacking"
+        self.looked_at.append(arguments["obj"][1])
+        return {"chunks": [0] if arguments["obj"][1] == "hangs" else []}
+
+    async def bring(self, state: ObjectState, index: int, *, to_ssd: bool) -> bool:
+        await trio.sleep_forever()
+        return True
+
+
+async def test_a_file_that_hangs_after_a_handover_costs_no_other_its_mark(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A mark lasts two minutes; what the next daemon brings again may take longer, or for ever."""
+    tier: Any = HangingTier()
+    keeper = Keeper(KeeperConfig(("*",), ("",), 1000.0, 1 << 40, 0), tier, tier)
+    for name in ("hangs", "whole"):
+        keeper.inherit(ObjectState(ObjectId("s", name, 100, "v"), 0))
+    with trio.move_on_after(500):
+        await keeper.run()
+    assert tier.looked_at == ["hangs", "whole"]
+    for name in ("hangs", "whole"):
+        times = [0.0, *tier.marked[name], 500.0]
+        assert max(later - earlier for earlier, later in zip(times, times[1:], strict=False)) < 60

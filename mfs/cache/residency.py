@@ -134,7 +134,8 @@ class ResidencyTables:
     def drop(self, tier: SsdTier, cache_id: str, row: int, index: int) -> bool:
         """Remove a chunk's file and say that it is gone, unless its object is pinned or kept by now.
 
-        Nothing happens either if `row` is another's. In one turn with `keep`, so that who keeps an object and then looks at its files loses none of them.
+        Nothing happens either if `row` is another's. In one turn with `keep`, so that who keeps an object and then
+        looks at its files loses none of them.
         """
         with self._lock():
             self._remap_if_changed()
