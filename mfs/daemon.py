@@ -18,7 +18,7 @@ from mfs.control import mountinfo, runtime, server, slots
 from mfs.control.ready import DaemonStart, notify
 from mfs.control.slots_client import slots_path
 from mfs.errors import MfsError, StoreError
-from mfs.fuse.session import never_block_in_read
+from mfs.fuse.session import reads_that_end
 from mfs.handover import Giver, Heir, door_path
 from mfs.lending import SlotLender
 from mfs.mount import Mount
@@ -37,8 +37,8 @@ def main() -> None:
     try:
         config = MountConfig.from_json(start.config_json)
         _set_up_logging(config)
-        never_block_in_read()
-        trio.run(_run, config, start)
+        with reads_that_end():
+            trio.run(_run, config, start)
     except BaseException as error:
         cause = _cause(error)
         if not isinstance(cause, MfsError):

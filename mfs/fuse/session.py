@@ -14,7 +14,7 @@ import os
 import pwd
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyfuse3
@@ -158,7 +158,8 @@ class Session:
             self._unmount()
 
 
-def never_block_in_read() -> None:
+@contextlib.contextmanager
+def reads_that_end() -> Iterator[None]:
     """For the main thread of a process that serves: a read of the device that blocks all the same soon ends.
 
     pyfuse3 reads when the device is readable, but the kernel takes a request back if its reader is killed just then,
@@ -167,6 +168,11 @@ def never_block_in_read() -> None:
     """
     signal.signal(signal.SIGALRM, lambda number, frame: None)
     signal.setitimer(signal.ITIMER_REAL, _NUDGE_S, _NUDGE_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that is on its way
 
 
 def _invalidate(names: list[Name]) -> None:

@@ -292,6 +292,20 @@ def heir_that_signals(pid: int, number: int) -> str:
     )
 
 
+def daemon_that_reads_late(folder: Path) -> str:
+    """A daemon that is told of a request, and comes to read it only once the file `go` is there."""
+    return (
+        "import trio, mfs.daemon\nfrom pathlib import Path\nwait = trio.lowlevel.wait_readable\n"
+        f"folder = Path({str(folder)!r})\n"
+        "async def wait_long(fd):\n"
+        "    await wait(fd)\n"
+        "    while (folder / 'late').exists() and not (folder / 'go').exists():\n"
+        "        (folder / 'told').touch()\n"
+        "        await trio.sleep(0.01)\n"
+        "trio.lowlevel.wait_readable = wait_long\nmfs.daemon.main()"
+    )
+
+
 def recorded(mount: TestMount) -> list[Any]:
     """The times that the next mount will show."""
     with closing(sqlite3.connect(f"file:{next(mount.folder.rglob('tree.sqlite'))}?mode=ro", uri=True)) as database:
@@ -380,6 +394,24 @@ class TestFailures:
             assert mount.client.refresh()["changed_count"] == 1
             assert not mount.wait_for(lambda: recorded(mount) != before, timeout_s=1)
         assert mount.wait_for(lambda: recorded(mount) != before)
+
+    def test_a_request_that_is_taken_back_before_it_is_read_does_not_stop_the_daemon(
+        self, folder: origins.FolderOrigin, mounted: Mounted, tmp_path: Path
+    ) -> None:
+        """Its reader was killed; the read of the device finds nothing, and must not wait for whoever comes next."""
+        folder.put("w.bin", ramp(SIZE))
+        mount = mounted(folder)
+        mount.hand_over(program=daemon_that_reads_late(tmp_path))
+        reader = mount.outside()
+        (tmp_path / "late").touch()
+        reader.start(touching.digest, str(mount.path / "w.bin"))
+        assert mount.wait_for((tmp_path / "told").exists)
+        os.kill(reader.pid, signal.SIGKILL)
+        reader.close()
+        (tmp_path / "go").touch()
+        for _ in range(3):
+            assert mount.client.status()["open_files"] == 0
+        assert mount.call(touching.digest, str(mount.path / "w.bin")) == hashlib.sha256(ramp(SIZE)).hexdigest()
 
     def test_an_old_daemon_that_dies_while_it_hands_over(self, folder: origins.FolderOrigin, mounted: Mounted) -> None:
         """Killed with the mount paused: the new one has all that it had, and serves."""
