@@ -19,7 +19,9 @@ from mfs.listing import Drafts, Listing
 from mfs.namespace import Changes, Directory, Lister, Namespace
 from mfs.types import EntryKind
 
-_PARALLEL = 4
+_PARALLEL = 4  # listings of one unit
+_UNITS_PARALLEL = 8
+"""Seven models that hang keep no other back; the workers' bound on listings leaves readers some beside that."""
 _NEW_LISTINGS_MAX = 1000
 """Directories listed because they are new, for one unit; those beyond are listed when somebody looks."""
 _TURN_S = 0.005  # without giving way to readers
@@ -99,7 +101,7 @@ class _Units:
         """Bring all units as far as they come."""
         self._publish_root()
         async with trio.open_nursery() as nursery:
-            for _ in range(_PARALLEL):
+            for _ in range(_UNITS_PARALLEL):
                 nursery.start_soon(self._list_units, nursery)
 
     async def _list_units(self, nursery: trio.Nursery) -> None:

@@ -811,3 +811,29 @@ async def test_walking_300000_files_gives_way_to_readers() -> None:
         turns_within = turns - turns_before
         done.set()
     assert turns_within > 5
+
+
+async def test_a_look_passes_by_models_that_hang() -> None:
+    """Seven models whose listings hang keep no other model's new version back."""
+    origin, hanging = Origin(), [f"z{number}" for number in range(7)]
+    for name in ("a", "b", *hanging):
+        origin.put(f"{name}/config")
+    tree, gate = make(origin), trio.Event()
+    await follow_all(tree)
+
+    async def list_or_hang(source: int, path: str, drafts: Drafts) -> None:
+        if path in hanging:
+            await gate.wait()
+        await origin.list(source, path, drafts)
+
+    tree._refresher = Refresher(tree, list_or_hang, tree._prepare)
+    for name in ("a", "b"):
+        origin.put(f"{name}/config", "v2")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tree.refresh)
+        await trio.testing.wait_all_tasks_blocked()
+        for name in ("a", "b"):
+            node = await tree.resolve(f"{name}/config")
+            assert node.object is not None
+            assert node.object.version == "v2"
+        gate.set()
