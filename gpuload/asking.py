@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -77,9 +78,8 @@ def connect(socket_path: str | None, timeout_s: float) -> socket.socket:
         raise AccessError(f"the gpuload server's socket {path} is not for this user") from None
     except OSError as error:
         sock.close()
-        raise AwayError(
-            f"no gpuload server at {path} ({error.strerror or error}); start one with `gpuload serve`"
-        ) from None
+        why = "the one that was there has died" if error.errno == errno.ECONNREFUSED else error.strerror or error
+        raise AwayError(f"no gpuload server at {path} ({why}); start one with `gpuload serve`") from None
     _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if socket_path is None and SOCKET_VARIABLE not in os.environ and owner not in (0, os.geteuid()):
         sock.close()  # nobody named this socket: whoever was first to make it could hand us any weights
@@ -94,7 +94,8 @@ def exchange(sock: socket.socket, request: Mapping[str, Any], fds: Sequence[int]
     """Ask on an open connection; the caller closes the descriptors. Raises: AwayError, BusyError, what it says."""
     timeout_s = sock.gettimeout()
     try:
-        wire.send_blocking(sock, dict(request), fds)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused in the middle: the answer says why
+            wire.send_blocking(sock, dict(request), fds)
         reply, got = wire.receive_blocking(sock)
     except TimeoutError:
         raise BusyError(f"the gpuload server did not answer {request['op']!r} within {timeout_s} s") from None

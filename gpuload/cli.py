@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -13,98 +12,71 @@ from typing import Any
 import click
 
 from gpuload import printing
+from gpuload.examples import EXAMPLES
+from gpuload.options import (
+    Size,
+    device_map_option,
+    device_option,
+    digests_option,
+    parse_arenas,
+    parse_device_map,
+    parse_rules,
+    rule_option,
+    socket_option,
+)
 from gpuload.paths import SOCKET_VARIABLE, default_digests, default_socket
-from mfs.errors import MfsError, UsageError
-
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-
-
-def parse_bytes(text: str) -> int:
-    """'4GiB', '70GB', '123456' in bytes. Raises: UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    if not match or match[2].lower() not in UNITS:
-        raise UsageError(f"{text!r} is no size: expected such as 4GiB, 70GB or a number of bytes")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+from mfs.cli.page import EXIT_STATUS, Front, Page, json_option
+from mfs.cli.run import Failed
+from mfs.cli.run import run as run_command
+from mfs.errors import UsageError
 
 
-def parse_rules(given: tuple[str, ...]) -> dict[str, int | None]:
-    """'GLOB=AXIS' or 'GLOB=whole', in order. Raises: UsageError."""
-    rules: dict[str, int | None] = {}
-    for text in given:
-        pattern, _, axis = text.rpartition("=")
-        if not pattern or not (axis == "whole" or axis.isdigit()):
-            raise UsageError(f"rule {text!r}: expected GLOB=AXIS or GLOB=whole")
-        rules[pattern] = None if axis == "whole" else int(axis)
-    return rules
+class _Front(Front):
+    groups = (
+        ("Serve", ("serve", "load", "swap", "pin", "unload", "evict")),
+        ("Look", ("status", "plan", "doctor", "bench")),
+        ("Ahead of need", ("digest",)),
+        ("Programs that know nothing of gpuload", ("run", "hook")),
+    )
+    sections = {  # noqa: RUF012
+        "Examples": """\
+gpuload serve --arena cuda:0=70G &
+gpuload load /mnt/models/llama-a --name llama
+gpuload swap /mnt/models/llama-b --name llama    only bytes that differ cross the bus
+gpuload status
+gpuload run -- python server.py""",
+        "In Python": """\
+gpuload.attach("llama")    its tensors, without a copy
+gpuload.load_file, safe_open, load_model, stream    without a server""",
+        "Exit status": EXIT_STATUS,
+        "Files": """\
+$XDG_RUNTIME_DIR/gpuload.sock or /tmp/gpuload-UID/gpuload.sock    the server's socket
+$XDG_CACHE_HOME/gpuload/digests or ~/.cache/gpuload/digests       digests of files""",
+        "Environment": f"""\
+{SOCKET_VARIABLE}    another place for the socket
+GPULOAD_AUTO      1: programs load through the server, where `gpuload hook install` was run""",
+    }
 
 
-def parse_device_map(given: tuple[str, ...]) -> dict[str, str]:
-    """'PREFIX=DEVICE' entries, or the path of a JSON file that holds such a map. Raises: UsageError."""
-    found: dict[str, str] = {}
-    for text in given:
-        prefix, separator, device = text.rpartition("=")
-        if separator:
-            found[prefix] = device
-            continue
-        try:
-            entries = json.loads(Path(text).read_bytes())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--device-map {text!r}: expected PREFIX=DEVICE or a JSON file: {error}") from None
-        if not isinstance(entries, dict):
-            raise UsageError(f"--device-map {text}: expected a JSON object of module prefixes and devices")
-        found |= {
-            prefix: f"cuda:{device}" if type(device) is int else str(device) for prefix, device in entries.items()
-        }
-    return found
-
-
-socket_option = click.option(
-    "--socket", "socket_path", metavar="PATH", help=f"The server's socket. Default: ${SOCKET_VARIABLE}, else per user."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-device_option = click.option("--device", metavar="NAME", help="'cpu' or 'cuda:N'. Default: the server's only device.")
-device_map_option = click.option(
-    "--device-map",
-    "device_map",
-    multiple=True,
-    metavar="PREFIX=DEVICE",
-    help="Spread it: tensors whose name begins with the module PREFIX go to DEVICE, the longest prefix wins, an empty"
-    " one ('=cuda:0') stands for the rest. Or a JSON file with such a map, as accelerate makes them.",
-)
-rule_option = click.option(
-    "--rule", "rules", multiple=True, metavar="GLOB=AXIS", help="How to cut; else Megatron's way."
-)
-digests_option = click.option(
-    "--digests",
-    metavar="DIR",
-    type=click.Path(file_okay=False),
-    help="Where digests of files are kept. Default: gpuload/digests in $XDG_CACHE_HOME or ~/.cache.",
-)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="mfs", prog_name="gpuload")
-def cli() -> None:
+@click.group(cls=_Front, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 92})
+@click.option("--debug", is_flag=True, help="Show where an error comes from (a traceback).")
+@click.version_option(package_name="mfs", prog_name="gpuload", message="%(prog)s %(version)s")
+def cli(**_: Any) -> None:
     """Model weights into device memory at link speed, kept there, shared, swapped by difference.
 
-    \b
-    One process per node holds the weights; programs attach to them without a copy:
-      gpuload serve --arena cuda:0=70GiB &
-      gpuload load /mnt/models/llama-a --name llama
-      gpuload swap /mnt/models/llama-b --name llama
-    In Python: gpuload.attach("llama"). For programs that know nothing of gpuload: gpuload run -- COMMAND.
-
-    Exit status: 0 done, 1 it failed, 2 the command makes no sense. Errors are one line on stderr.
+    One process per node holds the weights; programs attach to them without a copy.
     """
 
 
-@cli.command()
+@cli.command(
+    short_help="Hold weights for every process of this node.", cls=Page, sections={"Examples": EXAMPLES["serve"]}
+)
 @click.option(
     "--arena",
     "arenas",
     multiple=True,
     metavar="DEVICE=SIZE",
-    help="Memory to take, once per device. Default: cpu=4GiB.",
+    help="Memory to take, once per device.  [cpu=4G]",
 )
 @click.option("--mode", default="600", show_default=True, metavar="OCTAL", help="Of the socket: who may attach.")
 @digests_option
@@ -116,17 +88,12 @@ def serve(arenas: tuple[str, ...], mode: str, digests: str | None, socket_path: 
     socket's mode admits may attach and look; only this user and root may load, swap, pin and unload. 'cpu:1', 'cpu:2'
     and so on are further arenas in host memory.
     """
-    from gpuload.device import canonical_name, open_device
+    from gpuload.device import open_device
     from gpuload.server.daemon import ServerConfig, run
 
-    budget: dict[str, int] = {}
-    for text in arenas or ("cpu=4GiB",):
-        name, separator, size = text.partition("=")
-        if not separator:
-            raise UsageError(f"--arena {text!r}: expected DEVICE=SIZE")
-        budget[canonical_name(name)] = parse_bytes(size)
+    budget = parse_arenas(arenas or ("cpu=4G",))
     if not re.fullmatch(r"[0-7]{3,4}", mode):
-        raise UsageError(f"--mode {mode!r}: expected an octal mode such as 600")
+        raise UsageError(f"--mode {mode!r}: expected an octal mode such as 660")
     path = socket_path or default_socket()
     folder = os.path.abspath(digests or default_digests())
     config = ServerConfig(socket_path=path, socket_mode=int(mode, 8), arena_bytes=budget, digests_folder=folder)
@@ -158,7 +125,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@cli.command()
+@cli.command(short_help="Make a model resident.", cls=Page, sections={"Examples": EXAMPLES["load"]})
 @_loading
 @click.option(
     "--retain", type=click.Choice(["lru", "lease"]), default="lru", show_default=True, help="How long it stays."
@@ -172,7 +139,7 @@ def load(model: str, retain: str, **given: Any) -> None:
     _load(model, is_swap=False, options={"retain": retain}, **given)
 
 
-@cli.command()
+@cli.command(short_help="Serve a model in place of another.", cls=Page, sections={"Examples": EXAMPLES["swap"]})
 @_loading
 @click.option("--allow-gap", is_flag=True, help="If both do not fit, drop the old one first; a failure leaves neither.")
 def swap(model: str, allow_gap: bool, **given: Any) -> None:
@@ -218,7 +185,7 @@ def _load(
     printing.show_report(reply, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Stop serving a model.", cls=Page, sections={"Examples": EXAMPLES["unload"]})
 @click.argument("name")
 @device_option
 @json_option
@@ -231,10 +198,10 @@ def unload(name: str, device: str | None, as_json: bool, socket_path: str | None
     printing.show_unloaded(reply, as_json)
 
 
-cli.add_command(unload, "evict")
+cli.add_command(unload, "evict")  # what mfs calls it
 
 
-@cli.command()
+@cli.command(short_help="Never evict a model.", cls=Page, sections={"Examples": EXAMPLES["pin"]})
 @click.argument("name")
 @click.option("--off", is_flag=True, help="Let it be evicted again.")
 @device_option
@@ -245,10 +212,10 @@ def pin(name: str, off: bool, device: str | None, as_json: bool, socket_path: st
     from gpuload.asking import ask
 
     reply = ask({"op": "pin", "model": name, "pinned": not off, "device": device}, socket_path=socket_path)
-    printing.show_json_or(reply, as_json, f"{name}: {'may be evicted' if off else 'pinned'}")
+    printing.show(reply, as_json, f"{name}: {'may be evicted' if off else 'pinned'}")
 
 
-@cli.command()
+@cli.command(short_help="Show what is resident, and what is free.", cls=Page, sections={"Examples": EXAMPLES["status"]})
 @json_option
 @socket_option
 def status(as_json: bool, socket_path: str | None) -> None:
@@ -258,7 +225,7 @@ def status(as_json: bool, socket_path: str | None) -> None:
     printing.show_status(ask({"op": "status"}, socket_path=socket_path), as_json)
 
 
-@cli.command()
+@cli.command(short_help="Say whether a model fits; loads nothing.", cls=Page, sections={"Examples": EXAMPLES["plan"]})
 @click.argument("model", type=click.Path())
 @click.option("--kv-cache", "tokens", default=0, metavar="TOKENS", help="Room for so many tokens of key-value cache.")
 @click.option("--device", metavar="NAME", help="Also against this device, with what is in use there now.")
@@ -287,7 +254,9 @@ def plan(
     printing.show_plan(found, as_json)
 
 
-@cli.command()
+@cli.command(
+    short_help="Compute digests for the first swap to a model.", cls=Page, sections={"Examples": EXAMPLES["digest"]}
+)
 @click.argument("model", type=click.Path())
 @click.option("--world", default=1, show_default=True, help="Tensor-parallel size: for the parts of every rank.")
 @rule_option
@@ -308,10 +277,10 @@ def digest(model: str, world: int, rules: tuple[str, ...], again: bool, digests:
         )
     printing.show_digests(found, as_json)
     if all(file["reason"] for file in found["files"]):
-        raise SystemExit(1)
+        raise Failed
 
 
-@cli.command()
+@cli.command(short_help="Say what this machine lacks.", cls=Page)
 @json_option
 @socket_option
 def doctor(as_json: bool, socket_path: str | None) -> None:
@@ -321,22 +290,27 @@ def doctor(as_json: bool, socket_path: str | None) -> None:
     findings = list(examine(socket_path))
     printing.show_findings(findings, as_json)
     if any(f.state == "bad" for f in findings):
-        raise SystemExit(1)
+        raise Failed
 
 
-@cli.command()
+@cli.command(short_help="Measure this machine, beside safetensors.", cls=Page, sections={"Examples": EXAMPLES["bench"]})
 @click.option("--device", default="cpu", show_default=True, metavar="NAME")
-@click.option("--size", default="1GiB", show_default=True, help="Of the model that is made up for it.")
+@click.option("--size", type=Size(), default="1G", show_default=True, help="Of the model that is made up for it.")
 @click.option("--dir", "folder", default="/tmp", show_default=True, type=click.Path(file_okay=False))
 @json_option
-def bench(device: str, size: str, folder: str, as_json: bool) -> None:
+def bench(device: str, size: int, folder: str, as_json: bool) -> None:
     """Measure loading, attaching and swapping on this machine, beside safetensors and the bare copy."""
     from gpuload.bench import run_bench
 
-    printing.show_bench(run_bench(device, parse_bytes(size), folder), as_json)
+    printing.show_bench(run_bench(device, size, folder), as_json)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@cli.command(
+    short_help="Run a program whose weights the server serves.",
+    cls=Page,
+    sections={"Examples": EXAMPLES["run"]},
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--socket", "socket_path", metavar="PATH", help="The server's socket.")
 def run(command: tuple[str, ...], socket_path: str | None) -> None:
@@ -355,7 +329,9 @@ def run(command: tuple[str, ...], socket_path: str | None) -> None:
         raise UsageError(f"cannot run {command[0]!r}: {error.strerror}") from None
 
 
-@cli.command()
+@cli.command(
+    short_help="Install that for all programs of this Python.", cls=Page, sections={"Examples": EXAMPLES["hook"]}
+)
 @click.argument("action", type=click.Choice(["install", "remove", "status"]))
 def hook(action: str) -> None:
     """The .pth in this Python's site-packages: with GPULOAD_AUTO=1, every program it runs is as under `gpuload run`."""
@@ -370,24 +346,4 @@ def hook(action: str) -> None:
 
 def main() -> None:
     """The entry point. Every failure is one line on stderr and a status; never a traceback."""
-    try:
-        cli.main(prog_name="gpuload", standalone_mode=False)
-        code = 0
-    except click.exceptions.Exit as done:
-        code = done.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("gpuload: interrupted", err=True)
-        code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except MfsError as error:
-        click.echo(f"gpuload: {error}", err=True)
-        code = 2 if isinstance(error, UsageError) else 1
-    except Exception as error:
-        click.echo(f"gpuload: internal error, please report it: {type(error).__name__}: {error}", err=True)
-        code = 1
-    sys.exit(code)
+    sys.exit(run_command(cli, sys.argv[1:], "gpuload"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from gpuload.hooks import pth
 from gpuload.paths import default_digests, default_socket
 from mfs.errors import MfsError
+from mfs.units import format_size
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _shared_memory() -> Finding:
     except (MfsError, OSError) as error:
         return Finding("shared memory", "bad", f"sealed memfds do not work here: {error}")
     memory = device.memory()
-    return Finding("shared memory", "ok", f"{memory.free_bytes >> 20} MiB free of {memory.total_bytes >> 20}")
+    return Finding("shared memory", "ok", f"{format_size(memory.free_bytes)} free of {format_size(memory.total_bytes)}")
 
 
 def _cuda() -> Finding:
@@ -66,7 +67,7 @@ def _cuda() -> Finding:
     try:
         device = CudaDevice(0)
         memory = device.memory()
-        detail = f"{device.model_name()}, {memory.free_bytes >> 20} MiB free of {memory.total_bytes >> 20}"
+        detail = f"{device.model_name()}, {format_size(memory.free_bytes)} free of {format_size(memory.total_bytes)}"
         device.close()
     except MfsError as error:
         return Finding("cuda", "note", f"{error}; device 'cpu' works")

@@ -1,42 +1,37 @@
-"""What the commands print: one JSON object with --json, else a few lines or a table. Names of strangers are escaped."""
+"""What the commands print: one JSON object with --json, else a few lines or a table, as `mfs` prints them."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import click
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
-
 from gpuload.doctor import Finding
+from mfs.cli.text import clean, count, print_json, size
 
 
-def size(nbytes: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024 or unit == "GiB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1024
-    raise AssertionError
+def show(reply: dict[str, Any], as_json: bool, *lines: str) -> None:
+    """The reply itself, or lines about it."""
+    if as_json:
+        print_json(reply)
+    else:
+        for line in lines:
+            print(clean(line))
 
 
-def show_json_or(reply: dict[str, Any], as_json: bool, text: str) -> None:
-    click.echo(json.dumps(reply) if as_json else text)
+def _show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from mfs.cli.output import print_table
+
+    print_table(columns, rows)
 
 
 def show_report(reply: dict[str, Any], as_json: bool) -> None:
     report = reply["report"]
-    seconds = max(report["seconds"], 1e-9)
     lines = [
-        f"{reply['model']} on {reply['device']}: {size(report['bytes_total'])} in {report['seconds']:.3f} s"
-        f" ({report['bytes_total'] / seconds / 1e9:.1f} GB/s), generation {reply['generation']}",
+        f"{reply['model']} on {reply['device']}: {size(report['bytes_total'])} in {report['seconds']:.3f} s,"
+        f" generation {reply['generation']}",
         f"  kept in place {size(report['bytes_kept'])}, moved inside the device {size(report['bytes_moved_inside'])},"
         f" copied {size(report['bytes_copied'])}",
     ]
@@ -44,7 +39,7 @@ def show_report(reply: dict[str, Any], as_json: bool) -> None:
         lines.append(f"  read and hashed, since nothing was known of them: {size(report['bytes_hashed'])}")
     if report["evicted"]:
         lines.append(f"  evicted: {', '.join(report['evicted'])}")
-    show_json_or(reply, as_json, "\n".join(lines))
+    show(reply, as_json, *lines)
 
 
 @contextlib.contextmanager
@@ -53,8 +48,9 @@ def progress(verb: str) -> Iterator[Callable[[int, int], None]]:
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    from mfs.cli.progress import make_bar
+
+    with make_bar() as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -65,102 +61,86 @@ def show_digests(found: dict[str, Any], as_json: bool) -> None:
         f" {found['seconds']:.2f} s"
     ]
     lines += [f"  not kept: {f['path']}: {f['reason']}" for f in found["files"] if f["reason"]]
-    show_json_or(found, as_json, "\n".join(lines))
+    show(found, as_json, *lines)
 
 
 def show_unloaded(reply: dict[str, Any], as_json: bool) -> None:
     after = "released" if reply["released"] else f"released when {reply['leases']} leases end"
-    show_json_or(reply, as_json, f"{reply['model']} on {reply['device']}: {after}")
+    show(reply, as_json, f"{reply['model']} on {reply['device']}: {after}")
 
 
 def show_status(reply: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(reply))
+        print_json(reply)
         return
-    console = _console()
     for device in reply["devices"]:
         used = device["arena_bytes"] - device["arena_free_bytes"]
-        console.print(
+        print(
             f"{device['device']}: arena {size(device['arena_bytes'])}, used {size(used)}; loads {device['loads']};"
             f" device free {size(device['device_free_bytes'])} of {size(device['device_bytes'])}"
         )
         if not device["models"]:
-            console.print("  nothing resident")
+            print("  nothing resident")
             continue
-        table = _table("model", "bytes", "leases", "pinned", "generation", "from")
-        for m in device["models"]:
-            name = m["model"] or "(retired)"
-            pinned = "yes" if m["pinned"] else ""
-            row = (name, _here(m, device), str(m["leases"]), pinned, str(m["generation"]), m["label"])
-            table.add_row(*map(escape, row))
-        console.print(table)
+        columns = ("model", ">bytes", ">leases", "pinned", ">generation", "rest on", "from")
+        _show_table(columns, (_model_row(m, device["device"]) for m in device["models"]))
 
 
-def _here(model: dict[str, Any], device: dict[str, Any]) -> str:
-    """Its bytes on this device, and where else it stands."""
-    others = [name for name in model["devices"] if name != device["device"]]
-    return size(model["bytes_here"]) + (f", the rest on {', '.join(others)}" if others else "")
+def _model_row(model: dict[str, Any], device: str) -> Sequence[str]:
+    """bytes: on this device."""
+    return (
+        model["model"] or "(retired)",
+        size(model["bytes_here"]),
+        str(model["leases"]),
+        "yes" if model["pinned"] else "",
+        str(model["generation"]),
+        ", ".join(name for name in model["devices"] if name != device),
+        model["label"],
+    )
 
 
 def show_plan(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(found))
+        print_json(found)
         return
-    console = _console()
-    console.print(
-        escape(f"{found['model']}: {size(found['bytes_total'])} in {found['tensors_count']} tensors,")
-        + f" {found['shards_count']} files"
-    )
-    table = _table("dtype", "bytes")
-    for dtype, n in found["bytes_by_dtype"].items():
-        table.add_row(dtype, size(n))
-    console.print(table)
-    ranks = ", ".join(f"{world}: {size(n)}" for world, n in found["rank_bytes"].items())
-    console.print(f"per rank of a tensor-parallel size of {ranks}")
+    tensors, files = count(found["tensors_count"], "tensor"), count(found["shards_count"], "file")
+    print(clean(f"{found['model']}: {size(found['bytes_total'])} in {tensors}, {files}"))
     if found["kv_cache_tokens"]:
-        console.print(f"key-value cache of {found['kv_cache_tokens']} tokens: {size(found['kv_cache_bytes'])}")
-    table = _table("target", "needs", "in use there", "has", "verdict")
-    for t in found["targets"]:
-        world = t["tensor_parallel"]
-        verdict = "fits" if t["fits"] else f"short by {size(t['shortfall_bytes'])}"
-        if not t["fits"] and t["may_be_cut"]:
+        print(f"key-value cache of {count(found['kv_cache_tokens'], 'token')}: {size(found['kv_cache_bytes'])}")
+    print()
+    _show_table(("dtype", ">bytes"), ((dtype, size(n)) for dtype, n in found["bytes_by_dtype"].items()))
+    print()
+    _show_table((">tensor parallel", ">bytes per rank"), ((str(n), size(b)) for n, b in found["rank_bytes"].items()))
+    print()
+    _show_table(("target", ">needs", ">in use there", ">has", "verdict"), map(_target_row, found["targets"]))
+
+
+def _target_row(target: dict[str, Any]) -> Sequence[str]:
+    verdict, world = "fits", target["tensor_parallel"]
+    if not target["fits"]:
+        verdict = f"short by {size(target['shortfall_bytes'])}"
+        if target["may_be_cut"]:
             verdict += f"; fits with tensor parallel {world}" if world else "; fits with none of 1 to 16"
-        in_use = size(t["resident_bytes"] + t["others_bytes"])
-        table.add_row(t["target"], size(t["needed_bytes"]), in_use, size(t["device_bytes"]), verdict)
-    console.print(table)
+    in_use = size(target["resident_bytes"] + target["others_bytes"])
+    return target["target"], size(target["needed_bytes"]), in_use, size(target["device_bytes"]), verdict
 
 
 def show_findings(findings: Sequence[Finding], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"findings": [asdict(f) for f in findings]}))
-        return
-    table = _table("what", "state", "detail")
-    for f in findings:
-        table.add_row(escape(f.what), f.state, escape(f.detail))
-    _console().print(table)
+        print_json({"findings": [asdict(f) for f in findings]})
+    else:
+        _show_table(("what", "state", "detail"), ((f.what, f.state, f.detail) for f in findings))
 
 
 def show_bench(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(found))
+        print_json(found)
         return
-    console = _console()
-    console.print(escape(f"{found['machine']}; {size(found['bytes'])} on {found['device']}"))
-    table = _table("what", "seconds", "GB/s", "of the bare copy")
-    for row in found["rows"]:
-        rate = f"{row['gb_s']:.2f}" if row["gb_s"] else ""
-        share = f"{row['of_ceiling']:.2f}" if row["of_ceiling"] else ""
-        table.add_row(row["what"], f"{row['seconds']:.4f}", rate, share)
-    console.print(table)
+    print(clean(f"{found['machine']}; {size(found['bytes'])} on {found['device']}"))
+    _show_table(("what", ">seconds", ">GB/s", ">of the bare copy"), map(_bench_row, found["rows"]))
 
 
-def _console() -> Console:
-    """As wide as the terminal; wide enough for whole paths where the output goes to a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=240)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+def _bench_row(row: dict[str, Any]) -> Sequence[str]:
+    rate = f"{row['gb_s']:.2f}" if row["gb_s"] else ""
+    share = f"{row['of_ceiling']:.2f}" if row["of_ceiling"] else ""
+    return row["what"], f"{row['seconds']:.4f}", rate, share

@@ -23,6 +23,7 @@ from gpuload.plan import Placement
 from gpuload.server.digests import Digest
 from gpuload.server.granules import Granules
 from mfs.errors import NotFoundError
+from mfs.units import format_size
 
 
 @dataclass(eq=False)
@@ -237,12 +238,15 @@ class Catalog:
         for model in self._all():
             kind = "leased" if model.leases_count else "pinned" if model.is_pinned else "unleased"
             held[kind] = held.get(kind, 0) + sum(block.nbytes for block in model.blocks_in(self))
-        parts = ", ".join(f"{kind} {_gib(n)}" for kind, n in sorted(held.items())) or "nothing resident"
+        parts = ", ".join(f"{kind} {format_size(n)}" for kind, n in sorted(held.items())) or "nothing resident"
         short = (granules - room) * unit
+        needs, has, free, after = (
+            format_size(n * unit) for n in (granules, self.granules.count, self.granules.free_count, room)
+        )
         return FitError(
-            f"{what} needs {_gib(granules * unit)} on {self.device}: the arena has {_gib(self.granules.count * unit)},"
-            f" free {_gib(self.granules.free_count * unit)}, free after evicting what may go {_gib(room * unit)}"
-            f" ({parts}); short by {_gib(short)}; nothing was evicted",
+            f"{what} needs {needs} on {self.device}: the arena has {has}, free {free}, free after evicting what may go"
+            f" {after}"
+            f" ({parts}); short by {format_size(short)}; nothing was evicted",
             shortfall_bytes=short,
         )
 
@@ -294,7 +298,3 @@ class Catalog:
     def _all(self) -> Iterator[Model]:
         yield from self.models.values()
         yield from self.retired
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes} bytes" if nbytes < 1 << 20 else f"{nbytes / (1 << 30):.2f} GiB"

@@ -34,6 +34,7 @@ from gpuload.server.site import Site
 from gpuload.server.wire import Channel, close_all
 from gpuload.staging import open_ring
 from mfs.errors import ConfigError, MfsError
+from mfs.units import format_size
 
 log = logging.getLogger("gpuload.server")
 
@@ -77,7 +78,7 @@ async def serve(
     Raises: ConfigError, FitError, DeviceError, BusyError, all before it listens.
     """
     if not config.arena_bytes:
-        raise ConfigError("no device to serve: give one, such as cpu=4GiB or cuda:0=70GiB")
+        raise ConfigError("no device to serve: give one, such as cpu=4G or cuda:0=70G")
     files = DigestFiles(config.digests_folder) if config.digests_folder is not None else None
     digests = DigestCache(files, settled_s=config.settled_s)
     with one_error():
@@ -127,8 +128,9 @@ def _check_fit(devices: Mapping[str, Device], config: ServerConfig) -> None:
         others, short = memory.total_bytes - memory.free_bytes, arenas + rings - memory.free_bytes
         if short > 0:
             raise FitError(
-                f"this does not fit {place}: arenas {arenas} bytes, staging {rings}; of its {memory.total_bytes} others"
-                f" hold {others}, free are {memory.free_bytes}; short by {short}; nothing was taken",
+                f"this does not fit {place}: arenas {format_size(arenas)}, staging {format_size(rings)}; of its"
+                f" {format_size(memory.total_bytes)} others hold {format_size(others)}, free are"
+                f" {format_size(memory.free_bytes)}; short by {format_size(short)}; nothing was taken",
                 shortfall_bytes=short,
             )
 
@@ -136,10 +138,11 @@ def _check_fit(devices: Mapping[str, Device], config: ServerConfig) -> None:
 async def _open_site(stack: contextlib.AsyncExitStack, name: str, device: Device, config: ServerConfig) -> Site:
     """Take the arena and the ring of one device; the stack gives them back."""
     nbytes = config.arena_bytes[name]
+    if nbytes < device.granule_bytes:
+        unit = format_size(device.granule_bytes)
+        raise ConfigError(f"an arena of {format_size(nbytes)} on {name} is less than one granule of {unit}")
     arena = device.create_arena(nbytes)
     stack.callback(arena.close)
-    if not arena.granules_count:
-        raise ConfigError(f"{nbytes} bytes on {name} are less than one granule of {arena.granule_bytes}")
     catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
     buffer_bytes, count = max(config.limits.buffer_bytes, PIECE_BYTES), config.limits.buffers_count
     ring = await stack.enter_async_context(open_ring(device, buffer_bytes=buffer_bytes, count=count))

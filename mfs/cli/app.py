@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mfs.cli import look, mount, settings, shell, status, tiers, triton, umount, watch
-from mfs.cli.page import EXIT_STATUS, write_sections
+from mfs.cli.page import EXIT_STATUS, Front
 
 _GROUPS = (
     ("Mount", ("mount", "umount")),
@@ -34,16 +34,9 @@ MFS_RUNTIME_DIR  another place for sockets and records""",
 }
 
 
-class _Front(click.Group):
-    """Lists the commands by what they are for."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, names in _GROUPS:
-            with formatter.section(title):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(70)) for name in names])
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        write_sections(formatter, _SECTIONS)
+class _Front(Front):
+    groups = _GROUPS
+    sections = _SECTIONS
 
 
 @click.group(cls=_Front, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 92})

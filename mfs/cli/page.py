@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -37,10 +38,26 @@ class Page(click.Command):
         write_sections(formatter, self._sections)
 
 
+class Front(click.Group):
+    """The front page: lists the commands by what they are for, then sections as `Page` has them."""
+
+    groups: Sequence[tuple[str, Sequence[str]]] = ()
+    """(title, names of commands)."""
+    sections: Mapping[str, str] = {}
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in self.groups:
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(70)) for name in names])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_sections(formatter, self.sections)
+
+
 _ORDER = {"Examples": 0, "Files": 2, "Environment": 3, "Exit status": 4}
 
 
-def write_sections(formatter: click.HelpFormatter, sections: dict[str, str]) -> None:
+def write_sections(formatter: click.HelpFormatter, sections: Mapping[str, str]) -> None:
     """Titles with indented text below: examples first, what all pages have last."""
     for title in sorted(sections, key=lambda title: _ORDER.get(title, 1)):
         with formatter.section(title):

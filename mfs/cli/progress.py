@@ -6,11 +6,15 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from mfs.cli.text import clean, rate, share, size
 from mfs.control.api import Json
 from mfs.errors import StoreError
 from mfs.units import format_duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LINE_EVERY_S = 5.0
 
@@ -49,7 +53,8 @@ def _line(update: Json, verb: str, seconds: float) -> str:
     return f"{verb} {size(done)} of {size(total)} ({share(done, total) or '0 %'}), {rate(done, seconds)}{left}"
 
 
-def _bar(updates: Iterator[Json], verb: str) -> Json:
+def make_bar() -> Progress:
+    """A bar on stderr with bytes done, of how many, how fast and how long still; gone when it ends."""
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.text import Text
 
@@ -64,9 +69,13 @@ def _bar(updates: Iterator[Json], verb: str) -> Json:
                 parts.append(f"{format_duration(task.time_remaining)} left")
             return Text("  ".join(parts))
 
-    last: Json = {}
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), Numbers())
-    with Progress(*columns, console=console(stderr=True), transient=True, expand=True) as progress:
+    return Progress(*columns, console=console(stderr=True), transient=True, expand=True)
+
+
+def _bar(updates: Iterator[Json], verb: str) -> Json:
+    last: Json = {}
+    with make_bar() as progress:
         task = progress.add_task(verb, total=None)
         for last in updates:
             if last.get("done"):

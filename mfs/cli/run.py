@@ -18,19 +18,19 @@ class Failed(Exception):
     """The command has said what went wrong; only the exit status is left."""
 
 
-def run(cli: click.Command, argv: Sequence[str]) -> int:
-    """Run `cli` and return the exit status."""
+def run(cli: click.Command, argv: Sequence[str], name: str = "mfs") -> int:
+    """Run `cli`, the command called `name`, and return the exit status."""
     try:
-        result = cli.main(args=list(argv), prog_name="mfs", standalone_mode=False)
+        result = cli.main(args=list(argv), prog_name=name, standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0  # click returns the status of an Exit here
     except click.ClickException as error:
-        _say(_usage_message(error))
+        _say(_usage_message(error, name), name)
         return USAGE
     except Failed:
         return FAILED
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted")
+        _say("interrupted", name)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,11 +39,11 @@ def run(cli: click.Command, argv: Sequence[str]) -> int:
         if "--debug" in argv:
             raise
         if isinstance(error, MfsError):
-            _say(str(error))
+            _say(str(error), name)
         elif isinstance(error, OSError) and error.filename is not None:
-            _say(f"{os.fsdecode(error.filename)}: {error.strerror}")
+            _say(f"{os.fsdecode(error.filename)}: {error.strerror}", name)
         else:
-            _say(f"internal error: {type(error).__name__}: {error}; 'mfs --debug …' shows where")
+            _say(f"internal error: {type(error).__name__}: {error}; '{name} --debug …' shows where", name)
         return USAGE if isinstance(error, UsageError) else FAILED
 
 
@@ -52,14 +52,14 @@ def warn(message: str) -> None:
     _say(message)
 
 
-def _say(message: str) -> None:
+def _say(message: str, name: str = "mfs") -> None:
     line = clean(" ".join(message.split()))
-    print(f"mfs: {line}", file=sys.stderr, flush=True)
+    print(f"{name}: {line}", file=sys.stderr, flush=True)
 
 
-def _usage_message(error: click.ClickException) -> str:
+def _usage_message(error: click.ClickException, name: str) -> str:
     context = getattr(error, "ctx", None)
-    command = context.command_path if context else "mfs"
+    path = context.command_path if context else name
     message = error.format_message().rstrip(".")
-    name = command.removeprefix("mfs").strip()
-    return f"{name}: {message}; see '{command} --help'" if name else f"{message}; see '{command} --help'"
+    command = path.removeprefix(name).strip()
+    return f"{command}: {message}; see '{path} --help'" if command else f"{message}; see '{path} --help'"

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mfs.units import parse_size
+
 TESTS = [
     "tests/gpuload/device", "tests/gpuload/server/test_server.py", "tests/gpuload/server/test_leases.py",
     "tests/gpuload/test_load.py", "tests/gpuload/test_pipeline.py", "tests/gpuload/test_moves.py",
@@ -27,20 +29,19 @@ TESTS_TIMEOUT_S = 420
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--size", default="16GiB")
+    parser.add_argument("--size", type=parse_size, default="16G")
     parser.add_argument("--dir", default="/dev/shm" if os.path.isdir("/dev/shm") else "/tmp")
     parser.add_argument("--out", default="")
     parser.add_argument("--skip-tests", action="store_true")
     args = parser.parse_args()
 
     from gpuload.bench import run_bench
-    from gpuload.cli import parse_bytes
 
     results: dict[str, Any] = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": describe()}
     steps: dict[str, Callable[[], Any]] = {
         "tests": lambda: "skipped" if args.skip_tests else run_tests(),
-        "bench": lambda: run_bench(args.device, parse_bytes(args.size), args.dir),
-        "others": lambda: others(args.device, min(parse_bytes(args.size), 16 << 30), args.dir),
+        "bench": lambda: run_bench(args.device, args.size, args.dir),
+        "others": lambda: others(args.device, min(args.size, 16 << 30), args.dir),
     }
     for name, step in steps.items():  # a step that fails must not cost the others: the machine may be lent only once
         print(f"{name} ...", file=sys.stderr, flush=True)

@@ -1,0 +1,46 @@
+"""The examples on each command's page: what people type first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+EXAMPLES: Mapping[str, str] = {
+    "serve": """\
+gpuload serve                                       4 GiB of host memory
+gpuload serve --arena cuda:0=70G --arena cuda:1=70G
+gpuload serve --arena cuda:0=70G --mode 660         the socket's group may attach, too""",
+    "load": """\
+gpuload load /mnt/models/llama --device cuda:0
+gpuload load /mnt/models/llama --name chat --pin
+gpuload load /mnt/models/llama --ranks cuda:0,cuda:1
+gpuload load /mnt/models/llama --device-map model=cuda:0 --device-map =cuda:1""",
+    "swap": """\
+gpuload swap /mnt/models/llama-b                     where one model is resident
+gpuload swap /mnt/models/llama-b --name llama
+gpuload swap /mnt/models/llama-b --name llama --allow-gap""",
+    "unload": """\
+gpuload unload llama
+gpuload unload llama --device cuda:1    where several devices have one of that name""",
+    "pin": """\
+gpuload pin llama
+gpuload pin llama --off""",
+    "status": """\
+gpuload status
+gpuload status --json | jq '.devices[].models[].model'""",
+    "plan": """\
+gpuload plan /mnt/models/llama
+gpuload plan /mnt/models/llama --kv-cache 32768 --device cuda:0
+gpuload plan /mnt/models/llama --device-map map.json""",
+    "digest": """\
+gpuload digest /mnt/models/llama-b
+gpuload digest /mnt/models/llama-b --world 4    for ranks of four""",
+    "bench": """\
+gpuload bench --size 4G --dir /nvme
+gpuload bench --device cuda:0 --size 16G""",
+    "run": """\
+gpuload run -- python server.py
+gpuload run -- vllm serve /mnt/models/llama""",
+    "hook": """\
+gpuload hook install && GPULOAD_AUTO=1 python server.py
+gpuload hook remove""",
+}
