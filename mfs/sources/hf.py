@@ -34,9 +34,6 @@ from mfs.types import ByteRange, Entry, EntryKind, ObjectId
 ADDRESSES_MAX = 4096
 """Addresses of files remembered; at the limit all are forgotten, which costs one request per file in use."""
 
-LOCKS_COUNT = 16
-"""Files whose addresses can be asked for at once; readers of one file wait for one answer."""
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
 
@@ -59,7 +56,10 @@ class HfSource:
         self._transport = Transport(connections_max=options.connections_max)
         self._closed = threading.Event()
         self._addresses: dict[tuple[str, str], _Address] = {}
-        self._locks = [threading.Lock() for _ in range(LOCKS_COUNT)]
+        self._asking: dict[tuple[str, str], threading.Lock] = {}
+        """Held by who asks for a file's address; others that want the same file wait for his answer."""
+        self._guard = threading.Lock()
+        """Around changes of both tables, never while the Hub is asked."""
         self.identity = f"hf://{repo}" if self._endpoint == HUB_URL else f"hf://{repo}@{self._endpoint}"
         if self._is_cache:
             self.identity += "#hub-cache"  # another tree, with other paths
@@ -157,7 +157,10 @@ class HfSource:
         known = self._addresses.get(key)
         if known and time.time() < known.expires_s:
             return known, False
-        lock = self._locks[hash(key) % LOCKS_COUNT]
+        with self._guard:
+            if len(self._asking) >= ADDRESSES_MAX:
+                self._asking.clear()  # what is being asked now may be asked twice then
+            lock = self._asking.setdefault(key, threading.Lock())
         if not lock.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
             raise TransientStoreError(f"{where}: its address was not known before the deadline")
         try:
@@ -170,17 +173,17 @@ class HfSource:
             if there is None and reply.status != 200:
                 raise self._error(reply, where)
             address = _Address(there or hop, expiry_s((there or hop).url))
-            if len(self._addresses) >= ADDRESSES_MAX:
-                self._addresses.clear()
-            self._addresses[key] = address
+            with self._guard:
+                if len(self._addresses) >= ADDRESSES_MAX:
+                    self._addresses.clear()
+                self._addresses[key] = address
             return address, True
         finally:
             lock.release()
 
     def _forget(self, commit: str, path: str, address: _Address) -> None:
         """Forget an address, unless somebody has already renewed it."""
-        lock = self._locks[hash((commit, path)) % LOCKS_COUNT]
-        with lock:
+        with self._guard:
             if self._addresses.get((commit, path)) == address:
                 del self._addresses[commit, path]
 

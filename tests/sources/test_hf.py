@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from mfs.errors import AccessError, NotFoundError, TransientStoreError, UsageError
+from mfs.fetch.transport import Transport
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Source
 from mfs.sources.hf_access import expiry_s, parse_hf_url
@@ -126,6 +128,37 @@ def test_addresses_are_asked_for_once_and_renewed_when_refused(hub: HubServer, o
     hub.forget_stats()
     assert read(source, obj, 0, 10) == ramp(10)
     assert _requests(hub) == {"hub": 1, "resolve": 1, "cdn": 2, "refused": 1}
+
+
+def test_an_address_that_does_not_come_keeps_nobody_from_other_files(
+    origin: HubOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(40):
+        origin.files[f"{number}.bin"] = ramp(1000, number)
+    origin.commit()
+    source = origin.source()
+    files = list_tree(source)
+    asked, go = threading.Event(), threading.Event()
+    request = Transport.request
+
+    def slow_for_one(self: Transport, url: str, **options: Any) -> Any:
+        if url.endswith("/0.bin"):
+            asked.set()
+            assert go.wait(60)
+        return request(self, url, **options)
+
+    monkeypatch.setattr(Transport, "request", slow_for_one)
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(read, source, object_of(source, "0.bin", files["0.bin"]), 0, 10)
+        assert asked.wait(30)
+        try:
+            others = pool.submit(
+                lambda: [read(source, object_of(source, f"{n}.bin", files[f"{n}.bin"]), 0, 10) for n in range(1, 40)]
+            )
+            assert others.result(timeout=20) == [ramp(10, n) for n in range(1, 40)]
+        finally:
+            go.set()
+        assert slow.result() == ramp(10, 0)
 
 
 def _requests(hub: HubServer) -> dict[str, int]:
