@@ -214,11 +214,11 @@ class Mount:
     async def save(self) -> None:
         """What is only in RAM goes to SSD, as far as a few seconds allow."""
         with trio.move_on_after(_CLOSING_S, shield=True):
-            self.cache.save_partial(older_than_s=0)
+            self.cache.saver.save_quiet(older_than_s=0)
             await self._flush_uses()
             if self.publication is not None and self.session.is_ours:  # else the next daemon writes, and knows better
                 await self.publication.write_record()
-            await self.cache.wait_saved()
+            await self.cache.saver.wait_saved()
 
     # -- from time to time
 
@@ -226,12 +226,12 @@ class Mount:
         while True:
             try:
                 await self._flush_uses()
-                self.cache.save_partial(older_than_s=_SAVE_PARTIAL_AFTER_S)
+                self.cache.saver.save_quiet(older_than_s=_SAVE_PARTIAL_AFTER_S)
                 await self.enforce_budget()
             except MfsError as error:
                 logger.warning("maintenance: %s", error)
             with trio.move_on_after(_MAINTENANCE_S):
-                await self.cache.wait_saved_more(int(self.config.cache_bytes * (1 - _HIGH_WATERMARK)))
+                await self.cache.saver.wait_saved_more(int(self.config.cache_bytes * (1 - _HIGH_WATERMARK)))
 
     async def _flush_uses(self) -> None:
         uses = self.cache.take_uses()

@@ -104,7 +104,7 @@ class Service:
         # Whoever asks for the status may want to know why nothing works: it must not wait for a worker that hangs.
         with trio.move_on_after(_USAGE_S), suppress(MfsError):
             self._usage = await self._mount.pool.call("usage")
-        full = time.monotonic() < cache.save_suspended_until
+        full = time.monotonic() < cache.saver.suspended_until
         return {
             **self._usage, "budget_bytes": config.cache_bytes, "state": "not writing" if full else "ok",
             "hits_bytes": cache.counters.ssd_hit_bytes,

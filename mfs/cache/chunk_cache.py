@@ -4,16 +4,16 @@
                   -> a fill under way              wait for that one
                   -> miss                          take a slot, have a worker fill it: SSD first, then origin;
                                                    from SSD alone, by a lane of its own, where all of it stands there
-    filled -> published to all who wait -> written to SSD, holding the slot meanwhile
+    filled -> published to all who wait -> written to SSD, holding the slot meanwhile (`saving`)
 
 Protocol. Everything here runs on the trio thread. Workers write only into blocks of a slot that are neither valid nor
 in another fill. Between checkpoints the following holds:
 
 - a block of a chunk is valid, or in exactly one fill, or absent; `valid` only grows while the chunk has its slot;
 - a chunk with leases, fills or an SSD write under way keeps its slot; any other may lose it at the next checkpoint;
-- a chunk for which an origin is asked counts in `_coming` for its model: a model whose origin hangs holds no more slots
-  than its share (see `workers.shares`), and whoever waits for a slot is woken when his model may take one. What SSD has
-  needs no share: it stays readable however many wait for the origin;
+- a chunk for which an origin is asked counts in `slots.coming` for its model: a model whose origin hangs holds no more
+  slots than its share (see `workers.shares`). What SSD has needs no share: it stays readable however many wait for the
+  origin;
 - a view returned by `read` is good until the caller's next checkpoint: pyfuse3 replies before it yields (handlers.pxi);
 - a fill belongs to the cache, not to the reader that caused it: a cancelled reader does not stop it, its error goes to
   those who wait for it, and the next reader starts a new one.
@@ -24,7 +24,6 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,17 +32,16 @@ import trio
 from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState
 from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes
 from mfs.cache.ram import SlotMemory
+from mfs.cache.saving import Saver
+from mfs.cache.slots import Slots
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Frame, object_to_wire
 from mfs.workers.pool import ATTEMPTS_OVER_DEAD_WORKERS, Job, Priority, WorkerEndedError, WorkerPool
-from mfs.workers.shares import Group, Shares
 
 logger = logging.getLogger(__name__)
 
-_SAVE_PAUSE_S = 30.0  # without writes to SSD after the disk was full or failed
 _SLOTS_FOR_READERS = 2  # that a model's chunks brought ahead of need leave to its readers
-_CLEAN_SEARCH_COUNT = 64  # how far from the cold end to look for a slot that costs nothing to lose
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,10 @@ class ChunkCache:
         self._memory = memory
         self._pool = pool
         self._states: dict[tuple[str, int], ObjectState] = {}
-        self._lru: OrderedDict[Chunk, None] = OrderedDict()
-        slots_count = memory.slots_count
-        self._coming = Shares(slots_count * 3 // 4, hard=slots_count)
-        self._slot_waiters: dict[Group, trio.Event] = {}
-        self._saved_mark = 0
-        self._much_saved = trio.Event()
         self._uses: dict[str, set[int]] = {}
         self.counters = CacheCounters()
-        self.unread = Shares(slots_count, hard=slots_count)
-        """Slots of chunks brought ahead of need that nobody has read yet, and of those that `prefetch` has ordered."""
-        self.save_suspended_until = 0.0
-        """time.monotonic() until which nothing is written to SSD, because the disk was full or failed."""
+        self.slots = Slots(memory)
+        self.saver = Saver(pool, self.slots, self.counters, enabled=config.ssd)
         self.on_changed: Callable[[ObjectState], None] | None = None
         """Told when the origin turns out to hold another version."""
         self.on_filled: Callable[[Chunk, Fill, Frame], None] | None = None
@@ -166,21 +156,13 @@ class ChunkCache:
         """Blocks of a leased chunk go to a reader, by way of the kernel's page cache."""
         chunk.delivered |= mask
         self.note_use(chunk)
-        self._demote_if_done(chunk)
+        self.slots.demote_if_done(chunk)
 
     def note_use(self, chunk: Chunk) -> None:
         """A leased chunk is read, perhaps where it stands."""
-        if chunk.unread:
-            chunk.unread = False
-            self.unread.give(chunk.state.group)
-        self._lru.move_to_end(chunk)
+        self.slots.note_use(chunk)
         if chunk.saved:
             self._uses.setdefault(chunk.state.object.cache_id, set()).add(chunk.index)
-
-    def _demote_if_done(self, chunk: Chunk) -> None:
-        """A chunk the kernel has whole and the SSD has too is the first to lose its slot: one copy in RAM is enough."""
-        if chunk.delivered == full_mask(chunk.length) and chunk.saved == chunk.delivered and not chunk.keep:
-            self._lru.move_to_end(chunk, last=False)
 
     async def lease(
         self, state: ObjectState, index: int, mask: int, *, extra: int = 0, priority: Priority = Priority.DEMAND
@@ -200,15 +182,15 @@ class ChunkCache:
                     await state.ssd_known.wait()
                     continue
                 if not self._may_lease(state, index, chunk, mask, demand):
-                    await self._wait_for_slot(state.group)
+                    await self.slots.wait(state.group)
                     continue  # from the top: another reader may have brought this very chunk meanwhile
                 if chunk is None:
                     slot = self._take_slot_nowait(allow_loss=demand)
                     if slot is None:
-                        await self._wait_for_slot(state.group)
+                        await self.slots.wait(None)
                         continue
                     chunk = state.chunks[index] = Chunk(state, index, slot)
-                    self._lru[chunk] = None
+                    self.slots.enter(chunk)
                 chunk.leases += 1
                 try:
                     if not mask & ~chunk.valid:
@@ -228,10 +210,7 @@ class ChunkCache:
             return True
         if not (mask & ~chunk.valid if chunk else mask) & ~state.on_ssd(index):
             return True
-        return self._coming.may_take(state.group, leaving=0 if demand else _SLOTS_FOR_READERS)
-
-    async def _wait_for_slot(self, group: Group) -> None:
-        await self._slot_waiters.setdefault(group, trio.Event()).wait()
+        return self.slots.coming.may_take(state.group, leaving=0 if demand else _SLOTS_FOR_READERS)
 
     def view(self, chunk: Chunk) -> memoryview:
         """The bytes of a leased chunk; only its valid blocks mean anything."""
@@ -244,7 +223,7 @@ class ChunkCache:
             if not chunk.valid:
                 self._drop(chunk)
             else:
-                self._wake_slot_waiters()
+                self.slots.wake()
 
     # -- filling
 
@@ -261,22 +240,23 @@ class ChunkCache:
                     self._pool.hurry(fill.job)
         rest = missing & ~under_way
         if rest:
-            wanted, on_ssd = (rest | extra) & ~chunk.valid & ~under_way, chunk.state.on_ssd(chunk.index)
-            # What SSD has does not wait for what only the origin has.
-            fill = Fill(wanted if rest & ~on_ssd else wanted & on_ssd)
-            chunk.fills.append(fill)
-            self._submit_fill(chunk, fill, priority, self._config.timeout_s)
-            first = first or fill
+            wanted, on_ssd = (rest | extra) & ~chunk.valid & ~under_way, chunk.on_ssd
+            # By themselves, since what SSD has must not wait for what only the origin has.
+            for part in (wanted & on_ssd, wanted & ~on_ssd if rest & ~on_ssd else 0):
+                if part:
+                    fill = Fill(part)
+                    chunk.fills.append(fill)
+                    self._submit_fill(chunk, fill, priority, self._config.timeout_s)
+                    first = first or (fill if part & missing else None)
         assert first is not None
         return first
 
     def _submit_fill(self, chunk: Chunk, fill: Fill, priority: Priority, timeout_s: float) -> None:
         state = chunk.state
         fill.attempts += 1
-        from_ssd = not fill.mask & ~state.on_ssd(chunk.index)
-        if not from_ssd and not chunk.coming:
-            chunk.coming = True
-            self._coming.take(state.group)
+        from_ssd = not fill.mask & ~chunk.on_ssd
+        if not from_ssd:
+            self.slots.begin_coming(chunk)
         fill.job = Job(
             "load" if from_ssd else "fill",
             {"source": state.source, "obj": state.wire, "index": chunk.index, "mask": fill.mask, "slot": chunk.slot},
@@ -300,19 +280,16 @@ class ChunkCache:
         if result is not None and result["lost"]:
             chunk.saved = 0
             chunk.file_lost = True
-            self._note_ssd(chunk, 0)
+            chunk.note_ssd(0)
             for other in chunk.fills:
                 other.file_lost = other.file_lost or other is not fill
-        if result is not None and result.get("missing") and not self._pool.closing:
-            self._note_ssd(chunk, chunk.state.on_ssd(chunk.index) & ~result["missing"])
-            assert fill.job is not None
-            fill.attempts = 0
-            self._submit_fill(chunk, fill, fill.job.priority, self._config.timeout_s)  # now from the origin
-            return
+        if result is not None and result.get("missing"):  # what SSD was believed to have
+            # Whoever waits asks again, now the origin: by the same door as all, since he needs a share for that.
+            fill.mask &= ~result["missing"]
+            chunk.note_ssd(chunk.on_ssd & ~result["missing"])
         chunk.fills.remove(fill)
-        if chunk.coming and not chunk.fills:
-            chunk.coming = False
-            self._coming.give(chunk.state.group)
+        if not chunk.fills:
+            self.slots.end_coming(chunk)
         if error is not None:
             self.counters.origin_errors += 1
             fill.error = error
@@ -323,26 +300,21 @@ class ChunkCache:
             chunk.valid |= fill.mask
             if not result["lost"] and not fill.file_lost:
                 chunk.saved |= result["resident"]
-                self._note_ssd(chunk, chunk.state.on_ssd(chunk.index) | result["resident"])
+                chunk.note_ssd(chunk.on_ssd | result["resident"])
             chunk.sums.update(result["sums"])
             chunk.changed_at = time.monotonic()
             self.counters.ssd_hit_bytes += result["ssd_bytes"]
             self.counters.origin_bytes += result["origin_bytes"]
             self.counters.origin_requests += result["requests"]
-            if self.on_filled is not None:
+            if self.on_filled is not None and fill.mask:
                 self.on_filled(chunk, fill, result)
         fill.done.set()
         if error is None and chunk.complete:
-            self._save(chunk)
+            self.saver.save(chunk)
         if chunk.idle and not chunk.valid:
             self._drop(chunk)
         else:
-            self._wake_slot_waiters()  # if not for a slot, then for the share
-
-    @staticmethod
-    def _note_ssd(chunk: Chunk, mask: int) -> None:
-        if chunk.state.ssd_masks:
-            chunk.state.ssd_masks[chunk.index] = mask
+            self.slots.wake()  # if not for a slot, then for the share
 
     # -- slots
 
@@ -351,116 +323,26 @@ class ChunkCache:
 
         allow_loss: a chunk the SSD does not have yet may go too, if there is no other.
         """
-        if not self._memory.free:
-            victim = self._victim(allow_loss)
-            if victim is None:
-                return None
-            self._drop(victim)
-        return self._memory.free.popleft()
-
-    def _victim(self, allow_loss: bool) -> Chunk | None:
-        unsaved: Chunk | None = None
-        looked = 0
-        for chunk in self._lru:
-            if not chunk.idle:
-                continue
-            if not self._saving_possible or not chunk.valid & ~chunk.saved:
-                return chunk
-            unsaved = unsaved or chunk
-            looked += 1
-            if looked >= _CLEAN_SEARCH_COUNT:
-                break
-        if unsaved is not None and not allow_loss:
-            self._save(unsaved)
+        slot = self.slots.take()
+        if slot is not None:
+            return slot
+        victim = self.slots.victim(self.saver.is_safe)
+        if victim is None:
             return None
-        if unsaved is not None:
-            self.counters.lost_bytes += unsaved.length
-        return unsaved
+        if not self.saver.is_safe(victim):
+            if not allow_loss:
+                self.saver.save(victim)
+                return None
+            self.counters.lost_bytes += victim.length
+        self._drop(victim)
+        return self.slots.take()
 
     def _drop(self, chunk: Chunk) -> None:
         """Take the slot away. The chunk is idle."""
-        del chunk.state.chunks[chunk.index]
-        del self._lru[chunk]
-        if chunk.unread:
-            self.unread.give(chunk.state.group)
-        self._memory.free.append(chunk.slot)
+        self.slots.drop(chunk)
         self._forget_if_unused(chunk.state)
-        self._wake_slot_waiters()
 
-    def _wake_slot_waiters(self) -> None:
-        """Have those who may take a slot look again. Not the others: of a model that hangs there may be hundreds."""
-        for group in [group for group in self._slot_waiters if self._coming.may_take(group)]:
-            self._slot_waiters.pop(group).set()
-
-    # -- saving
-
-    @property
-    def _saving_possible(self) -> bool:
-        return self._config.ssd and time.monotonic() >= self.save_suspended_until
-
-    def _save(self, chunk: Chunk) -> None:
-        """Have the blocks the SSD lacks written there, holding the slot until they are."""
-        if not self._saving_possible or chunk.saving is not None:
-            return
-        mask = chunk.valid & ~chunk.saved
-        if not mask:
-            return
-        chunk.saving = trio.Event()
-        chunk.file_lost = False
-        self._pool.submit(Job(
-            "persist",
-            {"obj": chunk.state.wire, "index": chunk.index, "slot": chunk.slot,
-             "sums": [[block, checksum] for block, checksum in chunk.sums.items() if mask >> block & 1]},
-            lambda result, error: self._saved(chunk, mask, result, error),
-            Priority.BACKGROUND,
-        ))  # fmt: skip
-
-    def _saved(self, chunk: Chunk, mask: int, result: Frame | None, error: MfsError | None) -> None:
-        saving, chunk.saving = chunk.saving, None
-        assert saving is not None
-        if error is not None and (self._pool.closing or isinstance(error, WorkerEndedError)):
-            logger.warning("%s; the chunk is saved later, if it still can be", error)
-        elif error is not None:
-            # It will hardly go better in a moment, and whoever waits for a clean slot would try for ever.
-            logger.warning("%s; serving on without writing to the cache for %.0f s", error, _SAVE_PAUSE_S)
-            self.save_suspended_until = time.monotonic() + _SAVE_PAUSE_S
-        elif result is not None and result["full"]:
-            if self._saving_possible:
-                logger.warning("cache disk is full: serving on without writing to it for %.0f s", _SAVE_PAUSE_S)
-            self.save_suspended_until = time.monotonic() + _SAVE_PAUSE_S
-        else:
-            if not chunk.file_lost:  # else the file that was dropped meanwhile may have been this very one
-                chunk.saved |= mask
-                self._note_ssd(chunk, chunk.state.on_ssd(chunk.index) | mask)
-            self._count_saved(result["bytes"] if result else 0)
-            self._demote_if_done(chunk)
-        saving.set()
-        if chunk.idle:
-            self._wake_slot_waiters()
-
-    def _count_saved(self, nbytes: int) -> None:
-        self.counters.saved_bytes += nbytes
-        if self.counters.saved_bytes >= self._saved_mark:
-            self._much_saved.set()
-
-    async def wait_saved_more(self, nbytes: int) -> None:
-        """Until the SSD tier was given so many bytes more than now."""
-        self._saved_mark = self.counters.saved_bytes + nbytes
-        self._much_saved = trio.Event()
-        await self._much_saved.wait()
-
-    def save_partial(self, *, older_than_s: float) -> None:
-        """Start saving incomplete chunks that have not changed for a while; complete ones are saved as they come."""
-        horizon = time.monotonic() - older_than_s
-        for chunk in self._lru:
-            if chunk.idle and chunk.valid & ~chunk.saved and chunk.changed_at <= horizon:
-                self._save(chunk)
-
-    async def wait_saved(self) -> None:
-        """Until no SSD write is under way."""
-        for chunk in list(self._lru):
-            if chunk.saving is not None:
-                await chunk.saving.wait()
+    # -- ahead of need
 
     async def bring(
         self, state: ObjectState, index: int, *, to_ssd: bool, ahead: bool = False, keep: bool = False
@@ -478,23 +360,13 @@ class ChunkCache:
             chunk.keep = chunk.keep or keep
             if ahead and fresh and not chunk.delivered and not chunk.unread:
                 chunk.unread = True
-                self.unread.take(state.group)
+                self.slots.unread.take(state.group)
             if to_ssd:
                 chunk.saved &= state.on_ssd(index)
-                await self._wait_on_ssd(chunk)
+                await self.saver.wait_on_ssd(chunk)
             return not chunk.valid & ~chunk.saved
         finally:
             self.release(chunk)
-
-    async def _wait_on_ssd(self, chunk: Chunk) -> None:
-        """Until all of a leased chunk is on SSD, or could not be written."""
-        saved_before = -1
-        while chunk.valid & ~chunk.saved and chunk.saved != saved_before:
-            saved_before = chunk.saved
-            self._save(chunk)
-            if chunk.saving is None:
-                return
-            await chunk.saving.wait()  # perhaps of a part, begun before the rest was there: then once more
 
     # -- residency
 
@@ -541,16 +413,16 @@ class ChunkCache:
 
     @property
     def slots_used(self) -> int:
-        return len(self._lru)
+        return len(self.slots.chunks)
 
     @property
     def unread_count(self) -> int:
-        return self.unread.count
+        return self.slots.unread.count
 
     @property
     def leases_count(self) -> int:
-        return sum(chunk.leases for chunk in self._lru)
+        return sum(chunk.leases for chunk in self.slots.chunks)
 
     @property
     def fills_count(self) -> int:
-        return sum(len(chunk.fills) for chunk in self._lru)
+        return sum(len(chunk.fills) for chunk in self.slots.chunks)

@@ -85,6 +85,16 @@ class Chunk:
         return self.valid == full_mask(self.length)
 
     @property
+    def on_ssd(self) -> int:
+        """Blocks that SSD very likely has."""
+        return self.state.on_ssd(self.index)
+
+    def note_ssd(self, mask: int) -> None:
+        """SSD very likely has these blocks and no others."""
+        if self.state.ssd_masks:
+            self.state.ssd_masks[self.index] = mask
+
+    @property
     def idle(self) -> bool:
         return not self.leases and not self.fills and self.saving is None
 

@@ -15,6 +15,7 @@ import os
 import resource
 import tempfile
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -75,6 +76,8 @@ class SlotMemory:
         self.free: deque[int] = deque()
         self.usable_count = 0
         """Slots touched so far; `slots_count` once `populate` is done."""
+        self.on_more: Callable[[], None] | None = None
+        """Told when slots became usable."""
         self.locked_bytes = 0
         self.note = "" if config.page_lock else "page locking is switched off"
         self._lock_wanted = config.page_lock
@@ -101,6 +104,8 @@ class SlotMemory:
                 self.note = refused
             self.free.extend(range(first, first + count))
             self.usable_count += count
+            if self.on_more is not None:
+                self.on_more()
 
     def _touch(self, first: int, count: int, lock: bool) -> str:
         """Fault in (and lock) some slots; returns why locking was refused, '' if it was not. Runs in a thread."""

@@ -213,7 +213,7 @@ class Prefetcher:
         return None
 
     def _ram_is_full(self, group: Group) -> bool:
-        return not self._cache.unread.may_take(group)
+        return not self._cache.slots.unread.may_take(group)
 
     def _next_of(self, track: _Track) -> tuple[_Track, int, bool] | None:
         """The stream's next chunk that is wanted. When all of it is there or on SSD, the next shard's stream begins."""
@@ -272,7 +272,7 @@ class Prefetcher:
             track.under_way += 1
             self._orders.take(track.state.group)
             if not ssd_alone:
-                self._cache.unread.take(track.state.group)
+                self._cache.slots.unread.take(track.state.group)
             self._nursery.start_soon(self._bring, track, index, ssd_alone)
 
     async def _bring(self, track: _Track, index: int, ssd_alone: bool) -> None:
@@ -288,7 +288,7 @@ class Prefetcher:
             track.under_way -= 1
             self._orders.give(group)
             if not ssd_alone:
-                self._cache.unread.give(group)
+                self._cache.slots.unread.give(group)
         self._go()
 
     def _stream_sibling(self, track: _Track) -> None:

@@ -94,7 +94,7 @@ class Jobs:
     def load(self, *, source: int, obj: list[Any], index: int, mask: int, slot: int, emit: Emit) -> Frame:
         """Bring blocks `mask` of a chunk into a slot from SSD alone.
 
-        Result: as of `fill`, with {missing: blocks that are not there}; if there are any, the slot's are undefined.
+        Result: as of `fill`, with {missing: blocks that are not there}; the slot's bytes of those are undefined.
         """
         wanted, view = object_from_wire(obj), self._slot(slot)
         resident, lost, sums = self._read_ssd(wanted, index, mask, view)

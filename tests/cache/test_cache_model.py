@@ -168,9 +168,9 @@ class Model:
             os.kill(dice.choice(workers)["pid"], signal.SIGKILL)
 
     async def save(self, dice: random.Random) -> None:
-        self.rig.cache.save_partial(older_than_s=0)
+        self.rig.cache.saver.save_quiet(older_than_s=0)
         if dice.random() < 0.5:
-            await self.rig.cache.wait_saved()
+            await self.rig.cache.saver.wait_saved()
 
     async def close(self, dice: random.Random) -> None:
         if self.handles:
@@ -185,14 +185,14 @@ class Model:
             ),
             "rest",
         )
-        await cache.wait_saved()
+        await cache.saver.wait_saved()
         self.rig.assert_idle()
 
     async def end(self) -> None:
         await self.settle()
         for handle in self.handles:
             self.rig.cache.close(handle)
-        for obj in {chunk.state.object for chunk in self.rig.cache._lru}:
+        for obj in {chunk.state.object for chunk in self.rig.cache.slots.chunks}:
             self.rig.cache.evict(obj, 0)
         assert not self.rig.cache._states
         assert sorted(self.rig.memory.free) == list(range(self.rig.memory.slots_count))

@@ -6,12 +6,15 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from mfs.cache.chunks import block_mask, full_mask
+from mfs.cache.ram import RamConfig, SlotMemory
 from mfs.errors import ChangedError, IntegrityError, NotFoundError, StoreError, TransientStoreError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.pool import Priority
@@ -24,7 +27,7 @@ FULL = full_mask(CHUNK_BYTES)
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     async with running_rig(tmp_path) as running:
         yield running
-        await running.cache.wait_saved()
+        await running.cache.saver.wait_saved()
         await until(lambda: not any(running.pool.inflight(lane) for lane in ("origin", "ssd", "disk")), "rest")
         running.assert_idle()
 
@@ -49,8 +52,8 @@ async def test_ram_disk_and_origin_give_the_same_bytes(rig: Rig) -> None:
     assert rig.cache.counters.origin_bytes == obj.size
     await read(rig, obj)
     assert rig.cache.counters.origin_bytes == obj.size
-    rig.cache.save_partial(older_than_s=0)
-    await rig.cache.wait_saved()
+    rig.cache.saver.save_quiet(older_than_s=0)
+    await rig.cache.saver.wait_saved()
     assert rig.cache.evict(obj, 0) == obj.size
     assert len(rig.memory.free) == rig.memory.slots_count
     (rig.origin / "model.bin").unlink()
@@ -142,7 +145,7 @@ async def test_a_dead_origin_is_an_error_in_time_and_keeps_no_connection_after(t
         assert len(rig.origin_reads()) == 2  # not asked for a second deadline's time
         gate.unlink()
         await read(rig, obj)
-        await rig.cache.wait_saved()
+        await rig.cache.saver.wait_saved()
         rig.assert_idle()
 
 
@@ -163,15 +166,15 @@ async def test_a_worker_killed_while_it_saves_leaves_the_chunk_to_be_saved_later
     await read(rig, obj, 0, BLOCK_BYTES)
     for worker in rig.pool.describe():
         os.kill(worker["pid"], signal.SIGSTOP)
-    rig.cache.save_partial(older_than_s=0)
+    rig.cache.saver.save_quiet(older_than_s=0)
     assert rig.pool.inflight("disk") == 1
     for worker in rig.pool.describe():
         os.kill(worker["pid"], signal.SIGKILL)
-    await rig.cache.wait_saved()
+    await rig.cache.saver.wait_saved()
     assert rig.cache.counters.saved_bytes == 0
     await until(lambda: rig.pool.restarts_count == 2 and len(rig.pool.describe()) == 2, "new workers")
-    rig.cache.save_partial(older_than_s=0)
-    await rig.cache.wait_saved()
+    rig.cache.saver.save_quiet(older_than_s=0)
+    await rig.cache.saver.wait_saved()
     assert rig.cache.counters.saved_bytes == BLOCK_BYTES
     assert rig.chunk_file(obj, 0).exists()
 
@@ -209,7 +212,7 @@ async def test_without_a_slot_in_time_a_read_fails_and_holds_nothing(tmp_path: P
             rig.cache.release(chunk)
         rig.cache.close(state)
         await read(rig, obj)
-        await rig.cache.wait_saved()
+        await rig.cache.saver.wait_saved()
         rig.assert_idle()
 
 
@@ -252,7 +255,7 @@ async def test_a_read_that_outlives_its_handle_forgets_nobody_elses_state(rig: R
         assert state is not lost
         gate.unlink()
     [chunk] = lost.chunks.values()
-    await rig.cache.wait_saved()
+    await rig.cache.saver.wait_saved()
     rig.cache._drop(chunk)
     assert rig.cache.open(obj, 0) is state
     rig.cache.close(state)
@@ -267,7 +270,7 @@ async def test_bringing_to_disk_returns_when_all_of_the_chunk_is_there(rig: Rig)
     await read(rig, obj, 0, BLOCK_BYTES)
     for worker in rig.pool.describe():
         os.kill(worker["pid"], signal.SIGSTOP)
-    rig.cache.save_partial(older_than_s=0)  # of one block: under way while the rest comes
+    rig.cache.saver.save_quiet(older_than_s=0)  # of one block: under way while the rest comes
     state = rig.cache.open(obj, 0)
     async with trio.open_nursery() as nursery:
 
@@ -289,7 +292,7 @@ async def test_a_disk_that_fails_is_left_alone_for_a_while(rig: Rig, caplog: pyt
     state = rig.cache.open(obj, 0)
     for index in range(40):
         assert not await rig.cache.bring(state, index, to_ssd=index % 2 == 0)
-    await rig.cache.wait_saved()
+    await rig.cache.saver.wait_saved()
     rig.cache.close(state)
     assert 1 <= caplog.text.count("serving on without writing") <= 16
     await read(rig, obj, 0, 100)
@@ -298,13 +301,13 @@ async def test_a_disk_that_fails_is_left_alone_for_a_while(rig: Rig, caplog: pyt
 async def test_dropped_from_disk_is_saved_again(rig: Rig) -> None:
     obj = rig.put_ramp("model.bin", CHUNK_BYTES)
     await read(rig, obj)
-    await rig.cache.wait_saved()
+    await rig.cache.saver.wait_saved()
     assert rig.chunk_file(obj, 0).exists()
     await rig.pool.call("evict", objects=[rig.cache.open(obj, 0).wire])
     rig.cache.note_unsaved(obj, 0)
     assert not rig.chunk_file(obj, 0).exists()
-    rig.cache.save_partial(older_than_s=0)
-    await rig.cache.wait_saved()
+    rig.cache.saver.save_quiet(older_than_s=0)
+    await rig.cache.saver.wait_saved()
     assert rig.chunk_file(obj, 0).exists()
     rig.cache.close(rig.cache.open(obj, 0))
 
@@ -318,7 +321,7 @@ async def test_what_the_budget_drops_from_disk_is_written_again_only_if_asked_fo
     [(cache_id, dropped)] = found["dropped"].items()
     assert cache_id == obj.cache_id
     rig.cache.note_evicted(found["dropped"])
-    rig.cache.save_partial(older_than_s=0)
+    rig.cache.saver.save_quiet(older_than_s=0)
     assert rig.pool.inflight("disk") == 0
     assert [index for index in range(4) if not state.on_ssd(index)] == sorted(dropped)
     for index in range(4):
@@ -331,7 +334,7 @@ async def test_who_keeps_the_budget_is_woken_by_what_is_written(rig: Rig) -> Non
     obj = rig.put_ramp("model.bin", 4 * CHUNK_BYTES)
     state = rig.cache.open(obj, 0)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(rig.cache.wait_saved_more, 2 * CHUNK_BYTES + 1)
+        nursery.start_soon(rig.cache.saver.wait_saved_more, 2 * CHUNK_BYTES + 1)
         await trio.testing.wait_all_tasks_blocked()
         for index in range(2):
             await rig.cache.bring(state, index, to_ssd=True)
@@ -349,7 +352,7 @@ async def test_unread_chunks_are_counted_until_read_or_dropped(rig: Rig) -> None
     assert rig.cache.unread_count == 3
     await read(rig, obj, 0, 1)
     assert rig.cache.unread_count == 2
-    await rig.cache.wait_saved()
+    await rig.cache.saver.wait_saved()
     rig.cache.evict(obj, 0)
     assert rig.cache.unread_count == 0
     rig.cache.close(state)
@@ -381,7 +384,7 @@ async def test_what_the_disk_has_waits_for_no_origin(rig: Rig) -> None:
     """All connections and slots that a model may have wait for its origin: its chunks on SSD are read all the same."""
     warm, cold = rig.put_ramp("m/warm.bin", 2 * CHUNK_BYTES), rig.put_ramp("m/cold.bin", 64 * CHUNK_BYTES, start=5)
     await read(rig, warm)
-    await rig.cache.wait_saved()
+    await rig.cache.saver.wait_saved()
     rig.cache.evict(warm, 0)
     gate = rig.gate()
     async with trio.open_nursery() as nursery:
@@ -396,7 +399,7 @@ async def test_what_the_disk_has_waits_for_no_origin(rig: Rig) -> None:
 async def test_a_chunk_file_that_is_gone_or_bad_is_fetched_though_it_was_believed_to_be_there(rig: Rig) -> None:
     obj = rig.put_ramp("model.bin", 3 * CHUNK_BYTES)
     await read(rig, obj)
-    await rig.cache.wait_saved()
+    await rig.cache.saver.wait_saved()
     rig.cache.evict(obj, 0)
     state = rig.cache.open(obj, 0)
     await state.ssd_known.wait()
@@ -406,9 +409,90 @@ async def test_a_chunk_file_that_is_gone_or_bad_is_fetched_though_it_was_believe
         file.seek(4096 + 3 * BLOCK_BYTES)
         file.write(b"\xff\xfe")
     await read(rig, obj)
-    assert rig.cache.counters.ssd_hit_bytes == CHUNK_BYTES
-    await rig.cache.wait_saved()
+    assert rig.cache.counters.ssd_hit_bytes == 2 * CHUNK_BYTES - BLOCK_BYTES  # what verifies in a bad file is good
+    await rig.cache.saver.wait_saved()
     assert list(state.ssd_masks) == [FULL] * 3
     assert rig.chunk_file(obj, 0).exists()
     assert rig.chunk_file(obj, 1).exists()
     rig.cache.close(state)
+
+
+async def test_a_reader_of_what_the_disk_has_is_woken_by_a_slot_though_his_models_share_is_used_up(
+    tmp_path: Path,
+) -> None:
+    async with running_rig(tmp_path, slots_count=16) as rig:
+        warm, cold = rig.put_ramp("m/warm.bin", CHUNK_BYTES), rig.put_ramp("m/cold.bin", 16 * CHUNK_BYTES, start=5)
+        other = rig.cache.open(rig.put_ramp("h/w.bin", 10 * CHUNK_BYTES, start=9), 0)
+        await read(rig, warm)
+        await rig.cache.saver.wait_saved()
+        rig.cache.evict(warm, 0)
+        gate = rig.gate("m")
+        async with trio.open_nursery() as nursery:
+            for index in range(16):
+                nursery.start_soon(read, rig, cold, index * CHUNK_BYTES, index * CHUNK_BYTES + 10)
+            await until(lambda: len(rig.origin_reads()) == 1 + 6, "the model's share")
+            leased = [await rig.cache.lease(other, index, FULL) for index in range(10)]
+            async with trio.open_nursery() as reader:
+                reader.start_soon(read, rig, warm)
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                assert rig.cache.counters.ssd_hit_bytes == 0
+                for chunk in leased:
+                    rig.cache.release(chunk)
+                with trio.move_on_after(5) as scope:
+                    await until(lambda: rig.cache.counters.ssd_hit_bytes == warm.size, "the slot", timeout_s=10)
+                gate.unlink()
+            assert not scope.cancelled_caught
+        rig.cache.close(other)
+
+
+async def test_a_block_on_disk_is_read_while_the_rest_of_its_chunk_waits_for_the_origin(rig: Rig) -> None:
+    obj = rig.put_ramp("m/model.safetensors", CHUNK_BYTES)
+    await read(rig, obj, 0, 10)
+    rig.cache.saver.save_quiet(older_than_s=0)
+    await rig.cache.saver.wait_saved()
+    rig.cache.evict(obj, 0)
+    gate = rig.gate()
+    state = rig.cache.open(obj, 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(rig.cache.bring, state, 0, to_ssd=False))
+        await until(lambda: len(rig.origin_reads()) == 2, "the origin is asked for the rest")
+        with trio.move_on_after(5) as scope:
+            await read(rig, obj, 0, 10)
+        gate.unlink()
+    assert not scope.cancelled_caught
+    assert rig.cache.counters.origin_bytes == CHUNK_BYTES
+    await read(rig, obj)
+    rig.cache.close(state)
+
+
+async def test_a_disk_that_lost_what_it_was_believed_to_have_gives_no_model_more_than_its_share(tmp_path: Path) -> None:
+    """Another mount's eviction empties the shared directory, and the origin hangs."""
+    async with running_rig(tmp_path, slots_count=16) as rig:
+        warm, other = rig.put_ramp("m/w.bin", 16 * CHUNK_BYTES), rig.put_ramp("h/w.bin", CHUNK_BYTES, start=5)
+        await read(rig, warm)
+        await rig.cache.saver.wait_saved()
+        rig.cache.evict(warm, 0)
+        state = rig.cache.open(warm, 0)
+        await state.ssd_known.wait()
+        for index in range(16):
+            rig.chunk_file(warm, index).unlink()
+        gate = rig.gate("m")
+        async with trio.open_nursery() as nursery:
+            for index in range(16):
+                nursery.start_soon(read, rig, warm, index * CHUNK_BYTES, index * CHUNK_BYTES + 10)
+            await until(lambda: len(rig.origin_reads()) >= 16 + 6, "the model's share")
+            with trio.move_on_after(5) as scope:
+                await read(rig, other)
+            gate.unlink()
+        assert not scope.cancelled_caught
+        rig.cache.close(state)
+
+
+async def test_slots_that_are_made_usable_wake_who_waits_for_one(tmp_path: Path) -> None:
+    memory = SlotMemory(RamConfig(16 * CHUNK_BYTES, page_lock=False))
+    woken: list[int] = []
+    memory.on_more = lambda: woken.append(len(memory.free))
+    await memory.populate(8)
+    await memory.populate()
+    assert woken[-1] == 16
+    memory.close()

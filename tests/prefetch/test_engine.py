@@ -87,7 +87,7 @@ async def running_model(tmp_path: Path, *, ssd: bool = True) -> AsyncIterator[Mo
             nursery.cancel_scope.cancel()
         assert model.prefetcher.active_count == 0
         await until(lambda: not any(rig.pool.inflight(lane) for lane in ("origin", "ssd", "disk")), "rest")
-        await rig.cache.wait_saved()
+        await rig.cache.saver.wait_saved()
         rig.assert_idle()
         assert not model.prefetcher._tracks
         for obj in model.shards:

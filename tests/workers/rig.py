@@ -81,12 +81,12 @@ class Rig:
         for lane in ("origin", "ssd", "disk", "control"):
             assert self.pool.inflight(lane) == 0, lane
             assert self.pool.queued(lane) == 0, lane
-        assert self.cache._coming.count == 0
-        slots = [*self.memory.free, *(chunk.slot for chunk in self.cache._lru)]
+        assert self.cache.slots.coming.count == 0
+        slots = [*self.memory.free, *(chunk.slot for chunk in self.cache.slots.chunks)]
         assert sorted(slots) == list(range(self.memory.usable_count))
-        assert all(chunk.idle and chunk.valid for chunk in self.cache._lru)
-        assert self.cache.unread_count == sum(chunk.unread for chunk in self.cache._lru)
-        held = {chunk.state for chunk in self.cache._lru}
+        assert all(chunk.idle and chunk.valid for chunk in self.cache.slots.chunks)
+        assert self.cache.unread_count == sum(chunk.unread for chunk in self.cache.slots.chunks)
+        held = {chunk.state for chunk in self.cache.slots.chunks}
         assert all(state in held or state.users for state in self.cache._states.values())
 
 
