@@ -24,7 +24,7 @@ EPOCH_NS = 10**9
 """Time of a directory whose source has none: the same on every mount, and not zero."""
 _UNDATED_NS = 2**50
 """Files without a date get one within these 13 days of 1970."""
-MTIME_MAX_NS = 2**62  # the year 2116; a source may claim any, and there must be room for later ones
+_MTIME_MAX_NS = 2**62  # the year 2116; a source may claim any, and there must be room for later ones
 _SIZE_MAX = 2**63 - 1
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*").fullmatch
 
@@ -34,7 +34,7 @@ def shown_mtime_ns(entry: Entry) -> int:
     mount the same; it says nothing else.
     """
     if entry.mtime_ns > 0:
-        return min(entry.mtime_ns, MTIME_MAX_NS)
+        return min(entry.mtime_ns, _MTIME_MAX_NS)
     if entry.kind is EntryKind.DIRECTORY:
         return EPOCH_NS
     return EPOCH_NS + xxh3_64_intdigest(entry.version.encode("utf-8", "surrogatepass")) % _UNDATED_NS

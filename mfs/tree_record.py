@@ -22,12 +22,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mfs.listing import MTIME_MAX_NS
-
 logger = logging.getLogger(__name__)
 
 _BUSY_S = 5.0  # that another mount may take to write its rows
-_LATEST_NS = MTIME_MAX_NS + 10**18  # publications stamp nanoseconds beyond the latest date; 32 years of them
+_LATEST_NS = 2**62 + 10**18  # as late as a listing lets a date be, and 32 years of publications that are later
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tree (
     source TEXT NOT NULL, path TEXT NOT NULL, mtime_ns INTEGER NOT NULL, fingerprint BLOB NOT NULL, times BLOB NOT NULL,
