@@ -837,3 +837,20 @@ async def test_a_look_passes_by_models_that_hang() -> None:
             assert node.object is not None
             assert node.object.version == "v2"
         gate.set()
+
+
+async def test_a_file_keeps_its_time_when_only_its_neighbour_changes() -> None:
+    """The source gives the same bytes a new date (put again, restored) while something beside them changes."""
+    origin = Origin()
+    origin.put("m/same")
+    origin.put("m/other")
+    tree = make(origin)
+    await follow_all(tree)
+    before = (await tree.resolve("m/same")).mtime_ns
+    origin.entries["m/same"] = origin.entries["m/same"]._replace(mtime_ns=before + 10**9)
+    origin.put("m/other", "v2")
+    await tree.refresh()
+    node = await tree.resolve("m/other")
+    assert node.object is not None
+    assert node.object.version == "v2"
+    assert (await tree.resolve("m/same")).mtime_ns == before
