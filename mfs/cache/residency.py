@@ -30,7 +30,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,10 @@ import mmap_ninja.numpy as ninja
 import numpy as np
 from numpy.typing import NDArray
 
-from mfs.cache.ssd import HEADER_BYTES, ChunkHeader, SsdConfig, SsdTier
+from mfs.cache.residency_sums import Snapshot, bytes_of, id_of, id_words
+from mfs.cache.ssd import ChunkHeader, SsdConfig, SsdTier
 from mfs.errors import NotFoundError, StoreError
-from mfs.types import BLOCK_BYTES, CHUNK_BYTES, SMALL_FILE_BYTES, ObjectId
+from mfs.types import CHUNK_BYTES, SMALL_FILE_BYTES, ObjectId
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class ResidencyTables:
     def find(self, cache_id: str) -> int | None:
         """The object's row, None if it has none. Another object may get it at once, unless something is resident."""
         self._remap_if_changed()
-        a, b, c = _id_words(cache_id)
+        a, b, c = id_words(cache_id)
         rows = self._objects[: int(self._meta[0])]
         hits = np.flatnonzero((rows[:, 0] == a) & (rows[:, 1] == b) & (rows[:, 2] == c))
         return int(hits[0]) if len(hits) else None
@@ -208,7 +208,7 @@ class ResidencyTables:
         if row is None:
             return 0
         first, count, size = (int(v) for v in self._objects[row, 3:6])
-        return _resident(self._chunks[first : first + count, 0], count, size)
+        return bytes_of(self._chunks[first : first + count, 0], count, size)
 
     def victims(self, bytes_wanted: int) -> Iterator[tuple[str, int, int, int]]:
         """Unpinned chunks, coldest first, until `bytes_wanted` are reached: (cache_id, index, row, bytes).
@@ -229,13 +229,13 @@ class ResidencyTables:
                 return
             row = int(owners[chunk])
             bytes_wanted -= int(found.sizes[chunk])
-            yield _hex_id(found.rows[row]), int(chunk - found.rows[row, 3]), row, int(found.sizes[chunk])
+            yield id_of(found.rows[row]), int(chunk - found.rows[row, 3]), row, int(found.sizes[chunk])
 
     def objects(self, tier: SsdTier) -> Iterator[ObjectResidency]:
         """All objects with something resident or pinned, with the names their chunk files carry."""
         found = self._snapshot()
         for row in np.flatnonzero((found.per_object() > 0) | (found.rows[:, 6] > 0)):
-            cache_id = _hex_id(found.rows[row])
+            cache_id = id_of(found.rows[row])
             first, count, size = (int(v) for v in found.rows[row, 3:6])
             chunks = found.chunks[first : first + count]
             present = np.flatnonzero(chunks[:, 0])
@@ -244,19 +244,19 @@ class ResidencyTables:
             yield ObjectResidency(
                 cache_id, source, path, version, digest,
                 size=size,
-                ssd_bytes=_resident(chunks[:, 0], count, size),
+                ssd_bytes=bytes_of(chunks[:, 0], count, size),
                 last_used_at=float(chunks[:, 1].max(initial=0)),
                 pinned=bool(found.rows[row, 6]),
             )  # fmt: skip
 
-    def _snapshot(self) -> _Snapshot:
+    def _snapshot(self) -> Snapshot:
         """Copies that fit together, though other threads and processes go on writing."""
         self._remap_if_changed()
         objects, chunks = self._objects, self._chunks
         rows = objects[: int(self._meta[0])].astype(np.int64)
         used_chunks = np.array(chunks[: int(self._meta[1])])  # read after the objects: an object's chunks come first
         rows[rows[:, 3] + rows[:, 4] > len(used_chunks), 3:5] = 0
-        return _Snapshot(rows, used_chunks)
+        return Snapshot(rows, used_chunks)
 
     def reconcile(self, tier: SsdTier) -> None:
         """Make the tables say what stands there: each kill between a file and its row leaves them a little apart."""
@@ -264,7 +264,7 @@ class ResidencyTables:
             standing = set(tier.names(prefix))
             found = self._snapshot()
             for row in np.flatnonzero(found.rows[:, 0].view(np.uint64) >> np.uint64(56) == int(prefix, 16)):
-                cache_id, (first, count) = _hex_id(found.rows[row]), (int(v) for v in found.rows[row, 3:5])
+                cache_id, (first, count) = id_of(found.rows[row]), (int(v) for v in found.rows[row, 3:5])
                 for index in map(int, np.flatnonzero(found.chunks[first : first + count, 0])):
                     if (cache_id, index) in standing:
                         standing.discard((cache_id, index))
@@ -380,7 +380,7 @@ class ResidencyTables:
             self._grow("chunks", first + chunks_count, _CHUNK_ROWS_STEP)
         else:
             first = int(self._objects[row, 3])
-        self._objects[row] = (*_id_words(cache_id), first, chunks_count, size, 0, 0)
+        self._objects[row] = (*id_words(cache_id), first, chunks_count, size, 0, 0)
         self._meta[1] = max(int(self._meta[1]), first + chunks_count)
         self._meta[0] = max(int(self._meta[0]), row + 1)
         return row
@@ -408,42 +408,7 @@ class ResidencyTables:
         setattr(self, f"_{name}", table)
 
     def _cache_id(self, row: int) -> str:
-        return _hex_id(self._objects[row])
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """The used rows of both tables at one instant."""
-
-    rows: NDArray[np.int64]
-    chunks: NDArray[np.uint32]
-
-    @cached_property
-    def sizes(self) -> NDArray[np.int64]:
-        """Per chunk row: bytes on disk with the file's header, 0 if absent."""
-        masks = self.chunks[:, 0]
-        sizes = np.bitwise_count(masks).astype(np.int64) * BLOCK_BYTES
-        sizes[masks > 0] += HEADER_BYTES
-        live = self.rows[self.rows[:, 4] > 0]
-        last = live[:, 3] + live[:, 4] - 1
-        tail_bytes = live[:, 5] - (live[:, 4] - 1) * CHUNK_BYTES
-        last_block = (tail_bytes - 1) // BLOCK_BYTES
-        present = (masks[last] >> last_block.astype(np.uint32)) & 1
-        sizes[last] -= present * ((last_block + 1) * BLOCK_BYTES - tail_bytes)
-        return sizes
-
-    def owners(self) -> NDArray[np.int64]:
-        """Per chunk row: its object's row, -1 if none."""
-        owners = np.full(len(self.chunks), -1, np.int64)
-        live = np.flatnonzero(self.rows[:, 4] > 0)
-        owners[_ranges(self.rows[live, 3], self.rows[live, 4])] = np.repeat(live, self.rows[live, 4])
-        return owners
-
-    def per_object(self) -> NDArray[np.int64]:
-        """Per object row: bytes on disk."""
-        edges = np.concatenate([[0], np.cumsum(self.sizes)])
-        totals: NDArray[np.int64] = edges[self.rows[:, 3] + self.rows[:, 4]] - edges[self.rows[:, 3]]
-        return totals
+        return id_of(self._objects[row])
 
 
 def scan(cache_directory: Path) -> Iterator[ObjectResidency]:
@@ -455,38 +420,10 @@ def scan(cache_directory: Path) -> Iterator[ObjectResidency]:
     yield from tables.objects(SsdTier(SsdConfig(cache_directory)))
 
 
-def _resident(masks: NDArray[np.uint32], count: int, size: int) -> int:
-    """Bytes of an object that its chunks' masks stand for, without file headers."""
-    total = int(np.bitwise_count(masks).sum()) * BLOCK_BYTES
-    tail_bytes = size - (count - 1) * CHUNK_BYTES
-    last_block = (tail_bytes - 1) // BLOCK_BYTES
-    if count and int(masks[-1]) >> last_block & 1:  # the object's last block is shorter than the others
-        total -= (last_block + 1) * BLOCK_BYTES - tail_bytes
-    return total
-
-
 def _reserve(directory: Path) -> None:
     """Raises OSError unless the disk has room for new tables: to write a mapping without room would be SIGBUS."""
     with tempfile.TemporaryFile(dir=directory) as file:
         os.posix_fallocate(file.fileno(), 0, _OBJECT_ROWS_STEP * 64 + _CHUNK_ROWS_STEP * 8 + (64 << 10))
-
-
-def _hex_id(row: NDArray[Any]) -> str:
-    a, b, c = (int(v) % 2**64 for v in row[:3])
-    return f"{a:016x}{b:016x}{c:08x}"
-
-
-def _id_words(cache_id: str) -> tuple[int, int, int]:
-    return int(cache_id[:16], 16), int(cache_id[16:32], 16), int(cache_id[32:], 16)
-
-
-def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """concatenate(arange(s, s + c) for s, c in zip(starts, counts)), vectorised."""
-    if not len(starts):
-        return np.zeros(0, np.int64)
-    ends = np.cumsum(counts)
-    rows: NDArray[np.int64] = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
-    return rows
 
 
 def _identity(text: str) -> tuple[str, str, int, str, str | None]:

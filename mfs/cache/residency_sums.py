@@ -1,0 +1,81 @@
+"""Arithmetic over `residency`'s tables: bytes by chunk and by object, and whose a chunk row is. Columns stand there.
+
+Vectorised, because a large cache has a million chunk rows and each question is about all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mfs.cache.ssd import HEADER_BYTES
+from mfs.types import BLOCK_BYTES, CHUNK_BYTES
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The used rows of both tables at one instant."""
+
+    rows: NDArray[np.int64]
+    chunks: NDArray[np.uint32]
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Per chunk row: bytes on disk with the file's header, 0 if absent."""
+        masks = self.chunks[:, 0]
+        sizes = np.bitwise_count(masks).astype(np.int64) * BLOCK_BYTES
+        sizes[masks > 0] += HEADER_BYTES
+        live = self.rows[self.rows[:, 4] > 0]
+        last = live[:, 3] + live[:, 4] - 1
+        tail_bytes = live[:, 5] - (live[:, 4] - 1) * CHUNK_BYTES
+        last_block = (tail_bytes - 1) // BLOCK_BYTES
+        present = (masks[last] >> last_block.astype(np.uint32)) & 1
+        sizes[last] -= present * ((last_block + 1) * BLOCK_BYTES - tail_bytes)
+        return sizes
+
+    def owners(self) -> NDArray[np.int64]:
+        """Per chunk row: its object's row, -1 if none."""
+        owners = np.full(len(self.chunks), -1, np.int64)
+        live = np.flatnonzero(self.rows[:, 4] > 0)
+        owners[_ranges(self.rows[live, 3], self.rows[live, 4])] = np.repeat(live, self.rows[live, 4])
+        return owners
+
+    def per_object(self) -> NDArray[np.int64]:
+        """Per object row: bytes on disk."""
+        edges = np.concatenate([[0], np.cumsum(self.sizes)])
+        totals: NDArray[np.int64] = edges[self.rows[:, 3] + self.rows[:, 4]] - edges[self.rows[:, 3]]
+        return totals
+
+
+def bytes_of(masks: NDArray[np.uint32], count: int, size: int) -> int:
+    """Bytes of an object that its chunks' masks stand for, without file headers."""
+    total = int(np.bitwise_count(masks).sum()) * BLOCK_BYTES
+    tail_bytes = size - (count - 1) * CHUNK_BYTES
+    last_block = (tail_bytes - 1) // BLOCK_BYTES
+    if count and int(masks[-1]) >> last_block & 1:  # the object's last block is shorter than the others
+        total -= (last_block + 1) * BLOCK_BYTES - tail_bytes
+    return total
+
+
+def id_of(row: NDArray[Any]) -> str:
+    """The cache_id that an object row begins with."""
+    a, b, c = (int(v) % 2**64 for v in row[:3])
+    return f"{a:016x}{b:016x}{c:08x}"
+
+
+def id_words(cache_id: str) -> tuple[int, int, int]:
+    """A cache_id as an object row begins with it."""
+    return int(cache_id[:16], 16), int(cache_id[16:32], 16), int(cache_id[32:], 16)
+
+
+def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """concatenate(arange(s, s + c) for s, c in zip(starts, counts)), vectorised."""
+    if not len(starts):
+        return np.zeros(0, np.int64)
+    ends = np.cumsum(counts)
+    rows: NDArray[np.int64] = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+    return rows
