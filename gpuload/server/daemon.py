@@ -54,6 +54,7 @@ class ServerConfig:
     arena_bytes: Mapping[str, int] = field(default_factory=dict)
     """Device name -> budget, taken at start."""
     connections_max: int = 1024
+    """Half of them for users who may only attach: they must not keep the server's own user out."""
     idle_s: float = 300.0
     """A connection without a lease that asks nothing for so long is closed."""
     message_s: float = 30.0
@@ -94,7 +95,7 @@ async def serve(
             stack.callback(slots.close)
             operations = Operations(Loader(sites, digests, config.limits, slots), version=VERSION)
             sock.listen(128)
-            places = trio.Semaphore(config.connections_max)
+            places, strangers = trio.Semaphore(config.connections_max), trio.Semaphore(config.connections_max // 2)
             async with trio.open_nursery() as nursery:
                 task_status.started(sites)
                 listener = trio.socket.from_stdlib_socket(sock)
@@ -107,7 +108,7 @@ async def serve(
                         places.release()
                         await trio.sleep(ACCEPT_PAUSE_S)
                         continue
-                    nursery.start_soon(_connection, client, operations, config, places)
+                    nursery.start_soon(_connection, client, operations, config, places, strangers)
 
 
 def _staging_bytes(config: ServerConfig) -> int:
@@ -150,13 +151,24 @@ async def _open_site(stack: contextlib.AsyncExitStack, name: str, device: Device
 
 
 async def _connection(
-    sock: trio.socket.SocketType, operations: Operations, config: ServerConfig, places: trio.Semaphore
+    sock: trio.socket.SocketType,
+    operations: Operations,
+    config: ServerConfig,
+    places: trio.Semaphore,
+    strangers: trio.Semaphore,
 ) -> None:
-    """One client, from accept to its end. No error of a client leaves this function."""
+    """One client, from accept to its end; gives its place back. No error of a client leaves this function."""
     channel = Channel(sock)
     lease: Model | None = None
+    taken = [places]
     try:
         peer = _peer(sock)
+        if not peer.may_change:
+            try:
+                strangers.acquire_nowait()
+            except trio.WouldBlock:
+                raise ServerError("too many connections of other users; try later") from None
+            taken.append(strangers)
         while True:
             idle_s = float("inf") if lease else config.idle_s
             fds_max = config.fds_max if peer.may_change else 0  # the others have no use for any
@@ -181,9 +193,12 @@ async def _connection(
         log.info("connection ended: %s", error)
         with contextlib.suppress(AwayError):
             await channel.send(to_wire(error), message_s=1.0)
+    except Exception as error:  # what one client brings about must not end the others' weights
+        log.error("connection ended, unexpectedly: %s", error, exc_info=error)
     finally:
         sock.close()
-        places.release()
+        for place in taken:
+            place.release()
         if lease:
             lease.end_lease()
 

@@ -95,7 +95,7 @@ def test_room_is_made_by_oldest_use_first_and_refusals_touch_nothing() -> None:
     b.lease()
     c.is_pinned = True
     assert catalog.make_room(30, "x") == [a]
-    with pytest.raises(FitError, match=r"short by 4096 bytes; nothing was evicted") as caught:
+    with pytest.raises(FitError, match=r"short by 4.0 K; nothing was evicted") as caught:
         catalog.make_room(31, "x")
     assert caught.value.shortfall_bytes == 4096
     assert set(catalog.models) == {"a", "b", "c"}

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 import gpuload.tensors
-from gpuload.asking import ask, load_resident
+from gpuload.asking import ask, connect, load_resident
 from gpuload.client import attach, open_resident
 from gpuload.device.host import HostDevice
 from gpuload.server.daemon import ServerConfig
+from gpuload.server.wire import receive_blocking
 from gpuload.testing import ServerThread, random_tensors, running_server, write
 from mfs.errors import ConfigError, IntegrityError, NotFoundError, UsageError
 from tests.gpuload.server.test_leases import NOBODY, in_child
@@ -95,6 +96,27 @@ def test_whoever_may_only_attach_sends_no_descriptors(config: ServerConfig) -> N
 
             process, out, hold = in_child(work)
             assert "1 descriptors, more than 0" in os.read(out, 10_000).decode()
+            os.close(hold)
+            os.waitpid(process, 0)
+            os.close(out)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_other_users_connections_do_not_keep_the_owner_out(config: ServerConfig) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        config = replace(config, socket_path=f"{folder}/s.sock", socket_mode=0o666, connections_max=4)
+        with running_server(config, lambda _: HostDevice(granule_bytes=4096)) as server:
+            held: list[socket.socket] = []
+
+            def work() -> str:
+                os.setuid(NOBODY)
+                held.extend(connect(server.socket_path, 30) for _ in range(6))
+                return str(receive_blocking(held[2])[0]["message"])
+
+            process, out, hold = in_child(work)
+            assert "too many connections of other users" in os.read(out, 10_000).decode()
+            assert ask({"op": "ping"}, socket_path=server.socket_path, timeout_s=30)["pid"] == os.getpid()
             os.close(hold)
             os.waitpid(process, 0)
             os.close(out)
