@@ -99,6 +99,9 @@ def _while_running(
         yield item, process
         if item["at_s"] > ended_s and len(item["records"]) < _FULL_COUNT:
             return
+    warn("the daemon has ended or handed the mount over: what is read from now on is missing from the sums")
+    if process is not None:
+        process.wait()
 
 
 def _is_below(file: str, path: str) -> bool:

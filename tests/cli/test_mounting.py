@@ -222,6 +222,17 @@ class TestHandover:
         assert {b"AWS_PROFILE=old", b"HF_TOKEN=new"} <= set(environment)
         mfs("umount", mnt)
 
+    def test_watch_says_that_the_daemon_it_watched_has_gone(self, mfs: Mfs, models: Path, mnt: Path) -> None:
+        """Its command goes on, and its exit status counts."""
+        mfs("mount", models, mnt, *SMALL)
+        record = runtime.read_record(str(mnt))
+        assert record is not None
+        command = f"'{sys.executable}' -m mfs mount --handover '{mnt}' && tail --pid {record.pid} -f /dev/null; exit 7"
+        done = mfs("watch", mnt, "sh", "-c", command, status=7)
+        assert "taken over from" in done.stdout
+        assert "has ended or handed the mount over" in done.stderr
+        mfs("umount", mnt)
+
     def test_what_cannot_be_handed_over_is_said(
         self, mfs: Mfs, models: Path, mnt: Path, fake_mount: Callable[..., FakeMount]
     ) -> None:
