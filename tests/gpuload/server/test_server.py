@@ -377,7 +377,7 @@ def test_a_server_that_does_not_fit_beside_others_takes_nothing(
             taken.append(nbytes)
             return super().create_arena(nbytes)
 
-    match = r"others hold 1020 M, free are 4.0 M; short by \d.*; nothing was taken"
+    match = r"others hold 1.0 G, free are 4.0 M; short by \d.*; nothing was taken"
     with (
         pytest.raises(FitError, match=match) as caught,
         running_server(replace(config, arena_bytes=arenas), lambda name: Watched(name=name, granule_bytes=4096)),
