@@ -88,11 +88,11 @@ class TreeRecord:
         try:
             with self._open() as database, database:
                 database.executemany("DELETE FROM tree WHERE source = ? AND path = ?", absent)
-                # What stands there with the same fingerprint was published by another mount, earlier: it holds for all.
+                # What another mount published holds for all: of the same content earlier, of other content later.
                 database.executemany(
                     "INSERT INTO tree VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET mtime_ns = excluded.mtime_ns, "
                     "fingerprint = excluded.fingerprint, times = excluded.times "
-                    "WHERE fingerprint != excluded.fingerprint",
+                    "WHERE fingerprint != excluded.fingerprint AND mtime_ns < excluded.mtime_ns",
                     rows,
                 )
         except (sqlite3.Error, OSError) as error:

@@ -47,6 +47,14 @@ def test_a_damaged_file_is_thrown_away_and_said(cache: Path, caplog: pytest.LogC
     assert len(record.load(["a"])[0]) == 1
 
 
+def test_what_another_mount_wrote_later_of_other_content_holds(cache: Path) -> None:
+    """A mount that is slow to see a change must not put its older view in place of the newer one."""
+    record = TreeRecord(cache)
+    record.save([("a", "m", 20, b"newest", b"")])
+    record.save([("a", "m", 15, b"newer", b"")])
+    assert record.load(["a"])[0] == {(0, "m"): Record(20, b"newest", b"")}
+
+
 @pytest.mark.parametrize(
     ("mtime_ns", "times"),
     [(5, b"123"), (-1, TIMES), (2**63 - 1, TIMES), (5, array("Q", [2**64 - 1]).tobytes()), (5, "text"), ("x", TIMES)],
