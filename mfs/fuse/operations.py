@@ -13,11 +13,10 @@ import logging
 import os
 import stat
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -25,6 +24,7 @@ import trio
 from mfs.errors import MfsError, StoreError
 from mfs.fuse.errnos import errno_of
 from mfs.fuse.kernel import MAX_BACKGROUND
+from mfs.fuse.repeats import FailedReads
 from mfs.listing import Listing
 from mfs.namespace import Directory, Namespace, Node
 from mfs.types import ByteRange, EntryKind
@@ -45,11 +45,6 @@ of a notification that gets lost."""
 _INODE_CACHE_S = 3600.0
 """An inode never changes, so its attributes may be believed; directories change and are asked again after a second."""
 _DIRECTORY_CACHE_S = 1.0
-_RETRY_S, _RETRY_BYTES_MAX, _RETRIES_MAX = 0.25, 1 << 16, 16
-"""When a read ahead fails, the kernel asks again for the one page that is wanted (mm/filemap.c): within this time, no
-more bytes than that, and so many failed reads are remembered per handle. It gets the same answer, or a reader would
-wait for a dead origin twice."""
-_WAITED_S_MIN = 1.0  # a failure that came quicker is worth asking about again
 _ENTRIES_MAX = 256
 """Of one answer to readdir, about 2 ms: the kernel has room for thousands (10,000 took up to 148 ms) and asks again."""
 _STORE_TIMEOUT_S = 2.0
@@ -106,14 +101,6 @@ class ReadCounters:
     waiting: int = 0
 
 
-class _Failure(NamedTuple):
-    """A read that waited long and failed."""
-
-    span: ByteRange
-    error: MfsError
-    until_s: float
-
-
 @dataclass
 class _OpenDirectory:
     directory: Directory
@@ -152,8 +139,7 @@ class Operations(pyfuse3.Operations):
         self._reader = reader
         self._owner = owner
         self._files: dict[int, OpenFile] = {}
-        self._failures: dict[int, deque[_Failure]] = {}
-        """By handle: what the kernel may be about to ask again."""
+        self._failed = FailedReads()
         self._open_directories: dict[int, _OpenDirectory] = {}
         self._handles_count = 0
         self._headed: set[int] = set()
@@ -290,16 +276,12 @@ class Operations(pyfuse3.Operations):
         counters.waiting += 1
         since_s = time.monotonic()
         try:
-            if fh in self._failures:
-                self._raise_if_repeated(fh, span)
+            self._failed.raise_if_repeated(fh, span)
             with self._wait_for(file.group):
                 view = await file.read(span)
         except BaseException as error:
             counters.errors += 1
-            now_s = time.monotonic()
-            if isinstance(error, StoreError) and now_s - since_s > _WAITED_S_MIN:
-                failed = self._failures.setdefault(fh, deque(maxlen=_RETRIES_MAX))
-                failed.append(_Failure(span, error, now_s + _RETRY_S))
+            self._failed.note(fh, span, error, since_s)
             raise
         finally:
             counters.waiting -= 1
@@ -308,20 +290,8 @@ class Operations(pyfuse3.Operations):
         counters.bytes += len(span)
         return cast(bytes, view)  # pyfuse3 replies from any contiguous buffer (handlers.pxi, PyObject_GetBuffer)
 
-    def _raise_if_repeated(self, fh: int, span: ByteRange) -> None:
-        """Raise what a read of these bytes has just failed with, once."""
-        failures = self._failures[fh]
-        while failures and failures[0].until_s < time.monotonic():
-            failures.popleft()
-        if not failures:
-            del self._failures[fh]
-        for failure in failures:
-            if failure.span.start <= span.start and span.stop <= failure.span.stop and len(span) <= _RETRY_BYTES_MAX:
-                failures.remove(failure)
-                raise failure.error
-
     async def release(self, fh: int) -> None:
-        self._failures.pop(fh, None)
+        self._failed.forget(fh)
         file = self._files.pop(fh, None)
         if file is not None:
             file.close()
