@@ -103,10 +103,11 @@ def mount_hash(mountpoint: str) -> str:
 def socket_path(mountpoint: str, folder: Path | None = None) -> Path:
     """Where the daemon of the mount at this real path listens. Raises: ConfigError if the path is too long to bind."""
     path = (folder or directory()) / f"{mount_hash(mountpoint)}.sock"
-    length_bytes = len(os.fsencode(path.with_suffix(_LONGEST_ENDING)))
+    longest = path.with_suffix(_LONGEST_ENDING)
+    length_bytes = len(os.fsencode(longest))
     if length_bytes > _SOCKET_PATH_BYTES_MAX:
         raise ConfigError(
-            f"socket path {path} is {length_bytes} bytes long: the kernel allows {_SOCKET_PATH_BYTES_MAX}; "
+            f"socket path {longest} is {length_bytes} bytes long: the kernel allows {_SOCKET_PATH_BYTES_MAX}; "
             f"set XDG_RUNTIME_DIR (or MFS_RUNTIME_DIR) to a shorter directory"
         )
     return path

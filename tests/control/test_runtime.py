@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import trio
 
-from mfs.control import runtime
+from mfs.control import listening, runtime
 from mfs.control.runtime import Record
 from mfs.errors import ConfigError, NotFoundError
 
@@ -105,6 +107,29 @@ def test_a_socket_path_the_kernel_cannot_bind_is_said(monkeypatch: pytest.Monkey
     monkeypatch.setenv("MFS_RUNTIME_DIR", str(tmp_path / ("x" * 100)))
     with pytest.raises(ConfigError, match="the kernel allows 107"):
         runtime.socket_path("/m")
+
+
+@pytest.mark.parametrize("pid", [1, 4_194_304])
+def test_the_longest_path_that_is_allowed_can_be_bound_by_any_process(
+    monkeypatch: pytest.MonkeyPatch, pid: int
+) -> None:
+    """All doors of a mount: the longest name, and the one it has before it listens."""
+
+    async def open_door(path: Path) -> None:
+        with listening.door(path, 0o600):
+            assert list(path.parent.iterdir()) == [path]
+
+    with tempfile.TemporaryDirectory(prefix="mfs-") as short:
+        folder = Path(short) / ("x" * (107 - len(short) - len("//0123456789abcdef.slots")))
+        folder.mkdir()
+        monkeypatch.setenv("MFS_RUNTIME_DIR", str(folder))
+        monkeypatch.setattr(os, "getpid", lambda: pid)
+        path = runtime.socket_path("/m")
+        for ending in (".slots", ".sock", ".next"):
+            trio.run(open_door, path.with_suffix(ending))
+        monkeypatch.setenv("MFS_RUNTIME_DIR", f"{folder}y")
+        with pytest.raises(ConfigError, match="108 bytes long: the kernel allows 107"):
+            runtime.socket_path("/m")
 
 
 def test_a_path_outside_any_mount_is_not_found(tmp_path: Path) -> None:
