@@ -2,5 +2,7 @@
 
 frames.py   MessagePack over a socket pair, both ends
 pool.py     the daemon's side: queues, priorities, deadlines, respawn
-process.py  the worker's side: `python -m mfs.workers.process`
+shares.py   how a bound is divided among models
+worker.py   one process, as the daemon sees it
+process.py  the worker's side: `python -m mfs.workers.process`; jobs.py is what it can do
 """

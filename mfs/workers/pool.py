@@ -8,27 +8,24 @@ here belongs to the trio thread; nothing blocks.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import logging
 import math
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any, Literal
 
 import trio
 
 from mfs.errors import ConfigError, MfsError, StoreError, TransientStoreError, from_wire
-from mfs.workers.frames import Decoder, Frame, encode
+from mfs.workers.frames import Frame
 from mfs.workers.shares import NOBODY, Group, Shares, group_of_directory, group_of_file
+from mfs.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,6 @@ _DISK_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 20.0
 _RESPAWN_PAUSE_S, _RESPAWN_PAUSE_MAX_S = 0.5, 30.0
 """Doubled each time a worker ends before it was ready: a fault that stays must not keep a core busy starting Python."""
-_SEND_BUFFER_BYTES = 4 << 20
 
 
 class WorkerEndedError(TransientStoreError):
@@ -144,21 +140,6 @@ class _Line:
         return heapq.heappop(best)[2] if best else None
 
 
-@dataclass(eq=False)
-class _Worker:
-    """One process and what it is doing."""
-
-    number: int
-    process: subprocess.Popen[bytes]
-    channel: socket.socket
-    jobs: dict[int, Job] = field(default_factory=dict)
-    ready: bool = False
-    unsent: bytearray = field(default_factory=bytearray)
-    """Frames its socket had no room for yet; bounded by what the lanes may have in flight."""
-    sending: trio.Event = field(default_factory=trio.Event)
-    """Set when `unsent` gets its first byte."""
-
-
 def _group_of(job: Job) -> Group:
     arguments = job.arguments
     if job.operation in ("fill", "load"):
@@ -181,7 +162,7 @@ class WorkerPool:
         self._serials = itertools.count(1)
         self._lines: dict[tuple[Lane, int], _Line] = {}
         """By lane and source."""
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._failed_start: MfsError | None = None
         self._changed = trio.Event()
         self.identities: list[str] = []
@@ -273,9 +254,7 @@ class WorkerPool:
 
     def describe(self) -> list[Frame]:
         """[{pid, inflight, restarts}] for status."""
-        return [
-            {"pid": w.process.pid, "inflight": len(w.jobs), "restarts": self._restarts[w.number]} for w in self._workers
-        ]
+        return [{"pid": w.pid, "inflight": len(w.jobs), "restarts": self._restarts[w.number]} for w in self._workers]
 
     # -- dispatch
 
@@ -291,7 +270,7 @@ class WorkerPool:
             else:
                 self._start(line, job, min(workers, key=lambda w: len(w.jobs)))
 
-    def _start(self, line: _Line, job: Job, worker: _Worker) -> None:
+    def _start(self, line: _Line, job: Job, worker: Worker) -> None:
         job.started = True
         line.shares.take(job.group)
         worker.jobs[job.serial] = job
@@ -300,18 +279,9 @@ class WorkerPool:
         arguments = job.arguments
         if job.operation in _WITH_DEADLINE:
             arguments = {**arguments, "deadline_s": job.deadline_s}
-        data = encode({"id": job.serial, "op": job.operation, **arguments})
-        sent = 0
-        if not worker.unsent:
-            try:
-                sent = worker.channel.send(data)
-            except OSError:  # full, or dead: then `_receive` hears of it
-                pass
-        if sent < len(data):
-            worker.unsent += data[sent:]
-            worker.sending.set()
+        worker.send({"id": job.serial, "op": job.operation, **arguments})
 
-    def _finished(self, worker: _Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
+    def _finished(self, worker: Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
         del worker.jobs[job.serial]
         line = self._line(job)
         line.shares.give(job.group)
@@ -358,10 +328,11 @@ class WorkerPool:
 
     async def _keep_worker(self, number: int) -> None:
         """Start the worker, and again whenever it dies."""
+        setup = {**self._config.setup, "connections_max": self._config.connections_max}
         pause_s = _RESPAWN_PAUSE_S
         while True:
             try:
-                worker = await trio.to_thread.run_sync(self._spawn, number)
+                worker = await trio.to_thread.run_sync(Worker, number, self._slots_fd, setup)
             except OSError as error:  # no memory, no processes or descriptors left: that may pass
                 self._failed_start = self._failed_start or ConfigError(f"a worker process cannot be started: {error}")
                 self._notify()
@@ -371,86 +342,24 @@ class WorkerPool:
                 continue
             self._workers.append(worker)
             try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._send_rest, worker)
-                    await self._receive(worker)
-                    nursery.cancel_scope.cancel()
+                await worker.run(partial(self._take, worker))
             finally:
                 self._workers.remove(worker)
-                worker.process.kill()
-                worker.channel.close()
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(worker.process.wait)
+                await worker.end()
                 for job in list(worker.jobs.values()):
                     self._finished(worker, job, None, WorkerEndedError(
-                        f"worker process {worker.process.pid} ended during {job.operation}"))  # fmt: skip
+                        f"worker process {worker.pid} ended during {job.operation}"))  # fmt: skip
             if not worker.ready:
                 self._failed_start = self._failed_start or ConfigError(
                     "a worker process did not start; see the log file"
                 )
                 self._notify()
             self._restarts[number] += 1
-            logger.warning(
-                "worker %d ended (status %s); starting another", worker.process.pid, worker.process.returncode
-            )
+            logger.warning("worker %d ended (status %s); starting another", worker.pid, worker.status)
             pause_s = _RESPAWN_PAUSE_S if worker.ready else min(2 * pause_s, _RESPAWN_PAUSE_MAX_S)
             await trio.sleep(pause_s)
 
-    def _spawn(self, number: int) -> _Worker:
-        ours, theirs = socket.socketpair()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-        with theirs, contextlib.ExitStack() as on_failure:
-            on_failure.callback(ours.close)
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mfs.workers.process", str(theirs.fileno()), str(self._slots_fd)],
-                pass_fds=(theirs.fileno(), self._slots_fd),
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-            on_failure.pop_all()
-        with contextlib.suppress(OSError):  # it may have died already; `_receive` will hear of it
-            ours.sendall(encode({**self._config.setup, "connections_max": self._config.connections_max}))
-        ours.setblocking(False)
-        return _Worker(number, process, ours)
-
-    async def _receive(self, worker: _Worker) -> None:
-        """Take the worker's answers until it ends."""
-        decoder = Decoder()
-        while True:
-            await trio.lowlevel.wait_readable(worker.channel)
-            try:
-                data = worker.channel.recv(1 << 18)
-            except BlockingIOError:
-                continue
-            except OSError:
-                return
-            if not data:
-                return
-            try:
-                frames = list(decoder.feed(data))
-            except ValueError as error:  # too long, or no frame
-                logger.error("worker %d sends what is no answer (%s); killing it", worker.process.pid, error)
-                return
-            for frame in frames:
-                self._take(worker, frame)
-
-    async def _send_rest(self, worker: _Worker) -> None:
-        """Send what did not fit into the socket at once. A worker that never takes it dies of its operations'
-        deadlines.
-        """
-        while True:
-            await worker.sending.wait()
-            await trio.lowlevel.wait_writable(worker.channel)
-            try:
-                del worker.unsent[: worker.channel.send(worker.unsent)]
-            except BlockingIOError:
-                continue
-            except OSError:
-                return
-            if not worker.unsent:
-                worker.sending = trio.Event()
-
-    def _take(self, worker: _Worker, frame: Frame) -> None:
+    def _take(self, worker: Worker, frame: Frame) -> None:
         if frame["id"] == 0:
             if "error" in frame:
                 self._failed_start = from_wire(*frame["error"])
@@ -481,9 +390,9 @@ class WorkerPool:
                 if late:
                     logger.error(
                         "worker %d has not answered %s %.0f s after its deadline; killing it",
-                        worker.process.pid, late[0].operation, _GRACE_S,
+                        worker.pid, late[0].operation, _GRACE_S,
                     )  # fmt: skip
-                    worker.process.kill()
+                    worker.kill()
 
     def _expire_queued(self, now: float) -> None:
         """What a reader waits for fails in time, also when no worker is there to take it."""

@@ -16,6 +16,7 @@ from mfs.cache.chunks import full_mask
 from mfs.errors import ConfigError, MfsError, NotFoundError, StoreError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES
 from mfs.workers import pool as pool_module
+from mfs.workers import worker as worker_module
 from mfs.workers.frames import FRAME_BYTES_MAX, Decoder, encode, object_to_wire
 from mfs.workers.pool import Job, PoolConfig, Priority, WorkerEndedError, WorkerPool
 from tests.workers.rig import Rig, process_state, raises_inside, running_rig, until
@@ -257,11 +258,11 @@ async def test_a_worker_that_cannot_start_says_why(tmp_path: Path, setup: dict[s
 
 
 async def test_a_worker_that_dies_at_once_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module.sys, "executable", "/bin/false")
+    monkeypatch.setattr(worker_module.sys, "executable", "/bin/false")
     with raises_inside(ConfigError, "did not start"):
         async with running_rig(tmp_path):
             raise AssertionError("it runs")
-    monkeypatch.setattr(pool_module.sys, "executable", "/nonexistent/python")
+    monkeypatch.setattr(worker_module.sys, "executable", "/nonexistent/python")
     with raises_inside(ConfigError, "cannot be started"):
         async with running_rig(tmp_path):
             raise AssertionError("it runs")
