@@ -68,7 +68,7 @@ async def _run(config: MountConfig, start: DaemonStart) -> None:
                 heir.check_same(config)
                 await trio.to_thread.run_sync(check_cache_dir, config)
                 async with AsyncExitStack() as stack:
-                    with runtime.room_held(record):  # once the mount is ours there is no way back
+                    with runtime.room_held():  # once the mount is ours there is no way back
                         ended = await stack.enter_async_context(mount.serving(heir))
                     with runtime.announced(record) as socket_path:
                         await _answer(mount, ended, signals, start, socket_path, heir.lock, heir.close)

@@ -16,8 +16,9 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -143,20 +144,19 @@ def locked(mountpoint: str) -> Iterator[int]:
 
 
 @contextmanager
-def room_held(record: Record) -> Iterator[None]:
+def room_held() -> Iterator[None]:
     """Hold as much of the runtime directory's file system as `announced` and the sockets need for a moment.
 
     A full one is found out before anything depends on it. Raises: ConfigError.
     """
-    room = socket_path(record.mountpoint, create_directory()).with_suffix(f".{record.pid}.room")
-    try:
+    folder = create_directory()
+    with ExitStack() as stack:
         try:
-            room.write_bytes(bytes(_ROOM_BYTES))
+            room = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # has no name: a kill leaves nothing
+            os.posix_fallocate(room.fileno(), 0, _ROOM_BYTES)
         except OSError as error:
-            raise ConfigError(f"nothing can be written in {room.parent}: {error.strerror}") from error
+            raise ConfigError(f"nothing can be written in {folder}: {error.strerror}") from error
         yield
-    finally:
-        room.unlink(missing_ok=True)
 
 
 @contextmanager
