@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 import trio
@@ -114,13 +115,12 @@ class Service:
         node = await self._mount.namespace.resolve(path)
         directory = self._mount.namespace.directory(node.inode)
         if directory is None:
-            named = [(path.rpartition("/")[2], node)]
+            named = iter([(path.rpartition("/")[2], node)])
         else:
             listing = await self._mount.namespace.listing(directory)
-            named = [(name.decode(), child) for _, name, child in self._mount.namespace.nodes(directory, listing, 0)]
+            named = ((name.decode(), child) for _, name, child in self._mount.namespace.nodes(directory, listing, 0))
         rows: list[Json] = []
-        for first in range(0, len(named), _BATCH):
-            part = named[first : first + _BATCH]
+        while part := list(islice(named, _BATCH)):  # of 300,000 names, so many as objects at once
             residency = await self._mount.reader.residency([child for _, child in part])
             for (name, child), (ssd_bytes, ram_bytes, pinned) in zip(part, residency, strict=True):
                 rows.append({
