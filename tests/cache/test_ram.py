@@ -40,7 +40,7 @@ def test_a_budget_too_small_is_refused(budget_bytes: int) -> None:
         SlotMemory(RamConfig(budget_bytes))
 
 
-@pytest.mark.parametrize("budget_bytes", [memory_available_bytes() + (64 << 30), 1 << 62])
+@pytest.mark.parametrize("budget_bytes", [memory_available_bytes() + (64 << 30), 1 << 62], ids=["machine", "any"])
 def test_a_budget_beyond_the_machine_is_refused(budget_bytes: int) -> None:
     with pytest.raises(ConfigError, match=r"does not fit.*--ram-size"):
         SlotMemory(RamConfig(budget_bytes))
