@@ -24,7 +24,7 @@ from gpuload.errors import AwayError, BusyError, DeviceError, FitError, ServerEr
 from gpuload.server import wire
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import FaultyDevice, Gate, ServerThread, assert_same, random_tensors, running_server, write
-from mfs.errors import UsageError
+from mfs.errors import ChangedError, UsageError
 
 LARGE = {f"l.{i}.w": (8, 2048) for i in range(8)}  # 32 KiB in BF16: a block each
 SMALL = {f"l.{i}.norm": (100,) for i in range(8)}
@@ -330,6 +330,27 @@ def test_a_client_that_leaves_cancels_its_load(config: ServerConfig, tmp_path: P
         load(server, path)
         assert_same(attached(server), base_model())
     assert device.staging_count == 0, "the server's ring is given back when it ends"
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_an_error(
+    config: ServerConfig, tmp_path: Path, small_granules: None
+) -> None:
+    """Half of it would be of the old version: nothing known of its bytes could tell."""
+    gate = Gate(3, blocks=True)
+    device = FaultyDevice(HostDevice(granule_bytes=4096), gate)
+    path = write(tmp_path / "a.safetensors", base_model())
+    other = write(tmp_path / "b.safetensors", base_model(2)).read_bytes()
+    with running_server(config, lambda _: device) as server, ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load, server, path)
+        assert gate.reached.wait(30)
+        with open(path, "r+b") as file:
+            file.write(other)
+        gate.opened.set()
+        with pytest.raises(ChangedError, match="changed while it was loaded"):
+            loading.result(60)
+        assert set(server.gauges().values()) == {0}
+        load(server, path)
+        assert_same(attached(server), base_model(2))
 
 
 @pytest.mark.parametrize("passes", [0, 1, 5, 10])
