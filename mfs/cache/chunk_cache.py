@@ -98,7 +98,7 @@ class ChunkCache:
             state.ssd_known.set()
 
         if self._config.ssd and state.object.size:
-            self._pool.submit(Job("masks", {"obj": state.wire}, learned))
+            self._pool.submit(Job("masks", {"obj": state.wire}, learned, timeout_s=self._config.timeout_s))
         else:
             state.ssd_known.set()
 
@@ -179,7 +179,9 @@ class ChunkCache:
             while True:
                 chunk = state.chunks.get(index)
                 if not state.ssd_known.is_set():
-                    await state.ssd_known.wait()
+                    with trio.move_on_after(self._config.timeout_s / 4):
+                        await state.ssd_known.wait()
+                    state.ssd_known.set()  # a worker that hangs costs a reader this long, not his bytes
                     continue
                 if not self._may_lease(state, index, chunk, mask, demand):
                     await self.slots.wait(state.group)

@@ -496,3 +496,17 @@ async def test_slots_that_are_made_usable_wake_who_waits_for_one(tmp_path: Path)
     await memory.populate()
     assert woken[-1] == 16
     memory.close()
+
+
+async def test_a_hung_worker_costs_a_file_just_opened_a_pause_and_not_its_bytes(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, timeout_s=8) as rig:
+        obj = rig.put_ramp("model.bin", CHUNK_BYTES)
+        state = rig.cache.open(obj, 0)
+        [asked] = [worker["pid"] for worker in rig.pool.describe() if worker["inflight"]]
+        os.kill(asked, signal.SIGSTOP)
+        try:
+            await read(rig, obj)
+        finally:
+            os.kill(asked, signal.SIGCONT)
+        await rig.cache.saver.wait_saved()
+        rig.cache.close(state)
