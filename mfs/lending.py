@@ -14,9 +14,12 @@ from mfs.errors import ChangedError, MfsError, NotFoundError, TransientStoreErro
 from mfs.mount import Mount
 from mfs.reader import OpenObject
 from mfs.types import CHUNK_BYTES, ByteRange
+from mfs.workers.shares import Group, Shares
 
 _LEASE_BYTES_MAX = 64 << 20  # far above a staging buffer, far below what would starve readers
-_SHARE = 4  # a quarter of the slots at most is lent at once: the mount's own readers come first
+_SHARE = 2
+"""Half of the slots at most is lent at once, by the rule of `workers.shares`: a quarter to one model. The mount's own
+readers come first, and a model that hangs with what it borrowed leaves room for the others."""
 _WAIT_S = 10.0
 """Longest wait for what others hold. Leases last as long as one copy, milliseconds; who holds them longer is stopped,
 or stuck, and the borrower had better read the file."""
@@ -37,20 +40,21 @@ class LentFile:
 
 
 class Loan:
-    """Chunks held for a borrower, and the permits they count against."""
+    """Chunks held for a borrower, and what gives back his share."""
 
-    def __init__(self, cache: ChunkCache, limit: trio.CapacityLimiter) -> None:
+    def __init__(self, cache: ChunkCache, give: Callable[[], None]) -> None:
         self.chunks: list[Chunk] = []
-        self.tokens: list[object] = []
         self._cache = cache
-        self._limit = limit
+        self._give: Callable[[], None] | None = give
 
     def release(self) -> None:
+        """Idempotent."""
         for chunk in self.chunks:
             self._cache.release(chunk)
-        for token in self.tokens:
-            self._limit.release_on_behalf_of(token)
-        self.chunks, self.tokens = [], []
+        self.chunks = []
+        give, self._give = self._give, None
+        if give is not None:
+            give()
 
 
 class SlotLender:
@@ -61,12 +65,11 @@ class SlotLender:
         self._wait_s = wait_s
         self.fd = os.open(f"/proc/self/fd/{mount.memory.fd}", os.O_RDONLY | os.O_CLOEXEC)
         self.size_bytes = mount.memory.size_bytes
-        lendable_count = max(2, mount.memory.slots_count // _SHARE)
-        self.lease_bytes_max = min(
-            _LEASE_BYTES_MAX, (lendable_count - 1) * CHUNK_BYTES
-        )  # any range of it touches no more
-        self._limit = trio.CapacityLimiter(lendable_count)
-        self._turn = trio.Lock()
+        lendable_count = max(4, mount.memory.slots_count // _SHARE)
+        self._shares = Shares(lendable_count, hard=lendable_count)
+        own_count = lendable_count // 2  # what one model alone gets
+        self.lease_bytes_max = min(_LEASE_BYTES_MAX, (own_count - 1) * CHUNK_BYTES)  # any range of it touches no more
+        self._waiting = trio.lowlevel.ParkingLot()
         self._files_count = 0
         self._unused = trio.Event()
 
@@ -95,17 +98,15 @@ class SlotLender:
     async def lease(self, file: LentFile, start: int, stop: int) -> tuple[Loan, list[tuple[int, int]]]:
         """See Lender.lease."""
         cache = self._mount.cache
-        loan = Loan(cache, self._limit)
         parts = list(chunk_spans(ByteRange(start, stop)))
+        group = file.handle.group
+        with trio.move_on_after(self._wait_s) as scope:
+            while not self._take(group, len(parts)):
+                await self._waiting.park()
+        if scope.cancelled_caught:
+            raise TransientStoreError(f"others hold all the slots that are lent, for {self._wait_s:g} s already")
+        loan = Loan(cache, lambda: self._give(group, len(parts)))
         try:
-            with trio.move_on_after(self._wait_s) as scope:
-                async with self._turn:  # two borrowers that each hold half of what both need would wait for ever
-                    for _ in parts:
-                        token = object()
-                        await self._limit.acquire_on_behalf_of(token)
-                        loan.tokens.append(token)
-            if scope.cancelled_caught:
-                raise TransientStoreError(f"others hold all the slots that are lent, for {self._wait_s:g} s already")
             await self._bring(file.handle.state, parts, loan)
         except BaseException:
             loan.release()
@@ -114,6 +115,21 @@ class SlotLender:
             cache.note_use(chunk)  # not delivered: no page cache has it now, its slot is all there is in memory
         slots = {chunk.index: chunk.slot for chunk in loan.chunks}
         return loan, [(slots[index] * CHUNK_BYTES + part.start, len(part)) for index, part in parts]
+
+    def _take(self, group: Group, count: int) -> bool:
+        """All or nothing: two borrowers that each hold half of what both need would wait for ever."""
+        for taken in range(count):
+            if not self._shares.may_take(group):
+                for _ in range(taken):
+                    self._shares.give(group)
+                return False
+            self._shares.take(group)
+        return True
+
+    def _give(self, group: Group, count: int) -> None:
+        for _ in range(count):
+            self._shares.give(group)
+        self._waiting.unpark_all()
 
     async def _bring(self, state: ObjectState, parts: Sequence[tuple[int, ByteRange]], loan: Loan) -> None:
         """Hold all parts for `loan`, missing ones fetched at once, and no block more than is asked for: a borrower says

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +57,37 @@ def lender(cache: _Cache) -> Iterator[SlotLender]:
     os.close(fd)
 
 
-FILE: Any = SimpleNamespace(handle=SimpleNamespace(state=SimpleNamespace(chunks={})))
+def file_of(model: str) -> Any:
+    return SimpleNamespace(handle=SimpleNamespace(state=SimpleNamespace(chunks={}), group=(0, model)))
+
+
+FILE = file_of("a")
+
+
+async def test_a_model_that_hangs_with_what_it_borrowed_leaves_slots_for_others(
+    lender: SlotLender, cache: _Cache, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Others are lent at once; they do not stand behind the waiting borrowers of the model that hangs either."""
+    cache.hanging = set(range(1000, 1100))
+    async with trio.open_nursery() as nursery:
+        for i in range(1000, 1050):
+            nursery.start_soon(_refused_or_cancelled, lender, i)
+        await trio.testing.wait_all_tasks_blocked()
+        began = trio.current_time()
+        for model in ("b", "c"):
+            loan, _ = await lender.lease(file_of(model), 0, 2 * CHUNK_BYTES)
+            loan.release()
+        assert trio.current_time() == began
+        await trio.sleep(11)
+        nursery.cancel_scope.cancel()
+    assert cache.held == 0
+    whole, _ = await lender.lease(FILE, 0, lender.lease_bytes_max)
+    whole.release()
+
+
+async def _refused_or_cancelled(lender: SlotLender, chunk: int) -> None:
+    with suppress(TransientStoreError):
+        await lender.lease(FILE, chunk * CHUNK_BYTES, chunk * CHUNK_BYTES + 1)
 
 
 async def test_a_quarter_is_lent_and_who_waits_too_long_is_refused(
