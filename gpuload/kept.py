@@ -161,7 +161,10 @@ class _Kept:
             if watch is not None:
                 watch.close()
             for device, address in self._locked:
-                device.unregister(address)
+                try:
+                    device.unregister(address)
+                except DeviceError as error:  # the others are unlocked and all is unmapped nevertheless
+                    log.warning("%s: memory of a mount that ended may stay page-locked", error)
             self.locked_bytes = 0
             self.slots.close()
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 
 import trio
@@ -156,15 +156,13 @@ def move_one_by_one(
         if device.is_direct and _is_plain(batch):
             _read_direct(batch, source, runs_of, None)
             continue
-        stream, buffer, loan = device.open_stream(), Buffer(device.alloc_staging(batch.nbytes)), None
-        try:
-            sources, loan = _bring(batch, buffer, source, device, None, limits)
-            queue_copies(stream, batch, sources, runs_of).wait(limits.step_timeout_s)
-        finally:
-            stream.close()
-            buffer.staging.close()
+        with ExitStack() as held:
+            staging = held.enter_context(closing(device.alloc_staging(batch.nbytes)))
+            sources, loan = _bring(batch, Buffer(staging), source, device, None, limits)
             if loan is not None:
-                loan.release()
+                held.callback(loan.release)
+            stream = held.enter_context(closing(device.open_stream()))  # ends first: it may copy from the others
+            queue_copies(stream, batch, sources, runs_of).wait(limits.step_timeout_s)
 
 
 def queue_copies(stream: Stream, batch: Batch, sources: Runs, runs_of: RunsOf) -> Event:

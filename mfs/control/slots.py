@@ -179,7 +179,7 @@ async def _send(sock: trio.socket.SocketType, answer: dict[str, Any]) -> None:
 def _parsed(message: bytes) -> dict[str, Any]:
     try:
         ask = json.loads(message)
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested deeper than Python goes
         ask = None
     if not isinstance(ask, dict):
         raise UsageError(f"not a JSON object: {message[:100]!r}")

@@ -164,9 +164,13 @@ class SlotReader:
     def _ask(self, ask: dict[str, Any]) -> dict[str, Any]:
         try:
             self._socket.send(json.dumps(ask).encode())
-            return _checked(self._socket.recv(MESSAGE_BYTES_MAX))
-        except OSError as error:
+            data = self._socket.recv(MESSAGE_BYTES_MAX)
+        except BaseException as error:
+            self._socket.close()  # an answer that comes later would pass for that of the next question
+            if not isinstance(error, OSError):
+                raise
             raise StoreError(f"the mount's daemon is gone or does not answer: {error}") from error
+        return _checked(data)
 
 
 def find(path: str) -> tuple[Path, str] | None:

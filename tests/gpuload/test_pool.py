@@ -133,7 +133,7 @@ def test_what_cannot_be_asked_is_refused_and_the_door_stays_open(mount: TestMoun
     for start, stop in ((5, 4), (0, size + 1), (-1, 3)):
         with pytest.raises(UsageError), reader.lease(file, start, stop):
             pass
-    for nonsense in (b"[]", b"{", b'{"lease": 1}', b'{"release": 99}'):
+    for nonsense in (b"[]", b"{", b'{"lease": 1}', b'{"release": 99}', b"[" * 60_000):
         reader._socket.send(nonsense)
         with pytest.raises(UsageError):
             slots_client._checked(reader._socket.recv(1 << 16))
@@ -386,6 +386,23 @@ def test_slots_of_a_daemon_that_ended_do_not_stay_in_memory(mount: TestMount, sh
     assert mount.wait_for(lambda: kept.mapped_count == 0)
     assert not device._registered._starts
     kept.close()
+
+
+def test_a_device_that_fails_to_unlock_does_not_keep_a_dead_mount_in_memory(
+    mount: TestMount, shards: list[Shard]
+) -> None:
+    class Failing(WatchedDevice):
+        def unregister(self, address: int) -> None:
+            raise DeviceError("the driver has gone")
+
+    failing, sound = Failing(), WatchedDevice()
+    kept = KeptSlots([failing, sound])
+    load(shards, failing, kept)
+    kept.wait_idle()
+    slots = kept._kept[0].slots
+    kept.close()
+    assert not sound._registered._starts
+    assert slots._map.closed
 
 
 def test_a_borrower_that_is_killed_gives_its_leases_back(mount: TestMount) -> None:
