@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gpuload.device.base import Device
 from gpuload.errors import DeviceError
@@ -65,6 +66,15 @@ class KeptSlots(Mapper):
         with self._lock:
             return sum(not kept.has_ended for kept in self._kept)
 
+    def mounts(self) -> list[dict[str, Any]]:
+        """Of every mount whose slots are mapped: {slots: its door's path, slots_bytes, locked_bytes}."""
+        with self._lock:
+            return [
+                {"slots": str(kept.door), "slots_bytes": kept.slots.size_bytes, "locked_bytes": kept.locked_bytes}
+                for kept in self._kept
+                if not kept.has_ended
+            ]
+
     @property
     def locked_bytes(self) -> int:
         """Page-locked now, over all mounts."""
@@ -94,7 +104,7 @@ class _Kept:
     """One mount's slots and the thread that locks them."""
 
     def __init__(self, slots: Slots, door: Path, devices: Sequence[Device], piece_bytes: int) -> None:
-        self.slots = slots
+        self.slots, self.door = slots, door
         self.locked_bytes = 0
         self._devices, self._piece_bytes = devices, piece_bytes
         self._users = 1

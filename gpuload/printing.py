@@ -84,6 +84,9 @@ def show_status(reply: dict[str, Any], as_json: bool) -> None:
             continue
         columns = ("model", ">bytes", ">leases", "pinned", ">generation", "rest on", "from")
         _show_table(columns, (_model_row(m, device["device"]) for m in device["models"]))
+    for mount in reply.get("mounts", ()):
+        locked, whole = size(mount["locked_bytes"]), size(mount["slots_bytes"])
+        print(clean(f"{mount['slots']}: {locked} of {whole} page-locked, copied from in place"))
 
 
 def _model_row(model: dict[str, Any], device: str) -> Sequence[str]:

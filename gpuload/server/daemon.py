@@ -93,7 +93,7 @@ async def serve(
             sites = {name: await _open_site(stack, name, devices[name], config) for name in devices}
             slots = KeptSlots(list(devices.values()))
             stack.callback(slots.close)
-            operations = Operations(Loader(sites, digests, config.limits, slots), version=VERSION)
+            operations = Operations(Loader(sites, digests, config.limits, slots), slots, version=VERSION)
             sock.listen(128)
             places, strangers = trio.Semaphore(config.connections_max), trio.Semaphore(config.connections_max // 2)
             async with trio.open_nursery() as nursery:

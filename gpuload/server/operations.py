@@ -15,6 +15,7 @@ import trio
 
 from gpuload.device import canonical_name
 from gpuload.device.base import Run
+from gpuload.kept import KeptSlots
 from gpuload.plan import Placement
 from gpuload.server.catalog import Block, Catalog, Model, namesakes
 from gpuload.server.loader import CONTENT_PREFIX, Loader
@@ -59,7 +60,8 @@ class Answer:
 class Operations:
     """The server's devices, behind the verbs of the protocol."""
 
-    def __init__(self, loader: Loader, *, version: str) -> None:
+    def __init__(self, loader: Loader, slots: KeptSlots, *, version: str) -> None:
+        self._slots = slots
         self._loader, self._sites = loader, loader.sites
         self._catalogs = [site.catalog for site in loader.sites.values()]
         self._version = version
@@ -208,7 +210,8 @@ class Operations:
                     "models": [{**_summary(m), "bytes_here": _bytes_here(m, catalog)} for m in models],
                 }
             )
-        return {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid(), "devices": devices}
+        head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid()}
+        return {**head, "devices": devices, "mounts": self._slots.mounts()}
 
     def _site(self, given: object) -> Site:
         if given is None and len(self._sites) == 1:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import gpuload
 import gpuload.client
-from gpuload.asking import load_resident
+from gpuload.asking import ask, load_resident
 from gpuload.client import attach
 from gpuload.device.base import Event, Stream
 from gpuload.device.host import HostDevice, view_of
@@ -548,4 +548,7 @@ def test_the_server_loads_from_the_slots_and_keeps_nothing_leased(
         assert all(devices[0]._registered.holds(at, nbytes) for at, nbytes in last), "copied over staging"
         assert len(digests) == 1
         assert server.gauges()["leases"] == 0
+        (told,) = ask({"op": "status"}, socket_path=config.socket_path)["mounts"]
+        assert told["slots"].endswith(".slots")
+        assert path.stat().st_size < told["locked_bytes"] <= told["slots_bytes"]
     assert not devices[0]._registered._starts, "the server left slots page-locked"
