@@ -26,7 +26,8 @@ from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.fuse.session import Session
 from mfs.listing import Drafts
 from mfs.materialize import Keeper, KeeperConfig
-from mfs.namespace import Changes, Namespace
+from mfs.namespace import Namespace
+from mfs.nodes import Changes
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
 from mfs.publication import Publication

@@ -17,15 +17,15 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import trio
 
 from mfs.errors import MfsError, NotFoundError
-from mfs.listing import EPOCH_NS, Drafts, Listing, merged
+from mfs.listing import Drafts, Listing, merged
+from mfs.nodes import Changes, Directory, Loading, Node
 from mfs.tree_record import Record
-from mfs.types import Entry, EntryKind, ObjectId
+from mfs.types import Entry, EntryKind
 from mfs.workers.frames import object_from_wire, object_to_wire
 
 ROOT_INODE = 1
@@ -35,73 +35,6 @@ Lister = Callable[[int, str, Drafts], Awaitable[None]]
 """(source number, path inside the source, what to fill): see `sources.base.Source.list`. Raises: MfsError."""
 Identity = Callable[[int], str]
 """Source number -> its identity, as ObjectIds carry it."""
-
-
-class Node(NamedTuple):
-    """One inode, as FUSE and the control plane want to see it."""
-
-    inode: int
-    kind: EntryKind
-    size: int
-    mtime_ns: int
-    source: int
-    """Number of the source, -1 above all sources."""
-    path: str
-    """Path inside the source."""
-    object: ObjectId | None
-    """For files."""
-    target: str
-    """For links."""
-
-
-class Directory:
-    """A directory of the tree; its listing is None until somebody looks."""
-
-    __slots__ = ("inode", "listing", "loading", "mtime_ns", "name", "parent", "path", "published", "removed", "source")
-
-    def __init__(self, inode: int, parent: Directory | None, name: str, source: int, path: str, mtime_ns: int) -> None:
-        self.inode = inode
-        self.parent = parent
-        self.name = name
-        self.source = source
-        self.path = path
-        self.mtime_ns = mtime_ns or EPOCH_NS
-        self.listing: Listing | None = None
-        self.loading: _Loading | None = None
-        self.removed = False
-        self.published = 0
-        """When its listing was published, counted in publications of the mount."""
-
-    @property
-    def full_path(self) -> str:
-        """Path from the root of the mount."""
-        names, current = list[str](), self
-        while current.parent is not None:
-            names.append(current.name)
-            current = current.parent
-        return "/".join(reversed(names))
-
-
-class _Loading:
-    """One listing under way; `error` is set before `done` if it failed."""
-
-    __slots__ = ("done", "error")
-
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.error: MfsError | None = None
-
-
-@dataclass
-class Changes:
-    """What a refresh published."""
-
-    added_count: int = 0
-    changed_count: int = 0
-    removed_count: int = 0
-    errors: list[str] = field(default_factory=list)
-    names: list[tuple[int, str]] = field(default_factory=list)
-    """(directory inode, name) of everything whose old lookup is no longer right."""
 
 
 class Namespace:
@@ -346,7 +279,7 @@ class Namespace:
                 if loading.error is not None:
                     raise loading.error
                 continue
-            loading = directory.loading = _Loading()
+            loading = directory.loading = Loading()
             try:
                 await self._load(directory)
             except MfsError as error:

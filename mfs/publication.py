@@ -16,7 +16,8 @@ import trio
 
 from mfs.errors import MfsError
 from mfs.listing import Listing
-from mfs.namespace import Directory, Identity, Namespace
+from mfs.namespace import Identity, Namespace
+from mfs.nodes import Directory
 from mfs.refresh import Next
 from mfs.small_files import SmallFiles, Wanted, small_files
 from mfs.tree_record import Row, TreeRecord

@@ -9,7 +9,7 @@ from mfs.cache.chunk_cache import ChunkCache
 from mfs.cache.chunk_state import ObjectState
 from mfs.errors import MfsError
 from mfs.materialize import Keeper
-from mfs.namespace import Node
+from mfs.nodes import Node
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import Prefetcher
 from mfs.types import ByteRange

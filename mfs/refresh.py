@@ -16,7 +16,8 @@ import trio
 
 from mfs.errors import MfsError
 from mfs.listing import Drafts, Listing
-from mfs.namespace import Changes, Directory, Lister, Namespace
+from mfs.namespace import Lister, Namespace
+from mfs.nodes import Changes, Directory
 from mfs.types import EntryKind
 
 _PARALLEL = 4  # listings of one unit

@@ -17,7 +17,7 @@ from mfs.cache.chunks import full_mask
 from mfs.control.api import EvictTier, Json, Tier
 from mfs.errors import MfsError, StoreError
 from mfs.mount import Mount
-from mfs.namespace import Node
+from mfs.nodes import Node
 from mfs.types import CHUNK_BYTES, EntryKind
 from mfs.workers.frames import object_to_wire
 

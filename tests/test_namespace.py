@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mfs.errors import NotFoundError, StoreError
 from mfs.listing import Drafts
-from mfs.namespace import Changes, Directory, Namespace, Node
+from mfs.namespace import Namespace
+from mfs.nodes import Changes, Directory, Node
 from mfs.refresh import Next, Refresher
 from mfs.tree_record import Record
 from mfs.types import Entry, EntryKind

@@ -26,7 +26,8 @@ from mfs.fuse.errnos import errno_of
 from mfs.fuse.kernel import MAX_BACKGROUND
 from mfs.fuse.repeats import FailedReads
 from mfs.listing import Listing
-from mfs.namespace import Directory, Namespace, Node
+from mfs.namespace import Namespace
+from mfs.nodes import Directory, Node
 from mfs.types import ByteRange, EntryKind
 from mfs.workers.shares import Group, Shares, group_of_directory
 
