@@ -1,4 +1,4 @@
-"""What the tree is made of: nodes as others see them, directories, what a refresh changed. The rules are `namespace`."""
+"""What the tree is made of: nodes as others see, directories, what a refresh changed. `namespace` has the rules."""
 
 from __future__ import annotations
 
