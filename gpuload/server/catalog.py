@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from gpuload.device.base import Run
 from gpuload.errors import FitError
 from gpuload.plan import Placement
-from gpuload.server.digests import Digest
+from gpuload.server.digest_files import Digest
 from gpuload.server.granules import Granules
 from mfs.errors import NotFoundError
 from mfs.units import format_size

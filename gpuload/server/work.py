@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from blake3 import blake3
@@ -112,7 +112,7 @@ class Work:
         digests = self.digests_of(plan)
         return part.site.catalog.blocks.get(digest_block(digests)) if digests else None
 
-    def recall(self, known: Sequence[dict[Geometry, Digest]]) -> None:
+    def recall(self, known: Sequence[Mapping[Geometry, Digest]]) -> None:
         """Fill in what is remembered. known: of each shard."""
         for part in self.parts:
             for piece in part.pieces():

@@ -74,6 +74,14 @@ class Repository:
             outside.close()
 
 
+@pytest.fixture(scope="module")
+def server(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Over the module's own `repository`: explicit control, nothing loaded."""
+    folder = tmp_path_factory.mktemp("triton")
+    with TritonServer(folder, repository.path, "--model-control-mode=explicit") as made:
+        yield made
+
+
 @pytest.fixture
 def mfs() -> Mfs:
     """The command."""

@@ -31,14 +31,6 @@ def repository(nginx: NginxServer, tmp_path_factory: pytest.TempPathFactory) -> 
         yield made
 
 
-@pytest.fixture(scope="module")
-def server(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Explicit control, nothing loaded."""
-    folder = tmp_path_factory.mktemp("triton")
-    with TritonServer(folder, repository.path, "--model-control-mode=explicit") as made:
-        yield made
-
-
 @pytest.fixture
 def sent(repository: Repository, nginx: NginxServer) -> Sent:
     """Counts from here on."""

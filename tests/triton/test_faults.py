@@ -37,14 +37,6 @@ def repository(liar: LiarServer, tmp_path_factory: pytest.TempPathFactory) -> It
         yield made
 
 
-@pytest.fixture(scope="module")
-def server(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Explicit control, nothing loaded."""
-    folder = tmp_path_factory.mktemp("triton")
-    with TritonServer(folder, repository.path, "--model-control-mode=explicit") as made:
-        yield made
-
-
 @pytest.fixture(autouse=True)
 def _honest(liar: LiarServer) -> Iterator[None]:
     yield

@@ -28,14 +28,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]
         yield made
 
 
-@pytest.fixture(scope="module")
-def server(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Explicit control, nothing loaded."""
-    folder = tmp_path_factory.mktemp("triton")
-    with TritonServer(folder, repository.path, "--model-control-mode=explicit") as made:
-        yield made
-
-
 def test_mode_none_serves_every_model_of_the_mount(repository: Repository, serve: Serve) -> None:
     """The root holds nothing but models: any other directory would end the server in this mode."""
     repository.publish({**models.model("first", 1), **models.model("none", 3)})
