@@ -500,6 +500,7 @@ async def test_slots_that_are_made_usable_wake_who_waits_for_one(tmp_path: Path)
 
 async def test_a_hung_worker_costs_a_file_just_opened_a_pause_and_not_its_bytes(tmp_path: Path) -> None:
     async with running_rig(tmp_path, timeout_s=8) as rig:
+        await until(lambda: all(worker.ready for worker in rig.pool._workers), "another worker to turn to")
         obj = rig.put_ramp("model.bin", CHUNK_BYTES)
         state = rig.cache.open(obj, 0)
         [asked] = [worker["pid"] for worker in rig.pool.describe() if worker["inflight"]]
