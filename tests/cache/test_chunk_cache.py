@@ -18,7 +18,7 @@ from mfs.cache.ram import RamConfig, SlotMemory
 from mfs.errors import ChangedError, IntegrityError, NotFoundError, StoreError, TransientStoreError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.pool import Priority
-from tests.workers.rig import Rig, running_rig, until
+from tests.workers.rig import Rig, process_state, running_rig, until
 
 FULL = full_mask(CHUNK_BYTES)
 
@@ -502,12 +502,16 @@ async def test_a_hung_worker_costs_a_file_just_opened_a_pause_and_not_its_bytes(
     async with running_rig(tmp_path, timeout_s=8) as rig:
         await until(lambda: all(worker.ready for worker in rig.pool._workers), "another worker to turn to")
         obj = rig.put_ramp("model.bin", CHUNK_BYTES)
-        state = rig.cache.open(obj, 0)
-        [asked] = [worker["pid"] for worker in rig.pool.describe() if worker["inflight"]]
-        os.kill(asked, signal.SIGSTOP)
+        hung = rig.pool.describe()[0][
+            "pid"
+        ]  # idle as all are, the first is asked; stopped before, so that it cannot answer
+        os.kill(hung, signal.SIGSTOP)
         try:
+            await until(lambda: process_state(hung) == "T", "the worker stops")
+            state = rig.cache.open(obj, 0)
+            assert [worker["pid"] for worker in rig.pool.describe() if worker["inflight"]] == [hung]
             await read(rig, obj)
         finally:
-            os.kill(asked, signal.SIGCONT)
+            os.kill(hung, signal.SIGCONT)
         await rig.cache.saver.wait_saved()
         rig.cache.close(state)
