@@ -500,11 +500,8 @@ async def test_slots_that_are_made_usable_wake_who_waits_for_one(tmp_path: Path)
 
 async def test_a_hung_worker_costs_a_file_just_opened_a_pause_and_not_its_bytes(tmp_path: Path) -> None:
     async with running_rig(tmp_path, timeout_s=8) as rig:
-        await until(lambda: all(worker.ready for worker in rig.pool._workers), "another worker to turn to")
         obj = rig.put_ramp("model.bin", CHUNK_BYTES)
-        hung = rig.pool.describe()[0][
-            "pid"
-        ]  # idle as all are, the first is asked; stopped before, so that it cannot answer
+        hung = rig.pool.describe()[0]["pid"]  # which is asked, as all are idle; stopped first, so it cannot answer
         os.kill(hung, signal.SIGSTOP)
         try:
             await until(lambda: process_state(hung) == "T", "the worker stops")
