@@ -15,18 +15,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpuload.client import attach
-    from gpuload.load import load_file, load_model, stream
-    from gpuload.opened import safe_open
+    from gpuload.client.attached import attach
+    from gpuload.client.load import load_file, load_model, stream
+    from gpuload.client.opened import safe_open
 
 __all__ = ["attach", "load_file", "load_model", "safe_open", "stream"]
 
 _HOMES = {
-    "attach": "gpuload.client",
-    "load_file": "gpuload.load",
-    "load_model": "gpuload.load",
-    "safe_open": "gpuload.opened",
-    "stream": "gpuload.load",
+    "attach": "gpuload.client.attached",
+    "load_file": "gpuload.client.load",
+    "load_model": "gpuload.client.load",
+    "safe_open": "gpuload.client.opened",
+    "stream": "gpuload.client.load",
 }
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gpuload.plan import Placement, Transfer, slice_tensor
+from gpuload.kv_cache import kv_cache_bytes
+from gpuload.moving.plan import Placement, Transfer, slice_tensor
 from gpuload.server.layout import plan_blocks
 from mfs.errors import UsageError
 from mfs.safetensors import Header
@@ -21,8 +22,6 @@ CARDS = {"80 GB": 81_559 << 20, "141 GB": 143_771 << 20}
 """Memory that nvidia-smi reports for an A100/H100 of 80 GB and an H200."""
 
 WORLDS = (1, 2, 4, 8, 16)
-
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -94,26 +93,6 @@ def model_sizes(headers: Sequence[Header], rules: Mapping[str, int | None]) -> S
 def arena_bytes(transfers: Sequence[Transfer], granule_bytes: int, device: str) -> int:
     """What a model takes in an otherwise empty arena of one device, whole granules counted."""
     return sum(b.granules_count(granule_bytes) for b in plan_blocks(transfers, granule_bytes, device)) * granule_bytes
-
-
-def kv_cache_bytes(config: Mapping[str, Any], tokens: int, world: int = 1) -> int:
-    """Bytes of one rank's key-value cache for `tokens` tokens in all sequences together, from a config.json.
-
-    Latent attention (DeepSeek's kv_lora_rank) is whole on every rank; sliding windows are not considered, so models
-    with them need less. Raises: UsageError if the config does not say enough.
-    """
-    text = config.get("text_config", config)
-    try:
-        layers = int(text["num_hidden_layers"])
-        dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "bfloat16")
-        item_bytes = _DTYPE_BYTES.get(dtype.removeprefix("torch."), 2)
-        if text.get("kv_lora_rank"):
-            return tokens * layers * (int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])) * item_bytes
-        heads = int(text.get("num_key_value_heads") or text["num_attention_heads"])
-        head_dim = int(text.get("head_dim") or int(text["hidden_size"]) // int(text["num_attention_heads"]))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"config.json does not say how large a key-value cache is: {error!r}") from None
-    return tokens * layers * 2 * max(1, -(-heads // world)) * head_dim * item_bytes
 
 
 def smallest_world(sizes: Sizes, config: Mapping[str, Any] | None, tokens: int, base: Fit) -> int | None:

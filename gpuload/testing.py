@@ -17,15 +17,15 @@ import trio
 import trio.testing
 from safetensors.torch import save_file
 
+from gpuload.client.tensors import TORCH_DTYPES
 from gpuload.device.base import Arena, Device, Event, Memory, Run, Staging, Stream
 from gpuload.device.base import Mapping as DeviceMapping
 from gpuload.device.host import HostDevice
 from gpuload.errors import DeviceError, FitError, first_error
+from gpuload.moving.source import Loan, Source
 from gpuload.server.daemon import ServerConfig, serve
 from gpuload.server.site import Site
-from gpuload.source import Loan, Source
-from gpuload.tensors import TORCH_DTYPES
-from mfs.control.slots_client import Slots
+from mfs.control.borrowing import LentFile
 from mfs.errors import StoreError
 
 T = TypeVar("T")
@@ -119,14 +119,14 @@ class DeviceSuite:
         self._close(stream, staging, arena)
 
     def test_memory_of_others_is_copied_from_in_place(self, device: Device) -> None:
-        """As the slots of a mount come: a file in memory, mapped without the right to write, taken in two pieces."""
+        """As the files of a mount come: a file in memory, mapped without the right to write, taken in two pieces."""
         size = 4 * mmap.PAGESIZE
         fd = os.memfd_create("gpuload-test")
         os.ftruncate(fd, size)
         os.pwrite(fd, ramp(size), 0)
-        slots = Slots(fd, size)
+        lent = LentFile(fd, size)
         os.close(fd)
-        base = slots.address
+        base = lent.address
         for piece in (base, base + size // 2, base):
             device.register(piece, size // 2)
         assert device.reaches(base, size // 2)
@@ -143,7 +143,7 @@ class DeviceSuite:
         device.unregister(base + size // 2)
         stream.close()
         arena.close()
-        slots.close()
+        lent.close()
 
     def test_an_arena_larger_than_the_device_is_refused(self, device: Device) -> None:
         with pytest.raises(FitError) as caught:
@@ -164,7 +164,7 @@ class DeviceSuite:
 
 
 def trio_close(fds: Sequence[int]) -> None:
-    from gpuload.server.wire import close_all
+    from gpuload.wire import close_all
 
     close_all(fds)
 

@@ -156,7 +156,7 @@ class CudaArena:
             raise
 
     def export(self, runs: Sequence[Run]) -> list[int]:
-        from gpuload.server.wire import close_all
+        from gpuload.wire import close_all
 
         fds: list[int] = []
         try:
@@ -275,7 +275,7 @@ class CudaDevice:
 
     def register(self, address: int, nbytes: int) -> None:
         """See `base.Device.register`. As read-only memory, if the driver knows such; without that it refuses what this
-        process may not write, as the slots of a mount, and they go by staging.
+        process may not write, as what a mount lends, and that goes by staging.
         """
         registered = self.driver.registered
         with self.driver.registering:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from gpuload.device.base import Memory, Run
 from gpuload.device.ranges import Ranges
 from gpuload.errors import BusyError, DeviceError, FitError
+from mfs import limits
 
 GRANULE_BYTES = 2 << 20
 """As on CUDA, so that layouts and waste are alike; a multiple of the page, which is all that mmap needs."""
@@ -181,15 +182,6 @@ class HostMapping:
             self.address = 0
 
 
-def _cgroup_number(name: str) -> int | None:
-    """A container's own limit or use (cgroup v2), as the container sees it; None where there is none."""
-    try:
-        with open(f"/sys/fs/cgroup/{name}") as file:
-            return int(file.read())
-    except (OSError, ValueError):  # no such file, or 'max'
-        return None
-
-
 class HostDevice:
     """See `base.Device`.
 
@@ -212,13 +204,8 @@ class HostDevice:
         self._registered = Ranges()
 
     def memory(self) -> Memory:
-        with open("/proc/meminfo") as file:
-            fields = {name: int(rest.split()[0]) << 10 for name, rest in (line.split(":") for line in file)}
-        total, free = fields["MemTotal"], fields["MemAvailable"]
-        limit, used = (_cgroup_number(name) for name in ("memory.max", "memory.current"))
-        if limit is not None and used is not None and limit < total:
-            return Memory(limit, max(0, min(free, limit - used)))
-        return Memory(total, free)
+        found = limits.available()
+        return Memory(found.total_bytes, found.free_bytes)
 
     def open_stream(self) -> HostStream:
         return HostStream()

@@ -40,10 +40,13 @@ def attach_file(
     from gpuload.errors import AwayError, BusyError
 
     try:
-        from gpuload.asking import ask
-        from gpuload.client import open_resident
-        from mfs.errors import ChangedError
+        from gpuload.client.asking import ask
+        from gpuload.client.attached import open_resident
+        from gpuload.descriptors import may_keep_one
+        from mfs.errors import ChangedError, StoreError
 
+        if not may_keep_one():
+            raise StoreError("the weights would take more than half of this program's descriptors (ulimit -n)")
         try:
             ask({"op": "ping"}, socket_path=socket_path, timeout_s=PING_S)
         except (AwayError, BusyError):

@@ -55,7 +55,11 @@ class _File:
         self._is_refused = False
 
     def tensor(self, name: str) -> Any:
-        """The tensor, or None if the library must serve it."""
+        """The tensor, of the caller's own and in his mode; None if the library must serve it."""
+        from gpuload.client import tensors  # torch is there by now
+
+        if not tensors.has_memory():  # a tracer's: the library has its own words for it
+            return None
         with self._lock:
             self._used_at = time.monotonic()
             if self._tensors is None and not self._is_refused:
@@ -64,7 +68,7 @@ class _File:
                 if self._tensors is not None:
                     _idle.add(self)
             found = None if self._tensors is None else self._tensors.get(name)
-        return None if found is None else found.detach()
+        return None if found is None else tensors.fresh(found)
 
     def close(self) -> None:
         """Give up the lease; slices that outlive their file are the library's."""
@@ -222,7 +226,11 @@ def install() -> None:
     def __getitem__(self: Any, key: Any) -> Any:
         file, name = _slices.get(self) or (None, "")
         tensor = _or_library(file, name, lambda: None)
-        return real_getitem(self, key) if tensor is None else tensor[key]
+        if tensor is None:
+            return real_getitem(self, key)
+        from gpuload.client import tensors
+
+        return tensors.fresh(tensor[key])  # a view remembers the mode that it was taken in
 
     opened.__init__, opened.__exit__ = __init__, __exit__
     opened.get_tensor, opened.get_slice = get_tensor, get_slice

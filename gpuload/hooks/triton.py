@@ -31,9 +31,9 @@ import torch
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # Triton's stub has it
 from torch.utils.dlpack import from_dlpack
 
+from gpuload.client.load import load_model
 from gpuload.errors import AwayError, BusyError, FitError, first_error
-from gpuload.load import load_model
-from gpuload.shards import find_shards
+from gpuload.moving.model_files import find_shards, left_out
 from mfs.errors import AccessError, MfsError, NotFoundError, UsageError
 
 PARAMETER = "model"
@@ -178,13 +178,14 @@ def load_weights(version: Path, device: str) -> tuple[dict[str, torch.Tensor], s
 
 
 def _shared(version: Path, device: str) -> Mapping[str, torch.Tensor]:
-    from gpuload.client import open_resident
+    from gpuload.client.attached import open_resident
 
-    paths = find_shards(version)
+    found = find_shards(version)
+    paths, out = found.paths, left_out(found)
     fds: list[int] = []
     try:
         fds.extend(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths)
-        return open_resident(fds, [str(path) for path in paths], device)
+        return open_resident(fds, [str(path) for path in paths], device, left_out=out)
     except OSError as error:
         raise AccessError(f"{error.filename}: {error.strerror}") from None  # and the plain load says it in full
     finally:

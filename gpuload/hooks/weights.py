@@ -1,7 +1,7 @@
 """Every tensor of a model's safetensors files, for loaders that walk over them: what vLLM's and SGLang's plugins share.
 
 Per file: the resident server's tensors if one answers; else this process's own pipeline, which takes a mounted file out
-of the daemon's RAM slots; and where that cannot even begin, safetensors itself. So a plugin is never worse off than the
+of the daemon's RAM; and where that cannot even begin, safetensors itself. So a plugin is never worse off than the
 loader it replaces. An error in the middle of a file is raised: what was handed out cannot be taken back.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from gpuload.hooks.counts import counts
 from gpuload.hooks.resident import attach_file, tell_once
+from gpuload.moving.model_files import picked_by_others
 
 
 def weights_of(
@@ -21,19 +22,21 @@ def weights_of(
     """Yield (name, tensor), file by file in the order given; a file's tensors in no promised order.
 
     device: of the server's arena to be served from. Without a server the tensors come on the CPU.
+    The index beside the files counts: see `model_files.picked_by_others`. Raises: IntegrityError before the first.
     """
-    for file in files:
+    for file, others in zip(files, picked_by_others(files), strict=True):
         attached = attach_file(file, device, socket_path=socket_path)
         if attached is not None:
             for item in attached.items():
-                counts.add(served=1)
-                yield item
+                if item[0] not in others:
+                    counts.add(served=1)
+                    yield item
         else:
-            yield from _streamed(file)
+            yield from (item for item in _streamed(file) if item[0] not in others)
 
 
 def _streamed(file: str) -> Iterator[tuple[str, Any]]:
-    from gpuload.load import stream
+    from gpuload.client.load import stream
 
     landing = stream(file)
     try:
@@ -63,7 +66,7 @@ def _by_library(file: str) -> Iterator[tuple[str, Any]]:
 
 
 def are_mounted(files: Sequence[str]) -> bool:
-    """True if there are files and all stand on mfs mounts that lend us their slots."""
-    from mfs.control import slots_client
+    """True if there are files and all stand on mfs mounts that lend to us."""
+    from mfs.control import borrowing
 
-    return bool(files) and all(slots_client.find(os.path.abspath(file)) is not None for file in files)
+    return bool(files) and all(borrowing.find(os.path.abspath(file)) is not None for file in files)

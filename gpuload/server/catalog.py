@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from gpuload.device.base import Run
 from gpuload.errors import FitError
-from gpuload.plan import Placement
+from gpuload.moving.plan import Placement
 from gpuload.server.digest_files import Digest
 from gpuload.server.granules import Granules
 from mfs.errors import NotFoundError
@@ -278,11 +278,16 @@ class Catalog:
             self.hold(equal)
             self.let_go(block)
             return equal
-        block.digest, block.pieces = digest, list(pieces)
+        self.index(block, pieces[len(block.pieces) :])
+        block.digest = digest
         self.blocks[digest] = block
+        return block
+
+    def index(self, block: Block, pieces: Sequence[tuple[int, int, Digest]]) -> None:
+        """The next of a block's pieces are in place: let others find them. For blocks of many, ahead of `complete`."""
+        block.pieces.extend(pieces)
         for offset, _, piece in pieces:
             self._pieces.setdefault(piece, {}).setdefault(block, offset)
-        return block
 
     def gauges(self) -> dict[str, int]:
         """Everything that must be zero when nothing is resident."""

@@ -15,30 +15,36 @@ import signal
 import socket
 import stat
 import struct
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
 from gpuload.device.base import Device
 from gpuload.errors import AwayError, BusyError, FitError, ServerError, first_error, one_error, to_wire
-from gpuload.kept import KeptSlots
-from gpuload.pipeline import Limits
+from gpuload.moving.kept import KeptFiles
+from gpuload.moving.pipeline import Limits
+from gpuload.moving.staging import open_ring
 from gpuload.server.catalog import Catalog, Model
+from gpuload.server.client_files import REQUESTS_MAX, ClientFiles, Shares
 from gpuload.server.digest_files import DigestFiles
 from gpuload.server.digests import SETTLED_S, DigestCache
 from gpuload.server.layout import PIECE_BYTES
 from gpuload.server.loader import Loader
 from gpuload.server.operations import Answer, Operations, Peer
 from gpuload.server.site import Site
-from gpuload.server.wire import Channel, close_all
-from gpuload.staging import open_ring
+from gpuload.wire import Channel, close_all, encode
 from mfs.errors import ConfigError, MfsError
 from mfs.units import format_size
 
 log = logging.getLogger("gpuload.server")
 
 VERSION = "0.1.0"
+
+STOP_S = 8.0
+"""Longest way from a signal to the end. Beyond it a call hangs that cannot be cancelled: on a file, most likely."""
 
 ACCEPT_PAUSE_S = 0.2
 """After a failed accept, before the next: long enough not to spin, short enough not to be noticed."""
@@ -61,6 +67,8 @@ class ServerConfig:
     """Longest time one message may take either way."""
     fds_max: int = 4096
     """Files of one model."""
+    backlog: int = 4096
+    """Connections that wait to be accepted: a fleet starts at once. The kernel may allow fewer (net.core.somaxconn)."""
     settled_s: float = SETTLED_S
     """See `digests.DigestCache`."""
     digests_folder: str | None = None
@@ -72,10 +80,12 @@ async def serve(
     config: ServerConfig,
     open_one: Callable[[str], Device],
     *,
+    must: list[Callable[[], object]] | None = None,
     task_status: trio.TaskStatus[Mapping[str, Site]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled. `task_status.started` gets the sites, once the socket listens.
 
+    must: gets what is to be called by somebody who ends the process while this has not returned.
     Raises: ConfigError, FitError, DeviceError, BusyError, all before it listens.
     """
     if not config.arena_bytes:
@@ -84,31 +94,39 @@ async def serve(
     digests = DigestCache(files, settled_s=config.settled_s)
     with one_error():
         async with contextlib.AsyncExitStack() as stack:
-            sock = stack.enter_context(_listening(config))
+            sock, lock = stack.enter_context(_listening(config))
             devices: dict[str, Device] = {}
             for name in config.arena_bytes:
                 devices[name] = open_one(name)
                 stack.callback(devices[name].close)
             _check_fit(devices, config)
             sites = {name: await _open_site(stack, name, devices[name], config) for name in devices}
-            slots = KeptSlots(list(devices.values()))
-            stack.callback(slots.close)
-            operations = Operations(Loader(sites, digests, config.limits, slots), slots, version=VERSION)
-            sock.listen(128)
+            kept = KeptFiles(list(devices.values()))
+            stack.callback(kept.close)
+            operations = Operations(Loader(sites, digests, config.limits, kept), kept, version=VERSION)
+            if must is not None:
+                # The kernel keeps a process, with all it has, while one of its threads is in a call on a hung file.
+                must += [lambda: os.unlink(config.socket_path), lambda: fcntl.flock(lock, fcntl.LOCK_UN)]
+                must += [site.arena.close for site in sites.values()]
+            sock.listen(config.backlog)
             places, strangers = trio.Semaphore(config.connections_max), trio.Semaphore(config.connections_max // 2)
+            shares = Shares(REQUESTS_MAX)
             async with trio.open_nursery() as nursery:
                 task_status.started(sites)
                 listener = trio.socket.from_stdlib_socket(sock)
                 while True:
-                    await places.acquire()
                     try:
                         client, _ = await listener.accept()
                     except OSError as error:  # out of descriptors, say: those who are connected go on
                         log.warning("cannot accept a connection: %s", error)
-                        places.release()
                         await trio.sleep(ACCEPT_PAUSE_S)
                         continue
-                    nursery.start_soon(_connection, client, operations, config, places, strangers)
+                    try:
+                        places.acquire_nowait()
+                    except trio.WouldBlock:
+                        _refuse(client, config.connections_max)
+                        continue
+                    nursery.start_soon(_connection, client, operations, config, places, strangers, shares)
 
 
 def _staging_bytes(config: ServerConfig) -> int:
@@ -150,12 +168,20 @@ async def _open_site(stack: contextlib.AsyncExitStack, name: str, device: Device
     return Site(name, device, arena, catalog, ring)
 
 
+def _refuse(client: trio.socket.SocketType, connections_max: int) -> None:
+    """Say why, and close; never waits: an empty socket has room for this."""
+    error = BusyError(f"the gpuload server has {connections_max} connections, and leases are some; try later")
+    with client, contextlib.suppress(OSError), socket.socket(fileno=os.dup(client.fileno())) as same:
+        same.send(encode(to_wire(error)), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
 async def _connection(
     sock: trio.socket.SocketType,
     operations: Operations,
     config: ServerConfig,
     places: trio.Semaphore,
     strangers: trio.Semaphore,
+    shares: Shares,
 ) -> None:
     """One client, from accept to its end; gives its place back. No error of a client leaves this function."""
     channel = Channel(sock)
@@ -167,7 +193,7 @@ async def _connection(
             try:
                 strangers.acquire_nowait()
             except trio.WouldBlock:
-                raise ServerError("too many connections of other users; try later") from None
+                raise BusyError("too many connections of other users; try later") from None
             taken.append(strangers)
         while True:
             idle_s = float("inf") if lease else config.idle_s
@@ -175,21 +201,24 @@ async def _connection(
             request = await channel.receive(idle_s=idle_s, message_s=config.message_s, fds_max=fds_max)
             if request is None:
                 return
-            message, fds = request
-            try:
-                if lease:
-                    raise ServerError("this connection holds a lease; ask on another one")
-                answer = await _answered(channel, operations, message, fds, peer)
-            finally:
-                close_all(fds)
+            message, count = request
+            if lease:
+                raise ServerError("this connection holds a lease; ask on another one")
+            async with contextlib.AsyncExitStack() as brought:
+                files = None
+                if count:
+                    files = ClientFiles(shares, peer.pid)
+                    brought.push_async_callback(files.close)
+                    await channel.receive_fds(count, files.fds, message_s=config.message_s)
+                answer = await _answered(channel, operations, message, files, peer)
+                lease = answer.lease if answer is not None else None
             if answer is None:
                 return
-            lease = answer.lease
             try:
                 await channel.send(answer.message, answer.fds, message_s=config.message_s)
             finally:
                 close_all(answer.fds)
-    except ServerError as error:  # AwayError too
+    except (ServerError, BusyError) as error:  # AwayError too
         log.info("connection ended: %s", error)
         with contextlib.suppress(AwayError):
             await channel.send(to_wire(error), message_s=1.0)
@@ -204,13 +233,13 @@ async def _connection(
 
 
 async def _answered(
-    channel: Channel, operations: Operations, message: dict[str, object], fds: list[int], peer: Peer
+    channel: Channel, operations: Operations, message: dict[str, object], files: ClientFiles | None, peer: Peer
 ) -> Answer | None:
     """The answer, or the refusal as an answer; None if the client left meanwhile, which cancels what it asked for."""
     answers: list[Answer] = []
 
     async def work() -> None:
-        answers.append(await operations.answer(message, fds, peer))
+        answers.append(await operations.answer(message, files, peer))
         nursery.cancel_scope.cancel()
 
     async def watch() -> None:
@@ -240,7 +269,7 @@ def _peer(sock: trio.socket.SocketType) -> Peer:
 
 @contextlib.contextmanager
 def _listening(config: ServerConfig):  # type: ignore[no-untyped-def]
-    """The bound socket, its lock and its name in the file system; all gone afterwards.
+    """The bound socket, and the descriptor of its lock; both gone afterwards, with its name in the file system.
 
     The lock tells a dead server's socket from a live one's without asking it, and without a race.
     """
@@ -274,7 +303,7 @@ def _listening(config: ServerConfig):  # type: ignore[no-untyped-def]
         except OSError as error:
             raise ConfigError(f"cannot make a socket at {path}: {error.strerror or error}") from None
         try:
-            yield sock
+            yield sock, lock
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -284,20 +313,36 @@ def _listening(config: ServerConfig):  # type: ignore[no-untyped-def]
 
 
 def run(config: ServerConfig, open_one: Callable[[str], Device], on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGTERM or SIGINT, then leave nothing behind. The process is the server's own from here on."""
+    """Serve until SIGTERM or SIGINT, then leave nothing behind. The process is the server's own from here on: it ends
+    STOP_S after a signal, whatever its threads are at.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a 16 GB model on CUDA is handed out as 2000 descriptors
 
+    must: list[Callable[[], object]] = []
+    end = threading.Timer(STOP_S, _end, [must])
+    end.daemon = True
+
     async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                await nursery.start(serve, config, open_one)
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(partial(serve, must=must), config, open_one)
                 on_ready()
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
-                    return
+                await anext(signals)
+                end.start()
+                nursery.cancel_scope.cancel()
 
     try:
         trio.run(main)
     except BaseExceptionGroup as group:
         raise first_error(group) from None
+    finally:
+        end.cancel()
+
+
+def _end(must: Sequence[Callable[[], object]]) -> None:
+    log.warning("a file does not answer: ended without waiting for it")
+    for step in must:
+        with contextlib.suppress(Exception):
+            step()
+    os._exit(0)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from blake3 import blake3
 
-from gpuload.plan import Piece
+from gpuload.moving.plan import Piece
 from gpuload.server.digest_files import Digest, DigestFiles, Geometry
 from gpuload.server.versions import Version, is_open_for_writing
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpuload.plan import Piece, Transfer, cut_transfer
+from gpuload.moving.plan import Piece, Transfer, cut_transfer
 
 PIECE_BYTES = 4 << 20
 """Small enough that a fine-tune which changes rows of an embedding moves little else; large enough that its digest

@@ -18,26 +18,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from typing import TypeVar
 
 import trio
 
 from gpuload.device.base import Device
 from gpuload.device.host import HostDevice
 from gpuload.errors import BusyError, FitError, one_error
-from gpuload.pipeline import Limits, RunsOf, move_batches
-from gpuload.plan import Piece, Transfer, pack_pieces, plan_transfers
-from gpuload.pool import Mapper, open_source
-from gpuload.server.catalog import Block, Model, Part, namesakes
-from gpuload.server.digest_files import Digest, Geometry
-from gpuload.server.digests import DigestCache, digest_block, digest_views, now_ns
+from gpuload.moving.pipeline import Limits, RunsOf, move_batches
+from gpuload.moving.plan import Batch, Piece, Transfer, pack_pieces, plan_transfers
+from gpuload.moving.pool import Mapper, open_source
+from gpuload.moving.source import Source
+from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
+from gpuload.server.digests import DigestCache, digest_views, now_ns
 from gpuload.server.layout import BlockPlan
 from gpuload.server.site import InsideCopy, Site
-from gpuload.server.versions import look, stamp_of
+from gpuload.server.versions import stamp_of
 from gpuload.server.work import Job, PartWork, PieceKey, Report, Work
-from gpuload.source import Source
 from mfs.errors import ChangedError, NotFoundError, UsageError
+
+T = TypeVar("T")
 
 CONTENT_PREFIX = "content:"
 """Of the names of models that were opened without one."""
@@ -48,6 +50,12 @@ WAITING_MAX = 64
 WAIT_S = 900.0
 """Longest wait for a turn."""
 
+STEP = 500
+"""Pieces that are looked at in one go: some milliseconds, then others have the loop."""
+
+MATCHES_MAX = 10_000_000
+"""Tensors times rules of one job; a match takes about a microsecond."""
+
 
 class Loader:
     """All loads of a server."""
@@ -55,9 +63,14 @@ class Loader:
     def __init__(
         self, sites: Mapping[str, Site], digests: DigestCache, limits: Limits, mapper: Mapper | None = None
     ) -> None:
-        """mapper: keeps mounts' slots over loads; None: every load maps them anew."""
+        """mapper: keeps what mounts lend over loads; None: every load maps it anew."""
         self.sites = sites
         self._digests, self._limits, self._mapper = digests, limits, mapper
+        self._thinkers = trio.CapacityLimiter(4)
+
+    async def _think(self, work: Callable[[], T]) -> T:
+        """Run what computes over all tensors of a model beside the loop; it touches no catalog."""
+        return await trio.to_thread.run_sync(work, limiter=self._thinkers)
 
     async def load(self, job: Job) -> tuple[Model, Report]:
         """Make `job` resident and serve it; exactly the old state after any exception, but for evicted models.
@@ -68,19 +81,24 @@ class Loader:
         Cancellation: safe.
         """
         began = time.monotonic()
-        headers = [s.header for s in job.shards]
-        transfers = [t for placement in job.placements for t in plan_transfers(headers, placement)]
-        sites = self._sites_of(transfers, job.placements[0].device)
+        transfers, sites = await self._think(lambda: self._planned(job))
         async with self._in_turn(sites):
             began_ns = now_ns()
-            versions = await trio.to_thread.run_sync(lambda: [look(s.fd) for s in job.shards])
-            work = Work(job, transfers, sites, versions)
+            work = await self._think(lambda: Work(job, transfers, sites))
             await self._recall(work)
             model = self._resident(work) if work.is_known else None
             if model is None:
                 model = await self._bring(work, began_ns)
             work.report.seconds = time.monotonic() - began
             return model, work.report
+
+    def _planned(self, job: Job) -> tuple[list[Transfer], list[Site]]:
+        headers = [s.header for s in job.shards]
+        matches = sum(len(h.tensors) for h in headers) * sum(len(p.rules) for p in job.placements)
+        if matches > MATCHES_MAX:
+            raise UsageError(f"{matches} pairs of a tensor and a rule to compare, more than {MATCHES_MAX}: fewer rules")
+        transfers = [t for placement in job.placements for t in plan_transfers(headers, placement)]
+        return transfers, self._sites_of(transfers, job.placements[0].device)
 
     def _sites_of(self, transfers: Sequence[Transfer], default: str) -> list[Site]:
         """In the server's order, so that two loads never wait for each other's turns. Raises: NotFoundError."""
@@ -111,25 +129,24 @@ class Loader:
     async def _recall(self, work: Work) -> None:
         """Fill in the digests that are remembered for these very files."""
 
-        def ask() -> list[Mapping[Geometry, Digest]]:
-            return [self._digests.find(version) for version in work.versions]
-
-        work.recall(await trio.to_thread.run_sync(ask))
+        await self._think(lambda: work.recall([self._digests.find(version) for version in work.versions]))
 
     async def _remember(self, work: Work, began_ns: int) -> None:
-        shards, found = work.job.shards, work.found()
+        """Keep the digests that are known by now, and learn from them."""
 
         def tell() -> None:
-            for shard, version, digests in zip(shards, work.versions, found, strict=True):
+            for shard, version, digests in zip(work.job.shards, work.versions, work.found(), strict=True):
                 self._digests.add(version, shard.fd, began_ns, digests)
 
-        await trio.to_thread.run_sync(tell)
+        await work.job.files.call(tell)
+        await self._think(work.learn)
 
     def _resident(self, work: Work) -> Model | None:
         """The model that already is what the job asks for, if there is one. All digests must be known."""
         job = work.job
         catalogs = [part.site.catalog for part in work.parts]
-        _, content = work.content()
+        assert work.content is not None
+        _, content = work.content
         if job.name is None:
             model = catalogs[0].find_content(content) if catalogs else None
         else:
@@ -145,9 +162,9 @@ class Loader:
         return model
 
     async def _bring(self, work: Work, began_ns: int) -> Model:
-        unsure = [part for part in work.parts if self._must_know(work, part)]
+        unsure = [part for part in work.parts if self._must_know(part)]
         try:
-            with closing(await trio.to_thread.run_sync(open_source, work.job.shards, self._mapper)) as source:
+            with closing(await work.job.files.open(lambda: open_source(work.job.shards, self._mapper))) as source:
                 if unsure:
                     await self._hash_pass(work, unsure, source)
                     await self._remember(work, began_ns)
@@ -163,26 +180,29 @@ class Loader:
             await self._remember(work, began_ns)
             model = None if was_known else self._resident(work)
             if model is None:
-                return self._publish(work)
+                table = await self._think(work.table)
+                for part in work.parts:
+                    await self._complete(part)
+                return self._publish(work, table)
             work.let_go()
             return model
         except BaseException:
             work.let_go()
             raise
 
-    def _must_know(self, work: Work, part: PartWork) -> bool:
+    def _must_know(self, part: PartWork) -> bool:
         """Whether somebody might have to go for bytes that turn out to be resident, if their digests stay unknown."""
         catalog, unit = part.site.catalog, part.site.arena.granule_bytes
-        if not catalog.has_pieces or not any(True for _ in work.unknown(part)):
+        if not catalog.has_pieces or part.is_known:
             return False
-        missing = [plan for plan in part.plans if work.resident_block(part, plan) is None]
+        missing = [plan for i, plan in enumerate(part.plans) if part.resident(i) is None]
         return sum(plan.granules_count(unit) for plan in missing) > catalog.granules.free_count
 
     async def _hash_pass(self, work: Work, parts: Sequence[PartWork], source: Source) -> None:
         with one_error():
             async with trio.open_nursery() as nursery:
                 for part in parts:
-                    unknown = list(work.unknown(part))
+                    unknown = await self._think(lambda part=part: list(work.unknown(part)))  # type: ignore[misc]
                     work.report.bytes_hashed_before += sum(p.nbytes for p in unknown)
                     nursery.start_soon(
                         self._read,
@@ -199,7 +219,7 @@ class Loader:
         """Hold blocks that are resident, make room, reserve the others. All or nothing, on all devices."""
         job, catalogs = work.job, [part.site.catalog for part in work.parts]
         for part in work.parts:
-            part.own = [work.resident_block(part, plan) for plan in part.plans]
+            part.own = [part.resident(i) for i in range(len(part.plans))]
             for block in part.own:
                 if block is not None:
                     part.site.catalog.hold(block)
@@ -269,6 +289,8 @@ class Loader:
                 if block is None or block.digest:
                     continue
                 for placed in plan.placed:
+                    if len(places) % STEP == 0:
+                        await trio.lowlevel.checkpoint()
                     for piece in placed.pieces:
                         key = (piece.transfer, piece.offset)
                         places[key] = (block, placed.offset + piece.offset)
@@ -286,6 +308,7 @@ class Loader:
                 device = HostDevice(is_direct=False, reaches_all=True)
             report.bytes_copied += sum(p.nbytes for p in outside if (p.transfer, p.offset) not in undecided)
             await self._read(work, part, source, outside, device, runs_of)
+            await self._think(lambda: work.learn_part(part))
             self._share_in_place(work, part)
             inside: list[InsideCopy] = [
                 (*places[piece.transfer, piece.offset], *found[piece.transfer, piece.offset], piece.nbytes)
@@ -308,7 +331,7 @@ class Loader:
             block = part.own[i]
             if block is None or block.digest:
                 continue
-            there = work.resident_block(part, plan)
+            there = part.resident(i)
             if there is not None:
                 part.site.catalog.hold(there)
                 part.own[i] = there
@@ -333,10 +356,13 @@ class Loader:
                 if stamp_of(os.fstat(shard.fd)) != version.stamp:
                     raise ChangedError(f"{shard.path} changed while it was loaded; load it again")
 
-        with_shards = ((work.transfers[p.transfer].shard, p) for p in pieces)
-        in_order = sorted(with_shards, key=lambda sp: (sp[0], sp[1].start))
+        def pack() -> list[Batch]:
+            with_shards = ((work.transfers[p.transfer].shard, p) for p in pieces)
+            in_order = sorted(with_shards, key=lambda sp: (sp[0], sp[1].start))
+            return list(pack_pieces(in_order, buffer_bytes=self._limits.buffer_bytes))
+
         await move_batches(
-            list(pack_pieces(in_order, buffer_bytes=self._limits.buffer_bytes)),
+            await self._think(pack),
             source=source,
             device=device,
             runs_of=runs_of,
@@ -344,27 +370,37 @@ class Loader:
             check=check,
             lent=part.site.ring,
         )
-        await trio.to_thread.run_sync(check_files)
+        await job.files.call(check_files)
 
-    def _publish(self, work: Work) -> Model:
+    async def _complete(self, part: PartWork) -> None:
+        """Its bytes are all in place: let other loads find them."""
+        catalog = part.site.catalog
+        for i, block in enumerate(part.own):
+            digest, pieces = part.digests[i], part.known[i]
+            assert block is not None
+            assert digest is not None
+            assert pieces is not None
+            if block.digest:
+                continue
+            while digest not in catalog.blocks and len(block.pieces) + STEP < len(pieces):
+                catalog.index(block, pieces[len(block.pieces) :][:STEP])
+                await trio.lowlevel.checkpoint()
+            part.own[i] = catalog.complete(block, digest, pieces)
+
+    def _publish(self, work: Work, table: list[ResidentTensor]) -> Model:
         job = work.job
         parts = []
-        whole, content = work.content()
+        assert work.content is not None
+        whole, content = work.content
         for part in work.parts:
-            catalog = part.site.catalog
-            blocks = []
-            for plan, block in zip(part.plans, part.own, strict=True):
-                assert block is not None
-                digests = work.digests_of(plan)
-                assert digests is not None
-                blocks.append(block if block.digest else catalog.complete(block, digest_block(digests), digests))
+            blocks = [block for block in part.own if block is not None]
             part.own = []  # the model holds them from here on
-            parts.append(Part(catalog, content[part.site.name], blocks))
+            parts.append(Part(part.site.catalog, content[part.site.name], blocks))
         model = Model(
             name=job.name if job.name is not None else content_name(content),
             digest=whole,
             parts=parts,
-            tensors=work.table(),
+            tensors=table,
             metadata=[s.header.metadata for s in job.shards],
             placements=job.placements,
             label=job.label,

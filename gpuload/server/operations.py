@@ -15,14 +15,18 @@ import trio
 
 from gpuload.device import canonical_name
 from gpuload.device.base import Run
-from gpuload.kept import KeptSlots
-from gpuload.plan import Placement
-from gpuload.server.catalog import Block, Catalog, Model, namesakes
+from gpuload.moving.kept import KeptFiles
+from gpuload.moving.model_files import without
+from gpuload.moving.plan import Placement
+from gpuload.moving.shards import Shard
+from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor, namesakes
+from gpuload.server.client_files import ClientFiles
 from gpuload.server.loader import CONTENT_PREFIX, Loader
 from gpuload.server.site import Site
-from gpuload.server.wire import close_all
+from gpuload.server.tables import TENSORS_MAX, read_table
+from gpuload.server.versions import Version, look
 from gpuload.server.work import Job
-from gpuload.shards import Shard, read_header
+from gpuload.wire import close_all
 from mfs.errors import AccessError, NotFoundError, UsageError
 
 NAME_LENGTH_MAX = 200
@@ -60,14 +64,14 @@ class Answer:
 class Operations:
     """The server's devices, behind the verbs of the protocol."""
 
-    def __init__(self, loader: Loader, slots: KeptSlots, *, version: str) -> None:
-        self._slots = slots
+    def __init__(self, loader: Loader, kept: KeptFiles, *, version: str) -> None:
+        self._kept = kept
         self._loader, self._sites = loader, loader.sites
         self._catalogs = [site.catalog for site in loader.sites.values()]
         self._version = version
 
-    async def answer(self, request: dict[str, Any], fds: Sequence[int], peer: Peer) -> Answer:
-        """Raises: MfsError with the reason of a refusal. `fds` stay the caller's."""
+    async def answer(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
+        """Raises: MfsError with the reason of a refusal. `files`, if some came, stay the caller's."""
         verb = str(request.get("op"))
         if verb in CHANGES and not peer.may_change:
             raise AccessError(f"user {peer.uid} may not {verb} on a server of user {os.geteuid()}, only attach")
@@ -77,11 +81,11 @@ class Operations:
             case "status":
                 return Answer(self._status())
             case "load" | "swap":
-                return await self._load(request, fds)
+                return await self._load(request, files)
             case "open":
-                return await self._open(request, fds)
+                return await self._open(request, files)
             case "attach":
-                return self._attach(self._find(request), self._only(request), {})
+                return await self._attach(self._find(request), self._only(request), {})
             case "unload":
                 return self._unload(request)
             case "pin":
@@ -90,32 +94,37 @@ class Operations:
                 return Answer({"model": model.name, "pinned": model.is_pinned})
         raise UsageError(f"no such operation: {verb[:50]!r}")
 
-    async def _load(self, request: dict[str, Any], fds: Sequence[int]) -> Answer:
+    async def _load(self, request: dict[str, Any], files: ClientFiles | None) -> Answer:
         name = _name(request.get("model"))
         if name.startswith(CONTENT_PREFIX):
             raise UsageError(f"names that begin with {CONTENT_PREFIX!r} are the server's own")
-        model, report = await self._loader.load(await self._job(name, request, fds))
+        model, report = await self._loader.load(await self._job(name, request, files))
         return Answer({**_summary(model), "report": report.as_dict()})
 
-    async def _open(self, request: dict[str, Any], fds: Sequence[int]) -> Answer:
-        job = await self._job(None, {**request, "pinned": False, "retain": "lru"}, fds)
+    async def _open(self, request: dict[str, Any], files: ClientFiles | None) -> Answer:
+        job = await self._job(None, {**request, "pinned": False, "retain": "lru"}, files)
         model, report = await self._loader.load(job)
-        return self._attach(model, None, {"report": report.as_dict()})  # no checkpoint since `load` returned
+        return await self._attach(model, None, {"report": report.as_dict()})  # no checkpoint since `load` returned
 
-    async def _job(self, name: str | None, request: dict[str, Any], fds: Sequence[int]) -> Job:
+    async def _job(self, name: str | None, request: dict[str, Any], files: ClientFiles | None) -> Job:
         is_swap = request.get("op") == "swap"
         placements = self._placements(name if is_swap else None, request)
         labels = request.get("files")
-        if not isinstance(labels, list) or not labels or len(labels) != len(fds):
-            raise UsageError(f"{len(fds)} files came, expected as many names in 'files', and one at least")
+        count = len(files.fds) if files is not None else 0
+        if files is None or not isinstance(labels, list) or len(labels) != count:
+            raise UsageError(f"{count} files came, expected as many names in 'files', and one at least")
         retain = request.get("retain", "lru")
         if retain not in ("lru", "lease"):
             raise UsageError(f"retain {str(retain)[:50]!r}: expected 'lru' or 'lease'")
         paths = [_printable(str(label))[:500] for label in labels]
+        left_out = _left_out(request, count)
+        shards, versions = await files.call(lambda: _shards(paths, files, left_out))
         return Job(
             name=name,
             label=_printable(str(request.get("label", paths[0])))[:500],
-            shards=await trio.to_thread.run_sync(_shards, paths, list(fds)),
+            shards=shards,
+            versions=versions,
+            files=files,
             placements=placements,
             is_swap=is_swap,
             allow_gap=_flag(request, "allow_gap", False),
@@ -155,8 +164,18 @@ class Operations:
             raise UsageError(f"ranks on {', '.join(names)}: each needs a device of its own")
         return [Placement(name, {}, rank, len(names), rules) for rank, name in enumerate(names)]
 
-    def _attach(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
-        """only: the device whose part is wanted; None: all of it. The lease is on the whole model in any case."""
+    async def _attach(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
+        """only: the device whose part is wanted; None: all of it. The lease is on the whole model in any case, and from
+        the first moment on.
+        """
+        model.lease()
+        try:
+            return await self._handed_out(model, only, extra)
+        except BaseException:
+            model.end_lease()
+            raise
+
+    async def _handed_out(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
         parts: list[dict[str, Any]] = []
         begins: list[list[int]] = []
         fds: list[int] = []
@@ -173,16 +192,19 @@ class Operations:
                 own = self._sites[part.catalog.device].arena.export(runs) if is_wanted and runs else []
                 fds += own
                 parts.append({"device": part.catalog.device, "runs": runs if is_wanted else [], "fds": len(own)})
+
+            def rows() -> list[list[Any]]:
+                def at(t: ResidentTensor) -> int:
+                    return begins[t.part][t.block] + t.offset if t.block >= 0 else 0
+
+                kept = (t for t in model.tensors if wanted[t.part])
+                return [[t.name, t.dtype, t.shape, t.part, at(t), t.nbytes] for t in kept]
+
+            table = await trio.to_thread.run_sync(rows)
         except BaseException:
             close_all(fds)
             raise
-        table = [
-            [t.name, t.dtype, t.shape, t.part, begins[t.part][t.block] + t.offset if t.block >= 0 else 0, t.nbytes]
-            for t in model.tensors
-            if wanted[t.part]
-        ]
         message = {**_summary(model), **extra, "parts": parts, "tensors": table, "metadata": model.metadata}
-        model.lease()
         return Answer(message, fds, model)
 
     def _unload(self, request: dict[str, Any]) -> Answer:
@@ -211,7 +233,7 @@ class Operations:
                 }
             )
         head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid()}
-        return {**head, "devices": devices, "mounts": self._slots.mounts()}
+        return {**head, "devices": devices, "mounts": self._kept.mounts()}
 
     def _site(self, given: object) -> Site:
         if given is None and len(self._sites) == 1:
@@ -291,15 +313,32 @@ def _bytes_here(model: Model, catalog: Catalog) -> int:
     return sum(t.nbytes for t in model.tensors if model.parts[t.part].catalog is catalog)
 
 
-def _shards(paths: Sequence[str], fds: Sequence[int]) -> list[Shard]:
-    """The descriptor is what is loaded. The name beside it may lead to a faster way to the same file (a mount's slots),
+def _shards(
+    paths: Sequence[str], files: ClientFiles, left_out: dict[int, list[str]]
+) -> tuple[list[Shard], list[Version]]:
+    """Each file's table, less what is not to be taken from it, and what the file was before that was read.
+
+    The descriptor is what is loaded. The name beside it may lead to a faster way to the same file (a mount's RAM),
     and is only believed where it leads to that very file: else a client could name what it may not read.
     """
-    shards = []
-    for path, fd in zip(paths, fds, strict=True):
+    shards, versions, tensors_count = [], [], 0
+    for path, fd in zip(paths, files.fds, strict=True):
         name = path if _is_same_file(path, fd) else f"(descriptor) {path}"
-        shards.append(Shard(name, fd, read_header(fd, name)))
-    return shards
+        versions.append(look(fd))
+        shards.append(Shard(name, fd, read_table(fd, name, files.who, tensors_max=TENSORS_MAX - tensors_count)))
+        tensors_count += len(shards[-1].header.tensors)
+    return without(shards, left_out), versions
+
+
+def _left_out(request: dict[str, Any], count: int) -> dict[int, list[str]]:
+    """Position of a file -> names that are not to be taken from it, as `model_files.left_out` has them."""
+    given = request.get("left_out") or {}
+    _check_object(given, "left_out")
+    if not all(key.isascii() and key.isdecimal() and int(key) < count for key in given):
+        raise UsageError(f"'left_out' must name files by their position, below {count}")
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in given.values()):
+        raise UsageError("'left_out' must be a list of names for each file")
+    return {int(key): names for key, names in given.items()}
 
 
 def _is_same_file(path: str, fd: int) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import trio
 
 from gpuload.device.base import Arena, Device
+from gpuload.moving.staging import Ring
 from gpuload.server.catalog import Block, Catalog
-from gpuload.staging import Ring
 
 InsideCopy = tuple[Block, int, Block, int, int]
 """(to, offset in it, from, offset in it, nbytes), both blocks in one arena."""

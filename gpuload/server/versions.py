@@ -5,7 +5,8 @@ would serve wrong weights. Only these are trusted; of every other file nothing i
 hashed each time:
 
 - on an mfs mount of our own user or root: the sha256 of a file on a Hub, whose addresses are by content (equal files in
-  any repository of that Hub, under any name, on any mount are one), or the place and MD5 etag of an object in S3
+  any repository of that Hub, under any name, on any mount are one), the place and MD5 etag of an object in S3, or the
+  chunks of a file in a registry of ours, whose digests every byte was compared with: equal files are one everywhere
 - on a file system that stamps every change with a time no program can choose: device, inode, size, mtime and ctime
 
 Not trusted: what a manifest states and its web server does not check; times, sizes, and etags made of these, of HTTP
@@ -27,6 +28,9 @@ from mfs.control import mountinfo
 
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 """What S3 gives: of the bytes, or of the parts' own; random with some encryptions, which is as good."""
+
+_CHUNKS = re.compile(r"[0-9a-f]{64}")
+"""What a mount calls the version of a registry's file: a digest of its chunks' own."""
 
 _HUB = re.compile(r"hf://[^@]*@(https?://[^/]+)")
 """A Hub that is not huggingface.co stands in the source's name. What one Hub says of its files binds no other."""
@@ -97,6 +101,8 @@ def _key_by_mount(fd: int, status: os.stat_result, mount: mountinfo.Mount | None
     if source.startswith("hf://") and digest.startswith("sha256:"):
         hub = _HUB.match(source)
         return f"content\0{hub[1] if hub else ''}\0{digest}\0{status.st_size}".encode()
+    if source.startswith("mfs+") and _CHUNKS.fullmatch(etag):
+        return f"chunks\0{etag}\0{status.st_size}".encode()
     if source.startswith("s3://") and _MD5_ETAG.fullmatch(etag):
         return f"origin\0{source}\0{etag}\0{status.st_size}".encode("utf-8", "surrogateescape")
     return None

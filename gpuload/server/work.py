@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, field
 
 from blake3 import blake3
 
-from gpuload.plan import Piece, Placement, Transfer
+from gpuload.moving.plan import Piece, Placement, Transfer
+from gpuload.moving.shards import Shard
 from gpuload.server.catalog import Block, ResidentTensor
+from gpuload.server.client_files import ClientFiles
 from gpuload.server.digest_files import Digest, Geometry
 from gpuload.server.digests import digest_block, geometry
 from gpuload.server.layout import BlockPlan, plan_blocks
 from gpuload.server.site import Site
 from gpuload.server.versions import Version
-from gpuload.shards import Shard
 
 PieceKey = tuple[int, int]
 """(transfer, offset): names a piece within one job."""
@@ -28,6 +29,10 @@ class Job:
     """None: by content, shared with whoever loaded the same bytes."""
     label: str
     shards: Sequence[Shard]
+    versions: Sequence[Version]
+    """Of each shard's file, before its table was read."""
+    files: ClientFiles
+    """Makes the calls on them."""
     placements: Sequence[Placement]
     """One; or one for each tensor-parallel rank, each on a device of its own: their parts are one model."""
     is_swap: bool = False
@@ -68,6 +73,20 @@ class PartWork:
     site: Site
     plans: list[BlockPlan]
     own: list[Block | None] = field(default_factory=list)
+    known: list[list[tuple[int, int, Digest]] | None] = field(default_factory=list)
+    """Of each plan, as far as `Work.learn` found it: (offset in the block, nbytes, digest) of every piece, if all are
+    known."""
+    digests: list[Digest | None] = field(default_factory=list)
+    """Of each planned block, where its pieces are known."""
+
+    @property
+    def is_known(self) -> bool:
+        return None not in self.known
+
+    def resident(self, index: int) -> Block | None:
+        """A complete block in the arena with the bytes of plan `index`, if they are known."""
+        digest = self.digests[index]
+        return None if digest is None else self.site.catalog.blocks.get(digest)
 
     def pieces(self) -> Iterator[Piece]:
         return (piece for plan in self.plans for placed in plan.placed for piece in placed.pieces)
@@ -81,25 +100,41 @@ class PartWork:
 
 
 class Work:
-    """One job on its way: pure planning results, and the digests known so far."""
+    """One job on its way: pure planning results, and the digests known so far.
 
-    def __init__(self, job: Job, transfers: list[Transfer], sites: Sequence[Site], versions: list[Version]) -> None:
-        self.job, self.transfers, self.versions = job, transfers, versions
+    What takes long for many tensors (making one, `recall`, `learn`, `found`, `table`) is for threads.
+    """
+
+    def __init__(self, job: Job, transfers: list[Transfer], sites: Sequence[Site]) -> None:
+        self.job, self.transfers, self.versions = job, transfers, job.versions
         self.parts = [PartWork(s, plan_blocks(transfers, s.arena.granule_bytes, s.name)) for s in sites]
         self.digests: dict[PieceKey, Digest] = {}
+        self.content: tuple[str, dict[str, str]] | None = None
+        """Once all digests are known: the whole model's, and that of what stands on each device."""
         self.inherits_pin = False
         """A pin belongs to the name, so a swap passes it on."""
         self.report = Report(bytes_total=sum(t.nbytes for t in transfers))
 
     @property
     def is_known(self) -> bool:
-        return not any(True for part in self.parts for _ in self.unknown(part))
+        """As far as `learn` found."""
+        return all(part.is_known for part in self.parts)
 
     def unknown(self, part: PartWork) -> Iterator[Piece]:
         return (piece for piece in part.pieces() if (piece.transfer, piece.offset) not in self.digests)
 
-    def digests_of(self, plan: BlockPlan) -> list[tuple[int, int, Digest]] | None:
-        """(offset in the block, nbytes, digest) of every piece of a block; None if one is not known."""
+    def learn(self) -> None:
+        """Work out what the digests of pieces, as known by now, come to."""
+        for part in self.parts:
+            self.learn_part(part)
+        self.content = self._content() if self.is_known else None
+
+    def learn_part(self, part: PartWork) -> None:
+        """The same for what stands on one device."""
+        part.known = [self._digests_of(plan) for plan in part.plans]
+        part.digests = [None if pieces is None else digest_block(pieces) for pieces in part.known]
+
+    def _digests_of(self, plan: BlockPlan) -> list[tuple[int, int, Digest]] | None:
         found = [
             (placed.offset + piece.offset, piece.nbytes, self.digests.get((piece.transfer, piece.offset), b""))
             for placed in plan.placed
@@ -107,18 +142,14 @@ class Work:
         ]
         return found if all(digest for _, _, digest in found) else None
 
-    def resident_block(self, part: PartWork, plan: BlockPlan) -> Block | None:
-        """A complete block in that arena with these bytes, if they are known."""
-        digests = self.digests_of(plan)
-        return part.site.catalog.blocks.get(digest_block(digests)) if digests else None
-
     def recall(self, known: Sequence[Mapping[Geometry, Digest]]) -> None:
-        """Fill in what is remembered. known: of each shard."""
+        """Fill in what is remembered, and learn from it. known: of each shard."""
         for part in self.parts:
             for piece in part.pieces():
                 digest = known[self.transfers[piece.transfer].shard].get(geometry(piece))
                 if digest is not None:
                     self.digests[piece.transfer, piece.offset] = digest
+        self.learn()
 
     def found(self) -> list[list[tuple[Geometry, Digest]]]:
         """What is known by now, for each shard."""
@@ -130,10 +161,8 @@ class Work:
                     by_shard[self.transfers[piece.transfer].shard].append((geometry(piece), digest))
         return by_shard
 
-    def content(self) -> tuple[str, dict[str, str]]:
-        """The whole model's digest, and that of what stands on each device, each with the files' own strings, which are
-        handed out beside the tensors; all digests must be known.
-        """
+    def _content(self) -> tuple[str, dict[str, str]]:
+        """Each with the files' own strings, which are handed out beside the tensors; all digests must be known."""
         by_transfer: dict[int, list[Digest]] = {}
         for part in self.parts:
             for piece in part.pieces():

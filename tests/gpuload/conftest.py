@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import gpuload.client
+import gpuload.client.attached
 from gpuload.device.host import HostDevice
-from gpuload.pipeline import Limits
+from gpuload.moving.pipeline import Limits
 from gpuload.server import versions
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import ServerThread, running_server
@@ -34,7 +34,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerConfig:
 @pytest.fixture
 def small_granules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients of this process open devices with the server's granule."""
-    monkeypatch.setattr(gpuload.client, "open_device", lambda name: HostDevice(granule_bytes=GRANULE))
+    monkeypatch.setattr(gpuload.client.attached, "open_device", lambda name: HostDevice(granule_bytes=GRANULE))
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "staged"])

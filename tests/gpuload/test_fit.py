@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from gpuload.cli.planning import examine
 from gpuload.fit import CARDS, Fit, kv_cache_bytes, model_sizes, smallest_world
-from gpuload.plan import MEGATRON_RULES
-from gpuload.planning import examine
+from gpuload.moving.plan import MEGATRON_RULES
 from gpuload.testing import random_tensors, write
 from mfs.errors import UsageError
 from mfs.safetensors import Header, TensorInfo

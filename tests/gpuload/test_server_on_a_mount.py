@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gpuload.asking import ask, connect, exchange, load_resident
-from gpuload.client import attach
+from gpuload.client.asking import ask, connect, exchange, load_resident
+from gpuload.client.attached import attach
 from gpuload.device.host import HostDevice
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import assert_same, random_tensors, running_server, write

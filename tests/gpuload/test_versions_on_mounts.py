@@ -12,7 +12,7 @@ import pytest
 from gpuload.server.versions import look
 from mfs.control import mountinfo
 from mfs.testing.mounting import TestMount
-from tests.mount.origins import FolderOrigin, HubOrigin, Origin, S3Origin, WebOrigin
+from tests.mount.origins import FolderOrigin, HubOrigin, Origin, RegistryOrigin, S3Origin, WebOrigin
 from tests.servers.hub import HubServer
 from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
@@ -53,6 +53,17 @@ def test_in_s3_an_object_is_its_place_and_etag(swift: SwiftServer, s3_bucket: st
     changed, same = keys(tmp_path / "m", origin, "a", "b")
     assert changed not in (a, None)
     assert same == b
+
+
+def test_in_a_registry_equal_files_are_one_whatever_model_tag_or_registry_they_stand_in(tmp_path: Path) -> None:
+    one, two = RegistryOrigin(tmp_path / "one"), RegistryOrigin(tmp_path / "two", "other", "v1")
+    one.put_all({"a.safetensors": CONTENT, "b.safetensors": CONTENT[::-1]})
+    two.put_all({"x/c.safetensors": CONTENT})
+    a, b = keys(tmp_path / "m", one, "a.safetensors", "b.safetensors")
+    assert None not in (a, b)
+    assert a != b
+    assert keys(tmp_path / "m", one, "a.safetensors") == [a], "the same after a remount"
+    assert keys(tmp_path / "n", two, "x/c.safetensors") == [a]
 
 
 def test_times_and_sizes_of_others_are_not_trusted(nginx: NginxServer, tmp_path: Path) -> None:

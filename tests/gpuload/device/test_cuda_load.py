@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import load_file as reference_load_file
 
 import gpuload
-from gpuload.asking import load_resident
-from gpuload.client import attach
+from gpuload.client.asking import load_resident
+from gpuload.client.attached import attach
+from gpuload.client.tensors import TORCH_DTYPES
 from gpuload.device import open_device
 from gpuload.errors import FitError
-from gpuload.pipeline import Limits
+from gpuload.moving.pipeline import Limits
 from gpuload.server.daemon import ServerConfig
-from gpuload.tensors import TORCH_DTYPES
 from gpuload.testing import ServerThread, assert_same, random_tensors, running_server, write
 from mfs.safetensors import DTYPE_BITS
 
@@ -109,7 +109,7 @@ def server(config: ServerConfig) -> Iterator[ServerThread]:
 
 ATTACHED = """
 import sys, time, torch
-from gpuload.client import attach
+from gpuload.client.attached import attach
 from gpuload.testing import bits
 import hashlib
 torch.cuda.init()

@@ -11,22 +11,24 @@ import os
 import resource
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import gpuload.client
-from gpuload.asking import load_resident
-from gpuload.client import attach
+import gpuload.client.attached
+from gpuload.client.asking import load_resident
+from gpuload.client.attached import attach
 from gpuload.device import driver as cu
 from gpuload.device.base import Device
 from gpuload.device.cuda import CudaDevice
 from gpuload.errors import DeviceError
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import DeviceSuite, assert_same, random_tensors, running_server, write
-from mfs.control.slots_client import Slots
+from mfs.control.borrowing import LentFile
 
 SOURCE = Path(__file__).parent / "standin" / "libcuda.c"
 
@@ -92,9 +94,9 @@ def test_memory_that_cannot_be_page_locked_is_refused_and_not_reached(
     device = CudaDevice(0, granule_bytes=65536, driver=library)
     fd = os.memfd_create("gpuload-test")
     os.ftruncate(fd, 8192)
-    slots = Slots(fd, 8192)
+    lent = LentFile(fd, 8192)
     os.close(fd)
-    address = slots.address
+    address = lent.address
     monkeypatch.setenv("STANDIN_NO_READ_ONLY", "1")
     with pytest.raises(DeviceError, match="cuMemHostRegister_v2 failed: CUDA_ERROR_INVALID_VALUE"):
         device.register(address, 8192)
@@ -104,7 +106,7 @@ def test_memory_that_cannot_be_page_locked_is_refused_and_not_reached(
     assert CudaDevice(0, granule_bytes=65536, driver=library).reaches(address, 8192), "page-locked for every context"
     device.unregister(address)
     assert not device.reaches(address, 1)
-    slots.close()
+    lent.close()
 
 
 def test_the_callers_own_context_is_current_again_after_every_call(library: cu.Driver) -> None:
@@ -140,9 +142,11 @@ def test_the_server_on_it(
     def open_one(name: str) -> Device:
         return CudaDevice(0, granule_bytes=65536, driver=library)
 
-    monkeypatch.setattr(gpuload.client, "open_device", open_one)
-    over, empty = gpuload.client.tensors.over_memory, torch.empty
-    monkeypatch.setattr(gpuload.client.tensors, "over_memory", lambda owner, at, n, _: over(owner, at, n, "cpu"))
+    monkeypatch.setattr(gpuload.client.attached, "open_device", open_one)
+    over, empty = gpuload.client.attached.tensors.over_memory, torch.empty
+    monkeypatch.setattr(
+        gpuload.client.attached.tensors, "over_memory", lambda owner, at, n, _: over(owner, at, n, "cpu")
+    )
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **{**kwargs, "device": "cpu"}))
     old = random_tensors(1, {f"w.{i}": (300, 1000) for i in range(6)} | {"n": (5,), "none": (0,)})
     new = {**old, "w.3": random_tensors(2, {"x": (300, 1000)})["x"]}
@@ -170,16 +174,29 @@ def test_a_model_of_more_granules_than_a_process_may_have_files(
     library: cu.Driver, config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The usual limit is 1024 descriptors; a 16 GB model comes as 2000."""
-    monkeypatch.setattr(gpuload.client, "open_device", lambda _: CudaDevice(0, granule_bytes=65536, driver=library))
-    over = gpuload.client.tensors.over_memory
-    monkeypatch.setattr(gpuload.client.tensors, "over_memory", lambda owner, at, n, _: over(owner, at, n, "cpu"))
+    monkeypatch.setattr(
+        gpuload.client.attached, "open_device", lambda _: CudaDevice(0, granule_bytes=65536, driver=library)
+    )
+    over = gpuload.client.attached.tensors.over_memory
+    monkeypatch.setattr(
+        gpuload.client.attached.tensors, "over_memory", lambda owner, at, n, _: over(owner, at, n, "cpu")
+    )
     made = random_tensors(1, {"w": (400 * 65536,)}, "U8")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     arena = replace(config, arena_bytes={"cuda:0": 420 * 65536})
     with running_server(arena, lambda _: CudaDevice(0, granule_bytes=65536, driver=library)) as server:
         load_resident(write(tmp_path / "a.safetensors", made), "m", "cuda:0", socket_path=server.socket_path)
         used = len(os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 100, limits[1]))
+        exchange = gpuload.client.attached.exchange
+
+        def exchange_scarcely(*args: Any, admit: Callable[[int], object]) -> Any:
+            def admit_scarcely(count: int) -> None:  # only now: the server, of this process too, has opened its own
+                resource.setrlimit(resource.RLIMIT_NOFILE, (used + 100, limits[1]))
+                admit(count)
+
+            return exchange(*args, admit=admit_scarcely)
+
+        monkeypatch.setattr(gpuload.client.attached, "exchange", exchange_scarcely)
         try:
             held = attach("m", socket_path=server.socket_path)
         finally:

@@ -11,8 +11,8 @@ from gpuload.device import canonical_name, open_device
 from gpuload.device.base import Device
 from gpuload.device.host import HostDevice, view_of
 from gpuload.errors import BusyError, DeviceError
-from gpuload.server.wire import close_all
 from gpuload.testing import DeviceSuite, FaultyDevice, Gate
+from gpuload.wire import close_all
 from mfs.errors import UsageError
 
 

@@ -65,6 +65,100 @@ def test_unmodified_safetensors_is_served_and_cannot_tell(resident: ServerThread
     assert (gauges["models"], gauges["leases"]) == (1, 0), "the file is resident, and nobody holds it any more"
 
 
+MODES = """
+import sys, torch
+from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
+reads = {
+    "get_tensor": lambda f: f.get_tensor("w"),
+    "get_tensors": lambda f: f.get_tensors()["w"] if hasattr(f, "get_tensors") else f.get_tensor("w"),
+    "slice": lambda f: f.get_slice("w")[2:5],
+    "columns": lambda f: f.get_slice("w")[:, 3],
+    "all": lambda f: f.get_slice("w")[...],
+}
+modes = {"none": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode, "fake": FakeTensorMode}
+def told(work):
+    try:
+        return work()
+    except Exception as e:
+        return type(e).__name__ + " " + str(e)
+def use(t):  # as who trains does
+    said = [t.is_inference(), t.requires_grad, t.is_leaf, told(lambda: t._version)]
+    said.append(told(lambda: t.add_(1)._version))
+    said.append(told(lambda: (t.float() * torch.ones((), requires_grad=True)).sum().backward()))
+    return said + [told(lambda: t.requires_grad_().is_leaf), told(lambda: (t * 2).sum().backward())]
+for first in modes:
+    for later in modes:
+        for name, read in reads.items():
+            with safe_open(sys.argv[1], "pt") as f:
+                with modes[first]():
+                    one = told(lambda: read(f))
+                with modes[later]():
+                    other = told(lambda: read(f))
+                again = read(f)
+                for made in (one, other, again):
+                    print(first, later, name, made if isinstance(made, str) else use(made))
+"""
+
+
+def test_every_reader_gets_tensors_of_his_own_mode(resident: ServerThread, tmp_path: Path) -> None:
+    """Whoever read the file before him, and in whatever mode: the library's tensors know nothing of each other."""
+    path = write(tmp_path / "a.safetensors", random_tensors(2, {"w": (8, 9)}, "F32"))
+    plain = run_hooked(MODES, path, socket_path=None, GPULOAD_AUTO="0")
+    served = run_hooked(MODES, path, socket_path=resident.socket_path)
+    assert served.stdout == plain.stdout
+    assert "without the server" not in served.stderr
+
+
+LIMITED = """
+import os, resource, subprocess, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+import torch
+from safetensors.torch import load_file
+resource.setrlimit(resource.RLIMIT_NOFILE, (80, hard))
+kept = [load_file(sys.argv[1]) for _ in range(150)]
+files = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
+ask = "import resource; print('a program', resource.getrlimit(resource.RLIMIT_NOFILE))"
+print(resource.getrlimit(resource.RLIMIT_NOFILE), flush=True)
+subprocess.run([sys.executable, "-S", "-c", ask], env={})
+subprocess.run([sys.executable, "-S", "-c", ask], env={}, close_fds=False)
+if not os.fork():
+    print("a fork", resource.getrlimit(resource.RLIMIT_NOFILE), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_a_program_keeps_its_limit_of_descriptors_and_what_is_below_it(resident: ServerThread, file: Path) -> None:
+    """A lease for every shard of a large model, under a low limit: the program and its children can open as before."""
+    plain = run_hooked(LIMITED, file, socket_path=None, GPULOAD_AUTO="0")
+    served = run_hooked(LIMITED, file, socket_path=resident.socket_path)
+    assert served.stdout == plain.stdout
+    assert "without the server" not in served.stderr
+
+
+SCARCE = """
+import resource, sys
+import torch
+from safetensors.torch import load_file
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+kept = [load_file(sys.argv[1]) for _ in range(100)]
+files = [open("/dev/null") for _ in range(20)]
+print(len(kept))
+from gpuload.hooks.counts import counts
+print(counts, file=sys.stderr)
+"""
+
+
+def test_leases_leave_a_program_half_of_its_descriptors(resident: ServerThread, file: Path) -> None:
+    """Where its limit cannot be raised either, the rest of a model of many files is the library's."""
+    plain = run_hooked(SCARCE, file, socket_path=None, GPULOAD_AUTO="0")
+    served = run_hooked(SCARCE, file, socket_path=resident.socket_path)
+    assert served.stdout == plain.stdout == "100\n"
+    assert "descriptors (ulimit -n)" in served.stderr
+    assert "served 0," not in served.stderr
+
+
 def assert_alone(code: str, file: Path, socket_path: str | None, reason: str) -> None:
     """The program's output is the library's, and one line says why."""
     plain = run_hooked(code, file, socket_path=None, GPULOAD_AUTO="0")
@@ -126,7 +220,7 @@ HELD = """
 import sys, time
 import gpuload.hooks.safetensors_patch as hook
 hook.IDLE_S = 0.05
-from gpuload.asking import ask
+from gpuload.client.asking import ask
 def leases():
     return ask({"op": "status"})["devices"][0]["gauges"]["leases"]
 def wait_for_none():
@@ -200,14 +294,15 @@ def test_a_child_forked_while_a_thread_attaches_does_not_hang(resident: ServerTh
 
 
 def test_a_program_that_loads_nothing_pays_nothing() -> None:
-    code = "import sys; print([m for m in ('torch', 'safetensors', 'trio', 'gpuload.client') if m in sys.modules])"
+    imported = ("torch", "safetensors", "trio", "gpuload.client.attached")
+    code = f"import sys; print([m for m in {imported} if m in sys.modules])"
     assert run_hooked(code, socket_path=None).stdout.strip() == "[]"
 
 
 def test_off_means_off(resident: ServerThread, file: Path) -> None:
     """gpuload's own folder on the path, and GPULOAD_AUTO not set: safetensors is nobody's but its own."""
     use = "import sys; from safetensors.torch import load_file; load_file(sys.argv[1])"
-    code = f"{use}; print('gpuload.client' in sys.modules)"
+    code = f"{use}; print('gpuload.client.attached' in sys.modules)"
     assert run_hooked(code, file, socket_path=resident.socket_path, GPULOAD_AUTO="0").stdout.strip() == "False"
     assert resident.gauges()["models"] == 0
 

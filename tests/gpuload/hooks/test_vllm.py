@@ -177,14 +177,14 @@ def test_what_vllm_makes_of_tensors_stays_vllms(registry: dict[str, type], given
 def test_a_file_that_the_pipeline_refuses_is_left_to_safetensors(
     registry: dict[str, type], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import gpuload.load
+    import gpuload.client.load
 
     def refuse(*args: Any, **kwargs: Any) -> Iterator[Any]:
         raise UsageError("no such type in this torch")
         yield
 
     monkeypatch.setenv("GPULOAD_SOCKET", NO_SOCKET)
-    monkeypatch.setattr(gpuload.load, "stream", refuse)
+    monkeypatch.setattr(gpuload.client.load, "stream", refuse)
     monkeypatch.setattr(resident_module, "_away_until", float("inf"))
     want = random_tensors(1, {"w": (30, 40)})
     file = str(write(tmp_path / "a.safetensors", want))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuload.errors import FitError
-from gpuload.plan import Transfer
+from gpuload.moving.plan import Transfer
 from gpuload.server.catalog import Catalog, Model, Part
 from gpuload.server.granules import Granules
 from gpuload.server.layout import ALIGN_BYTES, BLOCK_GRANULES, plan_blocks

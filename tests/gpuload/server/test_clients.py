@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
 import struct
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import gpuload.tensors
-from gpuload.asking import ask, connect, load_resident
-from gpuload.client import attach, open_resident
+import gpuload.client.tensors
+from gpuload.client.asking import ask, connect, load_resident
+from gpuload.client.attached import attach, open_resident
 from gpuload.device.host import HostDevice
+from gpuload.errors import BusyError
 from gpuload.server.daemon import ServerConfig
-from gpuload.server.wire import receive_blocking
 from gpuload.testing import ServerThread, random_tensors, running_server, write
+from gpuload.wire import receive_blocking
 from mfs.errors import ConfigError, IntegrityError, NotFoundError, UsageError
 from tests.gpuload.server.test_leases import NOBODY, in_child
 
@@ -122,6 +125,42 @@ def test_other_users_connections_do_not_keep_the_owner_out(config: ServerConfig)
             os.close(out)
 
 
+def test_all_who_come_at_once_are_answered(config: ServerConfig) -> None:
+    """A whole fleet starts: more connections than wait to be accepted, some beyond what is served at all."""
+    with running_server(replace(config, backlog=2), lambda _: HostDevice(granule_bytes=4096)) as server:
+
+        def work(_: int) -> object:
+            return ask({"op": "ping"}, socket_path=server.socket_path, timeout_s=60)["pid"]
+
+        with ThreadPoolExecutor(100) as pool:
+            assert set(pool.map(work, range(400))) == {os.getpid()}
+
+
+def test_beyond_its_connections_a_server_says_that_it_is_busy(config: ServerConfig, tmp_path: Path) -> None:
+    config = replace(config, connections_max=3)
+    with running_server(config, lambda _: HostDevice(granule_bytes=4096)) as server:
+        held = [connect(server.socket_path, 30) for _ in range(3)]
+        server.settle()
+        path = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (50, 50)}))
+        with pytest.raises(BusyError, match="has 3 connections"):
+            ask({"op": "ping"}, socket_path=server.socket_path)
+        with pytest.raises(BusyError, match="has 3 connections"):
+            load_resident(path, "m", "cpu", socket_path=server.socket_path)
+        for sock in held:
+            sock.close()
+        server.settle()
+        assert ask({"op": "ping"}, socket_path=server.socket_path)["pid"] == os.getpid()
+
+
+def test_a_server_that_accepts_nobody_is_busy_and_not_away(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.ExitStack() as held:
+        sock.bind(str(tmp_path / "s"))
+        sock.listen(0)
+        held.enter_context(connect(str(tmp_path / "s"), 1))
+        with pytest.raises(BusyError, match="is busy: it accepted no more connections"):
+            connect(str(tmp_path / "s"), 0.1)
+
+
 def test_a_file_that_is_no_socket_is_not_replaced_by_one(config: ServerConfig) -> None:
     path = Path(config.socket_path)
     path.write_text("precious")
@@ -144,7 +183,7 @@ def test_tensors_that_this_torch_does_not_have_leave_no_lease(
 ) -> None:
     path = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (50, 50)}))
     load_resident(path, "m", "cpu", socket_path=server.socket_path)
-    monkeypatch.delitem(gpuload.tensors.TORCH_DTYPES, "BF16")
+    monkeypatch.delitem(gpuload.client.tensors.TORCH_DTYPES, "BF16")
     with pytest.raises(UsageError, match="'w' is BF16, which torch") as kept:
         attach("m", socket_path=server.socket_path)
     assert kept.value is not None

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import gpuload.client
-from gpuload.asking import ask, load_resident
-from gpuload.client import attach, open_resident
+import gpuload.client.attached
+from gpuload.client.asking import ask, load_resident
+from gpuload.client.attached import attach, open_resident
 from gpuload.device.host import HostDevice
 from gpuload.errors import ServerError, to_wire
 from gpuload.server.daemon import ServerConfig
@@ -167,13 +167,13 @@ def test_a_server_of_another_version_is_one_clear_line_and_holds_no_lease(
 ) -> None:
     path = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (50, 50)}))
     load_resident(path, "m", "cpu", socket_path=server.socket_path)
-    real = gpuload.client.exchange
+    real = gpuload.client.attached.exchange
 
-    def older(*args: object) -> tuple[dict[str, object], list[int]]:
-        reply, fds = real(*args)  # type: ignore[arg-type]
+    def older(*args: object, **kwargs: object) -> tuple[dict[str, object], list[int]]:
+        reply, fds = real(*args, **kwargs)  # type: ignore[arg-type]
         return {name: value for name, value in reply.items() if name != "parts"}, fds
 
-    monkeypatch.setattr(gpuload.client, "exchange", older)
+    monkeypatch.setattr(gpuload.client.attached, "exchange", older)
     with pytest.raises(ServerError, match="another version than this program: restart it") as kept:
         attach("m", socket_path=server.socket_path)
     assert kept.value is not None

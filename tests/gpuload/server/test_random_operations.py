@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import gpuload.client
-from gpuload.asking import ask, load_resident
-from gpuload.client import Attached, attach
+import gpuload.client.attached
+from gpuload.client.asking import ask, load_resident
+from gpuload.client.attached import Attached, attach
 from gpuload.device.host import HostDevice
 from gpuload.errors import DeviceError, FitError
 from gpuload.server import versions
@@ -139,7 +139,7 @@ def test_random_operations_on_several_devices_with_failures_and_forgetting(
     models = family(tmp_path)
     devices = ["cpu", "cpu:1", "cpu:2"]
     gates = {name: Gate(1 << 30) for name in devices}
-    monkeypatch.setattr(gpuload.client, "open_device", lambda name: HostDevice(name=name, granule_bytes=4096))
+    monkeypatch.setattr(gpuload.client.attached, "open_device", lambda name: HostDevice(name=name, granule_bytes=4096))
     trusted = versions.CHANGE_STAMPED
     served: dict[str, dict[str, torch.Tensor]] = {}
     leases: list[tuple[Attached, dict[str, torch.Tensor]]] = []

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpuload.asking import ask, load_resident
-from gpuload.client import Attached, attach, open_resident
+from gpuload import wire
+from gpuload.client.asking import ask, load_resident
+from gpuload.client.attached import Attached, attach, open_resident
 from gpuload.device.base import Arena, Memory
 from gpuload.device.host import HostDevice
 from gpuload.errors import AwayError, BusyError, DeviceError, FitError, ServerError, from_wire, to_wire
-from gpuload.server import wire
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import FaultyDevice, Gate, ServerThread, assert_same, random_tensors, running_server, write
 from mfs.errors import ChangedError, UsageError
@@ -223,10 +223,10 @@ def test_a_rank_holds_its_part_only(server: ServerThread, tmp_path: Path) -> Non
 
 CHILD = """
 import sys
-import gpuload.client
+import gpuload.client.attached
 from gpuload.device.host import HostDevice
-gpuload.client.open_device = lambda name: HostDevice(granule_bytes=4096)
-held = gpuload.client.attach("m", socket_path=sys.argv[1])
+gpuload.client.attached.open_device = lambda name: HostDevice(granule_bytes=4096)
+held = gpuload.client.attached.attach("m", socket_path=sys.argv[1])
 print(int(held["l.1.w"].view(__import__("torch").uint8).to(__import__("torch").int64).sum()), flush=True)
 sys.stdin.read()
 """

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from gpuload.asking import ask, load_resident
-from gpuload.client import attach, open_resident
+from gpuload.client.asking import ask, load_resident
+from gpuload.client.attached import attach, open_resident
 from gpuload.device.base import Stream
 from gpuload.device.host import HostDevice
 from gpuload.errors import DeviceError

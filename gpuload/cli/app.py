@@ -1,0 +1,344 @@
+"""`gpuload`: the command line. Parses, asks, prints; nothing else happens here. Exit status: 0, 1 failure, 2 usage."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpuload.cli import printing
+from gpuload.cli.examples import EXAMPLES
+from gpuload.cli.options import (
+    Size,
+    device_map_option,
+    device_option,
+    digests_option,
+    parse_arenas,
+    parse_device_map,
+    parse_rules,
+    rule_option,
+    socket_option,
+)
+from gpuload.paths import SOCKET_VARIABLE, default_digests, default_socket
+from mfs.cli.page import EXIT_STATUS, Front, Page, json_option
+from mfs.cli.run import Failed, say
+from mfs.errors import UsageError
+from mfs.shown import set_up_logging
+
+
+class _Front(Front):
+    groups = (
+        ("Serve", ("serve", "load", "swap", "pin", "unload", "evict")),
+        ("Look", ("status", "plan", "doctor", "bench")),
+        ("Ahead of need", ("digest",)),
+        ("Programs that know nothing of gpuload", ("run", "hook")),
+    )
+    sections = {  # noqa: RUF012
+        "Examples": """\
+gpuload serve --arena cuda:0=70G &
+gpuload load /mnt/models/llama-a --name llama
+gpuload swap /mnt/models/llama-b --name llama    only bytes that differ cross the bus
+gpuload status
+gpuload run -- python server.py""",
+        "In Python": """\
+gpuload.attach("llama")    its tensors, without a copy
+gpuload.load_file, safe_open, load_model, stream    without a server""",
+        "Exit status": EXIT_STATUS,
+        "Files": """\
+$XDG_RUNTIME_DIR/gpuload.sock or /tmp/gpuload-UID/gpuload.sock    the server's socket
+$XDG_CACHE_HOME/gpuload/digests or ~/.cache/gpuload/digests       digests of files""",
+        "Environment": f"""\
+{SOCKET_VARIABLE}    another place for the socket
+GPULOAD_AUTO      1: programs load through the server, where `gpuload hook install` was run""",
+    }
+
+
+@click.group(cls=_Front, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 92})
+@click.option("--debug", is_flag=True, help="Show where an error comes from (a traceback).")
+@click.version_option(package_name="mfs", prog_name="gpuload", message="%(prog)s %(version)s")
+def cli(**_: Any) -> None:
+    """Model weights into device memory at link speed, kept there, shared, swapped by difference.
+
+    One process per node holds the weights; programs attach to them without a copy.
+    """
+
+
+@cli.command(
+    short_help="Hold weights for every process of this node.", cls=Page, sections={"Examples": EXAMPLES["serve"]}
+)
+@click.option(
+    "--arena",
+    "arenas",
+    multiple=True,
+    metavar="DEVICE=SIZE",
+    help="Memory to take, once per device.  [cpu=4G]",
+)
+@click.option("--mode", default="600", show_default=True, metavar="OCTAL", help="Of the socket: who may attach.")
+@digests_option
+@socket_option
+def serve(arenas: tuple[str, ...], mode: str, digests: str | None, socket_path: str | None) -> None:
+    """Hold weights for every process of this node, until SIGTERM or Ctrl-C.
+
+    The arenas are taken at once and reused for ever: nothing is allocated later, nothing fragments. Users that the
+    socket's mode admits may attach and look; only this user and root may load, swap, pin and unload. 'cpu:1', 'cpu:2'
+    and so on are further arenas in host memory.
+    """
+    from gpuload.device import open_device
+    from gpuload.server.daemon import ServerConfig, run
+
+    budget = parse_arenas(arenas or ("cpu=4G",))
+    if not re.fullmatch(r"[0-7]{3,4}", mode):
+        raise UsageError(f"--mode {mode!r}: expected an octal mode such as 660")
+    path = socket_path or default_socket()
+    folder = os.path.abspath(digests or default_digests())
+    config = ServerConfig(socket_path=path, socket_mode=int(mode, 8), arena_bytes=budget, digests_folder=folder)
+    set_up_logging("WARNING", "gpuload")
+    run(config, open_device, lambda: say(f"serving at {path}", "gpuload"))
+
+
+def _loading(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that `load` and `swap` share."""
+    for option in reversed(
+        [
+            click.argument("model", type=click.Path()),
+            click.option("--name", metavar="NAME", help="What to serve it as. Default: the folder's or file's name."),
+            device_option,
+            device_map_option,
+            click.option("--pin", is_flag=True, help="Never evict it."),
+            click.option(
+                "--ranks",
+                metavar="DEVICE,DEVICE,...",
+                help="All tensor-parallel ranks, one on each of these devices, as one model: swapped as one.",
+            ),
+            click.option("--rank", default=0, show_default=True, help="Tensor-parallel rank to hold, alone."),
+            click.option("--world", default=1, show_default=True, help="Tensor-parallel size."),
+            rule_option,
+            json_option,
+            socket_option,
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command(short_help="Make a model resident.", cls=Page, sections={"Examples": EXAMPLES["load"]})
+@_loading
+@click.option(
+    "--retain", type=click.Choice(["lru", "lease"]), default="lru", show_default=True, help="How long it stays."
+)
+def load(model: str, retain: str, **given: Any) -> None:
+    """Make MODEL (a folder, an index, or a .safetensors file) resident.
+
+    It is refused, with the shortfall named and nothing evicted, if it cannot fit even after evicting what is neither
+    leased nor pinned. --retain lru: stays until its room is needed; lease: goes when the last program lets go of it.
+    """
+    _load(model, is_swap=False, options={"retain": retain}, **given)
+
+
+@cli.command(short_help="Serve a model in place of another.", cls=Page, sections={"Examples": EXAMPLES["swap"]})
+@_loading
+@click.option("--allow-gap", is_flag=True, help="If both do not fit, drop the old one first; a failure leaves neither.")
+def swap(model: str, allow_gap: bool, **given: Any) -> None:
+    """Serve MODEL in place of what has its name; only bytes that differ are moved.
+
+    The old model serves until the new one is complete, on all its devices, and goes on serving if anything fails.
+    Programs that are attached keep the old bytes until they let go. Without --device and --device-map the new one
+    stands where the old one stood.
+    """
+    _load(model, is_swap=True, options={"allow_gap": allow_gap}, **given)
+
+
+def _load(
+    model: str,
+    *,
+    is_swap: bool,
+    options: dict[str, Any],
+    name: str | None,
+    device: str | None,
+    device_map: tuple[str, ...],
+    pin: bool,
+    ranks: str | None,
+    rank: int,
+    world: int,
+    rules: tuple[str, ...],
+    as_json: bool,
+    socket_path: str | None,
+) -> None:
+    from gpuload.client.asking import ask, load_resident
+    from gpuload.moving.plan import MEGATRON_RULES
+
+    if name is None and is_swap:
+        devices = ask({"op": "status"}, socket_path=socket_path)["devices"]
+        served = {m["model"] for d in devices for m in d["models"] if m["model"] and device in (None, d["device"])}
+        if len(served) != 1:
+            raise UsageError(f"{len(served)} models are resident: say which to replace, with --name")
+        (name,) = served
+    cut = parse_rules(rules) or dict(MEGATRON_RULES)
+    options |= {"pinned": pin, "rank": rank, "world": world, "rules": cut if world > 1 or ranks else {}}
+    options |= {"device_map": parse_device_map(device_map), "ranks": ranks.split(",") if ranks else []}
+    name = name or Path(os.path.abspath(model)).name.removesuffix(".safetensors")
+    reply = load_resident(model, name, device, is_swap=is_swap, options=options, socket_path=socket_path)
+    printing.show_report(reply, as_json)
+
+
+@cli.command(short_help="Stop serving a model.", cls=Page, sections={"Examples": EXAMPLES["unload"]})
+@click.argument("name")
+@device_option
+@json_option
+@socket_option
+def unload(name: str, device: str | None, as_json: bool, socket_path: str | None) -> None:
+    """Stop serving NAME. Its memory is free at once, or when the last program that is attached lets go."""
+    from gpuload.client.asking import ask
+
+    reply = ask({"op": "unload", "model": name, "device": device}, socket_path=socket_path)
+    printing.show_unloaded(reply, as_json)
+
+
+cli.add_command(unload, "evict")  # what mfs calls it
+
+
+@cli.command(short_help="Never evict a model.", cls=Page, sections={"Examples": EXAMPLES["pin"]})
+@click.argument("name")
+@click.option("--off", is_flag=True, help="Let it be evicted again.")
+@device_option
+@json_option
+@socket_option
+def pin(name: str, off: bool, device: str | None, as_json: bool, socket_path: str | None) -> None:
+    """Never evict NAME."""
+    from gpuload.client.asking import ask
+
+    reply = ask({"op": "pin", "model": name, "pinned": not off, "device": device}, socket_path=socket_path)
+    printing.show(reply, as_json, f"{name}: {'may be evicted' if off else 'pinned'}")
+
+
+@cli.command(short_help="Show what is resident, and what is free.", cls=Page, sections={"Examples": EXAMPLES["status"]})
+@json_option
+@socket_option
+def status(as_json: bool, socket_path: str | None) -> None:
+    """Show what is resident, who holds it, and what is free."""
+    from gpuload.client.asking import ask
+
+    printing.show_status(ask({"op": "status"}, socket_path=socket_path), as_json)
+
+
+@cli.command(short_help="Say whether a model fits; loads nothing.", cls=Page, sections={"Examples": EXAMPLES["plan"]})
+@click.argument("model", type=click.Path())
+@click.option("--kv-cache", "tokens", default=0, metavar="TOKENS", help="Room for so many tokens of key-value cache.")
+@click.option("--device", metavar="NAME", help="Also against this device, with what is in use there now.")
+@device_map_option
+@rule_option
+@json_option
+@socket_option
+def plan(
+    model: str,
+    tokens: int,
+    device: str | None,
+    device_map: tuple[str, ...],
+    rules: tuple[str, ...],
+    as_json: bool,
+    socket_path: str | None,
+) -> None:
+    """Say whether MODEL fits, from its headers and config alone: nothing is loaded.
+
+    Bytes per dtype, per tensor-parallel rank, and the smallest tensor-parallel size for cards of 80 and 141 GB, and for
+    --device or every device of --device-map: beside what other processes hold there, and in a running server's arena.
+    Activations and a framework's own buffers are not in the sum.
+    """
+    from gpuload.cli.planning import examine
+
+    found = examine(model, tokens, device, parse_device_map(device_map), parse_rules(rules), socket_path)
+    printing.show_plan(found, as_json)
+
+
+@cli.command(
+    short_help="Compute digests for the first swap to a model.", cls=Page, sections={"Examples": EXAMPLES["digest"]}
+)
+@click.argument("model", type=click.Path())
+@click.option("--world", default=1, show_default=True, help="Tensor-parallel size: for the parts of every rank.")
+@rule_option
+@click.option("--again", is_flag=True, help="Read everything anew, whatever is known.")
+@digests_option
+@json_option
+def digest(model: str, world: int, rules: tuple[str, ...], again: bool, digests: str | None, as_json: bool) -> None:
+    """Compute the digests of MODEL ahead of need, so that the first swap to it already moves only what differs.
+
+    Reads every byte once and keeps 64 bytes for each 4 MiB: they outlive servers, mounts and reboots. A server of the
+    same user finds them. Files of which nothing can be remembered safely are named; status 1 if that is all of them.
+    """
+    from gpuload.cli.digesting import digest_model
+
+    with printing.progress("digest") as tell:
+        found = digest_model(
+            model, world, parse_rules(rules), folder=digests or default_digests(), again=again, tell=tell
+        )
+    printing.show_digests(found, as_json)
+    if all(file["reason"] for file in found["files"]):
+        raise Failed
+
+
+@cli.command(short_help="Say what this machine lacks.", cls=Page)
+@json_option
+@socket_option
+def doctor(as_json: bool, socket_path: str | None) -> None:
+    """Say what this machine lacks. Status 1 if something cannot work."""
+    from gpuload.cli.doctor import examine
+
+    findings = list(examine(socket_path))
+    printing.show_findings(findings, as_json)
+    if any(f.state == "bad" for f in findings):
+        raise Failed
+
+
+@cli.command(short_help="Measure this machine, beside safetensors.", cls=Page, sections={"Examples": EXAMPLES["bench"]})
+@click.option("--device", default="cpu", show_default=True, metavar="NAME")
+@click.option("--size", type=Size(), default="1G", show_default=True, help="Of the model that is made up for it.")
+@click.option("--dir", "folder", default="/tmp", show_default=True, type=click.Path(file_okay=False))
+@json_option
+def bench(device: str, size: int, folder: str, as_json: bool) -> None:
+    """Measure loading, attaching and swapping on this machine, beside safetensors and the bare copy."""
+    from gpuload.cli.bench import run_bench
+
+    printing.show_bench(run_bench(device, size, folder), as_json)
+
+
+@cli.command(
+    short_help="Run a program whose weights the server serves.",
+    cls=Page,
+    sections={"Examples": EXAMPLES["run"]},
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--socket", "socket_path", metavar="PATH", help="The server's socket.")
+def run(command: tuple[str, ...], socket_path: str | None) -> None:
+    """Run COMMAND with safetensors served by the resident server: gpuload run -- python server.py.
+
+    Nothing else changes; without a server the program loads as ever and logs one line.
+    """
+    site = str(Path(__file__).parents[1] / "hooks" / "site")
+    paths = [site, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "GPULOAD_AUTO": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    if socket_path:
+        environment[SOCKET_VARIABLE] = os.path.abspath(socket_path)
+    try:
+        os.execvpe(command[0], list(command), environment)
+    except OSError as error:
+        raise UsageError(f"cannot run {command[0]!r}: {error.strerror}") from None
+
+
+@cli.command(
+    short_help="Install that for all programs of this Python.", cls=Page, sections={"Examples": EXAMPLES["hook"]}
+)
+@click.argument("action", type=click.Choice(["install", "remove", "status"]))
+def hook(action: str) -> None:
+    """The .pth in this Python's site-packages: with GPULOAD_AUTO=1, every program it runs is as under `gpuload run`."""
+    from gpuload.hooks import pth
+
+    if action == "status":
+        click.echo(f"{pth.location()}: {'installed' if pth.is_installed() else 'not installed'}")
+    else:
+        path = pth.install() if action == "install" else pth.remove()
+        click.echo(f"{path}: {'installed; set GPULOAD_AUTO=1 to use it' if action == 'install' else 'removed'}")

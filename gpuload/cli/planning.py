@@ -1,0 +1,124 @@
+"""`gpuload plan`: reads headers and config.json, asks device and server, and hands numbers to `fit`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from gpuload.device import canonical_name, open_device
+from gpuload.fit import CARDS, CONTEXT_BYTES, Fit, arena_bytes, model_sizes, smallest_world
+from gpuload.kv_cache import kv_cache_bytes
+from gpuload.moving.model_files import read_tables
+from gpuload.moving.pipeline import Limits
+from gpuload.moving.plan import MEGATRON_RULES, Placement, Transfer, plan_transfers
+from mfs.errors import IntegrityError, MfsError, UsageError
+
+CONFIG_BYTES_MAX = 16 << 20
+
+
+def examine(
+    where: str,
+    tokens: int,
+    device: str | None,
+    device_map: Mapping[str, str],
+    rules: Mapping[str, int | None],
+    socket_path: str | None,
+) -> dict[str, Any]:
+    """Everything `gpuload plan` prints. Loads nothing. Raises: as opening the files does; UsageError, DeviceError."""
+    if tokens < 0:
+        raise UsageError(f"--kv-cache {tokens}: expected a number of tokens")
+    headers = [shard.header for shard in read_tables(where)]
+    sizes = model_sizes(headers, rules or MEGATRON_RULES)
+    folder = Path(where) if Path(where).is_dir() else Path(where).parent
+    config = _config(folder)
+    if tokens and config is None:
+        raise UsageError(f"--kv-cache needs a config.json beside the weights; there is none in {folder}")
+    kv = kv_cache_bytes(config, tokens) if config is not None and tokens else 0
+    staging = Limits().buffer_bytes * Limits().buffers_count
+    empty = Fit(sizes.bytes_total, kv, CONTEXT_BYTES, 0, 0, 0, 0)
+
+    def with_worlds(name: str, fit: Fit) -> dict[str, Any]:
+        return {**_target(name, fit), "may_be_cut": True, "tensor_parallel": smallest_world(sizes, config, tokens, fit)}
+
+    targets = [with_worlds(f"a card of {name}", replace(empty, device_bytes=n)) for name, n in CARDS.items()]
+    placement = Placement(
+        canonical_name(device) if device is not None else device_map.get("", ""),
+        {prefix: canonical_name(name) for prefix, name in device_map.items()},
+    )
+    transfers = plan_transfers(headers, placement)
+    for name in dict.fromkeys(t.device for t in transfers) if device is not None or device_map else ():
+        if not name:
+            raise UsageError("the device map leaves tensors without a device: add '' to it, or give --device")
+        share = sum(t.nbytes for t in transfers if t.device == name) / max(1, sizes.bytes_total)
+        here, arena = _on_device(name, transfers, int(kv * share), socket_path)
+        fits = [(name, here), *([] if arena is None else [(f"the server's arena on {name}", arena)])]
+        if share == 1:
+            targets += [with_worlds(*one) for one in fits]
+        else:
+            targets += [{**_target(*one), "may_be_cut": False, "tensor_parallel": None} for one in fits]
+    return {
+        "model": os.path.abspath(where),
+        **asdict(sizes),
+        "kv_cache_tokens": tokens,
+        "kv_cache_bytes": kv,
+        "staging_bytes": staging,
+        "targets": targets,
+    }
+
+
+def _on_device(name: str, transfers: Sequence[Transfer], kv: int, socket_path: str | None) -> tuple[Fit, Fit | None]:
+    """The sum on one device beside all that is in use there; and in the arena of a server there, if one answers."""
+    opened = open_device(name)
+    memory, granule = opened.memory(), opened.granule_bytes
+    opened.close()
+    weights = arena_bytes(transfers, granule, name)
+    there = _server_on(name, socket_path)
+    taken = there["arena_bytes"] if there else 0
+    here = Fit(
+        weights_bytes=weights,
+        kv_cache_bytes=kv,
+        context_bytes=0 if name.startswith("cpu") else CONTEXT_BYTES,
+        staging_bytes=0,  # the CPU reads straight into place; a GPU's staging is host memory
+        resident_bytes=taken - there["arena_free_bytes"] if there else 0,
+        others_bytes=max(0, memory.total_bytes - memory.free_bytes - taken),
+        device_bytes=memory.total_bytes,
+    )
+    return here, Fit(weights, 0, 0, 0, taken - there["arena_room_bytes"], 0, taken) if there else None
+
+
+def _target(name: str, fit: Fit) -> dict[str, Any]:
+    return {
+        "target": name,
+        **asdict(fit),
+        "needed_bytes": fit.needed_bytes,
+        "shortfall_bytes": fit.shortfall_bytes,
+        "fits": not fit.shortfall_bytes,
+    }
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > CONFIG_BYTES_MAX:
+            raise IntegrityError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes")
+        found = json.loads(path.read_bytes())
+    except OSError:
+        return None
+    except (ValueError, RecursionError):
+        raise IntegrityError(f"{path}: not JSON") from None
+    return found if isinstance(found, dict) else None
+
+
+def _server_on(device: str, socket_path: str | None) -> dict[str, Any] | None:
+    """What a running server says of its arena on that device; None if none answers, or it has none there."""
+    from gpuload.client.asking import ask
+
+    try:
+        reply = ask({"op": "status"}, socket_path=socket_path, timeout_s=5)
+    except MfsError:
+        return None
+    return next((d for d in reply["devices"] if d["device"] == device), None)

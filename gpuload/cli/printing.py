@@ -1,0 +1,149 @@
+"""What the commands print: one JSON object with --json, else a few lines or a table, as `mfs` prints them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from gpuload.cli.doctor import Finding
+from mfs.cli.text import clean, count, print_json, size
+
+
+def show(reply: dict[str, Any], as_json: bool, *lines: str) -> None:
+    """The reply itself, or lines about it."""
+    if as_json:
+        print_json(reply)
+    else:
+        for line in lines:
+            print(clean(line))
+
+
+def _show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from mfs.cli.output import print_table
+
+    print_table(columns, rows)
+
+
+def show_report(reply: dict[str, Any], as_json: bool) -> None:
+    report = reply["report"]
+    lines = [
+        f"{reply['model']} on {reply['device']}: {size(report['bytes_total'])} in {report['seconds']:.3f} s,"
+        f" generation {reply['generation']}",
+        f"  kept in place {size(report['bytes_kept'])}, moved inside the device {size(report['bytes_moved_inside'])},"
+        f" copied {size(report['bytes_copied'])}",
+    ]
+    if report["bytes_hashed"]:
+        lines.append(f"  read and hashed, since nothing was known of them: {size(report['bytes_hashed'])}")
+    if report["evicted"]:
+        lines.append(f"  evicted: {', '.join(report['evicted'])}")
+    show(reply, as_json, *lines)
+
+
+@contextlib.contextmanager
+def progress(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal: call it with (bytes done, bytes in all), from any thread."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from mfs.cli.progress import make_bar
+
+    with make_bar() as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def show_digests(found: dict[str, Any], as_json: bool) -> None:
+    lines = [
+        f"{found['model']}: {size(found['bytes_known'])} known, {size(found['bytes_hashed'])} hashed in"
+        f" {found['seconds']:.2f} s"
+    ]
+    lines += [f"  not kept: {f['path']}: {f['reason']}" for f in found["files"] if f["reason"]]
+    show(found, as_json, *lines)
+
+
+def show_unloaded(reply: dict[str, Any], as_json: bool) -> None:
+    after = "released" if reply["released"] else f"released when {reply['leases']} leases end"
+    show(reply, as_json, f"{reply['model']} on {reply['device']}: {after}")
+
+
+def show_status(reply: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(reply)
+        return
+    for device in reply["devices"]:
+        used = device["arena_bytes"] - device["arena_free_bytes"]
+        print(
+            f"{device['device']}: arena {size(device['arena_bytes'])}, used {size(used)}; loads {device['loads']};"
+            f" device free {size(device['device_free_bytes'])} of {size(device['device_bytes'])}"
+        )
+        if not device["models"]:
+            print("  nothing resident")
+            continue
+        columns = ("model", ">bytes", ">leases", "pinned", ">generation", "rest on", "from")
+        _show_table(columns, (_model_row(m, device["device"]) for m in device["models"]))
+    for mount in reply.get("mounts", ()):
+        locked, whole = size(mount["locked_bytes"]), size(mount["mapped_bytes"])
+        print(clean(f"{mount['door']}: {locked} of {whole} page-locked, copied from in place"))
+
+
+def _model_row(model: dict[str, Any], device: str) -> Sequence[str]:
+    """bytes: on this device."""
+    return (
+        model["model"] or "(retired)",
+        size(model["bytes_here"]),
+        str(model["leases"]),
+        "yes" if model["pinned"] else "",
+        str(model["generation"]),
+        ", ".join(name for name in model["devices"] if name != device),
+        model["label"],
+    )
+
+
+def show_plan(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    tensors, files = count(found["tensors_count"], "tensor"), count(found["shards_count"], "file")
+    print(clean(f"{found['model']}: {size(found['bytes_total'])} in {tensors}, {files}"))
+    if found["kv_cache_tokens"]:
+        print(f"key-value cache of {count(found['kv_cache_tokens'], 'token')}: {size(found['kv_cache_bytes'])}")
+    print()
+    _show_table(("dtype", ">bytes"), ((dtype, size(n)) for dtype, n in found["bytes_by_dtype"].items()))
+    print()
+    _show_table((">tensor parallel", ">bytes per rank"), ((str(n), size(b)) for n, b in found["rank_bytes"].items()))
+    print()
+    _show_table(("target", ">needs", ">in use there", ">has", "verdict"), map(_target_row, found["targets"]))
+
+
+def _target_row(target: dict[str, Any]) -> Sequence[str]:
+    verdict, world = "fits", target["tensor_parallel"]
+    if not target["fits"]:
+        verdict = f"short by {size(target['shortfall_bytes'])}"
+        if target["may_be_cut"]:
+            verdict += f"; fits with tensor parallel {world}" if world else "; fits with none of 1 to 16"
+    in_use = size(target["resident_bytes"] + target["others_bytes"])
+    return target["target"], size(target["needed_bytes"]), in_use, size(target["device_bytes"]), verdict
+
+
+def show_findings(findings: Sequence[Finding], as_json: bool) -> None:
+    if as_json:
+        print_json({"findings": [asdict(f) for f in findings]})
+    else:
+        _show_table(("what", "state", "detail"), ((f.what, f.state, f.detail) for f in findings))
+
+
+def show_bench(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    print(clean(f"{found['machine']}; {size(found['bytes'])} on {found['device']}"))
+    _show_table(("what", ">seconds", ">GB/s", ">of the bare copy"), map(_bench_row, found["rows"]))
+
+
+def _bench_row(row: dict[str, Any]) -> Sequence[str]:
+    rate = f"{row['gb_s']:.2f}" if row["gb_s"] else ""
+    share = f"{row['of_ceiling']:.2f}" if row["of_ceiling"] else ""
+    return row["what"], f"{row['seconds']:.4f}", rate, share

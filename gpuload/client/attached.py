@@ -1,0 +1,169 @@
+"""Talking to the resident server, and its weights as tensors of this process without a copy.
+
+A lease is a connection. It is held by the memory itself: as long as any tensor, or any view of one, stands on attached
+memory, the connection stays open and the server keeps those bytes. In a forked child the same holds, since parent and
+child share the connection.
+"""
+
+from __future__ import annotations
+
+import copy
+import socket
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from gpuload import wire
+from gpuload.client import tensors
+from gpuload.client.asking import ATTACH_S, LOAD_S, connect, exchange
+from gpuload.descriptors import park, room_for
+from gpuload.device import open_device
+from gpuload.device.base import Mapping as DeviceMapping
+from gpuload.errors import ServerError
+
+
+class Attached(dict[str, torch.Tensor]):
+    """name -> tensor, on memory that the server holds for us.
+
+    Tensors are zero-copy. On the CPU a write goes to this process's own copy of that page; on CUDA the driver maps the
+    memory read-only and a kernel that writes to it fails. Copies of it (`copy`, `torch.save`, `pickle`) are plain
+    dictionaries, as of what `load_file` gives; deep ones and saved ones stand on memory of their own.
+    """
+
+    model: str
+    device: str
+    """Where it stands; several devices joined by ','."""
+    devices: Sequence[str]
+    digest: str
+    """Of the whole content; equal digests are equal models."""
+    generation: int
+    """Counts the swaps of that name; a later `attach` with a higher one got newer weights."""
+    metadata: Sequence[Mapping[str, str] | None]
+    """Each shard's own strings."""
+    report: Mapping[str, Any] | None
+    """What the server had to do to have it resident; None if that was not asked."""
+
+    def __init__(self, made: Mapping[str, torch.Tensor], reply: Mapping[str, Any], held: _Held) -> None:
+        super().__init__(made)
+        self.model, self.digest = reply["model"], reply["digest"]
+        self.device, self.devices = reply["device"], tuple(reply["devices"])
+        self.generation, self.metadata, self.report = reply["generation"], reply["metadata"], reply.get("report")
+        self._held = held
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # An OrderedDict, as torch's state dicts are: the one dictionary by name that torch.load takes by default.
+        return OrderedDict, (), None, None, iter(self.items())
+
+    def __copy__(self) -> dict[str, torch.Tensor]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, torch.Tensor]:
+        return copy.deepcopy(dict(self), memo)
+
+
+class _Held:
+    """The mappings and the connection that stands for their lease; unmapped first, released then."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.mappings: list[DeviceMapping] = []
+
+    def close(self) -> None:
+        """Idempotent."""
+        while self.mappings:
+            self.mappings.pop().close()
+        self.sock.close()
+
+    def __del__(self) -> None:
+        try:
+            self.close()
+        except Exception:  # while the interpreter ends, parts of it are gone; the kernel unmaps and closes then
+            pass
+
+
+def attach(
+    model: str, device: str | int | None = None, *, socket_path: str | None = None, timeout_s: float = ATTACH_S
+) -> Attached:
+    """The tensors of a resident model, without a copy.
+
+    device: only what stands on this one, which is how a rank is attached; None: all of it, wherever it stands (of
+        several models with that name, the one on the server's first device).
+    Raises: AwayError if no server answers, NotFoundError if it has no such model, AccessError, DeviceError.
+    """
+    request = {"op": "attach", "model": model}
+    if device is not None:
+        request["device"] = str(device) if not isinstance(device, int) else f"cuda:{device}"
+    return _attach(request, (), socket_path, timeout_s)
+
+
+def open_resident(
+    fds: Sequence[int],
+    labels: Sequence[str],
+    device: str | None,
+    *,
+    device_map: Mapping[str, str] | None = None,
+    left_out: Mapping[int, Sequence[str]] | None = None,
+    socket_path: str | None = None,
+    timeout_s: float = LOAD_S,
+) -> Attached:
+    """The tensors of open safetensors files, made resident by content if they are not yet. For the hooks.
+
+    device_map: see `load.load_model`; what it leaves out goes to `device`.
+    left_out: see `model_files.left_out`.
+    """
+    request: dict[str, Any] = {
+        "op": "open",
+        "device": device,
+        "device_map": dict(device_map or {}),
+        "files": list(labels),
+    }
+    request["left_out"] = dict(left_out or {})
+    return _attach(request, fds, socket_path, timeout_s)
+
+
+def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None, timeout_s: float) -> Attached:
+    tensors.check_mode()
+    held = _Held(connect(socket_path, timeout_s))
+    try:
+        reply, flat = _mapped(held, request, fds)
+        held.sock = park(held.sock)
+    except BaseException:
+        held.close()  # at once: whoever keeps the error must not keep the lease
+        raise
+    made = {
+        name: tensors.view_as(flat[part][offset : offset + nbytes], dtype, shape, name)
+        for name, dtype, shape, part, offset, nbytes in reply["tensors"]
+    }
+    return Attached(made, reply, held)
+
+
+def _mapped(held: _Held, request: dict[str, Any], fds: Sequence[int]) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Ask, and map every part of the answer: the answer, and the memory of each part as bytes."""
+    with ExitStack() as room:
+        # A 16 GB model on CUDA comes as 2000 descriptors, for as long as it takes to map them; 1024 is the usual limit.
+        reply, got = exchange(held.sock, request, fds, admit=lambda count: room.enter_context(room_for(count)))
+        room.callback(wire.close_all, got)
+        return reply, _flat(held, reply, got)
+
+
+def _flat(held: _Held, reply: dict[str, Any], got: Sequence[int]) -> list[torch.Tensor]:
+    flat: list[torch.Tensor] = []
+    if "parts" not in reply:
+        raise ServerError("the gpuload server is of another version than this program: restart it")
+    for name, dtype, shape, *_ in reply["tensors"]:  # before anything stands on what an error would unmap
+        tensors.torch_dtype(dtype, name)
+        tensors.storage_shape(dtype, shape, name)
+    at = 0
+    for part in reply["parts"]:
+        runs = [(first, count) for first, count in part["runs"]]
+        own, at = got[at : at + part["fds"]], at + part["fds"]
+        if not runs:
+            flat.append(torch.empty(0, dtype=torch.uint8, device=part["device"]))
+            continue
+        mapping = open_device(part["device"]).attach(own, runs)
+        held.mappings.append(mapping)
+        flat.append(tensors.over_memory(held, mapping.address, mapping.nbytes, part["device"]))
+    return flat

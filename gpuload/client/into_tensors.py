@@ -1,0 +1,66 @@
+"""Transfers into torch tensors of this process: makes their memory, moves their bytes, all devices at once."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import closing
+
+import torch
+import trio
+
+from gpuload.client import tensors
+from gpuload.device import open_device
+from gpuload.device.base import Device
+from gpuload.moving.pipeline import Limits, move_batches
+from gpuload.moving.plan import Batch, Piece, Transfer, plan_batches
+from gpuload.moving.pool import open_source
+from gpuload.moving.shards import Shard
+
+
+async def move_all(
+    shards: Sequence[Shard], transfers: Sequence[Transfer], made: Sequence[torch.Tensor], limits: Limits
+) -> None:
+    """Fill every tensor of `made` (by `make_all`) from its transfer, all devices at once."""
+    addresses = [tensor.data_ptr() for tensor in made]
+    await move_to_addresses(shards, batches_of(transfers, limits), addresses, limits)
+
+
+def batches_of(transfers: Sequence[Transfer], limits: Limits) -> dict[str, list[Batch]]:
+    """Device -> what is moved to it, in order."""
+    return {
+        name: plan_batches(transfers, buffer_bytes=limits.buffer_bytes, device=name)
+        for name in dict.fromkeys(t.device for t in transfers)
+    }
+
+
+async def move_to_addresses(
+    shards: Sequence[Shard],
+    batches: Mapping[str, Sequence[Batch]],
+    addresses: Sequence[int],
+    limits: Limits,
+    on_landed: Callable[[int], None] | None = None,
+    admit: Callable[[Batch], Awaitable[None]] | None = None,
+) -> None:
+    """Move the batches of every device, each transfer to its address; `admit` and `on_landed` as in `move_batches`."""
+
+    def runs_of(piece: Piece) -> list[tuple[int, int]]:
+        return [(addresses[piece.transfer] + piece.offset, piece.nbytes)]
+
+    async def move_to(device: Device, own: Sequence[Batch]) -> None:
+        with closing(device):
+            await move_batches(
+                own, source=source, device=device, runs_of=runs_of, limits=limits, on_landed=on_landed, admit=admit
+            )
+
+    with closing(open_source(shards)) as source:
+        async with trio.open_nursery() as nursery:
+            for name, own in batches.items():
+                nursery.start_soon(move_to, open_device(name), own)
+
+
+def make_all(transfers: Sequence[Transfer]) -> list[torch.Tensor]:
+    """Memory for every transfer, free of the caller's earlier kernels. Call it in their thread, as streams are."""
+    made = [tensors.empty(t.dtype, t.shape, t.name, t.device) for t in transfers]
+    for device in dict.fromkeys(t.device for t in transfers):
+        tensors.settle(device)
+    return made

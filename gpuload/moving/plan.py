@@ -1,0 +1,247 @@
+"""From tensor tables and a placement to the ordered list of moves. Pure: no I/O, no torch, no device.
+
+    tensors of all shards + Placement ──plan_transfers──> Transfer per tensor ──plan_batches──> Batch per buffer fill
+
+A tensor-parallel rank gets its slice of a tensor. Cut along the first axis that is one run of bytes; cut along a later
+axis it is many equal rows at a fixed distance, which a device copies in one strided (2-D) operation:
+
+    file   |..rrrr....rrrr....rrrr....|      r: row_bytes each, rows_count of them, first at `start`
+                └─pitch─┘
+    device |rrrrrrrrrrrr|                    packed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from mfs.errors import UsageError
+from mfs.safetensors import DTYPE_BITS, Header, TensorInfo
+
+GAP_BYTES_MAX = 64 << 10
+"""Unwanted bytes read along between two wanted ones rather than asking twice. 64 KiB at 3 GB/s take
+20 us, about what a second request through the kernel and the thread hop cost."""
+
+PIECES_MAX = 256
+"""Of one batch. Each is some 50 us of a loop's time, which is others' too."""
+
+MEGATRON_RULES: Mapping[str, int | None] = {
+    "*.q_proj.weight": 0, "*.k_proj.weight": 0, "*.v_proj.weight": 0, "*.qkv_proj.weight": 0,
+    "*.q_proj.bias": 0, "*.k_proj.bias": 0, "*.v_proj.bias": 0,
+    "*.gate_proj.weight": 0, "*.up_proj.weight": 0, "*.o_proj.weight": 1, "*.down_proj.weight": 1,
+    "*.w1.weight": 0, "*.w3.weight": 0, "*.w2.weight": 1,
+    "*embed_tokens.weight": 0, "lm_head.weight": 0,
+}  # fmt: skip
+"""The usual split of decoder models: attention heads and the MLP's inside by output rows, the two way-backs by columns.
+
+Source: Megatron-LM (arXiv 1909.08053), names as in transformers' Llama, Qwen and Mistral families.
+"""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where tensors go, and which part of each."""
+
+    device: str = "cpu"
+    """For every tensor that `device_map` does not name."""
+    device_map: Mapping[str, str] = field(default_factory=dict)
+    """Module prefix -> device; the longest prefix that ends at a '.' wins, '' stands for all. As in accelerate."""
+    rank: int = 0
+    """This process among the `world` that share the model, from 0."""
+    world: int = 1
+    rules: Mapping[str, int | None] = field(default_factory=dict)
+    """Glob over tensor names -> axis to cut in `world` parts, or None for whole; the first match wins, else whole."""
+
+    def __post_init__(self) -> None:
+        if self.world < 1 or not 0 <= self.rank < self.world:
+            raise UsageError(f"rank {self.rank} of {self.world}: expected 0 <= rank < world")
+
+    def device_of(self, name: str) -> str:
+        prefix = name
+        while True:
+            if prefix in self.device_map:
+                return self.device_map[prefix]
+            if not prefix:
+                return self.device
+            prefix = prefix.rpartition(".")[0]
+
+    def axis_of(self, name: str) -> int | None:
+        if self.world == 1:
+            return None
+        for pattern, axis in self.rules.items():
+            if fnmatchcase(name, pattern):
+                return axis
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One tensor, or this rank's slice of it, on its way from one shard to one device."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """What arrives."""
+    device: str
+    shard: int
+    """Index of the shard it comes from."""
+    start: int
+    """First wanted byte, from the beginning of the shard."""
+    row_bytes: int
+    rows_count: int
+    pitch_bytes: int
+    """From the first byte of a row to that of the next; equals row_bytes where there is one row."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * self.rows_count
+
+    @property
+    def stop(self) -> int:
+        """One past the last wanted byte in the shard."""
+        if not self.nbytes:
+            return self.start
+        return self.start + (self.rows_count - 1) * self.pitch_bytes + self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is copied in one operation: some rows, or a run of bytes, of one transfer; never more than a buffer."""
+
+    transfer: int
+    """Index into the list of transfers."""
+    offset: int
+    """Where it belongs, in bytes from the beginning of what arrives."""
+    start: int
+    """First byte in the shard."""
+    row_bytes: int
+    rows_count: int
+    pitch_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * self.rows_count
+
+    @property
+    def stop(self) -> int:
+        return self.start + (self.rows_count - 1) * self.pitch_bytes + self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One fill of one staging buffer: bytes [start, stop) of a shard, and the pieces that are cut out of it."""
+
+    shard: int
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read; the pieces may want fewer."""
+        return self.stop - self.start
+
+
+def plan_transfers(headers: Sequence[Header], placement: Placement) -> list[Transfer]:
+    """One transfer per tensor, in the order of the shards and, inside each, of the bytes.
+
+    Raises: UsageError if two shards hold the same name, or a rule cannot be followed.
+    """
+    transfers: list[Transfer] = []
+    seen: dict[str, int] = {}
+    for shard, header in enumerate(headers):
+        for info in header.tensors:
+            if info.name in seen:
+                raise UsageError(f"tensor {info.name!r} stands in shard {seen[info.name]} and again in shard {shard}")
+            seen[info.name] = shard
+            transfers.append(slice_tensor(info, shard, placement))
+    return transfers
+
+
+def slice_tensor(info: TensorInfo, shard: int, placement: Placement) -> Transfer:
+    """This placement's part of one tensor. Raises: UsageError if the axis cannot be cut in `world` equal parts."""
+    device = placement.device_of(info.name)
+    axis = placement.axis_of(info.name)
+    if axis is None:
+        return Transfer(info.name, info.dtype, info.shape, device, shard, info.start, info.nbytes, 1, info.nbytes)
+    if not 0 <= axis < len(info.shape) or info.shape[axis] % placement.world:
+        raise UsageError(
+            f"tensor {info.name!r} of shape {list(info.shape)} cannot be cut along axis {axis} in {placement.world}"
+            " equal parts: give another rule for it, or None to keep it whole"
+        )
+    part = info.shape[axis] // placement.world
+    return cut_axis(info, shard, device, axis, placement.rank * part, (placement.rank + 1) * part)
+
+
+def cut_axis(info: TensorInfo, shard: int, device: str, axis: int, first: int, last: int) -> Transfer:
+    """The part [first, last) of one tensor along `axis`, as rows at a fixed distance.
+
+    Raises: UsageError if a part does not begin and end at whole bytes (sub-byte dtypes).
+    """
+    bits = DTYPE_BITS[info.dtype]
+    for n in info.shape[axis + 1 :]:
+        bits *= n
+    if (bits * first) % 8 or (bits * last) % 8 or (bits * info.shape[axis]) % 8:
+        raise UsageError(f"tensor {info.name!r} of {info.dtype} cannot be cut at {first}:{last}: not whole bytes")
+    rows = 1
+    for n in info.shape[:axis]:
+        rows *= n
+    shape = (*info.shape[:axis], last - first, *info.shape[axis + 1 :])
+    row_bytes, pitch = bits * (last - first) // 8, bits * info.shape[axis] // 8
+    start = info.start + bits * first // 8
+    if row_bytes == pitch or rows == 1:  # one run of bytes
+        row_bytes, rows = row_bytes * rows, 1
+        pitch = row_bytes
+    return Transfer(info.name, info.dtype, shape, device, shard, start, row_bytes, rows, pitch)
+
+
+def cut_transfer(index: int, transfer: Transfer, piece_bytes: int) -> Iterator[Piece]:
+    """The transfer in pieces whose span in the shard is at most `piece_bytes`.
+
+    Pieces are cut at fixed distances from the tensor's own beginning, so equal tensors give equal pieces wherever
+    they stand in a file.
+    """
+    t = transfer
+    if not t.nbytes:
+        return
+    if t.rows_count > 1 and t.pitch_bytes <= piece_bytes and t.pitch_bytes - t.row_bytes <= GAP_BYTES_MAX:
+        step = piece_bytes // t.pitch_bytes
+        for row in range(0, t.rows_count, step):
+            rows = min(step, t.rows_count - row)
+            yield Piece(index, row * t.row_bytes, t.start + row * t.pitch_bytes, t.row_bytes, rows, t.pitch_bytes)
+        return
+    for row in range(t.rows_count):
+        for at in range(0, t.row_bytes, piece_bytes):
+            n = min(piece_bytes, t.row_bytes - at)
+            yield Piece(index, row * t.row_bytes + at, t.start + row * t.pitch_bytes + at, n, 1, n)
+
+
+def plan_batches(
+    transfers: Sequence[Transfer], *, buffer_bytes: int, piece_bytes: int | None = None, device: str | None = None
+) -> list[Batch]:
+    """Pack the pieces of all transfers (to `device`, if given), in order, into fills of `buffer_bytes` at most."""
+    pieces = (
+        (t.shard, piece)
+        for index, t in enumerate(transfers)
+        if device is None or t.device == device
+        for piece in cut_transfer(index, t, min(piece_bytes or buffer_bytes, buffer_bytes))
+    )
+    return list(pack_pieces(pieces, buffer_bytes=buffer_bytes))
+
+
+def pack_pieces(pieces: Iterable[tuple[int, Piece]], *, buffer_bytes: int) -> Iterator[Batch]:
+    """Group (shard, piece) pairs that follow each other closely into batches of at most `buffer_bytes`."""
+    group: list[Piece] = []
+    at_shard, start, stop = -1, 0, 0
+    for shard, piece in pieces:
+        near = shard == at_shard and start <= piece.start <= stop + GAP_BYTES_MAX
+        fits = len(group) < PIECES_MAX and max(stop, piece.stop) - start <= buffer_bytes
+        if not (group and near and fits):
+            if group:
+                yield Batch(at_shard, start, stop, tuple(group))
+            group, at_shard, start, stop = [], shard, piece.start, piece.start
+        group.append(piece)
+        stop = max(stop, piece.stop)
+    if group:
+        yield Batch(at_shard, start, stop, tuple(group))

@@ -1,0 +1,253 @@
+"""The protocol's bytes: one JSON object per frame, with file descriptors behind it. The page on it is ARCHITECTURE.md.
+
+    frame        4 bytes, big-endian length of the JSON; the JSON, UTF-8, an object
+    descriptors  for every FDS_PER_MESSAGE of the object's "fds": one byte 'F' with them as SCM_RIGHTS
+
+Every length is bounded before anything is allocated. Descriptors that arrive and are not wanted are closed.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import json
+import math
+import os
+import reprlib
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import trio
+
+from gpuload.errors import AwayError, ServerError
+from mfs.control.wire import check_depth
+from mfs.errors import UsageError
+
+REQUEST_BYTES_MAX = 4 << 20
+REPLY_BYTES_MAX = 128 << 20
+"""A table of 90,000 tensors is 12 MB."""
+
+ROWS_AT_ONCE = 500
+"""Rows of a table that are encoded in one go: in between, other threads have their turn."""
+
+FDS_MAX = 65536
+"""A model of 512 GiB over several cards, in granules of 8 MiB."""
+
+FDS_PER_MESSAGE = 200
+"""The kernel passes 253 at most (SCM_MAX_FD, include/net/scm.h)."""
+
+_LENGTH = struct.Struct(">I")
+_FD_BYTES = array.array("i").itemsize
+_ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_PER_MESSAGE * _FD_BYTES)
+
+
+def encode(message: dict[str, Any], fds: Sequence[int] = ()) -> bytes:
+    parts = (f"{_dumped(key)}:{_encoded(value)}" for key, value in {**message, "fds": len(fds)}.items())
+    body = f"{{{','.join(parts)}}}".encode()
+    return _LENGTH.pack(len(body)) + body
+
+
+def _encoded(value: Any) -> str:
+    if not isinstance(value, list) or len(value) <= ROWS_AT_ONCE:
+        return _dumped(value)
+    groups_ = (value[at : at + ROWS_AT_ONCE] for at in range(0, len(value), ROWS_AT_ONCE))
+    return f"[{','.join(_dumped(group)[1:-1] for group in groups_)}]"
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def groups(fds: Sequence[int]) -> list[Sequence[int]]:
+    return [fds[at : at + FDS_PER_MESSAGE] for at in range(0, len(fds), FDS_PER_MESSAGE)]
+
+
+def rights(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+
+
+def take_rights(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % _FD_BYTES])
+    return list(fds)
+
+
+def decode_length(raw: bytes, bytes_max: int) -> int:
+    (length,) = _LENGTH.unpack(raw)
+    if length > bytes_max:
+        raise ServerError(f"a message of {length} bytes, more than {bytes_max}")
+    return int(length)
+
+
+def decode(body: bytes) -> tuple[dict[str, Any], int]:
+    """(message, how many descriptors follow). Raises: ServerError."""
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ServerError("a message that is not JSON, or nested too deeply") from None
+    if not isinstance(message, dict):
+        raise ServerError("a message that is not a JSON object")
+    count = message.pop("fds", 0)
+    if type(count) is not int or not 0 <= count <= FDS_MAX:
+        raise ServerError(f"a message with {reprlib.repr(count)} descriptors, expected 0 to {FDS_MAX}")
+    return message, count
+
+
+class Channel:
+    """The server's end of one connection, on the trio thread."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self.sock = sock
+
+    async def receive(self, *, idle_s: float, message_s: float, fds_max: int) -> tuple[dict[str, Any], int] | None:
+        """The next request, and how many descriptors follow it (`receive_fds`); None when the peer has closed.
+
+        idle_s: longest wait for a request to begin. message_s: longest wait for the rest of it.
+        Raises: ServerError for a request that breaks the protocol or comes too slowly.
+        """
+        with _told():
+            with trio.fail_after(idle_s):
+                first = await self.sock.recv(1)
+            if not first:
+                return None
+            with trio.fail_after(message_s):
+                raw = first + await self._exactly(_LENGTH.size - 1)
+                message, count = decode(await self._exactly(decode_length(raw, REQUEST_BYTES_MAX)))
+                check_depth(message)
+                if count > fds_max:
+                    raise ServerError(f"a request with {count} descriptors, more than {fds_max}")
+            return message, count
+
+    async def receive_fds(self, count: int, into: list[int], *, message_s: float) -> None:
+        """Take the descriptors of a request. What arrived is in `into`, whatever happens: the caller closes it, and not
+        on this thread, which a file on a hung file system would stop.
+
+        Raises: as `receive`.
+        """
+        with _told(), trio.fail_after(message_s):
+            while len(into) < count:
+                _, ancillary, _, _ = await self.sock.recvmsg(1, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+                got = take_rights(ancillary)
+                into += got
+                if not got:
+                    raise ServerError("a request without the descriptors it announced")
+
+    async def send(self, message: dict[str, Any], fds: Sequence[int] = (), *, message_s: float) -> None:
+        """Raises: AwayError if the peer is gone or does not read."""
+        try:
+            with trio.fail_after(message_s):
+                is_long = len(message.get("tensors", ())) > ROWS_AT_ONCE
+                frame = await trio.to_thread.run_sync(encode, message, fds) if is_long else encode(message, fds)
+                left = memoryview(frame)
+                while left:
+                    left = left[await self.sock.send(left) :]
+                for group in groups(fds):
+                    await self.sock.sendmsg([b"F"], rights(group))
+        except (OSError, trio.TooSlowError):
+            raise AwayError("the client does not take its answer") from None
+
+    async def wait_closed(self) -> None:
+        """Until the peer closes; returns early, meaning nothing, if it sends another request meanwhile."""
+        with contextlib.suppress(OSError):
+            await self.sock.recv(1, socket.MSG_PEEK)
+
+    async def is_closed(self) -> bool:
+        """After `wait_closed`: whether the peer has closed, rather than asked something else."""
+        try:
+            return not await self.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+    async def _exactly(self, nbytes: int) -> bytes:
+        body = bytearray()
+        while len(body) < nbytes:
+            more = await self.sock.recv(min(nbytes - len(body), 1 << 20))
+            if not more:
+                raise AwayError("the connection ended inside a message")
+            body += more
+        return bytes(body)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        raise ServerError(f"a request of {error}") from None
+    except trio.TooSlowError:
+        raise ServerError("a request that took too long to arrive") from None
+    except OSError:
+        raise AwayError("the client's connection broke") from None
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Never raises: a file of a dead mount is closed by an error, which is nobody's fault here."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def send_blocking(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+    """The client's side of `Channel.receive`. The socket's own timeout is the deadline."""
+    send_groups(sock, message, len(fds), groups(fds))
+
+
+def send_groups(sock: socket.socket, message: dict[str, Any], count: int, lent: Iterable[Sequence[int]]) -> None:
+    """As `send_blocking`, of `count` descriptors that come in groups of FDS_PER_MESSAGE at most; a group may be closed
+    when the next one is asked for.
+    """
+    sock.sendall(encode(message, range(count)))
+    for group in lent:
+        until = time.monotonic() + (sock.gettimeout() or math.inf)
+        while True:
+            try:
+                sock.sendmsg([b"F"], rights(group))
+                break
+            except OSError as error:  # too many are on their way for this user: until some arrive
+                if error.errno != errno.ETOOMANYREFS or time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
+
+
+def receive_blocking(
+    sock: socket.socket, admit: Callable[[int], object] = lambda count: None
+) -> tuple[dict[str, Any], list[int]]:
+    """One answer and its descriptors; the caller closes them. Raises: AwayError, ServerError, TimeoutError.
+
+    admit: told how many descriptors there will be, before they are taken.
+    """
+    raw = _exactly_blocking(sock, _LENGTH.size)
+    message, count = decode(_exactly_blocking(sock, decode_length(raw, REPLY_BYTES_MAX)))
+    admit(count)
+    fds: list[int] = []
+    try:
+        while len(fds) < count:
+            _, ancillary, _, _ = sock.recvmsg(1, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+            got = take_rights(ancillary)
+            fds += got
+            if not got:
+                raise AwayError(
+                    f"the server announced {count} descriptors, {len(fds)} arrived: this process may open no more of"
+                    " them, perhaps (ulimit -n)"
+                )
+    except BaseException:
+        close_all(fds)
+        raise
+    return message, fds
+
+
+def _exactly_blocking(sock: socket.socket, nbytes: int) -> bytes:
+    body = bytearray(nbytes)
+    view = memoryview(body)
+    while view:
+        got = sock.recv_into(view)
+        if not got:
+            raise AwayError("the server closed the connection")
+        view = view[got:]
+    return bytes(body)
