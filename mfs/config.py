@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mfs.cache.directory import check_directory
 from mfs.control import mountinfo
-from mfs.errors import ConfigError
+from mfs.errors import ConfigError, StoreError
+from mfs.shown import MASK, mask_url
 from mfs.sources.base import name_fault
+from mfs.sources.folder import folder_path
 from mfs.sources.hf_cache import directory_name
 from mfs.types import CHUNK_BYTES
 from mfs.units import exact_size
@@ -25,8 +29,9 @@ RAM_SLOTS_COUNT_MIN = 16
 """The RAM tier refuses fewer (`mfs.cache.ram`, whose test keeps the two equal); said here before anything starts."""
 
 LAYOUTS = ("plain", "hub-cache")
+SIGNED_SCHEMES = ("mfs+s3", "mfs+file", "mfs+http", "mfs+https")
+"""Sources whose revisions can be signed (`registry.layout.SCHEMES`, whose test keeps the two equal)."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
-_MASK = "***"
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,9 @@ class SourceConfig:
     """One origin of models and how to reach it."""
 
     url: str
-    """'s3://bucket/prefix', 'hf://org/name[@revision]', 'http(s)://host/path/', 'file:///dir' or '/dir'."""
+    """'s3://bucket/prefix', 'hf://org/name[@revision]', 'oci://host/repository[:tag]', 'http(s)://host/path/',
+    'file:///dir' or '/dir'; a registry of ours 'mfs+s3://bucket/registry[/model[:tag]]', 'mfs+file://…',
+    'mfs+http(s)://…'."""
     name: str = ""
     """Directory of the mount it appears in; '' is the mount's root, legal only for a mount's one source."""
     endpoint_url: str | None = None
@@ -45,17 +52,23 @@ class SourceConfig:
     """AWS region; None is boto3's own choice."""
     unsigned: bool = False
     """Send S3 requests without a signature, for public buckets. Off: a missing credential should be said."""
+    requester_pays: bool = False
+    """Pay for S3 requests and traffic, for buckets whose owner does not. Off: nobody spends money without saying so."""
     token: str | None = field(default=None, repr=False)
     """Bearer token (Hub, HTTP); None leaves it to the environment. Secret: masked wherever it is printed."""
 
     layout: str = "plain"
     """One of LAYOUTS. 'hub-cache' shows an hf:// source as huggingface_hub's cache would; its directory of the mount is
     then called 'models--org--name', whatever `name` says."""
+    require_signature: Path | None = None
+    """File with a public key: of a registry, show only what was signed with it. None: show everything."""
 
     def __post_init__(self) -> None:
         label = f"source {self.name!r}" if self.name else "source"
         if not self.url:
-            raise ConfigError(f"{label} has no url: expected s3://…, hf://…, http(s)://…, file:///… or /directory")
+            raise ConfigError(
+                f"{label} has no url: expected s3://…, hf://…, oci://…, http(s)://…, /directory or mfs+s3://…"
+            )
         if self.layout not in LAYOUTS:
             raise ConfigError(f"{label}: layout is {self.layout!r}: expected one of {', '.join(LAYOUTS)}")
         if self.layout == "hub-cache":
@@ -63,11 +76,20 @@ class SourceConfig:
                 raise ConfigError(f"{label}: layout 'hub-cache' is for hf:// sources, got {mask_url(self.url)}")
             repo = self.url.removeprefix("hf://").rstrip("/").partition("@")[0]
             object.__setattr__(self, "name", directory_name(repo))
+        if self.require_signature is not None:
+            if not self.url.startswith(tuple(f"{scheme}://" for scheme in SIGNED_SCHEMES)):
+                raise ConfigError(
+                    f"{label}: a signature can be required of a registry (mfs+s3://… and the like) only, "
+                    f"got {mask_url(self.url)}"
+                )
+            _check_path(f"{label}: require_signature", self.require_signature)
         fault = name_fault(self.name) if self.name else None
         if fault:
             raise ConfigError(f"source name {self.name!r} cannot be a directory of the mount: {fault}")
         if self.endpoint_url is not None and not self.endpoint_url.startswith(("http://", "https://")):
-            raise ConfigError(f"{label}: endpoint_url is {self.endpoint_url!r}: expected http://… or https://…")
+            raise ConfigError(
+                f"{label}: endpoint_url is {mask_url(self.endpoint_url)!r}: expected http://… or https://…"
+            )
 
 
 @dataclass(frozen=True)
@@ -114,8 +136,10 @@ class MountConfig:
     foreground: bool = False
     """The daemon stays with the terminal or service manager that started it."""
     cache_fsync: bool = False
-    """Force chunk files to the disk before they count. Off: every block is verified when read back, so a power cut
+    """Force bytes to the disk before they count. Off: every block is verified when read back, so a power cut
     costs a refetch, not wrong bytes."""
+    cache_shared: bool = False
+    """Take a cache directory that other users own or can write to. Off: they would decide what readers get."""
 
     def __post_init__(self) -> None:
         """Checks that need no I/O. Raises: ConfigError."""
@@ -158,7 +182,7 @@ class MountConfig:
         """Inverse of `to_json`, checked again. Raises: ConfigError."""
         try:
             values = json.loads(text)
-            sources = tuple(SourceConfig(**source) for source in values.pop("sources"))
+            sources = tuple(_source(source) for source in values.pop("sources"))
             for name in ("mountpoint", "cache_dir", "log_file"):
                 if values[name] is not None:
                     values[name] = Path(values[name])
@@ -172,36 +196,40 @@ class MountConfig:
         values: dict[str, Any] = json.loads(self.to_json())
         for source in values["sources"]:
             if source["token"] is not None:
-                source["token"] = _MASK
-            source["url"] = mask_url(source["url"])
+                source["token"] = MASK
+            for name in ("url", "endpoint_url"):
+                if source[name] is not None:
+                    source[name] = mask_url(source[name])
         return values
 
 
-def mask_url(url: str) -> str:
-    """`url` with a password written into it ('https://user:secret@host/') replaced by '***'."""
-    scheme, separator, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    user, at, host = authority.rpartition("@")
-    if not separator or not at or ":" not in user:
-        return url
-    return f"{scheme}://{user.partition(':')[0]}:{_MASK}@{host}{slash}{path}"
+def _source(values: dict[str, Any]) -> SourceConfig:
+    key = values.pop("require_signature", None)
+    return SourceConfig(**values, require_signature=Path(key) if key is not None else None)
 
 
-def check_paths(config: MountConfig) -> None:
+def check_paths(config: MountConfig, *, is_replacing: bool = False) -> None:
     """Look at the disk: can the mount point be mounted on, can the cache be written? Creates the cache directory.
 
+    is_replacing: a dead mount of ours stands at the mount point, and stays until this one can take its place.
     Raises: ConfigError with one line. Never stats a mount that stands at the mount point already.
     """
     mountpoint = mountinfo.real_mountpoint(str(config.mountpoint))
     mounted = mountinfo.mount_at(mountpoint)
-    if mounted is not None:
+    if mounted is not None and not is_replacing:
         raise ConfigError(f"{mountpoint} is mounted already ({mounted.fstype}, {mounted.source}): unmount it first")
-    _check_mountpoint(Path(mountpoint))
+    if not is_replacing:
+        check_mountpoint(Path(mountpoint))
     check_cache_dir(config)
 
 
 def check_cache_dir(config: MountConfig) -> None:
-    """Create the cache directory, if one is wanted, and see that it can be written. Raises: ConfigError."""
+    """Create the cache directory, if one is wanted, and see that it can be written; that no folder lies in it, or in a
+    mount. Raises: ConfigError.
+    """
+    for source in config.sources:
+        if source.url.startswith(("/", "file:")):
+            _check_outside(folder_path(source.url), config)
     if config.cache_dir is not None:
         cache_dir = Path(os.path.realpath(config.cache_dir))
         _check_apart(cache_dir, Path(mountinfo.real_mountpoint(str(config.mountpoint))))
@@ -211,10 +239,35 @@ def check_cache_dir(config: MountConfig) -> None:
                 f"cache directory {cache_dir} lies in the mfs mount {place.mount.mountpoint}: "
                 f"choose a directory on a local disk"
             )
-        _check_writable(cache_dir)
+        with suppress(StoreError):  # its disk fails, or is full: that may pass, and until then the mount does without
+            check_directory(cache_dir, shared=config.cache_shared)
 
 
-def _check_mountpoint(mountpoint: Path) -> None:
+def _check_outside(folder: str, config: MountConfig) -> None:
+    """That a folder lies neither in a mount of ours nor in the mount's own cache: trees that hold or feed themselves.
+
+    What it holds of either it does not show, see `sources.fence`. Raises: ConfigError, UsageError.
+    """
+    real = mountinfo.real_mountpoint(folder)
+    place = mountinfo.locate(real)
+    if place is not None:
+        raise ConfigError(f"source {folder} lies in the mfs mount {place.mount.mountpoint}: name what that one shows")
+    if _is_inside(Path(real), Path(mountinfo.real_mountpoint(str(config.mountpoint)))):
+        raise ConfigError(
+            f"source {folder} lies inside the mount point {config.mountpoint}: choose another mount point"
+        )
+    if config.cache_dir is None:
+        return
+    for above in (Path(real), *Path(real).parents):  # by what it is, not by name: it may be bound to another place
+        is_cache = False
+        with contextlib.suppress(OSError):  # one of the two is not there
+            is_cache = above.samefile(config.cache_dir)
+        if is_cache:
+            raise ConfigError(f"source {folder} lies in the cache directory {config.cache_dir}: choose another cache")
+
+
+def check_mountpoint(mountpoint: Path) -> None:
+    """Raises: ConfigError unless this is an empty directory."""
     try:
         with os.scandir(mountpoint) as entries:
             first = next(entries, None)
@@ -229,17 +282,6 @@ def _check_mountpoint(mountpoint: Path) -> None:
             f"mount point {mountpoint} is not empty (it holds {first.name!r}): mounting would hide that; "
             f"choose an empty directory"
         )
-
-
-def _check_writable(cache_dir: Path) -> None:
-    try:
-        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache_dir):
-            pass
-    except FileExistsError:
-        raise ConfigError(f"cache directory {cache_dir} is not a directory") from None
-    except OSError as error:
-        raise ConfigError(f"cache directory {cache_dir} cannot be written: {error.strerror}") from error
 
 
 def _check_sources(sources: Iterable[SourceConfig]) -> None:

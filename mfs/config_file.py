@@ -50,17 +50,8 @@ def load(file: Path, *, mount: dict[str, Any], source: dict[str, Any]) -> MountC
 
 def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The fields of MountConfig that `file` sets, and those of each SourceConfig. Raises: ConfigError."""
-    try:
-        with open(file, "rb") as opened:
-            text = opened.read(FILE_BYTES_MAX + 1)
-        if len(text) > FILE_BYTES_MAX:
-            raise ConfigError(f"{file} is longer than {FILE_BYTES_MAX} bytes: not a configuration file")
-        document = tomllib.loads(text.decode())
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from error
-    _check_keys(document, ("mount", "sources"), f"{file}: ")
+    document = read_document(file)
+    check_keys(document, ("mount", "sources"), f"{file}: ")
     settings = _table(document.get("mount", {}), _MOUNT_KEYS, f"{file}: [mount] ", file.parent)
     tables = document.get("sources", {})
     if not isinstance(tables, dict):
@@ -72,6 +63,20 @@ def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             raise ConfigError(f"{file}: [sources.{name}] has no url")
         sources.append(fields | {"name": name})
     return settings, sources
+
+
+def read_document(file: Path) -> dict[str, Any]:
+    """What a TOML file says. Raises: ConfigError."""
+    try:
+        with open(file, "rb") as opened:
+            text = opened.read(FILE_BYTES_MAX + 1)
+        if len(text) > FILE_BYTES_MAX:
+            raise ConfigError(f"{file} is longer than {FILE_BYTES_MAX} bytes: not a configuration file")
+        return tomllib.loads(text.decode())
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
 
 
 def dump(masked: dict[str, Any]) -> str:
@@ -106,7 +111,7 @@ def _toml(value: Any) -> str:
 def _table(table: Any, keys: dict[str, _Key], where: str, folder: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ConfigError(f"{where}is {table!r}: expected a table")
-    _check_keys(table, keys, where)
+    check_keys(table, keys, where)
     fields = {}
     for key, value in table.items():
         field, convert = keys[key]
@@ -120,7 +125,8 @@ def _table(table: Any, keys: dict[str, _Key], where: str, folder: Path) -> dict[
     return fields
 
 
-def _check_keys(table: dict[str, Any], legal: Any, where: str) -> None:
+def check_keys(table: dict[str, Any], legal: Any, where: str) -> None:
+    """Raises: ConfigError for a key that is not among the legal ones, with the one that may be meant."""
     for key in table:
         if key not in legal:
             near = get_close_matches(key, legal, 1, 0.5)
@@ -131,6 +137,12 @@ def _check_keys(table: dict[str, Any], legal: Any, where: str) -> None:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"is {value!r}: expected a string")
+    return value
+
+
+def _secret(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("is not a string")  # not what it is: somebody pasted a token there
     return value
 
 
@@ -187,6 +199,7 @@ _MOUNT_KEYS: dict[str, _Key] = {
     "cache_dir": ("cache_dir", _path),
     "cache_size": ("cache_bytes", _size),
     "cache_fsync": ("cache_fsync", _flag),
+    "cache_shared": ("cache_shared", _flag),
     "ram_size": ("ram_bytes", _size),
     "timeout": ("timeout_s", _duration),
     "refresh": ("refresh_s", _duration),
@@ -207,6 +220,8 @@ _SOURCE_KEYS: dict[str, _Key] = {
     "profile": ("profile", _text),
     "region": ("region", _text),
     "unsigned": ("unsigned", _flag),
-    "token": ("token", _text),
+    "requester_pays": ("requester_pays", _flag),
+    "token": ("token", _secret),
     "layout": ("layout", _text),
+    "require_signature": ("require_signature", _path),
 }

@@ -16,12 +16,14 @@ errno values stand in `mfs.fuse.errnos` and nowhere else. Messages are one line:
 
 from __future__ import annotations
 
+from mfs.shown import clean, mask
+
 
 class MfsError(Exception):
     """Root of all errors this project raises on purpose."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())  # one line, whatever a server put into it
+        return clean(mask(" ".join(super().__str__().split())))  # one line, whatever a server or a user put into it
 
 
 class UsageError(MfsError):

@@ -5,14 +5,16 @@ message each way per question. This docstring is the protocol's only reference; 
 what is large (*) as a file in memory, in MessagePack:
 
     <- {ask: describe}  -> {} with [*description, standard error]
-    <- {ask: take}      -> {} with [*state, /dev/fuse, the lock]     the mount is paused: requests wait in the kernel
-    <- {ask: mine}      -> {yours: true}                             the old daemon never touches the mount again
+    <- {ask: take}      -> {} with [*state, /dev/fuse, the lock, the journal]   the mount is paused: requests wait
+    <- {ask: mine}      -> {yours: true}          once the new daemon is held, the old one never touches the mount again
+    <- {ask: held}      the new daemon's holder has the descriptors, or it has none: it serves from now on
     closing             the new daemon is registered, and the old one ends
     any failure         -> {error: [name, message]} as `mfs.errors.to_wire`
 
-Whatever goes wrong before `yours` leaves the old daemon serving: it has the kernel send again what was not answered.
-So the new one reads nothing from the device before it heard `yours`: what it told the kernel the old one could not
-know. Should it die after that, the mount is stale, as after any crash.
+Whatever goes wrong before `held` leaves the old daemon serving: it has the kernel send again what was not answered.
+Either daemon may be killed at any moment. Of the new one its holder knows whether it was held; of the old one its own
+holder does, which has a copy of the connection before `yours` is said and waits for `held` in its place
+(`mfs.holder`). So there is never more than one that serves, nor less, but where a daemon stands without a holder.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ from typing import Any, Self
 import msgpack
 import trio
 
+from mfs import limits
 from mfs.config import MountConfig, SourceConfig
-from mfs.control import listening
+from mfs.control import listening, wire
+from mfs.control.connecting import connect
+from mfs.control.holding import HolderLink
 from mfs.control.ready import notify
 from mfs.errors import (
     AccessError,
@@ -49,15 +54,16 @@ from mfs.errors import (
     to_wire,
 )
 from mfs.fuse.device import Agreement, is_connected
-from mfs.fuse.kernel import KernelSettings
+from mfs.fuse.journal import Journal
 from mfs.mount import Mount, RefreshState
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Of the state; another one is not understood."""
 _DOOR_MODE = 0o600
 _MESSAGE_BYTES_MAX = 64 << 10
+_CONNECTIONS_MAX = 16
 _READY_S = 20.0
 """How long the mount stays paused for a new daemon that says nothing."""
 _REGISTER_S = 30.0
@@ -79,8 +85,9 @@ def door_path(control_socket: Path) -> Path:
 class Giver:
     """The old daemon's side."""
 
-    def __init__(self, mount: Mount, lock: int, environment: dict[str, str]) -> None:
+    def __init__(self, mount: Mount, lock: int, environment: dict[str, str], holder: HolderLink) -> None:
         """lock: descriptor of the mount's lock. environment: what the next daemon may need, credentials say."""
+        self._holder = holder
         self._mount = mount
         self._lock = lock
         self._environment = environment
@@ -93,21 +100,31 @@ class Giver:
         with listening.door(path, _DOOR_MODE, socket.SOCK_SEQPACKET) as listener:
             task_status.started()
             async with trio.open_nursery() as nursery:
+                limit = trio.CapacityLimiter(_CONNECTIONS_MAX)
                 while True:
-                    nursery.start_soon(self._serve_one, await listening.accept(listener))
+                    nursery.start_soon(self._serve_one, await listening.accept(listener), limit)
 
-    async def _serve_one(self, sock: trio.socket.SocketType) -> None:
+    async def _serve_one(self, sock: trio.socket.SocketType, limit: trio.CapacityLimiter) -> None:
         with sock:
+            try:
+                limit.acquire_on_behalf_of_nowait(sock)
+            except trio.WouldBlock:
+                full = TransientStoreError(f"{_CONNECTIONS_MAX} others ask to take this mount over: try later")
+                with suppress(OSError):
+                    await sock.send(json.dumps({"error": to_wire(full)}).encode())
+                return
             try:
                 while (message := await sock.recv(_MESSAGE_BYTES_MAX)) and not self.gone.is_set():
                     try:
-                        await self._answer(sock, _parsed(message))
+                        await self._answer(sock, wire.parse_object(message))
                     except MfsError as error:
                         await sock.send(json.dumps({"error": to_wire(error)}).encode())
             except OSError as error:
                 log.info("whoever wanted the mount went away: %s", error)
             except Exception:  # a defect here must not end the mount
                 log.exception("a handover failed")
+            finally:
+                limit.release_on_behalf_of(sock)
 
     async def _answer(self, sock: trio.socket.SocketType, ask: dict[str, Any]) -> None:
         pid, uid = _peer(sock)
@@ -122,7 +139,7 @@ class Giver:
                         f"mfs {version('mfs')} hands over in format {FORMAT}, the new daemon takes {theirs}: "
                         f"unmount and mount again"
                     )
-                await self._give(sock, pid)
+                await self._give(sock, pid, main_pid=int(ask.get("main", pid)))
             case _:
                 raise UsageError(f"not a question this door knows: {str(ask)[:200]}")
 
@@ -130,11 +147,16 @@ class Giver:
         agreement = self._mount.session.agreement
         return {
             "version": version("mfs"), "pid": os.getpid(), "config": self._mount.config.to_json(),
-            "environment": self._environment, "request": agreement.request, "reply": agreement.reply,
+            "environment": self._environment, "held": self._holder.is_there,
+            "request": agreement.request, "reply": agreement.reply,
+            "ram_used_bytes": self._mount.memory.used_bytes,
         }  # fmt: skip
 
-    async def _give(self, sock: trio.socket.SocketType, pid: int) -> None:
-        """Give the mount away, or go on serving it. Raises: MfsError if it cannot be given away."""
+    async def _give(self, sock: trio.socket.SocketType, pid: int, *, main_pid: int) -> None:
+        """Give the mount away, or go on serving it. Raises: MfsError if it cannot be given away.
+
+        main_pid: the process that a service manager is to watch.
+        """
         session = self._mount.session
         if self._busy:
             raise TransientStoreError("the mount is being handed over already")
@@ -155,13 +177,15 @@ class Giver:
                 finally:
                     if given:
                         session.release()
+                        self._holder.end()
                     else:
+                        self._holder.hold(session.device, self._lock, self._mount.operations.journal.fd)
                         session.resume()
                         log.warning("the mount was not handed over to pid %d: going on", pid)
         finally:
             self._busy = False
         log.info("handed over to pid %d, after a pause of %.0f ms", pid, (time.monotonic() - paused_at) * 1e3)
-        notify(f"MAINPID={pid}")
+        notify(f"MAINPID={main_pid}")
         with trio.move_on_after(_REGISTER_S), suppress(OSError):
             await sock.recv(1)
         self.gone.set()
@@ -169,15 +193,19 @@ class Giver:
     async def _offer(self, sock: trio.socket.SocketType) -> bool:
         """Send everything; whether the other side took it. The mount is paused."""
         state = _memory_file(_exported(self._mount))
-        await _send(sock, {}, [state, self._mount.session.device, self._lock], closing=1)
+        journal = self._mount.operations.journal.fd
+        await _send(sock, {}, [state, self._mount.session.device, self._lock, journal], closing=1)
         with trio.move_on_after(_READY_S):
             message = await sock.recv(_MESSAGE_BYTES_MAX)
             if not message:
                 raise OSError("it closed the connection")
-            if _parsed(message) == {"ask": "mine"}:
-                await sock.send(b'{"yours": true}')
-                return True
-            raise UsageError(f"expected 'mine', got {message[:200]!r}")
+            if wire.parse_object(message) != {"ask": "mine"}:
+                raise UsageError(f"expected 'mine', got {message[:200]!r}")
+            self._holder.giving(sock.fileno())
+            await sock.send(b'{"yours": true}')
+            if not await sock.recv(_MESSAGE_BYTES_MAX):
+                raise OSError("it ended before anybody held the mount")
+            return True
         raise StoreError(f"the new daemon did not say within {_READY_S:g} s that it can serve")
 
 
@@ -202,7 +230,6 @@ def _exported(mount: Mount) -> dict[str, Any]:
         "handles": mount.operations.export(),
         "names": list(mount.session.unsaid_names),
         "refreshed": [[last.last_at, last.last_errors] for last in mount.refreshed],
-        "kernel": [mount.kernel.read_ahead_kb, mount.kernel.max_background, mount.kernel.notes],
         "unrecorded": mount.publication.unrecorded() if mount.publication else [],
     }
 
@@ -210,14 +237,13 @@ def _exported(mount: Mount) -> dict[str, Any]:
 # -- the new daemon
 
 
-def _restore(mount: Mount, state: dict[str, Any]) -> None:
+def _restore(mount: Mount, state: dict[str, Any], journal: Journal) -> None:
     """Make a mount that was never listed the one that `_exported` described. Raises: ConfigError."""
     try:
         mount.namespace.restore(state["tree"])
+        mount.operations.inherit(journal)
         mount.operations.restore(state["handles"])
         mount.refreshed = [RefreshState(*last) for last in state["refreshed"]]
-        mount.kernel = KernelSettings(*state["kernel"])
-        mount.warnings += [*mount.kernel.notes, *([mount.memory.note] if mount.memory.note else [])]
         if mount.publication is not None:
             mount.publication.record_again(state["unrecorded"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -230,9 +256,8 @@ class Heir:
     def __init__(self, path: Path) -> None:
         """Connect to the old daemon's door. Raises: StoreError if nobody answers there, and what it says."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(_ANSWER_S)
         try:
-            self._socket.connect(str(path))
+            connect(self._socket, path, _ANSWER_S)
             _, (description, self.stderr) = self._ask({"ask": "describe"}, 2)
         except OSError as error:
             self._socket.close()
@@ -247,10 +272,18 @@ class Heir:
         self.config = MountConfig.from_json(found["config"])
         """As the old daemon was told, secrets too."""
         self.environment: dict[str, str] = found["environment"]
+        self._is_held: bool = found["held"]
         self.agreement = Agreement(found["request"], found["reply"])
         """See `mount.Predecessor`."""
+        # It drops what nobody uses once we serve; where another control group pays for ours, that does not help.
+        shared = limits.groups().keys() == limits.groups(pid=self.pid).keys()
+        self.coming_bytes = found.get("ram_used_bytes", self.config.ram_bytes) if shared else 0
+        """Memory that will be there for the new daemon's RAM tier once this one serves no more."""
         self.lock = -1
         """The mount's lock, once taken."""
+        self.main_pid = os.getpid()
+        """The process that a service manager is to watch from then on."""
+        self._is_dead = False
 
     def check_same(self, config: MountConfig) -> None:
         """Raises: ConfigError if a mount with these settings would not be the same mount."""
@@ -265,10 +298,10 @@ class Heir:
 
     async def hand_over(self, mount: Mount) -> None:
         """See `mount.Predecessor`. Readers wait meanwhile."""
-        state, device = await trio.to_thread.run_sync(self._take)
+        state, device, journal = await trio.to_thread.run_sync(self._take)
         try:
-            _restore(mount, state)
-            await trio.to_thread.run_sync(self._confirm)
+            _restore(mount, state, Journal(journal))
+            await trio.to_thread.run_sync(self._confirm, device)
             if not is_connected(device):
                 raise StoreError("the mount was taken away while it was handed over")
             mount.session.connect(device, self.agreement)
@@ -276,30 +309,44 @@ class Heir:
             os.close(device)
         mount.session.invalidate_names((inode, name) for inode, name in state["names"])
 
-    def _take(self) -> tuple[dict[str, Any], int]:
-        """(state, descriptor of /dev/fuse)."""
+    def take_hold(self, mount: Mount, holder: HolderLink) -> None:
+        """Have the mount held, and the old daemon told that it is ours. Raises: StoreError if it is not."""
+        fds = mount.session.device, self.lock, mount.operations.journal.fd
+        if holder.hold(*fds, self._socket.fileno()):
+            return
         try:
-            _, (state, device, self.lock) = self._ask({"ask": "take", "format": FORMAT}, 3)
+            self._socket.send(b'{"ask": "held"}')
+        except OSError as error:
+            if not self._is_dead:
+                raise StoreError(f"the old daemon (pid {self.pid}) keeps the mount: {error}") from error
+
+    def _take(self) -> tuple[dict[str, Any], int, int]:
+        """(state, descriptor of /dev/fuse, that of the journal)."""
+        ask = {"ask": "take", "format": FORMAT, "main": self.main_pid}
+        try:
+            _, (state, device, self.lock, journal) = self._ask(ask, 4)
         except OSError as error:
             raise StoreError(f"the old daemon (pid {self.pid}) does not hand over: {error}") from error
-        return _read_memory_file(state), device
+        return _read_memory_file(state), device, journal
 
-    def _confirm(self) -> None:
+    def _confirm(self, device: int) -> None:
         """Make the mount ours. Raises: StoreError if the old daemon keeps it."""
         try:
             answer, _ = self._ask({"ask": "mine"}, 0)
         except OSError as error:
-            # One that is dead left it to us: we have all that it had, and nobody else has.
             if select.select([self._process], [], [], _DEAD_S)[0]:
+                if not is_connected(device):
+                    raise StoreError("the mount was taken away while it was handed over") from error
+                if self._is_held:
+                    why = f"the old daemon (pid {self.pid}) died while it handed over: its successor has the mount"
+                    raise StoreError(why) from error
+                # One that nobody held left it to us: we have all that it had, and nobody else has.
                 log.warning("the old daemon (pid %d) died while it handed over", self.pid)
+                self._is_dead = True
                 return
             raise StoreError(f"the old daemon (pid {self.pid}) keeps the mount: {error}") from error
         if answer != {"yours": True}:
             raise StoreError(f"the old daemon (pid {self.pid}) keeps the mount: it said {answer}")
-
-    async def wait_ended(self) -> None:
-        """See `mount.Predecessor`."""
-        await trio.lowlevel.wait_readable(self._process)
 
     def close(self) -> None:
         """Let the old daemon end; or go on, if the mount is still its."""
@@ -316,7 +363,7 @@ class Heir:
     def _ask(self, ask: dict[str, Any], fds_count: int) -> tuple[dict[str, Any], list[int]]:
         self._socket.send(json.dumps(ask).encode())
         message, fds, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES_MAX, fds_count, socket.MSG_CMSG_CLOEXEC)
-        answer = _parsed(message) if message else None
+        answer = wire.parse_object(message) if message else None
         if answer is None or "error" in answer or len(fds) != fds_count:
             for fd in fds:
                 os.close(fd)
@@ -328,17 +375,8 @@ class Heir:
 
 def _places(config: MountConfig) -> list[SourceConfig]:
     """The sources without what only opens them."""
-    return [replace(source, profile=None, region=None, unsigned=False, token=None) for source in config.sources]
-
-
-def _parsed(message: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(message)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UsageError(f"not a JSON object: {message[:100]!r}")
-    return found
+    opening = {"profile": None, "region": None, "unsigned": False, "requester_pays": False, "token": None}
+    return [replace(source, **opening) for source in config.sources]  # type: ignore[arg-type]
 
 
 def _peer(sock: trio.socket.SocketType) -> tuple[int, int]:

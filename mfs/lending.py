@@ -1,8 +1,7 @@
-"""Lends RAM slots to local processes (the pool path): what `control.slots` calls Lender, from the mount's parts."""
+"""Lends what stands in RAM to local processes (the pool path): what `control.lending_door` calls Lender."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 import trio
@@ -28,15 +27,15 @@ or stuck, and the borrower had better read the file."""
 class LentFile:
     """One object version a borrower has open."""
 
-    def __init__(self, handle: OpenObject, on_close: Callable[[], None]) -> None:
+    def __init__(self, handle: OpenObject, on_close: Callable[[ObjectState], None]) -> None:
         self._on_close = on_close
         self.size = handle.size
         self.identity = handle.state.object.cache_id
         self.handle = handle
 
     def close(self) -> None:
+        self._on_close(self.handle.state)
         self.handle.close()
-        self._on_close()
 
 
 class Loan:
@@ -57,14 +56,12 @@ class Loan:
             give()
 
 
-class SlotLender:
+class RamLender:
     """Opens and leases on behalf of borrowers."""
 
     def __init__(self, mount: Mount, *, wait_s: float = _WAIT_S) -> None:
         self._mount = mount
         self._wait_s = wait_s
-        self.fd = os.open(f"/proc/self/fd/{mount.memory.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        self.size_bytes = mount.memory.size_bytes
         lendable_count = max(4, mount.memory.slots_count // _SHARE)
         self._shares = Shares(lendable_count, hard=lendable_count)
         own_count = lendable_count // 2  # what one model alone gets
@@ -73,19 +70,26 @@ class SlotLender:
         self._files_count = 0
         self._unused = trio.Event()
 
-    async def open(self, path: str, inode: int | None) -> LentFile:
+    async def open(self, path: str, inode: int | None) -> tuple[LentFile, int]:
         """See Lender.open."""
         node = await self._mount.namespace.resolve(path)
         if inode is not None and inode != node.inode:
             raise ChangedError(f"{path}: the mount shows another version than the one that was opened; open it again")
         if node.object is None:
             raise NotFoundError(f"{path} is no file")
+        handle = self._mount.reader.open(node)
+        try:
+            fd = self._mount.cache.slots.hold(handle.state)
+        except BaseException:
+            handle.close()
+            raise
         if not self._files_count:
             self._unused = trio.Event()
         self._files_count += 1
-        return LentFile(self._mount.reader.open(node), self._note_closed)
+        return LentFile(handle, self._note_closed), fd
 
-    def _note_closed(self) -> None:
+    def _note_closed(self, state: ObjectState) -> None:
+        self._mount.cache.slots.unhold(state)
         self._files_count -= 1
         if not self._files_count:
             self._unused.set()
@@ -95,26 +99,28 @@ class SlotLender:
         if self._files_count:
             await self._unused.wait()
 
-    async def lease(self, file: LentFile, start: int, stop: int) -> tuple[Loan, list[tuple[int, int]]]:
+    async def lease(self, file: LentFile, start: int, stop: int, *, here: bool) -> tuple[Loan, list[int]]:
         """See Lender.lease."""
         cache = self._mount.cache
         parts = list(chunk_spans(ByteRange(start, stop)))
         group = file.handle.group
-        with trio.move_on_after(self._wait_s) as scope:
+        wait_s = 0 if here else self._wait_s
+        with trio.move_on_after(wait_s) as scope:
             while not self._take(group, len(parts)):
                 await self._waiting.park()
         if scope.cancelled_caught:
-            raise TransientStoreError(f"others hold all the slots that are lent, for {self._wait_s:g} s already")
+            raise TransientStoreError(f"others hold all the slots that are lent, for {wait_s:g} s already")
         loan = Loan(cache, lambda: self._give(group, len(parts)))
         try:
+            if here and not all(_has(file.handle.state, index, part) for index, part in parts):
+                raise NotFoundError("RAM does not have all of it now")
             await self._bring(file.handle.state, parts, loan)
         except BaseException:
             loan.release()
             raise
         for chunk in loan.chunks:
-            cache.note_use(chunk)  # not delivered: no page cache has it now, its slot is all there is in memory
-        slots = {chunk.index: chunk.slot for chunk in loan.chunks}
-        return loan, [(slots[index] * CHUNK_BYTES + part.start, len(part)) for index, part in parts]
+            cache.note_use(chunk)  # not delivered: no page cache has it now, what RAM has is all there is in memory
+        return loan, [chunk.slot for chunk in sorted(loan.chunks, key=lambda chunk: chunk.index)]
 
     def _take(self, group: Group, count: int) -> bool:
         """All or nothing: two borrowers that each hold half of what both need would wait for ever."""
@@ -147,10 +153,15 @@ class SlotLender:
         async with trio.open_nursery() as nursery:
             for index, part in parts:
                 mask = block_mask(part.start, part.stop)
-                chunk = state.chunks.get(index)
-                if chunk is not None and not mask & ~chunk.valid:
+                if _has(state, index, part):
                     await take(index, mask)
                 else:
                     nursery.start_soon(take, index, mask)
         if errors:
             raise errors[0]
+
+
+def _has(state: ObjectState, index: int, part: ByteRange) -> bool:
+    """Whether RAM has a part of a chunk."""
+    chunk = state.chunks.get(index)
+    return chunk is not None and not block_mask(part.start, part.stop) & ~chunk.valid

@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -22,9 +22,12 @@ from mfs.cache.chunk_cache import ChunkCache
 from mfs.cache.chunk_state import Chunk, ObjectState
 from mfs.cache.chunks import full_mask
 from mfs.errors import MfsError, RoomError, StoreError
+from mfs.several import for_each
 from mfs.types import CHUNK_BYTES
 from mfs.units import exact_size
-from mfs.workers.pool import Priority, WorkerPool
+from mfs.whole import WholeFiles
+from mfs.workers.job import Priority
+from mfs.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +87,11 @@ class _Held:
 class Keeper:
     """Keeps open files whole. Everything here belongs to the trio thread."""
 
-    def __init__(self, config: KeeperConfig, cache: ChunkCache, pool: WorkerPool) -> None:
+    def __init__(self, config: KeeperConfig, cache: ChunkCache, pool: WorkerPool, whole_files: WholeFiles) -> None:
         self._config = config
         self._cache = cache
         self._pool = pool
+        self._whole_files = whole_files
         self._held: dict[ObjectState, _Held] = {}
         self._inherited: list[ObjectState] = []
 
@@ -172,6 +176,8 @@ class Keeper:
             if scope.cancelled_caught:
                 raise StoreError(f"{obj}: {obj.size} bytes were not all here within {allowed_s:.0f} s")
             held.ready = True
+            if self._config.ssd_bytes is not None:
+                await self._whole_files.seal(state)
             logger.info("%s is whole after %.1f s and kept while it is open", obj.path, time.monotonic() - since_s)
         except MfsError as error:
             held.error = error
@@ -190,7 +196,7 @@ class Keeper:
             )
         await self._mark([state])
         missing = await self._lacking(state)
-        await self._each_chunk(missing, lambda index: self._cache.bring(state, index, to_ssd=True))
+        await for_each(missing, lambda index: self._cache.bring(state, index, to_ssd=True), at_once=_PARALLEL)
         if missing and (still := await self._lacking(state)):
             raise RoomError(f"{obj.path} cannot be kept whole: {len(still)} chunks did not reach the cache's disk")
 
@@ -214,25 +220,7 @@ class Keeper:
             else:  # closed meanwhile
                 self._cache.release(chunk)
 
-        await self._each_chunk([index for index in range(obj.chunks_count) if index not in there], lease)
-
-    @staticmethod
-    async def _each_chunk(indexes: Sequence[int], bring: Callable[[int], Awaitable[object]]) -> None:
-        """Bring chunks, several at once. Raises: MfsError, the first of all."""
-        left, errors = list(reversed(indexes)), list[MfsError]()
-
-        async def work() -> None:
-            while left and not errors:
-                try:
-                    await bring(left.pop())
-                except MfsError as error:
-                    errors.append(error)
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(min(_PARALLEL, len(left))):
-                nursery.start_soon(work)
-        if errors:
-            raise errors[0]
+        await for_each((index for index in range(obj.chunks_count) if index not in there), lease, at_once=_PARALLEL)
 
     async def _lacking(self, state: ObjectState) -> list[int]:
         """Chunks of which the SSD tier's files do not have all."""

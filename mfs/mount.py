@@ -7,49 +7,62 @@ import math
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import trio
 
 from mfs.cache.chunk_cache import CacheConfig, ChunkCache
 from mfs.cache.chunk_state import Chunk, Fill, ObjectState
-from mfs.cache.ram import SLOTS_COUNT_MIN, RamConfig, SlotMemory
+from mfs.cache.ram import RamConfig, RamTier
+from mfs.cache.sealing import open_sealed
+from mfs.cache.ssd import SsdConfig, SsdTier
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import detach, mountinfo
-from mfs.errors import ConfigError, MfsError
+from mfs.errors import ConfigError, MfsError, StoreError
 from mfs.fuse import kernel, session
 from mfs.fuse.device import Agreement
 from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.fuse.session import Session
-from mfs.listing import Drafts
 from mfs.materialize import Keeper, KeeperConfig
-from mfs.namespace import Namespace
-from mfs.nodes import Changes
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
-from mfs.publication import Publication
 from mfs.reader import ObjectReader
-from mfs.refresh import Next, Refresher
-from mfs.small_files import SmallFiles, SmallFilesConfig
-from mfs.sources import shown_url
-from mfs.tree_record import TreeRecord
+from mfs.registry.layout import names_revision
+from mfs.several import for_each
+from mfs.shown import mask_url
+from mfs.tree.listing import Drafts
+from mfs.tree.namespace import Namespace
+from mfs.tree.nodes import Changes, Directory
+from mfs.tree.publication import Publication
+from mfs.tree.record import TreeRecord
+from mfs.tree.refresh import Next, Refresher
+from mfs.tree.small_files import SmallFiles, SmallFilesConfig
 from mfs.types import Entry, EntryKind, ObjectId
+from mfs.whole import OpenSealed, WholeFiles
 from mfs.workers.frames import Frame
-from mfs.workers.pool import PoolConfig, Priority, WorkerPool
+from mfs.workers.job import Priority
+from mfs.workers.pool import PoolConfig, WorkerPool
 
 logger = logging.getLogger(__name__)
 
+_PROCESS_BYTES = 64 << 20
+"""What a daemon or a worker takes beside the slots: 27 MB at rest, 55 with botocore, and what is under way."""
 _TELL_S = 5.0  # the kernel may be held up by a request about the same directory that waits for its origin
 
 _MAINTENANCE_S = 5.0
 _SAVE_PARTIAL_AFTER_S = 2.0
 _HIGH_WATERMARK, _LOW_WATERMARK = 0.95, 0.90  # of the SSD budget; the gap keeps evictions rare and large
 _CLOSING_S = 5.0
-_PREDECESSOR_ENDS_S = 60.0
+_SILENCE_MIN_S, _SILENCE_MAX_S = 2.0, 10.0  # of a worker, between them a quarter of a reader's time
 _REFRESH_SOON_S = 2.0
+_SOURCES_AT_ONCE = 16
+_AWAY_S = 10.0  # between looks at an origin that was away when the mount began
+_RECALL_S = 15.0  # for the record of what was shown; its disk may hang
 _READY_WITHIN_S = 3.0  # that a mount takes for what was looked into last time, and its small files, to be here
 _SHARD = re.compile(r"^(?P<stem>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[^/]*)$")
 
@@ -62,8 +75,21 @@ class RefreshState:
     last_errors: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Asked:
+    """A listing, for whoever wants to know what is waited for."""
+
+    since_s: float
+    """time.monotonic() when it was asked for."""
+    until: str
+    """Time of day when it is given up."""
+    is_answered: bool = False
+    fault: str = ""
+    """Why it is asked for again; '' if the origin has said nothing at all."""
+
+
 class Predecessor(Protocol):
-    """The daemon that serves the mount, for the one that takes it over; see `mfs.handover`."""
+    """The daemon that serves the mount or has served it, for the one that takes it over; see `mfs.succession`."""
 
     agreement: Agreement
     """What kernel and libfuse agreed on when it was mounted."""
@@ -72,20 +98,23 @@ class Predecessor(Protocol):
         """Make `mount`, whose session waits for its device, the one that serves. Raises: MfsError if it keeps it."""
         ...
 
-    async def wait_ended(self) -> None:
-        """Until its process is gone."""
-        ...
-
 
 class Mount:
     """A mount that serves: its parts, and what is done to them from time to time."""
 
-    def __init__(self, config: MountConfig) -> None:
-        """Raises: ConfigError if the RAM tier cannot be had."""
+    def __init__(self, config: MountConfig, *, coming_bytes: int = 0, identities: Sequence[str] | None = None) -> None:
+        """coming_bytes: memory that a daemon which hands its mount over gives back before ours is used up.
+        identities: of the sources, as far as is known, where we follow a daemon that has failed: nothing is refused
+            then that can be done without.
+
+        Raises: ConfigError if the RAM tier cannot be had.
+        """
+        follows = identities is not None
         self.config = config
         self.started_at = time.time()
-        self.memory = SlotMemory(RamConfig(config.ram_bytes))
-        self.pool = WorkerPool(_pool_config(config), self.memory.fd)
+        beside_bytes = _PROCESS_BYTES * (1 + config.workers_count)
+        self.memory = RamTier(RamConfig(config.ram_bytes, beside_bytes, coming_bytes, serves=follows))
+        self.pool = WorkerPool(replace(_pool_config(config), identities=tuple(identities or ())))
         ssd = config.cache_dir is not None
         self.cache = ChunkCache(CacheConfig(config.timeout_s, ssd), self.memory, self.pool)
         self.prefetcher = Prefetcher(
@@ -94,8 +123,9 @@ class Mount:
         )  # fmt: skip
         self.namespace = Namespace([source.name for source in config.sources], self._list, self._identity)
         self._refresher = Refresher(
-            self.namespace, self._list, self._prepare, lambda names: self.session.invalidate_names(names)
-        )
+            self.namespace, self._list, self._prepare, lambda names: self.session.invalidate_names(names),
+            lambda source: names_revision(config.sources[source].url),
+        )  # fmt: skip
         self.publication: Publication | None = None
         """What goes with publishing where there is an SSD tier."""
         if config.cache_dir is not None:
@@ -105,22 +135,59 @@ class Mount:
             )  # fmt: skip
         self.oplog = OpLog([source.name for source in config.sources])
         self.cache.on_filled = self._filled
-        self.keeper = Keeper(_keeper_config(config, self.memory.slots_count), self.cache, self.pool)
-        self.reader = ObjectReader(self.cache, self.prefetcher, self.pool, self.oplog, self.keeper)
+        self.pool.on_tier_back = self.cache.saver.resume
+        self.whole_files = WholeFiles(self.cache, self.pool, _sealed_files(config))
+        self.keeper = Keeper(
+            _keeper_config(config, self.memory.slots_count), self.cache, self.pool, self.whole_files
+        )  # fmt: skip
+        self.reader = ObjectReader(
+            self.cache, self.prefetcher, self.whole_files, self.pool, self.oplog, self.keeper
+        )  # fmt: skip
         owner = OwnerConfig(
             os.getuid() if config.uid is None else config.uid,
             os.getgid() if config.gid is None else config.gid,
             config.umask,
         )
-        self.operations = Operations(self.namespace, self.reader, owner)
+        self.operations = Operations(self.namespace, self.reader, owner, timeout_s=config.timeout_s)
+        self.whole_files.on_sealed = lambda state: self.session.invalidate_names(self.operations.files.renew(state))
+        self.whole_files.on_dropped = self.operations.files.passthrough.drop_all
+        self.whole_files.on_lost = lambda state: self.session.invalidate_names(self.operations.files.disown(state))
         self.kernel = kernel.KernelSettings()
         self.session: Session
         self.refreshed = [RefreshState() for _ in config.sources]
         """By source."""
-        self.warnings: list[str] = []
+        self.warnings = [self.memory.shortage] if self.memory.shortage else []
+        self.make_way: Callable[[], None] | None = None
+        """Called in a thread when all that can fail before mounting is done: takes away what stands there."""
+        self._away: dict[int, str] = {}
+        """Sources that have not answered since the mount began, and what is to be said of that."""
+        self.asked: dict[int, Asked] = {}
+        """The last listing of each source."""
         self._refresh_soon = [trio.Event() for _ in config.sources]
         self.cache.on_changed = lambda state: self._refresh_soon[state.source].set()
         self._saved_at_last_check = -1
+        self.on_connected: Callable[[], None] = lambda: None
+        """Told when the kernel is ours to answer, before anything is."""
+        self.on_closing: Callable[[], None] = lambda: None
+        """Told when the mount ends in an orderly way; not when it was handed over."""
+        self.is_held: Callable[[], bool] = lambda: False
+        """Whether another daemon goes on with the mount, should we fail."""
+        self._follows, self._is_gone = follows, False
+        self.unheld = ""
+        """Why the mount would not outlive a daemon that is killed, '' if it would."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the mount is no other daemon's, now or next; also before there is one."""
+        return self._is_gone or (self.session.is_ours if hasattr(self, "session") else not self._follows)
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """What is not as it should be: since the start, and now."""
+        fault = self.pool.tier_fault
+        without = [f"serving without the SSD tier: {fault}"] if fault else []
+        unheld = [f"should this daemon be killed, the mount ends: {self.unheld}"] if self.unheld else []
+        return [*self.warnings, *self._away.values(), *without, *unheld]
 
     # -- serving
 
@@ -131,30 +198,46 @@ class Mount:
         predecessor: a daemon that serves this mount until we can.
         Yields a scope that is cancelled when somebody unmounts. Raises: MfsError naming what keeps it from working.
         """
-        await self.memory.populate(SLOTS_COUNT_MIN)
         async with self.pool.running():
             if predecessor is None:
                 if self.publication is not None:
                     await self.publication.recall(self.pool.identities)
                 await self._look_at_sources()
+                if self.make_way is not None:
+                    await trio.to_thread.run_sync(self.make_way)
             async with trio.open_nursery() as nursery:
                 async with self._open_session(predecessor) as self.session:
                     await nursery.start(self.prefetcher.run)
                     if predecessor is not None:
+                        self.session.is_held = self.is_held
                         await predecessor.hand_over(self)
+                    self.operations.note_agreement(self.session.agreement, self.pool.identities)
+                    self.session.on_closing = self.on_closing
+                    self.on_connected()
                     self.session.start()
-                    nursery.start_soon(self._populate, predecessor)
                     nursery.start_soon(self._maintain)
                     nursery.start_soon(self.keeper.run)
+                    nursery.start_soon(self.operations.files.passthrough.run)
+                    nursery.start_soon(self.whole_files.run)
+                    if self.config.cache_dir is not None:
+                        nursery.start_soon(self.whole_files.scrub)
                     for source in range(len(self.config.sources)):
                         nursery.start_soon(self._keep_fresh, source)
                     if self.publication is not None:
                         nursery.start_soon(self.publication.run)
-                    if predecessor is None:
+                    try:
                         await self._settle()
+                    except MfsError as error:
+                        if predecessor is None:
+                            raise
+                        logger.warning("the kernel could not be tuned: %s", error)  # no reason to end what goes on
+                    if predecessor is not None and not self.operations.settled.is_set():
+                        nursery.start_soon(self._look_again)
+                    if predecessor is None:
                         with trio.move_on_after(_READY_WITHIN_S):
                             if self.publication is not None:
                                 await self.publication.wait_settled()
+                    self.session.is_held = self.is_held  # a mount that never came about is taken away
                     yield self.session.ended
                 # Only now, that the files are closed: closing one tells the prefetcher.
                 nursery.cancel_scope.cancel()
@@ -162,15 +245,16 @@ class Mount:
 
     def _open_session(self, predecessor: Predecessor | None) -> AbstractAsyncContextManager[Session]:
         sources = self.config.sources
-        label = shown_url(sources[0].url if len(sources) == 1 else "registry")
+        label = mask_url(sources[0].url if len(sources) == 1 else "registry")
         options: dict[str, Any] = {
-            "label": label, "allow_other": self.config.allow_other, "unmount": self._unmount,
+            "label": label, "allow_other": self.config.allow_other, "unmount": self.unmount,
         }  # fmt: skip
         if predecessor is None:
             return session.mounted(self.operations, self.config.mountpoint, **options)
         return session.adopting(self.operations, predecessor.agreement, **options)
 
-    def _unmount(self) -> None:
+    def unmount(self) -> None:
+        """Take the mount away, if it is one of ours. Blocks."""
         mountpoint = str(self.config.mountpoint)
         found = mountinfo.mount_at(mountpoint)
         if found is None or not found.is_mfs:  # somebody else's, whatever stands there now
@@ -180,25 +264,64 @@ class Mount:
         except MfsError as error:
             logger.warning("%s", error)
 
-    async def _populate(self, predecessor: Predecessor | None) -> None:
-        """Touch the RAM tier, but not beside the old daemon's: there may not be room for both."""
-        if predecessor is not None:
-            with trio.move_on_after(_PREDECESSOR_ENDS_S):
-                await predecessor.wait_ended()
-        await self.memory.populate()
+    def give_up(self) -> None:
+        """Take away a mount that we were to go on with. Blocks."""
+        self.unmount()
+        self.note_gone()
+
+    def note_gone(self) -> None:
+        """Nobody goes on with the mount: what is known of it may go."""
+        self._is_gone = True
+
+    async def show_last(self) -> None:
+        """Show what a daemon that was killed has shown, as far as the SSD tier knows; the rest when somebody looks."""
+        self.refreshed = [RefreshState() for _ in self.config.sources]
+        if self.publication is not None:
+            with trio.move_on_after(_RECALL_S) as scope:  # readers wait
+                await self.publication.recall(self.pool.identities)
+                for top in self.namespace.tops():
+                    await self.publication.show_last(top)
+            if scope.cancelled_caught:
+                logger.warning("what was shown before could not be read within %g s: going on without", _RECALL_S)
+
+    async def _look_again(self) -> None:
+        """See what has changed since a daemon was killed; what the kernel asks of unknown nodes waits for that."""
+        try:
+            await for_each(self.namespace.tops(), self._look_again_at, at_once=_SOURCES_AT_ONCE)
+        finally:
+            self.operations.settled.set()
+
+    async def _look_again_at(self, top: Directory) -> None:
+        try:
+            await self.namespace.listing(top)
+            changes = await self._refresh(top.source)
+            said = changes.errors[0] if changes.errors else ""
+        except MfsError as error:
+            said = str(error)
+        if said:
+            self._away[top.source] = f"source {top.name!r}: {said}; until it answers, what was shown before is shown"
+            self._refresh_soon[top.source].set()
 
     async def _look_at_sources(self) -> None:
-        """List every root: an endpoint, bucket or credential that is wrong is said now, not at the first read."""
-        root = await self.namespace.listing(self.namespace.root)
-        if self.config.sources[0].name:
-            for inode in root.inodes:
-                directory = self.namespace.directory(inode)
-                assert directory is not None
-                try:
-                    await self.namespace.listing(directory)
-                except MfsError as error:
-                    raise type(error)(f"source {directory.name!r}: {error}") from error
+        """List every root: an endpoint, bucket or credential that is wrong is said now, not at the first read.
+
+        Of an origin that is away (StoreError) what the last mount showed is shown again, and looked at soon.
+        """
         self.refreshed = [RefreshState(time.time()) for _ in self.config.sources]
+        await for_each(self.namespace.tops(), self._look_at, at_once=_SOURCES_AT_ONCE)
+
+    async def _look_at(self, top: Directory) -> None:
+        try:
+            await self.namespace.listing(top)
+        except MfsError as error:
+            named = type(error)(f"source {top.name!r}: {error}") if top.name else error
+            is_away = isinstance(error, StoreError) and self.publication is not None
+            if not is_away or not await self.publication.show_last(top):  # type: ignore[union-attr]
+                raise named from error
+            self._away[top.source] = f"{named}; until it answers, what the last mount showed is shown"
+            logger.warning("%s", self._away[top.source])
+            self.refreshed[top.source] = RefreshState(0.0, [str(error)])
+            self._refresh_soon[top.source].set()
 
     async def _settle(self) -> None:
         """Wait until the kernel has finished INIT and the mount answers, then tune the kernel."""
@@ -209,8 +332,6 @@ class Mount:
             raise ConfigError(f"{mountpoint} was mounted, but /proc/self/mountinfo does not show it")
         self.kernel = await trio.to_thread.run_sync(kernel.tune, found.device)
         self.warnings += self.kernel.notes
-        if self.memory.note:
-            self.warnings.append(self.memory.note)
 
     async def save(self) -> None:
         """What is only in RAM goes to SSD, as far as a few seconds allow."""
@@ -247,8 +368,9 @@ class Mount:
         self._saved_at_last_check = saved
         budget = self.config.cache_bytes
         found = await self.pool.call(
-            "enforce_budget", budget_bytes=int(budget * _HIGH_WATERMARK), target_bytes=int(budget * _LOW_WATERMARK)
-        )
+            "enforce_budget", budget_bytes=int(budget * _HIGH_WATERMARK), target_bytes=int(budget * _LOW_WATERMARK),
+            spare=self.whole_files.given,
+        )  # fmt: skip
         self.cache.note_evicted(found["dropped"])
         if found["evicted_bytes"]:
             logger.info("evicted %d bytes from SSD, %d stay", found["evicted_bytes"], found["used_bytes"])
@@ -291,7 +413,13 @@ class Mount:
             self._refresh_soon[source] = trio.Event()
             if not self.session.is_ours:  # handed over: the next daemon looks
                 return
-            await self._refresh(source)
+            changes = await self._refresh(source)
+            if source in self._away:  # nobody has asked it yet what there is: until it says so
+                if changes.errors:
+                    self._refresh_soon[source].set()
+                    await trio.sleep(_AWAY_S)
+                else:
+                    del self._away[source]
             if was_told:
                 await trio.sleep(_REFRESH_SOON_S)
 
@@ -306,16 +434,25 @@ class Mount:
             )
 
     async def _list(self, source: int, path: str, drafts: Drafts) -> None:
+        until = time.strftime("%H:%M:%S", time.localtime(time.time() + self.config.timeout_s))
+        asked = self.asked[source] = Asked(time.monotonic(), until)
+
         def on_part(part: Frame) -> None:
             if "again" in part:
                 drafts.clear()
+            elif "waiting" in part:
+                asked.fault = part["waiting"]
             else:
+                asked.is_answered = True
                 directory, entries = part["page"]
                 drafts.add(directory, map(_entry, entries))
 
-        await self.pool.call(
-            "list_directory", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part
-        )
+        try:
+            await self.pool.call(
+                "list_directory", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part
+            )
+        finally:
+            asked.is_answered = True
 
     async def _prepare(self, source: int, coming: Sequence[Next]) -> None:
         if self.publication is not None:
@@ -344,13 +481,23 @@ class Mount:
 
 def _pool_config(config: MountConfig) -> PoolConfig:
     setup = {
-        "sources": [{"url": source.url, "options": _options(source)} for source in config.sources],
-        "cache_dir": str(config.cache_dir) if config.cache_dir else None,
+        "sources": [{"url": source.url, "options": _options(source, config)} for source in config.sources],
+        # Resolved once: what a link on the way leads to later is another directory.
+        "cache_dir": os.path.realpath(config.cache_dir) if config.cache_dir else None,
         "cache_fsync": config.cache_fsync,
+        "cache_shared": config.cache_shared,
         "log_level": config.log_level.upper(),
     }
     limit = config.connections_count
-    return PoolConfig(setup, config.workers_count, limit, max(1, limit - 2))
+    silence_s = min(max(_SILENCE_MIN_S, config.timeout_s / 4), _SILENCE_MAX_S)
+    return PoolConfig(setup, config.workers_count, limit, max(1, limit - 2), silence_s=silence_s)
+
+
+def _sealed_files(config: MountConfig) -> OpenSealed | None:
+    if config.cache_dir is None:
+        return None
+    directory = Path(os.path.realpath(config.cache_dir))
+    return partial(open_sealed, SsdTier(SsdConfig(directory, shared=config.cache_shared)))
 
 
 def _keeper_config(config: MountConfig, slots_count: int) -> KeeperConfig:
@@ -360,11 +507,14 @@ def _keeper_config(config: MountConfig, slots_count: int) -> KeeperConfig:
     )  # fmt: skip
 
 
-def _options(source: SourceConfig) -> Frame:
+def _options(source: SourceConfig, config: MountConfig) -> Frame:
     """A source's settings as `sources.SourceOptions` takes them."""
     return {
+        "mountpoint": str(config.mountpoint), "cache_directory": str(config.cache_dir or ""),
         "endpoint_url": source.endpoint_url, "profile": source.profile, "region": source.region,
-        "unsigned": source.unsigned, "token": source.token, "layout": source.layout,
+        "unsigned": source.unsigned, "requester_pays": source.requester_pays, "token": source.token,
+        "layout": source.layout,
+        "require_signature": os.fspath(source.require_signature) if source.require_signature else None,
     }  # fmt: skip
 
 

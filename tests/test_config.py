@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from mfs import config_file
 from mfs.cache.ram import SLOTS_COUNT_MIN
-from mfs.config import LOG_LEVELS, RAM_SLOTS_COUNT_MIN, MountConfig, SourceConfig, check_paths, mask_url
+from mfs.config import LOG_LEVELS, RAM_SLOTS_COUNT_MIN, SIGNED_SCHEMES, MountConfig, SourceConfig, check_paths
 from mfs.errors import ConfigError
+from mfs.registry import layout
 from mfs.sources.options import SourceOptions
 from mfs.types import CHUNK_BYTES
 
@@ -136,9 +137,10 @@ def test_every_setting_can_stand_in_a_file() -> None:
 
 def test_config_keeps_step_with_the_rooms_it_configures() -> None:
     assert RAM_SLOTS_COUNT_MIN == SLOTS_COUNT_MIN
+    assert SIGNED_SCHEMES == layout.SCHEMES
     options = {field.name for field in dataclasses.fields(SourceOptions)}
     ours = {field.name for field in dataclasses.fields(SourceConfig)}
-    assert ours - {"url", "name"} == options - {"connections_max"}  # that one is computed from connections_count
+    assert ours - {"url", "name"} == options - {"connections_max", "mountpoint", "cache_directory"}  # the mount's
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,19 @@ def test_sources_that_cannot_work_are_refused() -> None:
         SourceConfig("")
     with pytest.raises(ConfigError, match="expected http"):
         SourceConfig("s3://b", endpoint_url="localhost:9000")
+    with pytest.raises(ConfigError, match=r"source 'a': a signature can be required of a registry .* only, got s3://b"):
+        SourceConfig("s3://b", "a", require_signature=Path("/key.pub"))
+    with pytest.raises(ConfigError, match=r"require_signature is 'key.pub': expected an absolute path"):
+        SourceConfig("mfs+s3://b", require_signature=Path("key.pub"))
+
+
+def test_a_key_stands_beside_the_file_that_names_it(tmp_path: Path) -> None:
+    text = '[mount]\nmountpoint="/m"\n[sources.a]\nurl="mfs+s3://b/r"\nrequire_signature="team.pub"'
+    config = load(tmp_path, text)
+    assert config.sources[0].require_signature == tmp_path / "team.pub"
+    assert MountConfig.from_json(config.to_json()) == config
+    file = written(tmp_path, config_file.dump(config.masked()))
+    assert config_file.load(file, mount={}, source={}) == config
 
 
 def test_a_budget_for_no_cache_is_not_checked() -> None:
@@ -186,7 +201,7 @@ def test_a_budget_for_no_cache_is_not_checked() -> None:
 NAMES = st.text(string.ascii_letters + "äß 。", min_size=1, max_size=20).filter(lambda name: name.strip(". "))
 SOURCES = st.builds(
     SourceConfig, url=st.text(min_size=1), name=NAMES, profile=st.none() | st.text(), unsigned=st.booleans(),
-    token=st.none() | st.text(),
+    requester_pays=st.booleans(), token=st.none() | st.text(),
 )  # fmt: skip
 CONFIGS = st.builds(
     MountConfig,
@@ -230,14 +245,9 @@ def test_secrets_do_not_show() -> None:
     config = MountConfig(MOUNT, (source,))
     assert "token-secret" not in repr(config)
     assert "secret" not in str(config.masked())
-    assert config.masked()["sources"][0]["url"] == "https://user:***@host/x"
+    assert config.masked()["sources"][0]["url"] == "https://***@host/x"
     assert config.masked()["sources"][0]["token"] == "***"
     assert "token-secret" in config.to_json()
-
-
-@pytest.mark.parametrize("url", ["s3://bucket/a:b@c", "hf://org/name@rev", "/dir/a:b@c", "https://host/", "file:///d"])
-def test_urls_without_secrets_stay_as_they_are(url: str) -> None:
-    assert mask_url(url) == url
 
 
 class TestCheckPaths:

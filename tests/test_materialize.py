@@ -77,13 +77,16 @@ class HangingTier:
         await trio.sleep_forever()
         return True
 
+    async def seal(self, state: ObjectState) -> bool:
+        return False
+
 
 async def test_what_hangs_after_a_handover_costs_nothing_else_its_mark(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """A mark lasts two minutes; what the next daemon brings again may take longer, or for ever."""
     tier: Any = HangingTier()
-    keeper = Keeper(KeeperConfig(("*",), ("",), 1000.0, 1 << 40, 0), tier, tier)
+    keeper = Keeper(KeeperConfig(("*",), ("",), 1000.0, 1 << 40, 0), tier, tier, tier)
     for name in ("hangs", "whole"):
         keeper.inherit(ObjectState(ObjectId("s", name, 100, "v"), 0))
     with trio.move_on_after(500):

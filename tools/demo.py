@@ -45,7 +45,7 @@ class Tour:
         console.print("\n[bold]mfs[/]: model weights as ordinary files, fetched when they are read")
         for step in (
             self.make_registry, self.mount, self.read_two_tensors, self.see_what_came, self.load_everything,
-            self.evict_and_prefetch, self.status, self.unmount,
+            self.evict_and_prefetch, self.status, self.unmount, self.push, self.follow_a_tag,
         ):  # fmt: skip
             step()
 
@@ -132,6 +132,35 @@ class Tour:
         mounted = f" {self._folder}/models " in Path("/proc/mounts").read_text()
         self._check(not mounted, "gone")
 
+    def push(self) -> None:
+        self._say("A registry that keeps versions", "on a folder here; mfs+s3:// works the same way")
+        self._mfs("push", f"registry/{MODEL}", self._address("v1"))
+        fine_tune(self.registry)
+        self._mfs("push", f"registry/{MODEL}", self._address("v2"), "--base", f"{MODEL}:v1")
+        self._mfs("diff", self._address("v1"), self._address("v2"))
+        stored = sum(path.stat().st_size for path in (self._folder / "store").rglob("*") if path.is_file())
+        self._check(
+            stored < 1.3 * self._size, f"two versions of {megabytes(self._size)} are stored in {megabytes(stored)}"
+        )
+
+    def follow_a_tag(self) -> None:
+        self._say("A tag that moves", "and a mount that follows it")
+        self._mfs("tag", self._address("v1"), "prod")
+        self._mfs("mount", f"mfs+file://{self._folder}/store", "models", "--cache-dir", "cache", "--ram-size", "256M")
+        shown = self.model / "prod" / shard_name(1)
+        before = shown.read_bytes()
+        self._mfs("tag", self._address("v2"), "prod")
+        self._mfs("refresh", "models")
+        same = shown.read_bytes() == (self.registry / shard_name(1)).read_bytes() != before
+        self._check(same, "prod shows version 2, byte for byte")
+        self._mfs("rollback", self._address("prod"))
+        self._mfs("refresh", "models")
+        self._check(shown.read_bytes() == before, "and version 1 again, from the cache")
+        self._mfs("umount", "models")
+
+    def _address(self, tag: str) -> str:
+        return f"mfs+file://{self._folder}/store/{MODEL}:{tag}"
+
     # -- showing and checking
 
     def _say(self, title: str, why: str) -> None:
@@ -152,7 +181,8 @@ class Tour:
 
     def _mfs(self, *words: str) -> None:
         """Show and run an `mfs` command; its output is its own. Ends the tour if it fails."""
-        console.print(f"   [dim]$[/] [bold]mfs {' '.join(words)}[/]")
+        shown = " ".join(words).replace(f"{self._folder}", "…")
+        console.print(f"   [dim]$[/] [bold]mfs {shown}[/]")
         sys.stdout.flush()
         # Its stderr is ours, so that progress bars are bars; its stdout is indented.
         done = subprocess.run(
@@ -218,6 +248,15 @@ def make_model(folder: Path) -> int:
     for name, value in (("model.safetensors.index", index), ("config", config), ("tokenizer", tokenizer)):
         (folder / f"{name}.json").write_text(json.dumps(value, indent=1))
     return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def fine_tune(folder: Path) -> None:
+    """Change a model as training does: in one shard, each weight by a little."""
+    random = np.random.default_rng(1)
+    with safe_open(folder / shard_name(1), framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    tuned = {name: t + (1e-3 * random.standard_normal(t.shape)).astype(t.dtype) for name, t in tensors.items()}
+    save_file(tuned, folder / shard_name(1))
 
 
 def shard_name(number: int) -> str:

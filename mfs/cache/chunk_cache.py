@@ -1,20 +1,22 @@
 """The conductor of the tiers: the only place that knows RAM slots, the SSD tier and the origin.
 
-    read -> lease -> RAM hit                      the slot's bytes, uncopied
+    read -> lease -> RAM hit                      the bytes where they stand in the object's file, uncopied
                   -> a fill under way              wait for that one
                   -> miss                          take a slot, have a worker fill it: SSD first, then origin;
                                                    from SSD alone, by a lane of its own, where all of it stands there
     filled -> published to all who wait -> written to SSD, holding the slot meanwhile (`saving`)
 
-Protocol. Everything here runs on the trio thread. Workers write only into blocks of a slot that are neither valid nor
-in another fill. Between checkpoints the following holds:
+Protocol. Everything here runs on the trio thread. A chunk with a slot has its piece of the object's file in RAM
+(`ram`). Workers write only into blocks of a piece that are neither valid nor in another fill. Between checkpoints the
+following holds:
 
 - a block of a chunk is valid, or in exactly one fill, or absent; `valid` only grows while the chunk has its slot;
-- a chunk with leases, fills or an SSD write under way keeps its slot; any other may lose it at the next checkpoint;
+- a chunk with leases, fills or an SSD write under way keeps its slot; any other may lose it at the next checkpoint, but
+  those of an object whose file was given whole to others (`ram.given`) lose theirs all together, by `drop_whole`;
 - a chunk for which an origin is asked counts in `slots.coming` for its model: a model whose origin hangs holds no more
   slots than its share (see `workers.shares`). What SSD has needs no share: it stays readable however many wait for the
   origin;
-- a view returned by `read` is good until the caller's next checkpoint: pyfuse3 replies before it yields (handlers.pxi);
+- a view returned by `read` is good until the caller's next checkpoint: `fuse.loop` answers before it yields;
 - a fill belongs to the cache, not to the reader that caused it: a cancelled reader does not stop it, its error goes to
   those who wait for it, and the next reader starts a new one.
 """
@@ -31,16 +33,18 @@ import trio
 
 from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState
 from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes
-from mfs.cache.ram import SlotMemory
+from mfs.cache.ram import RamTier
 from mfs.cache.saving import Saver
 from mfs.cache.slots import Slots
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Frame, object_to_wire
-from mfs.workers.pool import ATTEMPTS_OVER_DEAD_WORKERS, Job, Priority, WorkerEndedError, WorkerPool
+from mfs.workers.job import ATTEMPTS_OVER_DEAD_WORKERS, Job, Priority, WorkerEndedError
+from mfs.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
+_GIVEN_IDLE_S = 10.0  # after which a file given from RAM goes before chunks that are read through us
 _SLOTS_FOR_READERS = 2  # that a model's chunks brought ahead of need leave to its readers
 
 
@@ -57,15 +61,20 @@ class CacheConfig:
 class ChunkCache:
     """Chunks of objects in RAM, filled and saved by the workers."""
 
-    def __init__(self, config: CacheConfig, memory: SlotMemory, pool: WorkerPool) -> None:
+    def __init__(self, config: CacheConfig, memory: RamTier, pool: WorkerPool) -> None:
         self._config = config
-        self._memory = memory
         self._pool = pool
         self._states: dict[tuple[str, int], ObjectState] = {}
         self._uses: dict[str, set[int]] = {}
         self.counters = CacheCounters()
         self.slots = Slots(memory)
         self.saver = Saver(pool, self.slots, self.counters, enabled=config.ssd)
+        self.on_full: Callable[..., bool] = lambda idle_s: False
+        """Asked to `drop_whole` something that nobody has used for so long. Whether it did."""
+        self.on_whole: Callable[[ObjectState], None] | None = None
+        """Told of an object of which the SSD tier turns out to have a whole file."""
+        self.on_lost: Callable[[ObjectState], None] | None = None
+        """Told of an object whose whole file turned out damaged and was dropped."""
         self.on_changed: Callable[[ObjectState], None] | None = None
         """Told when the origin turns out to hold another version."""
         self.on_filled: Callable[[Chunk, Fill, Frame], None] | None = None
@@ -79,14 +88,14 @@ class ChunkCache:
         state = self._states.get(key)
         if state is None:
             state = self._states[key] = ObjectState(obj, source)
-            self._learn_ssd(state)
+            self.relearn_ssd(state)
         elif (state.object, state.object.locator) != (obj, obj.locator):
             # The same bytes by digest under another name or commit: the latest seen is the likeliest still to be there.
             state.object, state.wire = obj, object_to_wire(obj)
         state.users += 1
         return state
 
-    def _learn_ssd(self, state: ObjectState) -> None:
+    def relearn_ssd(self, state: ObjectState) -> None:
         """Ask what the SSD tier has of an object."""
 
         def learned(result: Frame | None, error: MfsError | None) -> None:
@@ -95,12 +104,28 @@ class ChunkCache:
                 for index, chunk in state.chunks.items():
                     masks[index] |= chunk.saved
                 state.ssd_masks = array("I", masks)
+                is_news = result["sealed"] and not state.whole
+                state.whole = result["sealed"]
+                if is_news and self.on_whole is not None:
+                    self.on_whole(state)
             state.ssd_known.set()
 
         if self._config.ssd and state.object.size:
             self._pool.submit(Job("masks", {"obj": state.wire}, learned, timeout_s=self._config.timeout_s))
         else:
             state.ssd_known.set()
+
+    def states(self, cache_id: str) -> list[ObjectState]:
+        """What is known of an object, once for each source that is used of it."""
+        return [state for (known_id, _), state in self._states.items() if known_id == cache_id]
+
+    async def learned_ssd(self, state: ObjectState) -> None:
+        """Until it is known what the SSD tier has of an object; a worker that hangs costs a reader a quarter of his
+        time, not his bytes.
+        """
+        with trio.move_on_after(self._config.timeout_s / 4):
+            await state.ssd_known.wait()
+        state.ssd_known.set()
 
     def close(self, state: ObjectState) -> None:
         """Give an object back."""
@@ -122,13 +147,27 @@ class ChunkCache:
         Returns a view that is good until the caller's next checkpoint.
         Raises: MfsError. Cancellation: safe; the fill goes on.
         """
+        view = self.read_nowait(state, span)
+        if view is not None:
+            return view
         parts = list(chunk_spans(span))
         if len(parts) == 1:
             return await self._read_part(state, *parts[0], whole_chunks)
-        if all(self._hit(state, index, part) for index, part in parts):  # no checkpoint, so no view can go stale
-            return b"".join([await self._read_part(state, index, part, whole_chunks) for index, part in parts])
         # Copied one by one: holding two slots while waiting could deadlock against another such reader.
         return b"".join([bytes(await self._read_part(state, index, part, whole_chunks)) for index, part in parts])
+
+    def read_nowait(self, state: ObjectState, span: ByteRange) -> memoryview | None:
+        """The bytes where they stand, good until the caller's next checkpoint; None if RAM lacks any of them."""
+        hits: list[tuple[Chunk, ByteRange]] = []
+        for index, part in chunk_spans(span):
+            chunk = self._hit(state, index, part)
+            if chunk is None:
+                return None
+            hits.append((chunk, part))
+        self.counters.ram_hit_bytes += len(span)
+        for chunk, part in hits:
+            self.note_delivery(chunk, block_mask(part.start, part.stop))
+        return state.view(span)
 
     @staticmethod
     def _hit(state: ObjectState, index: int, part: ByteRange) -> Chunk | None:
@@ -150,7 +189,7 @@ class ChunkCache:
         # no checkpoint until the caller's reply
         self.note_delivery(chunk, mask)
         self.release(chunk)
-        return self._memory.view(chunk.slot)[part.start : part.stop]
+        return state.view(ByteRange(chunk.start + part.start, chunk.start + part.stop))
 
     def note_delivery(self, chunk: Chunk, mask: int) -> None:
         """Blocks of a leased chunk go to a reader, by way of the kernel's page cache."""
@@ -163,6 +202,12 @@ class ChunkCache:
         self.slots.note_use(chunk)
         if chunk.saved:
             self._uses.setdefault(chunk.state.object.cache_id, set()).add(chunk.index)
+
+    def note_whole_use(self, state: ObjectState) -> None:
+        """All of an object is in use where SSD has it; what RAM has of it may go first."""
+        self._uses.setdefault(state.object.cache_id, set()).update(range(state.object.chunks_count))
+        for chunk in state.chunks.values():
+            self.slots.demote_if_done(chunk)
 
     async def lease(
         self, state: ObjectState, index: int, mask: int, *, extra: int = 0, priority: Priority = Priority.DEMAND
@@ -179,15 +224,13 @@ class ChunkCache:
             while True:
                 chunk = state.chunks.get(index)
                 if not state.ssd_known.is_set():
-                    with trio.move_on_after(self._config.timeout_s / 4):
-                        await state.ssd_known.wait()
-                    state.ssd_known.set()  # a worker that hangs costs a reader this long, not his bytes
+                    await self.learned_ssd(state)
                     continue
                 if not self._may_lease(state, index, chunk, mask, demand):
                     await self.slots.wait(state.group)
                     continue  # from the top: another reader may have brought this very chunk meanwhile
                 if chunk is None:
-                    slot = self._take_slot_nowait(allow_loss=demand)
+                    slot = self._take_slot_nowait(state, allow_loss=demand)
                     if slot is None:
                         await self.slots.wait(None)
                         continue
@@ -216,7 +259,7 @@ class ChunkCache:
 
     def view(self, chunk: Chunk) -> memoryview:
         """The bytes of a leased chunk; only its valid blocks mean anything."""
-        return self._memory.view(chunk.slot, chunk.length)
+        return chunk.state.view(chunk.state.object.chunk_range(chunk.index))
 
     def release(self, chunk: Chunk) -> None:
         """End a lease."""
@@ -261,7 +304,7 @@ class ChunkCache:
             self.slots.begin_coming(chunk)
         fill.job = Job(
             "load" if from_ssd else "fill",
-            {"source": state.source, "obj": state.wire, "index": chunk.index, "mask": fill.mask, "slot": chunk.slot},
+            {"source": state.source, "obj": state.wire, "index": chunk.index, "mask": fill.mask, "piece": chunk.piece},
             lambda result, error: self._filled(chunk, fill, result, error),
             priority,
             timeout_s,
@@ -279,6 +322,7 @@ class ChunkCache:
             if left_s > 0:
                 self._submit_fill(chunk, fill, fill.job.priority, left_s)
                 return
+        was_whole = chunk.state.whole
         if result is not None and result["lost"]:
             chunk.saved = 0
             chunk.file_lost = True
@@ -307,9 +351,12 @@ class ChunkCache:
             chunk.changed_at = time.monotonic()
             self.counters.ssd_hit_bytes += result["ssd_bytes"]
             self.counters.origin_bytes += result["origin_bytes"]
+            self.counters.shared_bytes += result["shared_bytes"]
             self.counters.origin_requests += result["requests"]
             if self.on_filled is not None and fill.mask:
                 self.on_filled(chunk, fill, result)
+        if was_whole and result is not None and result["lost"] and self.on_lost is not None:
+            self.on_lost(chunk.state)
         fill.done.set()
         if error is None and chunk.complete:
             self.saver.save(chunk)
@@ -320,29 +367,53 @@ class ChunkCache:
 
     # -- slots
 
-    def _take_slot_nowait(self, *, allow_loss: bool) -> int | None:
-        """A free slot, taken from the coldest idle chunk if need be; None if all are held.
+    def _take_slot_nowait(self, state: ObjectState, *, allow_loss: bool) -> int | None:
+        """A slot for a chunk of an object, taken from the coldest idle ones if need be; None if all are held.
 
         allow_loss: a chunk the SSD does not have yet may go too, if there is no other.
         """
-        slot = self.slots.take()
-        if slot is not None:
-            return slot
-        victim = self.slots.victim(self.saver.is_safe)
-        if victim is None:
-            return None
-        if not self.saver.is_safe(victim):
-            if not allow_loss:
-                self.saver.save(victim)
+        if (superfluous := self.slots.superfluous()) is not None:
+            # Also where there is room: its memory is warm. What was not in use yet costs a first touch, 0.15 CPU s/GB,
+            # or 1.5 where a hypervisor took it away and has to find it again (free page reporting).
+            self._drop(superfluous)
+        while (slot := self.slots.take(state)) is None:
+            if self.on_full(idle_s=_GIVEN_IDLE_S):
+                continue
+            victim = self.slots.victim(self.saver.is_safe)
+            if (victim is None or not self.saver.is_safe(victim)) and self.on_full(idle_s=0.0):
+                continue
+            if victim is None:
                 return None
-            self.counters.lost_bytes += victim.length
-        self._drop(victim)
-        return self.slots.take()
+            if not self.saver.is_safe(victim):
+                if not allow_loss:
+                    self.saver.save(victim)
+                    return None
+                self.counters.lost_bytes += victim.length
+            self._drop(victim)
+        return slot
 
     def _drop(self, chunk: Chunk) -> None:
         """Take the slot away. The chunk is idle."""
         self.slots.drop(chunk)
         self._forget_if_unused(chunk.state)
+
+    def drop_whole(self, state: ObjectState) -> int:
+        """Drop an object from RAM whose file was given to others, who go on reading it; returns the bytes freed here.
+
+        0, and nothing dropped, if it is not given, is lent, or a chunk of it is in use.
+        """
+        ram = state.ram
+        if ram is None or not ram.given or ram.holders or not all(chunk.idle for chunk in state.chunks.values()):
+            return 0
+        dropped = sum(mask_bytes(chunk.valid, chunk.length) for chunk in state.chunks.values())
+        self.slots.drop_whole(state)
+        self._forget_if_unused(state)
+        return dropped
+
+    def drop_idle(self) -> None:
+        """Drop all that nobody uses: the mount is another daemon's."""
+        for state in list(self._states.values()):
+            self._evict(state)
 
     # -- ahead of need
 
@@ -353,7 +424,7 @@ class ChunkCache:
 
         to_ssd: return only once the SSD tier has it, if it can have it. ahead: a reader is expected; count the chunk as
         unread until one comes. keep: a person wants it in RAM.
-        Returns whether SSD has all of it. Raises: MfsError of the fill. Cancellation: safe.
+        Returns whether SSD has all of it, or had. Raises: MfsError of the fill. Cancellation: safe.
         """
         mask = full_mask(len(state.object.chunk_range(index)))
         fresh = index not in state.chunks
@@ -365,15 +436,16 @@ class ChunkCache:
                 self.slots.unread.take(state.group)
             if to_ssd:
                 chunk.saved &= state.on_ssd(index)
+                chunk.written = 0
                 await self.saver.wait_on_ssd(chunk)
-            return not chunk.valid & ~chunk.saved
+            return not chunk.valid & ~(chunk.saved | chunk.written)
         finally:
             self.release(chunk)
 
     # -- residency
 
     def resident_bytes(self, obj: ObjectId, source: int) -> int:
-        """Bytes of an object that stand in RAM slots."""
+        """Bytes of an object that stand in RAM."""
         state = self._states.get((obj.cache_id, source))
         if state is None:
             return 0
@@ -382,8 +454,13 @@ class ChunkCache:
     def evict(self, obj: ObjectId, source: int) -> int:
         """Drop an object's idle chunks from RAM; returns the bytes freed."""
         state = self._states.get((obj.cache_id, source))
+        return self._evict(state) if state else 0
+
+    def _evict(self, state: ObjectState) -> int:
+        if state.ram is not None and state.ram.given:
+            return self.drop_whole(state)
         freed = 0
-        for chunk in list(state.chunks.values()) if state else []:
+        for chunk in list(state.chunks.values()):
             if chunk.idle:
                 freed += mask_bytes(chunk.valid, chunk.length)
                 self._drop(chunk)
@@ -394,6 +471,7 @@ class ChunkCache:
         state = self._states.get((obj.cache_id, source))
         if state is None:
             return
+        state.whole = False
         for chunk in state.chunks.values():
             chunk.saved = 0
         if state.ssd_masks:
@@ -405,8 +483,10 @@ class ChunkCache:
         They stay `saved`: to write again at once what was found cold would go round in circles. `bring` does, if asked.
         """
         for state in self._states.values():
-            for index in dropped.get(state.object.cache_id, ()) if state.ssd_masks else ():
+            indexes = dropped.get(state.object.cache_id, ())
+            for index in indexes if state.ssd_masks else ():
                 state.ssd_masks[index] = 0
+            state.whole = state.whole and not indexes
 
     def take_uses(self) -> dict[str, list[int]]:
         """Which SSD chunks were read since the last call."""

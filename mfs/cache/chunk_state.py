@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import trio
 
 from mfs.cache.chunks import full_mask
+from mfs.cache.ram import Piece, RamObject
 from mfs.errors import MfsError
-from mfs.types import ObjectId
+from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.frames import object_to_wire
-from mfs.workers.pool import Job
+from mfs.workers.job import Job
 from mfs.workers.shares import group_of_file
+
+_FULL_MASK = full_mask(CHUNK_BYTES)
 
 
 @dataclass
@@ -25,6 +28,9 @@ class CacheCounters:
     ram_hit_bytes: int = 0
     ssd_hit_bytes: int = 0
     origin_bytes: int = 0
+    """That came over the network: of a registry that compresses, fewer than they stand for."""
+    shared_bytes: int = 0
+    """Copied from other files that the SSD tier has."""
     origin_requests: int = 0
     origin_errors: int = 0
     saved_bytes: int = 0
@@ -52,18 +58,21 @@ class Chunk:
 
     __slots__ = (
         "changed_at", "coming", "delivered", "file_lost", "fills", "index", "keep", "leases", "length", "saved",
-        "saving", "slot", "state", "sums", "unread", "valid",
+        "saving", "slot", "state", "sums", "unread", "valid", "written",
     )  # fmt: skip
 
     def __init__(self, state: ObjectState, index: int, slot: int) -> None:
         self.state = state
         self.index = index
         self.slot = slot
+        """Its number, no other's ever: the memory is another, where the number is."""
         self.length = len(state.object.chunk_range(index))
         self.valid = 0
         """Blocks whose bytes may be handed out."""
         self.saved = 0
         """Blocks the SSD tier is known to hold."""
+        self.written = 0
+        """Blocks it was given since somebody began to wait for that: an eviction may be as quick as the write."""
         self.delivered = 0
         """Blocks handed to a reader; then the kernel's page cache has them."""
         self.unread = False
@@ -79,6 +88,21 @@ class Chunk:
         self.leases = 0
         self.saving: trio.Event | None = None
         self.changed_at = 0.0
+
+    @property
+    def start(self) -> int:
+        """Where it begins in its object, so also in the file."""
+        return self.index * CHUNK_BYTES
+
+    @property
+    def file(self) -> RamObject:
+        assert self.state.ram is not None
+        return self.state.ram
+
+    @property
+    def piece(self) -> Piece:
+        """What a worker needs to read or fill it."""
+        return Piece(self.file.fd, self.start)
 
     @property
     def complete(self) -> bool:
@@ -102,7 +126,7 @@ class Chunk:
 class ObjectState:
     """An object version somebody uses: its chunks in RAM and its place among the sources."""
 
-    __slots__ = ("chunks", "group", "object", "source", "ssd_known", "ssd_masks", "users", "wire")
+    __slots__ = ("chunks", "group", "object", "ram", "source", "ssd_known", "ssd_masks", "users", "whole", "wire")
 
     def __init__(self, obj: ObjectId, source: int) -> None:
         self.object = obj
@@ -110,6 +134,8 @@ class ObjectState:
         self.group = group_of_file(source, obj.path)
         """Whose share of the common bounds it uses."""
         self.chunks: dict[int, Chunk] = {}
+        self.ram: RamObject | None = None
+        """Its file, while a chunk has a slot or somebody holds it; `slots` opens and closes it."""
         self.users = 0
         """Open handles and others that hold it."""
         self.wire = object_to_wire(obj)
@@ -117,7 +143,29 @@ class ObjectState:
         """By chunk: blocks the SSD tier very likely holds; empty if nothing is known. A hint: files decide."""
         self.ssd_known = trio.Event()
         """Set once that was asked."""
+        self.whole = False
+        """The SSD tier very likely has all of it, verified, in a file that is the object. A hint as well."""
+
+    @property
+    def complete_in_ram(self) -> bool:
+        """Whether RAM has all blocks."""
+        is_there = self.ram is not None and self.ram.slots_count == self.object.chunks_count
+        return is_there and all(chunk.complete for chunk in self.chunks.values())
+
+    def view(self, span: ByteRange) -> memoryview:
+        """The bytes of a range whose chunks have slots; only their valid blocks mean anything."""
+        assert self.ram is not None
+        return self.ram.view(span.start, span.stop)
 
     def on_ssd(self, index: int) -> int:
         """Blocks of a chunk that SSD very likely has."""
         return self.ssd_masks[index] if self.ssd_masks else 0
+
+    @property
+    def complete_on_ssd(self) -> bool:
+        """Whether the SSD tier very likely has all blocks."""
+        obj, masks = self.object, self.ssd_masks
+        if not masks:
+            return False
+        last = obj.chunks_count - 1
+        return masks[last] == full_mask(len(obj.chunk_range(last))) and masks.count(_FULL_MASK) >= last

@@ -1,40 +1,40 @@
-"""The RAM tier's memory: chunk-sized, page-locked slots in one memfd that other processes can map.
+"""The RAM tier's memory: one sparse file per object version, on a tmpfs of our own or, without root, a memfd.
 
-Slots are touched and locked once, at start and piece by piece, and recycled for ever: first touch of guest memory was
-the largest single CPU cost of the prototype. Only memory stands here; which chunk a slot holds is `chunk_cache`'s
-business. Nothing here does I/O, and nothing but `populate` blocks (in a thread).
+A file is exactly its object: its bytes stand at their own offsets, for workers, who are sent its descriptor with each
+order, for borrowers, and for the kernel. A *slot* is room for one chunk: a chunk has its slot while its piece of the
+file may hold memory, and gives it back when that is punched out. Nothing is touched ahead; which bytes of a piece mean
+anything is `chunk_cache`'s business. Nothing here does I/O, and nothing blocks.
+
+Memory that goes with a whole file (see `RamObject.given`) is there until its last reader elsewhere is gone, so it
+counts against the budget until the tmpfs says that it is.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
+import itertools
 import mmap
 import os
 import resource
-import tempfile
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
-import trio
-
-from mfs.errors import ConfigError
+from mfs import limits
+from mfs.cache.chunks import full_mask
+from mfs.cache.tmpfs import PrivateTmpfs
+from mfs.errors import ConfigError, StoreError, TransientStoreError
+from mfs.mapping import allocate, map_file, punch_hole
 from mfs.types import CHUNK_BYTES
 
 SLOTS_COUNT_MIN = 16
 """Fewer cannot hold the readers, fills and SSD writes of even one stream."""
 
-_PIECE_BYTES = 64 << 20  # one mlock call: about 30 ms of page clearing, so a start never waits long for its first slots
-_MADV_HUGEPAGE = 14
-_MADV_POPULATE_WRITE = 23
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MNT_DETACH = 2, 4, 8, 2
-_libc = ctypes.CDLL(None, use_errno=True)
-for _function in (_libc.mlock, _libc.madvise):
-    _function.restype = ctypes.c_int
-_libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_SLACK_BYTES = 64 << 20  # of the tmpfs beyond the budget: a borrower who touches what he was not lent takes memory
+_OTHER_DESCRIPTORS = 512  # of the daemon: sockets, workers, logs
+_MAPPINGS_MAX = 65530  # vm.max_map_count's default
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,51 @@ class RamConfig:
 
     budget_bytes: int
     """Rounded down to whole slots."""
-    page_lock: bool = True
-    """Keep the slots in physical memory (mlock), as DMA and steady latency want."""
+    beside_bytes: int = 0
+    """What the mount's processes need beside the slots: must be available as well."""
+    coming_bytes: int = 0
+    """What will be available before the slots are used: the memory of a daemon that hands its mount over."""
+    serves: bool = False
+    """The mount serves already: what does not fit now is done without, down to SLOTS_COUNT_MIN."""
 
 
-class SlotMemory:
-    """`slots_count` slots of CHUNK_BYTES in one shared memfd.
+class Piece(NamedTuple):
+    """A chunk's part of its object's file, for a worker: the descriptor travels beside the order, as SCM_RIGHTS."""
 
-    `free` lists the slots nobody uses; it grows while `populate` runs. All methods belong to the trio thread.
-    """
+    fd: int
+    start: int
+
+
+class RamObject:
+    """The file of one object version, and this process's mapping of it. Made by `RamTier.open`."""
+
+    def __init__(self, fd: int, name: str | None, size: int) -> None:
+        """Raises: OSError if it cannot be mapped."""
+        self.fd = fd
+        self.name = name
+        """On the tmpfs; None for a memfd."""
+        self.slots_count = 0
+        self.holders = 0
+        """Who needs the file itself, also with nothing in it: borrowers that have it mapped."""
+        self.given = False
+        """The kernel or others read the whole file by themselves: nothing may be punched out of it any more."""
+        self._view = map_file(fd, size, writable=True) if size else memoryview(b"")  # only address space
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """The bytes [start, stop) of the object, writable; valid while their chunks have slots."""
+        return self._view[start:stop]
+
+    def forget(self) -> None:
+        """Close the descriptor, and unmap with the last view."""
+        os.close(self.fd)
+        self._view = memoryview(b"")
+
+
+class RamTier:
+    """`slots_count` slots and the files they are in. All methods belong to the trio thread."""
 
     def __init__(self, config: RamConfig) -> None:
-        """Raises: ConfigError if the budget is too small or more than this machine can give."""
+        """Raises: ConfigError if the budget is too small, or more than can be had and the mount does not serve yet."""
         self.slots_count = config.budget_bytes // CHUNK_BYTES
         if self.slots_count < SLOTS_COUNT_MIN:
             raise ConfigError(
@@ -62,124 +95,193 @@ class SlotMemory:
                 f"{SLOTS_COUNT_MIN * CHUNK_BYTES} bytes ({SLOTS_COUNT_MIN} slots of {CHUNK_BYTES}); raise --ram-size"
             )
         self.size_bytes = self.slots_count * CHUNK_BYTES
-        available_bytes = memory_available_bytes()
-        if self.size_bytes > available_bytes:
-            raise ConfigError(
-                f"RAM budget of {self.size_bytes} bytes does not fit: this machine has {available_bytes} bytes "
-                f"available; lower --ram-size or free memory"
+        self.shortage = ""
+        """Why there are fewer slots than the budget says; '' if there are as many."""
+        found = limits.available()
+        available_bytes = found.free_bytes + config.coming_bytes
+        if self.size_bytes + config.beside_bytes > available_bytes:
+            beside = f", and the mount's processes need {config.beside_bytes} beside it" if config.beside_bytes else ""
+            misfit = (
+                f"RAM budget of {self.size_bytes} bytes does not fit: {found.bound_by} has {available_bytes} bytes "
+                f"available{beside}"
             )
-        self.fd, self.huge_pages = _create_file(self.size_bytes)
-        self._mmap = mmap.mmap(self.fd, self.size_bytes)
-        self._view = memoryview(self._mmap)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mmap))
-        _libc.madvise(self._address, self.size_bytes, _MADV_HUGEPAGE)  # a hint; shmem_enabled=never is no error
-        self.free: deque[int] = deque()
-        self.usable_count = 0
-        """Slots touched so far; `slots_count` once `populate` is done."""
-        self.on_more: Callable[[], None] | None = None
-        """Told when slots became usable."""
-        self.locked_bytes = 0
-        self.note = "" if config.page_lock else "page locking is switched off"
-        self._lock_wanted = config.page_lock
+            if not config.serves:
+                raise ConfigError(f"{misfit}; lower --ram-size, raise the limit or free memory")
+            fitting_count = (available_bytes - config.beside_bytes) // CHUNK_BYTES
+            self.slots_count = min(self.slots_count, max(SLOTS_COUNT_MIN, fitting_count))
+            self.size_bytes = self.slots_count * CHUNK_BYTES
+            self.shortage = f"{misfit}; going on with {self.size_bytes} bytes until it is mounted anew or handed over"
+        self.objects_max = _objects_max()
+        """Files at once. Each costs a descriptor, a mapping and, however small it is, a page of 2 MiB."""
+        self._tmpfs: PrivateTmpfs | None = None
+        with suppress(OSError):
+            self._tmpfs = PrivateTmpfs(self.size_bytes + _SLACK_BYTES)
+        self.note = ""
+        """What the memory lacks; '' if it has huge pages and is never swapped out."""
+        if self._tmpfs is None:
+            self.note = "ordinary pages, which may be swapped out: only root can mount a tmpfs"
+        elif self._tmpfs.may_swap:
+            self.note = "may be swapped out: Linux 6.4 or newer can forbid that"
+        self.slots_used = 0
+        self._serials = itertools.count(1)
+        self._objects: set[RamObject] = set()
+        self._held_bytes = 0
 
-    def view(self, slot: int, length: int = CHUNK_BYTES) -> memoryview:
-        """The first `length` bytes of a slot, writable; valid as long as the caller holds the slot."""
-        start = slot * CHUNK_BYTES
-        return self._view[start : start + length]
+    # -- files
 
-    async def populate(self, stop_count: int | None = None) -> None:
-        """Touch and lock slots until `stop_count` (default: all) are usable, adding them to `free` as they come.
+    def open(self, size: int) -> RamObject:
+        """A new file for an object of that size.
 
-        Cancellation: between pieces; what was added stays usable.
+        Raises: TransientStoreError if there are `objects_max`, StoreError if it cannot be had.
         """
-        target = self.slots_count if stop_count is None else min(stop_count, self.slots_count)
-        while self.usable_count < target:
-            first = self.usable_count
-            count = min(_PIECE_BYTES // CHUNK_BYTES, self.slots_count - first)
-            refused = await trio.to_thread.run_sync(self._touch, first, count, self._lock_wanted)
-            if self._lock_wanted and not refused:
-                self.locked_bytes += count * CHUNK_BYTES
-            if refused:
-                self._lock_wanted = False
-                self.note = refused
-            self.free.extend(range(first, first + count))
-            self.usable_count += count
-            if self.on_more is not None:
-                self.on_more()
+        if len(self._objects) >= self.objects_max:
+            raise TransientStoreError(f"the RAM tier has {self.objects_max} files already")
+        name = None if self._tmpfs is None else str(next(self._serials))
+        fd = -1
+        try:
+            if self._tmpfs is None or name is None:
+                fd = os.memfd_create("mfs-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                os.fchmod(fd, 0o400)  # else whoever is handed the reading end could open it again for writing
+            else:
+                fd = self._tmpfs.create(name)
+            os.ftruncate(fd, size)
+            if name is None:
+                # Who is handed the file must not be able to shrink it under us: that would be SIGBUS in the daemon.
+                # Not F_SEAL_FUTURE_WRITE: workers map it anew for each order.
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            obj = RamObject(fd, name, size)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+                if self._tmpfs is not None and name is not None:
+                    self._tmpfs.remove(name)
+            raise StoreError(f"RAM tier: a file of {size} bytes in memory cannot be had: {error}") from error
+        self._objects.add(obj)
+        return obj
 
-    def _touch(self, first: int, count: int, lock: bool) -> str:
-        """Fault in (and lock) some slots; returns why locking was refused, '' if it was not. Runs in a thread."""
-        address, length = self._address + first * CHUNK_BYTES, count * CHUNK_BYTES
-        if lock:
-            soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-            if soft != hard:
-                resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
-            if _libc.mlock(address, length) == 0:
-                return ""
-            cause = errno.errorcode.get(ctypes.get_errno(), "?")
-            _libc.madvise(address, length, _MADV_POPULATE_WRITE)
-            limit = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard} bytes"
-            return (
-                f"slots could not be page-locked ({cause} after {self.locked_bytes} of {self.size_bytes} bytes; "
-                f"RLIMIT_MEMLOCK is {limit}): run 'ulimit -l unlimited' before the mount, set LimitMEMLOCK=infinity in "
-                f"the systemd unit, or grant CAP_IPC_LOCK; serving goes on from ordinary memory"
-            )
-        _libc.madvise(address, length, _MADV_POPULATE_WRITE)
-        return ""
+    def lend(self, obj: RamObject) -> int:
+        """A descriptor by which strangers can read an object and never write; the caller closes it. Raises: OSError."""
+        if self._tmpfs is None or obj.name is None:
+            return os.open(f"/proc/self/fd/{obj.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return self._tmpfs.open_to_read(obj.name)
+
+    def hold(self, obj: RamObject) -> None:
+        """Keep the file, whatever stands in it, until `unhold`. Raises: TransientStoreError if too many are held."""
+        if not obj.holders and sum(1 for other in self._objects if other.holders) >= self.objects_max // 2:
+            raise TransientStoreError(f"{self.objects_max // 2} files of the RAM tier are lent already")
+        obj.holders += 1
+
+    def unhold(self, obj: RamObject) -> None:
+        """End a `hold`."""
+        obj.holders -= 1
+
+    def close_if_unused(self, obj: RamObject) -> bool:
+        """Remove the file if nothing stands in it and nobody holds it; whether it is gone."""
+        if obj.slots_count or obj.holders:
+            return False
+        self._objects.remove(obj)
+        obj.forget()
+        if self._tmpfs is not None and obj.name is not None:
+            self._tmpfs.remove(obj.name)
+        return True
+
+    # -- slots
+
+    def has_room(self, obj: RamObject | None) -> bool:
+        """Whether there is a slot, in that file or, with None, in a new one."""
+        if obj is None and len(self._objects) >= self.objects_max:
+            return False
+        room_bytes = self.size_bytes - (self.slots_used + 1) * CHUNK_BYTES
+        return room_bytes >= self._held_bytes or room_bytes >= self.held_bytes
+
+    def take(self, obj: RamObject) -> int:
+        """A slot in an object's file: its number, no other's ever."""
+        self.slots_used += 1
+        obj.slots_count += 1
+        return next(self._serials)
+
+    def give(self, obj: RamObject, start: int) -> None:
+        """The slot of the piece that begins at `start` is free, and its memory with it."""
+        assert not obj.given
+        with suppress(OSError):
+            punch_hole(obj.fd, start, CHUNK_BYTES)  # 12 us of 4 MiB
+        self._leave(obj, 1)
+
+    def give_whole(self, obj: RamObject) -> None:
+        """All slots of a given object are free, and its file is removed. Nothing is punched: who reads it elsewhere
+        goes on, and its memory counts until the last of them has gone.
+        """
+        if self._tmpfs is not None:
+            self._held_bytes = self.held_bytes + os.fstat(obj.fd).st_blocks * 512
+        self._leave(obj, obj.slots_count)
+
+    def _leave(self, obj: RamObject, count: int) -> None:
+        self.slots_used -= count
+        obj.slots_count -= count
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of removed files that readers elsewhere still have; at most what the tmpfs says."""
+        if self._held_bytes and self._tmpfs is not None:
+            ours = sum(os.fstat(obj.fd).st_blocks for obj in self._objects) * 512
+            self._held_bytes = max(0, min(self._held_bytes, self._tmpfs.used_bytes - ours))
+        return self._held_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self.slots_used * CHUNK_BYTES + self.held_bytes
+
+    @property
+    def slots_free(self) -> int:
+        return max(0, (self.size_bytes - self.used_bytes) // CHUNK_BYTES)
 
     def close(self) -> None:
-        """Give the memory back. Views handed out before must be gone."""
-        self._view.release()
-        try:
-            self._mmap.close()
-        except BufferError:  # the ctypes export lives as long as the mapping; the memfd goes with the process
-            pass
-        os.close(self.fd)
+        """Give the memory back, as far as nobody has a view of it."""
+        for obj in self._objects:
+            obj.forget()
+        self._objects.clear()
+        if self._tmpfs is not None:
+            self._tmpfs.close()
 
 
-def _create_file(size_bytes: int) -> tuple[int, bool]:
-    """A file in memory of that size, and whether it is made of huge pages where they can be had.
+def _objects_max() -> int:
+    """What descriptors and mappings allow; raises the soft limit of descriptors to the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    mappings = _MAPPINGS_MAX
+    with suppress(OSError, ValueError):
+        mappings = int(Path("/proc/sys/vm/max_map_count").read_text())
+    descriptors = mappings if hard == resource.RLIM_INFINITY else hard - _OTHER_DESCRIPTORS
+    return max(SLOTS_COUNT_MIN, min(mappings // 2, descriptors))
 
-    memfd gets huge pages only where /sys/kernel/mm/transparent_hugepage/shmem_enabled allows it, mostly nowhere; a
-    tmpfs of our own may ask for them by itself (Documentation/filesystems/tmpfs.rst, huge=). Mounting one takes root;
-    it is detached before anybody could look, and lives as long as the descriptor. Measured on two cores: page faults
-    and page pinning fall from a quarter of the workers' time to nothing.
+
+@contextmanager
+def mapped(piece: Piece, *, to_fill: int) -> Iterator[memoryview]:
+    """A worker's view of a piece, page-aligned: up to 4 MiB, and to the end of the page where the object ends earlier.
+    Unmapped afterwards, so that no worker keeps memory alive that the daemon drops. Closes the descriptor.
+
+    to_fill: mask of the blocks that will be written. If those are all, the memory is taken first, in huge pages, so
+    that its lack is an error and not a signal. A few are not worth a huge page each, which would be zeroed: a fault
+    that brings 128 KiB would cost 2 MiB (the tmpfs has room for all slots, and more).
+    Raises: StoreError.
     """
     try:
-        fd = _open_in_huge_tmpfs()
-        huge = True
-    except OSError:
-        fd = os.memfd_create("mfs-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        huge = False
-    os.ftruncate(fd, size_bytes)
-    if not huge:
-        # A process that is handed the file must not be able to shrink it under us: that would be SIGBUS in the daemon.
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    return fd, huge
-
-
-def _open_in_huge_tmpfs() -> int:
-    with tempfile.TemporaryDirectory(prefix="mfs-slots-") as place:
-        flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-        if _libc.mount(b"mfs-slots", os.fsencode(place), b"tmpfs", flags, b"huge=always,size=100%,mode=0700"):
-            raise OSError(ctypes.get_errno(), "no tmpfs of our own")
+        length = min(CHUNK_BYTES, os.fstat(piece.fd).st_size - piece.start)
+        everything = full_mask(length)
+        is_whole = to_fill & everything == everything
+        if is_whole:
+            try:
+                allocate(piece.fd, piece.start, length)
+            except OSError as error:
+                raise StoreError(f"RAM tier: no memory for a chunk: {error.strerror}") from error
+        nbytes = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
-            return os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        finally:
-            _libc.umount2(os.fsencode(place), _MNT_DETACH)
-
-
-def memory_available_bytes() -> int:
-    """What this process may still take: MemAvailable, or less where the control group allows less."""
-    with open("/proc/meminfo") as file:
-        available = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
-    for limit_path, used_path in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit_path) as limit, open(used_path) as used:
-                available = min(available, max(0, int(limit.read()) - int(used.read())))
-        except (OSError, ValueError):  # no such controller, or 'max'
-            continue
-    return available
+            view = map_file(piece.fd, nbytes, start=piece.start, writable=True, huge=is_whole)
+        except OSError as error:
+            raise StoreError(f"RAM tier: a chunk cannot be mapped: {error}") from error
+    finally:
+        os.close(piece.fd)
+    yield view
+    if to_fill:  # who maps the whole file sees its last page too: nothing but zeros behind the end
+        view[length:] = bytes(nbytes - length)

@@ -1,18 +1,18 @@
 """Which chunks stand on SSD and when they were last used: memory-mapped tables that tools read without the daemon.
 
-Tables are hints that decide what to evict and what to show; whether a chunk is there is decided by its file. A crash
-loses at most some last-use times; tables that do not open are rebuilt from the chunk files' headers.
+Tables are hints that decide what to evict and what to show; whether a chunk is there its object's sidecar decides. Rows
+are read from there under the lock under which files are dropped: they are right unless somebody was killed. A crash
+loses at most some last-use times; tables that do not open are rebuilt from the sidecars.
 
-Below <cache>/v1/index/, three mmap-ninja numpy arrays. They grow under an exclusive lock on `lock` and never shrink;
+Below <cache>/v2/index/, three mmap-ninja numpy arrays. They grow under an exclusive lock on `lock` and never shrink;
 rows are written in place by any process. Structure:
 
     meta     uint64 (4,)       [objects used, chunk rows used, generation, reserved]
     objects  uint64 (rows, 8)  [cache_id digits 0-15, 16-31, 32-39, first chunk row, chunks count, size in bytes,
-    pinned,
-                               not evicted before this time in seconds since the epoch]
+                               flags: 1 pinned, 2 sealed, not evicted before this time in seconds since the epoch]
     chunks   uint32 (rows, 2)  [blocks present, last use in seconds since the epoch]; an object's rows are consecutive
 
-Pins must outlive the tables: each is also an empty file <cache>/v1/pins/<cache_id>.<size in bytes>, from which a
+Pins must outlive the tables: each is also an empty file <cache>/v2/pins/<cache_id>.<size in bytes>, from which a
 rebuild takes them.
 
 Rows of an object with nothing resident are given to the next object with as many chunks.
@@ -28,7 +28,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ import mmap_ninja.numpy as ninja
 import numpy as np
 from numpy.typing import NDArray
 
+from mfs.cache.chunks import mask_bytes
+from mfs.cache.directory import open_own, root_of
 from mfs.cache.residency_sums import Snapshot, bytes_of, id_of, id_words
-from mfs.cache.ssd import ChunkHeader, SsdConfig, SsdTier
+from mfs.cache.ssd import SsdConfig, SsdTier, Standing
 from mfs.errors import NotFoundError, StoreError
-from mfs.types import CHUNK_BYTES, SMALL_FILE_BYTES, ObjectId
+from mfs.types import CHUNK_BYTES, ObjectId
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ _OBJECT_ROWS_STEP = 1024
 _CHUNK_ROWS_STEP = 64 << 10
 _COLUMNS = {"meta": 0, "objects": 8, "chunks": 2}  # 0: the table has one dimension
 _DTYPES = {"meta": np.uint64, "objects": np.uint64, "chunks": np.uint32}
+_PINNED, _SEALED = 1, 2
+_NOBODY = ("", "", 0, "", None)  # the identity of what has no file
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class ObjectResidency:
 
     cache_id: str
     source: str
-    """'' when no chunk file is left to say."""
+    """'' when no file is left to say."""
     path: str
     version: str
     digest: str | None
@@ -79,20 +83,21 @@ class Usage:
 class ResidencyTables:
     """The tables of one cache directory, shared with other processes; thread-safe under the GIL."""
 
-    def __init__(self, cache_directory: Path, *, writable: bool) -> None:
-        """Open the tables; a writer creates or rebuilds them.
+    def __init__(self, cache_directory: Path, *, writable: bool, shared: bool = False) -> None:
+        """Open the tables; a writer creates or rebuilds them. shared: see `directory`.
 
         Raises: NotFoundError for a reader where there are none, StoreError for one where they are damaged; OSError for
             a writer whose disk is full.
         """
-        self._directory = cache_directory / "v1" / "index"
-        self._pins = cache_directory / "v1" / "pins"
+        self._directory = root_of(cache_directory) / "index"
+        self._pins = root_of(cache_directory) / "pins"
         self._cache_directory = cache_directory
         self._mode = "r+" if writable else "r"
+        self._shared = shared
         if not writable and not self._directory.is_dir():
             raise NotFoundError(f"{cache_directory} holds no mfs cache; name the directory given as --cache-dir")
         if writable:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._lock():
                 self._open_or_rebuild()
             return
@@ -117,33 +122,67 @@ class ResidencyTables:
     def set_mask(self, obj: ObjectId, index: int, mask: int) -> None:
         """Say which blocks of a chunk stand on SSD, and that it was used now."""
         with self._lock():
-            row = self.find(obj.cache_id)
-            if row is None and not mask:
-                return
-            if row is None:
-                row = self._add(obj.cache_id, obj.chunks_count, obj.size)
-            self._chunks[int(self._objects[row, 3]) + index] = (mask, int(time.time()))
+            self._set_mask(obj, index, mask)
 
-    def clear(self, cache_id: str, row: int, index: int) -> None:
-        """Say that a chunk is gone, if `row` is still this object's."""
+    def _set_mask(self, obj: ObjectId, index: int, mask: int) -> None:
+        row = self.find(obj.cache_id)
+        if row is None and not mask:
+            return
+        if row is None:
+            row = self._add(obj.cache_id, obj.chunks_count, obj.size)
+        self._chunks[int(self._objects[row, 3]) + index] = (mask, int(time.time()))
+
+    def learn_chunk(self, tier: SsdTier, obj: ObjectId, index: int) -> int:
+        """Note what the sidecar says of a chunk, and that it was used now; returns its mask."""
         with self._lock():
-            self._remap_if_changed()
-            if self._cache_id(row) == cache_id:
-                self._chunks[int(self._objects[row, 3]) + index, 0] = 0
+            mask = tier.mask(obj.cache_id, index)
+            self._set_mask(obj, index, mask)
+            return mask
 
-    def drop(self, tier: SsdTier, cache_id: str, row: int, index: int) -> bool:
-        """Remove a chunk's file and say that it is gone, unless its object is pinned or kept by now.
+    def learn(self, tier: SsdTier, cache_id: str) -> None:
+        """Note what stands of an object. Costs a look at the whole sidecar, under the lock."""
+        with self._lock():
+            standing = tier.standing(cache_id)
+            if standing is not None:
+                self._note(standing)
+                return
+            row = self.find(cache_id)
+            if row is not None:
+                self._clear(row)
 
-        Nothing happens either if `row` is another's. In one turn with `keep`, so that who keeps an object and then
-        looks at its files loses none of them.
+    def drop(self, tier: SsdTier, cache_id: str, row: int, index: int | None) -> list[tuple[int, int]]:
+        """Drop a chunk, or with index None the object, unless it is pinned or kept by now; returns [(chunk, bytes)].
+
+        More goes than was asked for where only whole objects can. Nothing happens if `row` is another's. In one turn
+        with `keep`, so that who keeps an object and then looks at its files loses none of them.
         """
         with self._lock():
             self._remap_if_changed()
             if self._cache_id(row) != cache_id or self._is_protected(row):
-                return False
-            tier.remove(cache_id, index)
-            self._chunks[int(self._objects[row, 3]) + index, 0] = 0
-            return True
+                return []
+            first, count, size = (int(v) for v in self._objects[row, 3:6])
+            standing = self._chunks[first : first + count, 0]
+            if index is None:
+                tier.remove(cache_id)
+            elif tier.drop_chunk(cache_id, index):
+                index = None
+            dropped = [
+                (i, mask_bytes(int(standing[i]), min(CHUNK_BYTES, size - i * CHUNK_BYTES)))
+                for i in ([index] if index is not None else map(int, np.flatnonzero(standing)))
+            ]
+            if index is None:
+                self._clear(row)
+                return dropped
+            standing[index] = 0
+            if not standing.any():
+                tier.remove_if_empty(cache_id)
+            return dropped
+
+    def _clear(self, row: int) -> None:
+        """Say that nothing stands of an object; the lock is held."""
+        first, count = int(self._objects[row, 3]), int(self._objects[row, 4])
+        self._chunks[first : first + count, 0] = 0
+        self._objects[row, 6] = int(self._objects[row, 6]) & ~_SEALED
 
     def masks(self, cache_id: str) -> NDArray[np.uint32]:
         """Copy of the blocks-present masks of all chunks of an object; empty if it is not known."""
@@ -167,17 +206,24 @@ class ResidencyTables:
             if row is None and pinned:
                 row = self._add(obj.cache_id, obj.chunks_count, obj.size)
             if row is not None:
-                self._objects[row, 6] = int(pinned)
+                flags = int(self._objects[row, 6])
+                self._objects[row, 6] = flags | _PINNED if pinned else flags & ~_PINNED
             pin = self._pins / f"{obj.cache_id}.{obj.size}"
             if pinned:
-                self._pins.mkdir(exist_ok=True)
-                pin.touch()
+                self._pins.mkdir(mode=0o700, exist_ok=True)
+                os.close(open_own(pin, os.O_WRONLY | os.O_CREAT, shared=self._shared))
             else:
                 pin.unlink(missing_ok=True)
 
     def pinned(self, cache_id: str) -> bool:
         row = self.find(cache_id)
-        return row is not None and bool(self._objects[row, 6])
+        return row is not None and bool(int(self._objects[row, 6]) & _PINNED)
+
+    def sealed_after(self, cache_id: str) -> str | None:
+        """The sealed object that comes next, None after the last. '' comes before all."""
+        found = self._snapshot()
+        ids = (id_of(row) for row in found.rows[found.rows[:, 6] & _SEALED > 0])
+        return min((other for other in ids if other > cache_id), default=None)
 
     def keep(self, obj: ObjectId, until_s: int) -> None:
         """Protect an object from SSD eviction up to a time, in seconds since the epoch, or longer if it is already."""
@@ -193,60 +239,57 @@ class ResidencyTables:
         return row is not None and self._is_protected(row)
 
     def _is_protected(self, row: int) -> bool:
-        return bool(self._objects[row, 6]) or int(self._objects[row, 7]) > time.time()
+        return bool(int(self._objects[row, 6]) & _PINNED) or int(self._objects[row, 7]) > time.time()
 
     # -- whole tables
 
     def usage(self) -> Usage:
-        """Bytes and objects on SSD, file headers included."""
+        """Bytes and objects on SSD, sidecars included."""
         found = self._snapshot()
-        return Usage(int(found.sizes.sum()), int((found.per_object() > 0).sum()))
+        resident = found.per_object() > 0
+        return Usage(int(found.sizes.sum() + found.sidecars[resident].sum()), int(resident.sum()))
 
     def resident_bytes(self, cache_id: str) -> int:
-        """Bytes of one object on SSD, without headers."""
+        """Bytes of one object on SSD, without its sidecar."""
         row = self.find(cache_id)
         if row is None:
             return 0
         first, count, size = (int(v) for v in self._objects[row, 3:6])
         return bytes_of(self._chunks[first : first + count, 0], count, size)
 
-    def victims(self, bytes_wanted: int) -> Iterator[tuple[str, int, int, int]]:
-        """Unpinned chunks, coldest first, until `bytes_wanted` are reached: (cache_id, index, row, bytes).
+    def victims(self, bytes_wanted: int, spare: Container[str] = ()) -> Iterator[tuple[str, int | None, int, int]]:
+        """What to evict, unpinned and coldest first, until `bytes_wanted` are reached: (cache_id, index, row, bytes).
 
-        Small files go last, as long as they are a quarter of it at most: a model whose weights must come again loads,
-        one whose configuration must come from an origin that hangs does not.
+        spare: cache_ids that are left alone.
+        A chunk each, or with index None a whole sealed object. Small files go last, see `Snapshot.coldest`: a model
+        whose weights must come again loads, one whose configuration must come from an origin that hangs does not.
         """
         found = self._snapshot()
-        owners = found.owners()
-        candidates = np.flatnonzero((found.sizes > 0) & (owners >= 0))
-        rows = found.rows[owners[candidates]]
-        candidates = candidates[(rows[:, 6] == 0) & (rows[:, 7] <= time.time())]
-        is_small = found.rows[owners[candidates], 5] <= SMALL_FILE_BYTES
-        if found.sizes[candidates[is_small]].sum() * 4 > found.sizes.sum():
-            is_small[:] = False
-        for chunk in candidates[np.lexsort((found.chunks[candidates, 1], is_small))]:
+        rows = found.rows
+        evictable = (rows[:, 6] & _PINNED == 0) & (rows[:, 7] <= time.time())
+        for row, index, nbytes in found.coldest(evictable, rows[:, 6] & _SEALED > 0):
             if bytes_wanted <= 0:
                 return
-            row = int(owners[chunk])
-            bytes_wanted -= int(found.sizes[chunk])
-            yield id_of(found.rows[row]), int(chunk - found.rows[row, 3]), row, int(found.sizes[chunk])
+            cache_id = id_of(rows[row])
+            if cache_id not in spare:
+                bytes_wanted -= nbytes
+                yield cache_id, index, row, nbytes
 
     def objects(self, tier: SsdTier) -> Iterator[ObjectResidency]:
-        """All objects with something resident or pinned, with the names their chunk files carry."""
+        """All objects with something resident or pinned, with the names their sidecars carry."""
         found = self._snapshot()
-        for row in np.flatnonzero((found.per_object() > 0) | (found.rows[:, 6] > 0)):
+        for row in np.flatnonzero((found.per_object() > 0) | (found.rows[:, 6] & _PINNED > 0)):
             cache_id = id_of(found.rows[row])
             first, count, size = (int(v) for v in found.rows[row, 3:6])
             chunks = found.chunks[first : first + count]
-            present = np.flatnonzero(chunks[:, 0])
-            header = tier.header(cache_id, int(present[0])) if len(present) else None
-            source, path, _, version, digest = _identity(header.identity if header else "")
+            header = tier.header(cache_id) if chunks[:, 0].any() else None
+            source, path, _, version, digest = _identity(header.identity) if header else _NOBODY
             yield ObjectResidency(
                 cache_id, source, path, version, digest,
                 size=size,
                 ssd_bytes=bytes_of(chunks[:, 0], count, size),
                 last_used_at=float(chunks[:, 1].max(initial=0)),
-                pinned=bool(found.rows[row, 6]),
+                pinned=bool(found.rows[row, 6] & _PINNED),
             )  # fmt: skip
 
     def _snapshot(self) -> Snapshot:
@@ -261,20 +304,22 @@ class ResidencyTables:
     def reconcile(self, tier: SsdTier) -> None:
         """Make the tables say what stands there: each kill between a file and its row leaves them a little apart."""
         for prefix in (f"{number:02x}" for number in range(256)):
-            standing = set(tier.names(prefix))
-            found = self._snapshot()
-            for row in np.flatnonzero(found.rows[:, 0].view(np.uint64) >> np.uint64(56) == int(prefix, 16)):
-                cache_id, (first, count) = id_of(found.rows[row]), (int(v) for v in found.rows[row, 3:5])
-                for index in map(int, np.flatnonzero(found.chunks[first : first + count, 0])):
-                    if (cache_id, index) in standing:
-                        standing.discard((cache_id, index))
-                    elif tier.header(cache_id, index) is None:  # look again: it may just have been written
-                        self.clear(cache_id, int(row), index)
-            for cache_id, index in standing:
-                header = tier.header(cache_id, index)
-                if header is not None:
-                    with self._lock():
-                        self._note_file(header)
+            standing = {found.header.cache_id: found for found in tier.walk(prefix)}
+            snapshot = self._snapshot()
+            rows = snapshot.rows
+            known = {id_of(row): row for row in rows[rows[:, 0].view(np.uint64) >> np.uint64(56) == int(prefix, 16)]}
+            for cache_id in known.keys() | standing.keys():
+                row, found = known.get(cache_id), standing.get(cache_id)
+                noted = snapshot.chunks[row[3] : row[3] + row[4], 0].tolist() if row is not None else []
+                is_sealed = row is not None and bool(row[6] & _SEALED)
+                if found is None:
+                    if any(noted) or is_sealed:
+                        self.learn(tier, cache_id)
+                elif not any(found.masks):
+                    tier.remove_if_empty(cache_id)
+                    self.learn(tier, cache_id)
+                elif noted != found.masks or is_sealed != (found.header.sealed is not None):
+                    self.learn(tier, cache_id)  # looks again: it may just be being written
 
     # -- files
 
@@ -282,7 +327,7 @@ class ResidencyTables:
     def _lock(self, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
         """One process at a time may change rows, grow or rebuild. Held for microseconds, freed on death."""
         flags = os.O_RDWR | os.O_CREAT if self._mode == "r+" else os.O_RDONLY
-        fd = os.open(self._directory / "lock", flags | os.O_CLOEXEC, 0o600)
+        fd = open_own(self._directory / "lock", flags, shared=self._shared or self._mode == "r")
         try:
             fcntl.flock(fd, kind)
             yield
@@ -349,8 +394,8 @@ class ResidencyTables:
         ninja.from_ndarray(self._directory / "chunks", np.zeros((_CHUNK_ROWS_STEP, 2), np.uint32))
         ninja.from_ndarray(self._directory / "meta", np.zeros(4, np.uint64))
         self._map()
-        for header in SsdTier(SsdConfig(self._cache_directory)).walk():
-            self._note_file(header)
+        for standing in SsdTier(SsdConfig(self._cache_directory, shared=self._shared)).walk_all():
+            self._note(standing)
         self._restore_pins()
 
     def _restore_pins(self) -> None:
@@ -362,14 +407,24 @@ class ResidencyTables:
             row = self.find(cache_id)
             if row is None:
                 row = self._add(cache_id, -(-int(size) // CHUNK_BYTES), int(size))
-            self._objects[row, 6] = 1
+            self._objects[row, 6] = int(self._objects[row, 6]) | _PINNED
 
-    def _note_file(self, header: ChunkHeader) -> None:
-        """A chunk file was found; the lock is held."""
+    def _note(self, standing: Standing) -> None:
+        """Say what stands of an object; the lock is held."""
+        header, masks = standing.header, np.array(standing.masks, np.uint32)
         row = self.find(header.cache_id)
         if row is None:
-            row = self._add(header.cache_id, -(-header.object_bytes // CHUNK_BYTES), header.object_bytes)
-        self._chunks[int(self._objects[row, 3]) + header.index] = (header.mask, int(time.time()))
+            if not masks.any():
+                return
+            row = self._add(header.cache_id, header.chunks_count, header.object_bytes)
+        if int(self._objects[row, 4]) != header.chunks_count:  # a pin of another size: none of ours
+            return
+        first, now = int(self._objects[row, 3]), int(time.time())
+        chunks = self._chunks[first : first + len(masks)]
+        chunks[(chunks[:, 0] == 0) & (masks > 0), 1] = now
+        chunks[:, 0] = masks
+        flags = int(self._objects[row, 6])
+        self._objects[row, 6] = flags | _SEALED if header.sealed else flags & ~_SEALED
 
     def _add(self, cache_id: str, chunks_count: int, size: int) -> int:
         """A row for a new object; the lock is held."""
@@ -388,7 +443,7 @@ class ResidencyTables:
     def _reusable(self, chunks_count: int) -> int | None:
         """An unpinned row with as many chunks and nothing resident."""
         rows = self._objects[: int(self._meta[0])]
-        unused = (rows[:, 6] == 0) & (rows[:, 7] <= time.time())
+        unused = (rows[:, 6] & _PINNED == 0) & (rows[:, 7] <= time.time())
         matching = np.flatnonzero((rows[:, 4] == chunks_count) & unused)
         firsts = rows[matching, 3].astype(np.int64)
         free = matching[~self._chunks[firsts[:, None] + np.arange(chunks_count), 0].any(axis=1)]
@@ -417,7 +472,7 @@ def scan(cache_directory: Path) -> Iterator[ObjectResidency]:
     Raises: NotFoundError if no cache stands there.
     """
     tables = ResidencyTables(cache_directory, writable=False)
-    yield from tables.objects(SsdTier(SsdConfig(cache_directory)))
+    yield from tables.objects(SsdTier(SsdConfig(cache_directory, shared=True)))  # only looked at
 
 
 def _reserve(directory: Path) -> None:
@@ -429,6 +484,6 @@ def _reserve(directory: Path) -> None:
 def _identity(text: str) -> tuple[str, str, int, str, str | None]:
     try:
         source, path, size, version, digest = json.loads(text)
-    except ValueError:  # cut off, or no file left
+    except ValueError:  # cut off
         return "", text, 0, "", None
     return source, path, size, version, digest

@@ -5,6 +5,7 @@ Vectorised, because a large cache has a million chunk rows and each question is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mfs.cache.ssd import HEADER_BYTES
-from mfs.types import BLOCK_BYTES, CHUNK_BYTES
+from mfs.cache.sidecar import HEADER_BYTES, RECORD_BYTES
+from mfs.types import BLOCK_BYTES, CHUNK_BYTES, SMALL_FILE_BYTES
+
+_BITS_OF_BYTE = np.array([byte.bit_count() for byte in range(256)], np.int64)
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,9 @@ class Snapshot:
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
-        """Per chunk row: bytes on disk with the file's header, 0 if absent."""
+        """Per chunk row: bytes on disk, 0 if absent."""
         masks = self.chunks[:, 0]
-        sizes = np.bitwise_count(masks).astype(np.int64) * BLOCK_BYTES
-        sizes[masks > 0] += HEADER_BYTES
+        sizes = blocks_count(masks) * BLOCK_BYTES
         live = self.rows[self.rows[:, 4] > 0]
         last = live[:, 3] + live[:, 4] - 1
         tail_bytes = live[:, 5] - (live[:, 4] - 1) * CHUNK_BYTES
@@ -36,6 +38,11 @@ class Snapshot:
         present = (masks[last] >> last_block.astype(np.uint32)) & 1
         sizes[last] -= present * ((last_block + 1) * BLOCK_BYTES - tail_bytes)
         return sizes
+
+    @property
+    def sidecars(self) -> NDArray[np.int64]:
+        """Per object row: bytes on disk of its sidecar, if it has one, in pages of which all are there."""
+        return (1 + -(-self.rows[:, 4] * RECORD_BYTES // HEADER_BYTES)) * HEADER_BYTES
 
     def owners(self) -> NDArray[np.int64]:
         """Per chunk row: its object's row, -1 if none."""
@@ -45,15 +52,45 @@ class Snapshot:
         return owners
 
     def per_object(self) -> NDArray[np.int64]:
-        """Per object row: bytes on disk."""
+        """Per object row: bytes on disk, without its sidecar."""
         edges = np.concatenate([[0], np.cumsum(self.sizes)])
         totals: NDArray[np.int64] = edges[self.rows[:, 3] + self.rows[:, 4]] - edges[self.rows[:, 3]]
         return totals
 
+    def coldest(self, evictable: NDArray[np.bool_], sealed: NDArray[np.bool_]) -> Iterator[tuple[int, int | None, int]]:
+        """What to evict, coldest first: (object row, index of its chunk or None for all of it, bytes).
+
+        evictable, sealed: per object row. A sealed object goes whole, and is as warm as its warmest chunk. Small files
+        go last, as long as they are a quarter of everything at most.
+        """
+        owners, uses, sizes = self.owners(), self.chunks[:, 1].copy(), self.sizes.copy()
+        chunks = np.flatnonzero((sizes > 0) & (owners >= 0))
+        chunks = chunks[evictable[owners[chunks]]]
+        is_small = self.rows[owners, 5] <= SMALL_FILE_BYTES
+        if sizes[chunks[is_small[chunks]]].sum() * 4 > sizes.sum():
+            is_small[:] = False
+        whole = sealed[owners]
+        of_sealed = chunks[whole[chunks]]
+        rows, heads, head_of = np.unique(owners[of_sealed], return_index=True, return_inverse=True)
+        warmest = np.zeros(len(rows), np.uint32)
+        np.maximum.at(warmest, head_of, uses[of_sealed])
+        heads = of_sealed[heads]  # of each sealed object the first chunk stands for all
+        uses[heads], sizes[heads] = warmest, self.per_object()[rows]
+        chunks = np.concatenate([chunks[~whole[chunks]], heads])
+        for chunk in chunks[np.lexsort((uses[chunks], is_small[chunks]))]:
+            row = int(owners[chunk])
+            yield row, None if whole[chunk] else int(chunk - self.rows[row, 3]), int(sizes[chunk])
+
+
+def blocks_count(masks: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """How many bits are set in each mask. Not np.bitwise_count: Triton's own Python has numpy 1.26."""
+    counts: NDArray[np.int64] = _BITS_OF_BYTE[np.ascontiguousarray(masks).view(np.uint8)].reshape(-1, 4).sum(axis=1)
+    return counts
+
 
 def bytes_of(masks: NDArray[np.uint32], count: int, size: int) -> int:
-    """Bytes of an object that its chunks' masks stand for, without file headers."""
-    total = int(np.bitwise_count(masks).sum()) * BLOCK_BYTES
+    """Bytes of an object that its chunks' masks stand for."""
+    total = int(blocks_count(masks).sum()) * BLOCK_BYTES
     tail_bytes = size - (count - 1) * CHUNK_BYTES
     last_block = (tail_bytes - 1) // BLOCK_BYTES
     if count and int(masks[-1]) >> last_block & 1:  # the object's last block is shorter than the others

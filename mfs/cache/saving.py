@@ -1,4 +1,4 @@
-"""Writing what stands in slots to the SSD tier: when, with what outcome, and who waits for it. On the trio thread.
+"""Writing what stands in RAM to the SSD tier: when, with what outcome, and who waits for it. On the trio thread.
 
 A chunk keeps its slot while it is written. Complete chunks are written as they come, others when they have been quiet;
 a disk that is full or fails is left alone for a while, and everything is served on without it.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import trio
 
-from mfs.cache.chunk_state import CacheCounters, Chunk
+from mfs.cache.chunk_state import CacheCounters, Chunk, ObjectState
 from mfs.cache.slots import Slots
 from mfs.errors import MfsError
 from mfs.workers.frames import Frame
-from mfs.workers.pool import Job, Priority, WorkerEndedError, WorkerPool
+from mfs.workers.job import Job, Priority, WorkerEndedError
+from mfs.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ class Saver:
         self._enabled = enabled
         self._mark = 0
         self._much_saved = trio.Event()
+        self.on_saved: Callable[[ObjectState], None] | None = None
+        """Told of each write that went well."""
         self.suspended_until = 0.0
         """time.monotonic() until which nothing is written, because the disk was full or failed."""
 
@@ -43,6 +47,10 @@ class Saver:
     def is_safe(self, chunk: Chunk) -> bool:
         """Whether the chunk can lose its slot without a loss that writing it could prevent."""
         return not chunk.valid & ~chunk.saved or not self.is_possible
+
+    def resume(self) -> None:
+        """The SSD tier is there again: what it was suspended for is over."""
+        self.suspended_until = 0.0
 
     def save(self, chunk: Chunk) -> None:
         """Have the blocks the SSD lacks written there, holding the slot until they are."""
@@ -55,7 +63,7 @@ class Saver:
         chunk.file_lost = False
         self._pool.submit(Job(
             "persist",
-            {"obj": chunk.state.wire, "index": chunk.index, "slot": chunk.slot,
+            {"obj": chunk.state.wire, "index": chunk.index, "piece": chunk.piece,
              "sums": [[block, checksum] for block, checksum in chunk.sums.items() if mask >> block & 1]},
             lambda result, error: self._saved(chunk, mask, result, error),
             Priority.BACKGROUND,
@@ -74,12 +82,17 @@ class Saver:
             if self.is_possible:
                 logger.warning("cache disk is full: serving on without writing to it for %.0f s", _PAUSE_S)
             self.suspended_until = time.monotonic() + _PAUSE_S
+        elif result is not None and result["away"]:  # said already; `resume` comes with the tier
+            self.suspended_until = time.monotonic() + _PAUSE_S
         else:
             if not chunk.file_lost:  # else the file that was dropped meanwhile may have been this very one
                 chunk.saved |= mask
+                chunk.written |= mask
                 chunk.note_ssd(chunk.on_ssd | mask)
             self._count(result["bytes"] if result else 0)
             self._slots.demote_if_done(chunk)
+            if self.on_saved is not None:
+                self.on_saved(chunk.state)
         saving.set()
         if chunk.idle:
             self._slots.wake()

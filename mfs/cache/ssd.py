@@ -1,34 +1,11 @@
-"""The SSD tier: one file per chunk, self-describing, verified block by block whenever it is read.
+"""The SSD tier: one sparse file per object with its checksums beside it, verified block by block whenever it is read.
 
-This docstring is the format's only reference. Below the cache directory:
+`sidecar` has the format and its rules, `object_files` opens what they are about; here is what is done with them. What
+is bad is dropped with a warning and costs a fetch: a block by itself where it can be, the object where its files are
+not what they must be, or are sealed. A chunk that is evicted while it is read is a miss like any other.
 
-    mfs-cache.json                      {"format": 1}; a directory that holds anything else is refused
-    v1/chunks/<aa>/<cache_id>.<index>   one chunk; cache_id is ObjectId.cache_id, aa its first two digits,
-                                        index eight hex digits
-    v1/chunks/<aa>/*.tmp                a chunk being written; swept when an hour old
-    v1/index/                           `residency`'s tables: hints about what stands here, rebuilt when lost
-    v1/pins/                            which objects are pinned, likewise `residency`'s
-
-A chunk file is a 4096-byte header page followed by the chunk's bytes at their own offsets (holes where blocks are
-missing), cut at the chunk's length. The header, little-endian:
-
-     0  8s    magic b"MFSCHUNK"
-     8  u32   format version, 1
-    12  u32   blocks present, bit i for block i
-    16  u64   chunk index
-    24  u64   size of the whole object
-    32  u32   length of the chunk in bytes
-    36  u32   length of the identity, at most 3072
-    40  40s   cache_id, ASCII
-    80  32 x u64   xxh3_64 of each present block, 0 for absent ones
-   336  identity: UTF-8 JSON [source, path, size, version, digest], cut off where it does not fit (people read it,
-   nothing
-        is decided by it)
-  4088  u64   xxh3_64 of bytes 0 to 4088
-
-Files are written beside their place and renamed into it, so a kill at any instant leaves the old state or the new one.
-Without fsync a power cut may leave garbage under a good name: the checksums turn that into a miss. Reads and writes
-are O_DIRECT where the file system can: the bytes stand in a slot already and must not stand in the page cache too.
+Space that a removed object's readers still hold is counted by nobody, nor are blocks of which a killed writer wrote no
+record, until the chunk is written or dropped.
 
 Runs in worker processes; thread-safe; several processes may share a directory.
 """
@@ -37,37 +14,34 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
-import json
+import fcntl
 import logging
-import mmap
 import os
-import secrets
-import struct
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
+from mfs.cache import sidecar
 from mfs.cache.chunks import full_mask, mask_runs, run_bytes
-from mfs.errors import ConfigError
-from mfs.types import BLOCKS_PER_CHUNK, CHUNK_BYTES, ObjectId
+from mfs.cache.object_files import (
+    ALIGN_BYTES,
+    FOREIGN,
+    DamagedError,
+    GoneError,
+    ObjectFiles,
+    OpenObject,
+    is_direct,
+    punch,
+)
+from mfs.cache.sidecar import Header, Record
+from mfs.types import CHUNK_BYTES, ObjectId
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-HEADER_BYTES = 4096
-_HEADER = struct.Struct(f"<8sIIQQII40s{BLOCKS_PER_CHUNK}Q")
-_MAGIC = b"MFSCHUNK"
-_IDENTITY_BYTES_MAX = 3072
-_ALIGN_BYTES = 4096
-_TEMPORARY_AGE_S = 3600
-_PROCESS = secrets.token_hex(6)
-"""Names this process in temporary files. Not its pid: containers that share a directory have the same ones."""
-_serial = itertools.count()
+_ATTEMPTS_MAX = 5
+_FOLDERS = [f"{number:02x}" for number in range(256)]
 
 
 @dataclass(frozen=True)
@@ -76,65 +50,28 @@ class SsdConfig:
 
     directory: Path
     fsync: bool = False
-    """fdatasync before each rename. Off by default: checksums make a torn file a miss, and the origin has the bytes."""
+    """fdatasync before each record. Off by default: checksums make torn bytes a miss, and the origin has them. What is
+    sealed is forced to the disk always."""
+    shared: bool = False
+    """Files of other users are read too; see `directory`."""
 
 
 @dataclass(frozen=True)
-class ChunkHeader:
-    """A chunk file's verified header."""
+class Standing:
+    """What stands of one object."""
 
-    cache_id: str
-    index: int
-    object_bytes: int
-    length: int
-    mask: int
-    sums: tuple[int, ...]
-    identity: str
-
-
-def open_directory(directory: Path) -> None:
-    """Create the cache directory or check that it is ours.
-
-    Raises: ConfigError naming the directory, what stands there and what to do.
-    """
-    marker = directory / "mfs-cache.json"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # One look at the names: another worker may be making this very directory at the same instant.
-        names = os.listdir(directory)
-        if marker.name in names:
-            found = json.loads(marker.read_text()).get("format")
-            if found != FORMAT:
-                raise ConfigError(
-                    f"cache directory {directory} has format {found!r}, expected {FORMAT}: it was written by another "
-                    f"version of mfs; name another --cache-dir or delete this one"
-                )
-        elif any(name != "lost+found" and not name.endswith(".tmp") for name in names):
-            raise ConfigError(
-                f"cache directory {directory} is neither empty nor an mfs cache; name an empty one with --cache-dir"
-            )
-        else:
-            temporary = marker.with_suffix(f".{_PROCESS}.tmp")
-            with open(temporary, "w") as file:
-                file.write(json.dumps({"format": FORMAT}))
-                file.flush()
-                os.fsync(file.fileno())  # the one file of a cache that may not be lost: without it nothing starts
-            temporary.rename(marker)
-        (directory / "v1" / "chunks").mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"cache directory {directory} cannot be used ({error}); name a writable one with --cache-dir"
-        ) from error
+    header: Header
+    masks: list[int]
+    """Blocks present, one mask per chunk."""
 
 
 class SsdTier:
-    """Chunk files below one cache directory."""
+    """The objects below one cache directory."""
 
     def __init__(self, config: SsdConfig) -> None:
-        self._config = config
-        self._root = config.directory / "v1" / "chunks"
-        self._direct = os.O_DIRECT
-        self._local = threading.local()
+        self.config = config
+        self.files = ObjectFiles(config.directory, shared=config.shared)
+        self._can_punch = True
 
     # -- reading
 
@@ -142,252 +79,245 @@ class SsdTier:
         """Bring those blocks of `mask` that stand here and verify into `slot` at their own offsets.
 
         slot: a whole slot, page-aligned. Returns (blocks brought, {block: checksum}); bytes of other blocks are
-        undefined. A file that fails any check is deleted and logged; this never raises for cache trouble.
+        undefined. What fails a check is dropped and logged; this never raises for cache trouble.
         """
-        path = self._path(obj.cache_id, index)
-        length = len(obj.chunk_range(index))
-        try:
-            with self._open(path, os.O_RDONLY) as fd:
-                return self._read_verified(fd, path, obj, index, mask, length, slot)
-        except FileNotFoundError:
-            return 0, {}
-        except OSError as error:
-            logger.warning("cache: %s cannot be read (%s); fetching from the origin", path, error)
-            return 0, {}
+        return self.read_blocks(obj.cache_id, obj.size, index, mask, slot)
 
-    def _read_verified(
-        self, fd: int, path: Path, obj: ObjectId, index: int, mask: int, length: int, slot: memoryview
+    def read_blocks(
+        self, cache_id: str, object_bytes: int, index: int, mask: int, slot: memoryview
     ) -> tuple[int, dict[int, int]]:
-        page = self._header_page()
-        # One read brings header and body when all is wanted: half the I/O operations of the common case.
-        whole = mask == full_mask(length)
-        got = os.preadv(fd, [page, slot[: _aligned(length)]] if whole else [page], 0)
-        header = parse_header(page) if got >= HEADER_BYTES else None
-        if header is None or (header.cache_id, header.index, header.object_bytes) != (obj.cache_id, index, obj.size):
-            self._drop(path, "its header is damaged or another chunk's", fd)
+        """`read_into` of an object of which no more is known than its name here and its size."""
+        with self.dropping_bad(cache_id), self.files.reading(cache_id, object_bytes) as found:
+            return self.read_verified(found, index, mask, slot)
+        return 0, {}
+
+    def read_verified(self, found: OpenObject, index: int, mask: int, slot: memoryview) -> tuple[int, dict[int, int]]:
+        """`read_into` of an object that is open. Raises: OSError, DamagedError."""
+        record = found.record(index)
+        if record is None:
+            self.withdraw(found, index, None, 0)
             return 0, {}
-        wanted = mask & header.mask
-        good, sums = 0, {}
+        length, start = found.header.chunk_bytes(index), index * CHUNK_BYTES
+        wanted, good, sums = mask & record.mask, 0, dict[int, int]()
         for first, end in mask_runs(wanted):
-            start, stop = run_bytes(first, end, length)
-            if not whole:
-                os.preadv(fd, [slot[start : _aligned(stop)]], HEADER_BYTES + start)
+            low, high = run_bytes(first, end, length)
+            os.preadv(found.data, [slot[low : _up(high)]], start + low)
             for block in range(first, end):
                 low, high = run_bytes(block, block + 1, length)
-                if xxh3_64_intdigest(slot[low:high]) == header.sums[block]:
+                if xxh3_64_intdigest(slot[low:high]) == record.sums[block]:
                     good |= 1 << block
-                    sums[block] = header.sums[block]
+                    sums[block] = record.sums[block]
         if good != wanted:
-            self._drop(path, f"blocks {wanted & ~good:#x} fail their checksums", fd)
+            self.withdraw(found, index, record, wanted & ~good)
         return good, sums
 
-    def header(self, cache_id: str, index: int) -> ChunkHeader | None:
-        """The header of one chunk file, None if there is none that verifies."""
+    def withdraw(self, found: OpenObject, index: int, seen: Record | None, bad: int) -> None:
+        """Take back the promise of blocks that fail, unless it is another one by now: then it was evicted meanwhile.
+
+        seen: the record they fail, None if it does not verify itself. Raises: DamagedError for a sealed object.
+        """
         try:
-            return self._read_header(self._path(cache_id, index))
-        except OSError:
-            return None
+            with self.files.changing(found.header.cache_id, index) as now:
+                record = now.record(index)
+                if not os.path.samestat(os.fstat(now.sums), os.fstat(found.sums)) or (
+                    record is not None and (seen is None or record.raw != seen.raw)
+                ):
+                    return
+                why = f"blocks {bad:#x} fail their checksums"
+                if record is None:
+                    why, bad = "its record does not verify", full_mask(found.header.chunk_bytes(index))
+                if now.header.sealed:
+                    raise DamagedError(f"chunk {index}: {why}")
+                logger.warning("cache: %s chunk %d dropped: %s", now.path, index, why)
+                now.put_record(index, _without(index, record, bad))
+                self._punch(now, index, bad)
+        except (FileNotFoundError, GoneError):
+            pass
+        except OSError as error:
+            logger.warning("cache: %s chunk %d: bad blocks %#x cannot be dropped (%s)", found.path, index, bad, error)
 
-    def _read_header(self, path: Path) -> ChunkHeader | None:
-        page = self._header_page()
-        with self._open(path, os.O_RDONLY) as fd:  # not buffered: read-ahead would bring 128 KiB of the body along
-            got = os.preadv(fd, [page], 0)
-        return parse_header(page) if got >= HEADER_BYTES else None
+    @contextlib.contextmanager
+    def dropping_bad(self, cache_id: str) -> Iterator[list[str]]:
+        """Goes on after what goes wrong inside: an object that is not what it must be is removed, others are missed.
 
-    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(cache_id, index) of the chunk files whose cache_id starts with two digits; old temporaries are deleted."""
+        Yields a list that will hold why it was removed, if it was.
+        """
+        dropped: list[str] = []
         try:
-            names = os.listdir(self._root / prefix)
-        except OSError:  # nothing stands there
-            return
-        for name in names:
-            cache_id, _, index = name.partition(".")
-            if name.endswith(".tmp"):
-                _sweep_temporary(self._root / prefix / name)
-            elif _is_hex(cache_id, 40) and _is_hex(index, 8):
-                yield cache_id, int(index, 16)
+            yield dropped
+        except (FileNotFoundError, GoneError):
+            pass
+        except DamagedError as error:
+            dropped.append(str(error))
+        except OSError as error:
+            if error.errno in FOREIGN:
+                dropped.append(f"it is no file of ours ({error.strerror})")
+            else:
+                path = self.files.path(cache_id)
+                logger.warning("cache: %s cannot be read (%s); fetching from the origin", path, error)
+        for why in dropped:
+            self._drop(cache_id, why)
 
-    def walk(self) -> Iterator[ChunkHeader]:
-        """The verified headers of all chunk files, in no order; others and old temporaries are deleted on the way."""
-        for folder in self._root.iterdir():
-            for path in folder.iterdir():
-                if path.suffix == ".tmp":
-                    _sweep_temporary(path)
-                    continue
-                try:
-                    header = self._read_header(path)
-                except OSError:
-                    continue
-                if header is not None and path.name == _name(header.cache_id, header.index):
-                    yield header
-                else:
-                    self._drop(path, "it is no chunk of this format")
+    def _drop(self, cache_id: str, why: str) -> None:
+        logger.warning("cache: %s dropped: %s", self.files.path(cache_id), why)
+        self.files.remove(cache_id)
+
+    # -- what stands
+
+    def header(self, cache_id: str) -> Header | None:
+        """The header of an object's sidecar, None if no sound object stands there."""
+        with contextlib.suppress(OSError, DamagedError), self.files.reading(cache_id) as found:
+            return found.header
+        return None
+
+    def mask(self, cache_id: str, index: int) -> int:
+        """The blocks of a chunk that are promised."""
+        with contextlib.suppress(OSError, DamagedError), self.files.reading(cache_id) as found:
+            if index < found.header.chunks_count:
+                record = found.record(index)
+                return record.mask if record is not None else 0
+        return 0
+
+    def standing(self, cache_id: str) -> Standing | None:
+        """All that is promised of an object, None if no sound one stands there."""
+        with contextlib.suppress(OSError, DamagedError), self.files.reading(cache_id) as found:
+            return Standing(found.header, [record.mask if record else 0 for record in found.records()])
+        return None
+
+    def walk(self, prefix: str) -> Iterator[Standing]:
+        """All objects whose cache_id starts with two digits; what else stands there goes, and what has no sidecar."""
+        for cache_id in self.files.ids(prefix):
+            with self.dropping_bad(cache_id), self.files.reading(cache_id):
+                pass
+            found = self.standing(cache_id)
+            if found is not None:
+                yield found
+
+    def walk_all(self) -> Iterator[Standing]:
+        """All objects."""
+        for prefix in _FOLDERS:
+            yield from self.walk(prefix)
 
     # -- writing
 
     def write(self, obj: ObjectId, index: int, sums: dict[int, int], slot: memoryview) -> int:
-        """Write the blocks named in `sums` (block -> checksum) from `slot`, keeping what the file already has.
+        """Write the blocks named in `sums` (block -> checksum) from `slot`, keeping what stands already.
 
-        Returns the mask of blocks the file holds afterwards. Raises OSError (ENOSPC, EIO ...); nothing visible changed
-        then.
+        slot: a whole slot, page-aligned. Blocks that stand with the same checksum are not written again; to a sealed
+        object nothing is. Returns the mask of blocks that stand afterwards. Raises OSError (ENOSPC, EIO ...); what
+        stood stands then.
         """
-        path = self._path(obj.cache_id, index)
-        length = len(obj.chunk_range(index))
-        mask = sum(1 << block for block in sums)
-        all_sums = dict(sums)
-        old = None if mask == full_mask(length) else self.header(obj.cache_id, index)
-        if old is not None and old.length == length:
-            all_sums |= {b: s for b, s in enumerate(old.sums) if old.mask >> b & 1 and not mask >> b & 1}
-        page = self._header_page()
-        merged = _encode_header(page, obj, index, length, all_sums)
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(f".{_PROCESS}-{next(_serial)}.tmp")
+        for _ in range(_ATTEMPTS_MAX):  # each time somebody else removed it in between
+            try:
+                with self.files.changing(obj.cache_id, index) as found:
+                    found.check(obj.cache_id, obj.size)
+                    return self._write(found, index, sums, slot)
+            except FileNotFoundError:
+                self.files.create(obj)
+            except GoneError:
+                pass
+            except DamagedError as error:
+                self._drop(obj.cache_id, str(error))
+            except OSError as error:
+                if error.errno not in FOREIGN:
+                    raise
+                self._drop(obj.cache_id, f"it is no file of ours ({error.strerror})")
+        raise OSError(errno.EAGAIN, f"{self.files.path(obj.cache_id)} is removed again and again")
+
+    def _write(self, found: OpenObject, index: int, sums: dict[int, int], slot: memoryview) -> int:
+        length = found.header.chunk_bytes(index)
+        if found.header.sealed:
+            return full_mask(length)
+        record = found.record(index) or Record(0, (), sidecar.NOTHING)
+        new = {b: s for b, s in sums.items() if not (record.mask >> b & 1 and record.sums[b] == s)}
+        if not new:
+            return record.mask
+        mask = sum(1 << block for block in new)
+        if record.mask & mask:  # under another checksum: they must not count while they are written
+            found.put_record(index, _without(index, record, mask))
         try:
-            with self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
-                self._write_blocks(fd, page, mask, length, slot)
-                if merged != mask:
-                    self._copy_blocks(path, fd, merged & ~mask, length)
-                os.ftruncate(fd, HEADER_BYTES + length)
-                if self._config.fsync or not self._direct:
-                    os.fdatasync(fd)
-                if not self._direct:
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            temporary.rename(path)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            if isinstance(error, FileNotFoundError) and merged != mask:
-                return self.write(
-                    obj, index, sums, slot
-                )  # the old file was evicted meanwhile: there is nothing to keep
-            raise
-        return merged
-
-    def _write_blocks(self, fd: int, page: mmap.mmap, mask: int, length: int, slot: memoryview) -> None:
-        position, buffers = 0, [memoryview(page)]
-        for first, end in mask_runs(mask):
-            start, stop = run_bytes(first, end, length)
-            if HEADER_BYTES + start != position + sum(map(len, buffers)):
-                _pwrite_all(fd, buffers, position)
-                position, buffers = HEADER_BYTES + start, []
-            buffers.append(slot[start : _aligned(stop)])
-        _pwrite_all(fd, buffers, position)
-
-    def _copy_blocks(self, source: Path, target_fd: int, mask: int, length: int) -> None:
-        """Copy blocks from the old chunk file into the new one; their checksums travel in the header."""
-        with self._open(source, os.O_RDONLY) as fd:
             for first, end in mask_runs(mask):
-                start, stop = run_bytes(first, end, length)
-                with mmap.mmap(-1, _aligned(stop - start)) as buffer:
-                    os.preadv(fd, [buffer], HEADER_BYTES + start)
-                    _pwrite_all(target_fd, [memoryview(buffer)], HEADER_BYTES + start)
-
-    def remove(self, cache_id: str, index: int) -> bool:
-        """Delete one chunk file; False if there was none."""
-        try:
-            self._path(cache_id, index).unlink()
+                low, high = run_bytes(first, end, length)
+                _write_aligned(found.data, slot[low:high], index * CHUNK_BYTES + low)
+            if self.config.fsync or not is_direct(found.data):
+                os.fdatasync(found.data)
+            kept = {b: s for b, s in enumerate(record.sums) if record.mask >> b & 1}
+            found.put_record(index, sidecar.encode_record(index, kept | new))
         except OSError:
-            return False
+            with contextlib.suppress(OSError):  # no record promises them now
+                self._punch(found, index, mask)
+            raise
+        return record.mask | mask
+
+    # -- removing
+
+    def drop_chunk(self, cache_id: str, index: int) -> bool:
+        """Drop one chunk and give its space back; returns whether the whole object went with it.
+
+        So it does where it is sealed, or the file system cannot punch holes.
+        """
+        try:
+            with self.files.changing(cache_id, index) as found:
+                if not found.header.sealed and self._can_punch:
+                    found.put_record(index, sidecar.NOTHING)
+                    self._punch(found, index, full_mask(found.header.chunk_bytes(index)))
+                    return False
+        except (OSError, GoneError, DamagedError):
+            pass
+        self.remove(cache_id)
         return True
 
-    # -- helpers
+    def _punch(self, found: OpenObject, index: int, mask: int) -> None:
+        """Give the space of blocks back that no record promises."""
+        for first, end in mask_runs(mask) if self._can_punch else ():
+            low, high = run_bytes(first, end, found.header.chunk_bytes(index))
+            try:
+                punch(found.data, index * CHUNK_BYTES + low, high - low)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                self._can_punch = False
+                logger.warning("cache: %s: no holes can be punched here; evicting whole files", found.path)
+                return
 
-    def _path(self, cache_id: str, index: int) -> Path:
-        return self._root / cache_id[:2] / _name(cache_id, index)
+    def remove(self, cache_id: str) -> bool:
+        """Remove an object; False if there was none."""
+        return self.files.remove(cache_id)
 
-    @contextlib.contextmanager
-    def _open(self, path: Path, flags: int) -> Iterator[int]:
-        """Open with O_DIRECT; a file system without it (tmpfs of old kernels) is remembered and read buffered."""
-        try:
-            fd = os.open(path, flags | os.O_CLOEXEC | self._direct, 0o600)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self._direct:
-                raise
-            logger.warning("cache: %s has no O_DIRECT; its pages will be dropped with fadvise instead", path.parent)
-            self._direct = 0
-            with contextlib.suppress(OSError):
-                if flags & os.O_CREAT:
-                    path.unlink()
-            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
-        try:
-            yield fd
-        finally:
-            if not self._direct:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
+    def remove_if_empty(self, cache_id: str) -> bool:
+        """Remove an object of which nothing is left; returns whether it was one."""
+        return self.files.remove(cache_id, only_empty=True)
 
-    def _header_page(self) -> mmap.mmap:
-        """This thread's page-aligned scratch page, as O_DIRECT needs."""
-        page: mmap.mmap | None = getattr(self._local, "page", None)
-        if page is None:
-            page = self._local.page = mmap.mmap(-1, HEADER_BYTES)
-        return page
-
-    def _drop(self, path: Path, why: str, fd: int | None = None) -> None:
-        """Delete a bad file. fd: it, open; whatever was renamed over it meanwhile stays."""
-        logger.warning("cache: %s dropped: %s", path, why)
-        with contextlib.suppress(OSError):
-            if fd is None or os.path.samestat(os.fstat(fd), path.stat()):
-                path.unlink()
+    def sweep(self) -> None:
+        """Remove what is no object: halves that a kill left, and what others put there."""
+        for prefix in _FOLDERS:
+            self.files.ids(prefix)
 
 
-def parse_header(page: bytes | mmap.mmap) -> ChunkHeader | None:
-    """The header in a page, None if it does not verify."""
-    raw = bytes(page[:HEADER_BYTES])
-    if len(raw) < HEADER_BYTES or raw[:8] != _MAGIC:
-        return None
-    if struct.unpack_from("<Q", raw, HEADER_BYTES - 8)[0] != xxh3_64_intdigest(raw[:-8]):
-        return None
-    _, version, mask, index, object_bytes, length, identity_bytes, cache_id, *sums = _HEADER.unpack_from(raw)
-    start = index * CHUNK_BYTES
-    sound = (
-        version == FORMAT
-        and start < object_bytes
-        and length == min(CHUNK_BYTES, object_bytes - start)
-        and not mask & ~full_mask(length)
-        and _is_hex(cache_id.decode("latin-1"), 40)
+def _write_aligned(fd: int, data: memoryview, position: int) -> None:
+    """Write at an aligned position: what is no whole page at the end goes through the page cache."""
+    whole = len(data) if not is_direct(fd) else len(data) // ALIGN_BYTES * ALIGN_BYTES
+    _write_all(fd, data[:whole], position)
+    if whole < len(data):
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        _write_all(fd, data[whole:], position + whole)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+
+
+def _write_all(fd: int, data: memoryview, position: int) -> None:
+    written = os.pwrite(fd, data, position) if len(data) else 0
+    if written != len(data):  # a regular file writes short only when the disk is full
+        raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes could be written")
+
+
+def _without(index: int, record: Record | None, mask: int) -> bytes:
+    """A record without some blocks; without all if it does not verify."""
+    sums = record.sums if record is not None else ()
+    return sidecar.encode_record(
+        index, {b: s for b, s in enumerate(sums) if record is not None and record.mask & ~mask & 1 << b}
     )
-    if not sound:  # its checksum holds, so a program wrote it, but none that knows this format
-        return None
-    identity = raw[_HEADER.size : _HEADER.size + identity_bytes].decode("utf-8", "replace")
-    return ChunkHeader(cache_id.decode("ascii"), index, object_bytes, length, mask, tuple(sums), identity)
 
 
-def _encode_header(page: mmap.mmap, obj: ObjectId, index: int, length: int, sums: dict[int, int]) -> int:
-    """Fill `page`; returns the mask of the blocks in `sums`."""
-    identity = json.dumps([obj.source, obj.path, obj.size, obj.version, obj.digest]).encode()[:_IDENTITY_BYTES_MAX]
-    mask = sum(1 << block for block in sums)
-    fields = [sums.get(block, 0) for block in range(BLOCKS_PER_CHUNK)]
-    raw = bytearray(HEADER_BYTES)
-    _HEADER.pack_into(
-        raw, 0, _MAGIC, FORMAT, mask, index, obj.size, length, len(identity), obj.cache_id.encode(), *fields
-    )
-    raw[_HEADER.size : _HEADER.size + len(identity)] = identity
-    struct.pack_into("<Q", raw, HEADER_BYTES - 8, xxh3_64_intdigest(bytes(raw[:-8])))
-    page[:] = bytes(raw)
-    return mask
-
-
-def _pwrite_all(fd: int, buffers: Sequence[memoryview], position: int) -> None:
-    wanted = sum(map(len, buffers))
-    written = os.pwritev(fd, buffers, position)
-    if written != wanted:  # a regular file writes short only when the disk is full
-        raise OSError(errno.ENOSPC, f"only {written} of {wanted} bytes could be written")
-
-
-def _sweep_temporary(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        if time.time() - path.stat().st_mtime > _TEMPORARY_AGE_S:
-            path.unlink()
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
-
-
-def _is_hex(text: str, digits_count: int) -> bool:
-    return len(text) == digits_count and not text.strip("0123456789abcdef")
-
-
-def _name(cache_id: str, index: int) -> str:
-    return f"{cache_id}.{index:08x}"
+def _up(nbytes: int) -> int:
+    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    from mfs.cli.standard import prepare
+
+    prepare(may_restart=argv is None)
     from mfs.cli.app import cli
     from mfs.cli.run import run
 

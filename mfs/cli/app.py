@@ -6,13 +6,29 @@ from typing import Any
 
 import click
 
-from mfs.cli import look, mount, settings, shell, status, tiers, triton, umount, watch
+from mfs.cli import (
+    apply,
+    diff,
+    look,
+    mount,
+    push,
+    registry,
+    settings,
+    shell,
+    sign,
+    status,
+    tiers,
+    triton,
+    umount,
+    watch,
+)
 from mfs.cli.page import EXIT_STATUS, Front
 
 _GROUPS = (
     ("Mount", ("mount", "umount")),
     ("Look", ("ls", "stat", "status", "watch")),
-    ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify")),
+    ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify", "apply")),
+    ("Registry", ("push", "sign", "tag", "rollback", "log", "diff", "rm", "gc", "fsck")),
     ("Set up", ("config", "triton", "completion", "version")),
 )
 _SECTIONS = {
@@ -59,7 +75,8 @@ def cli(**_: Any) -> None:
 
 for _command in (
     mount.mount, umount.umount, look.ls, look.stat, status.status, watch.watch, tiers.prefetch, tiers.evict, tiers.pin,
-    tiers.unpin, tiers.refresh, tiers.verify, settings.config, triton.triton, shell.completion,
-    shell.version,
+    tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push, sign.sign, diff.diff, registry.tag,
+    registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck, settings.config, triton.triton,
+    shell.completion, shell.version,
 ):  # fmt: skip
     cli.add_command(_command)

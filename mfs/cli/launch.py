@@ -7,11 +7,15 @@ import os
 import select
 import signal
 import subprocess
-import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
+from mfs import children
+from mfs.cli.run import warn
 from mfs.config import MountConfig
 from mfs.control import mountinfo, runtime
 from mfs.control.ready import daemon_arguments
@@ -20,7 +24,7 @@ from mfs.errors import ConfigError, StoreError, from_wire
 if TYPE_CHECKING:
     from mfs.handover import Heir
 
-DAEMON_MODULE = "mfs.daemon"
+DAEMON_MODULE = "mfs.holder"
 _END_S = 10.0
 _ANSWER_BYTES_MAX = 1 << 20
 
@@ -34,7 +38,7 @@ def start_daemon(
     heir: connected to the daemon that hands its mount over to this one, which inherits its standard error, if it had no
         log file, and of its environment what we do not set ourselves (credentials, say).
     Raises: the error that the daemon reports; StoreError if it dies or stays silent, with the last line of its log.
-    An interrupt while waiting ends the daemon.
+    An interrupt or SIGTERM while waiting ends the daemon.
     """
     if heir is not None and config.log_file is None:
         log = os.dup(heir.stderr)
@@ -46,14 +50,15 @@ def start_daemon(
     try:
         process = subprocess.Popen(
             [*_command(module), *daemon_arguments(config_fd=0, ready_fd=answer_write, handover=heir is not None)],
-            stdin=config_fd, stdout=log, stderr=log, pass_fds=[answer_write], start_new_session=True, cwd="/",
-            env=_environment(heir),
+            stdin=config_fd, stdout=log, stderr=log, pass_fds=[answer_write], start_new_session=True,
+            cwd=children.CWD, env=_environment(heir),
         )  # fmt: skip
     finally:
         for fd in (config_fd, answer_write, log):
             os.close(fd)
     try:
-        warnings = _wait(answer, process, config, log_start, deadline_s)
+        with _terminated():
+            warnings = _wait(answer, process, config, log_start, deadline_s)
     except BaseException:
         _end(process)
         raise
@@ -61,6 +66,23 @@ def start_daemon(
         os.close(answer)
     process.returncode = 0  # it outlives us, and nobody waits for it: Popen need not warn about that
     return warnings
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Whoever ends us meanwhile means the daemon too, which would go on in a session of its own."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def become_daemon(config: MountConfig, *, module: str = DAEMON_MODULE, heir: Heir | None = None) -> NoReturn:
@@ -72,16 +94,18 @@ def become_daemon(config: MountConfig, *, module: str = DAEMON_MODULE, heir: Hei
     os.set_inheritable(config_fd, True)
     arguments = daemon_arguments(config_fd=config_fd, ready_fd=None, handover=heir is not None)
     command = [*_command(module), *arguments]
-    os.execve(command[0], command, _environment(heir))
+    environment = _environment(heir)
+    os.chdir(children.CWD)
+    os.execve(command[0], command, environment)
 
 
 def _environment(heir: Heir | None) -> dict[str, str]:
-    return (heir.environment if heir is not None else {}) | dict(os.environ)
+    # Names of files are UTF-8 in the daemon and its workers, whatever the locale of whoever mounts says (PEP 540).
+    return children.environment(heir.environment if heir is not None else None) | {"PYTHONUTF8": "1"}
 
 
 def _command(module: str) -> list[str]:
-    # -P: a directory called 'mfs' where the user happens to stand must not become our package.
-    return [sys.executable, "-P", "-m", module]
+    return children.python("-m", module)
 
 
 def _with_log_file(config: MountConfig) -> tuple[MountConfig, int]:
@@ -92,7 +116,7 @@ def _with_log_file(config: MountConfig) -> tuple[MountConfig, int]:
         file = runtime.log_path(mountinfo.real_mountpoint(str(config.mountpoint)))
         file.unlink(missing_ok=True)  # the last mount's; a file that a living daemon still writes keeps its inode
     try:
-        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"log file {file} cannot be written: {error.strerror}") from error
     return replace(config, log_file=file), fd
@@ -121,6 +145,9 @@ def _wait(
         if not data or len(received) > _ANSWER_BYTES_MAX:
             _end(process)
             raise StoreError(f"the daemon ended while it started{_last_words(config, log_start)}")
+        while received.startswith(b'{"waiting"') and b"\n" in received:
+            line, _, received = received.partition(b"\n")
+            warn(json.loads(line)["waiting"])
     said = json.loads(received)
     if "error" in said:
         raise from_wire(said["error"]["type"], said["error"]["message"])

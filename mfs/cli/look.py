@@ -124,7 +124,7 @@ def _stat_lines(value: Json) -> list[tuple[str, str]]:
         lines += [("Size", f"{size(total)} ({total:,} bytes, {value['chunks_count']:,} chunks)")]
         lines += [("Modified", when(value["mtime"]))]
         lines += [("Source", value["source"]), ("Key", value["source_path"])]
-        lines += [("Revision", value["revision"]), ("Digest", value["digest"])]
+        lines += [("Revision", value["revision"]), ("Digest", value["digest"]), ("Part of", value["model_revision"])]
         lines += [("On SSD", resident("ssd_bytes")), ("In RAM", resident("ram_bytes"))]
     else:
         lines += [("Modified", when(value["mtime"])), ("On SSD", size(value["ssd_bytes"]))]

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mfs.cli.page import Page
+from mfs.cli.registries import REACHING
 from mfs.cli.run import warn
 from mfs.cli.targets import TREE_PATH
 from mfs.cli.text import clean, count
-from mfs.errors import ConfigError, UsageError
+from mfs.errors import UsageError
 from mfs.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from mfs.config import MountConfig
 
 _TAKE_OVER_S = 120.0  # starting, the handover's own deadlines, and what the old daemon saves first
-_START_GRACE_S = 60.0  # beside the origin's own deadline: a large cache's tables and page-locking take their time
+_START_GRACE_S = 60.0  # beside the origin's own deadline: a large cache's tables take their time
 
 
 class _Parsed(click.ParamType[Any]):
@@ -77,19 +78,22 @@ _SIZE, _DURATION, _UMASK = _Parsed("size", parse_size), _Parsed("duration", pars
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-def _flag(name: str, option: str, help: str, cls: type[click.Option] = _Setting) -> click.Option:
-    return cls([name, option], is_flag=True, default=None, help=help)  # None: not given, unlike False
+def _flag(name: str, option: str, help: str) -> click.Option:
+    return _Setting([name, option], is_flag=True, default=None, help=help)  # None: not given, unlike False
 
 
 _SOURCE_OPTIONS = [
-    click.Option(["--endpoint-url"], metavar="URL", help="Ask this server (Ceph, MinIO, a mirror of the Hub)."),
-    click.Option(["--profile"], metavar="NAME", help="Section of the AWS configuration files."),
-    click.Option(["--region"], metavar="NAME", help="AWS region."),
-    _flag("unsigned", "--unsigned", "No signatures, for public S3 buckets.", click.Option),
+    *(click.Option([name, option], default=None, **more) for name, option, more in REACHING),
     click.Option(
         ["--layout"],
         type=click.Choice(["plain", "hub-cache"]),
         help="hub-cache: show an hf:// source as huggingface_hub's cache does (see below).",
+    ),
+    click.Option(
+        ["--require-signature"],
+        type=TREE_PATH,
+        metavar="KEY",
+        help="Of a registry, show only revisions signed with this public key.",
     ),
 ]
 _MOUNT_OPTIONS = [
@@ -113,7 +117,8 @@ _MOUNT_OPTIONS = [
         default=None,
         help="Bring files in whole at open, and keep them while open; repeatable. See below.",
     ),
-    _flag("cache_fsync", "--cache-fsync", "Force chunk files to the disk before they count."),
+    _flag("cache_fsync", "--cache-fsync", "Force bytes to the disk before they count."),
+    _flag("cache_shared", "--cache-shared", "Trust a cache directory that other users own or can write to."),
     _flag("allow_other", "--allow-other", "Let other users read the mount."),
     _Setting(["--uid"], type=int, help="Owner of all files, instead of you."),
     _Setting(["--gid"], type=int, help="Group of all files, instead of yours."),
@@ -138,11 +143,17 @@ _MOUNT_OPTIONS = [
 s3://BUCKET[/PREFIX]             any S3 server; credentials as for boto3 and the AWS CLI
 hf://ORG/NAME[@REVISION]         the Hugging Face Hub; HF_TOKEN for private repositories
 http://HOST/PATH/, https://…     a folder with an index; the server must support ranges
-/DIRECTORY, file:///DIRECTORY    a local folder""",
+oci://HOST/REPOSITORY[:TAG]      an OCI registry: ModelPack, Docker's models, modelcars;
+                                 credentials as for docker; without TAG all tags
+/DIRECTORY, file:///DIRECTORY    a local folder
+mfs+s3://BUCKET/REGISTRY[/MODEL[:TAG]], mfs+file://…, mfs+http(s)://…
+     a registry that 'mfs push' fills: its models, each with its tags; or the
+     tags of one model; or the revision that a tag means, or …/MODEL@sha256:…""",
         "Examples": """\
 mfs mount s3://models/prod /mnt/models --cache-dir /nvme/mfs --cache-size 500G --ram-size 32G
 mfs mount hf://sentence-transformers/all-MiniLM-L6-v2 /mnt/minilm
 mfs mount s3://models /mnt/models --endpoint-url http://minio:9000 --profile minio
+mfs mount mfs+s3://models/registry /mnt/models    /mnt/models/llama/prod follows its tag
 mfs mount --config /etc/mfs.toml --foreground
 mfs mount --handover /mnt/models                  upgrade the daemon; open files go on
 mfs mount --handover /mnt/models --ram-size 64G   the same mount with another setting
@@ -169,8 +180,10 @@ HF_HUB_CACHE=/mnt/hub HF_HUB_OFFLINE=1 python server.py
 FILE of --config: see 'mfs config check --help'""",
         "Environment": """\
 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL, …
-HF_TOKEN, HF_ENDPOINT
-HTTPS_PROXY, HTTP_PROXY, NO_PROXY
+HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_ENDPOINT
+DOCKER_CONFIG    the directory of docker's config.json, instead of ~/.docker
+HTTPS_PROXY, HTTP_PROXY, NO_PROXY (names, addresses, ranges)
+SSL_CERT_FILE, REQUESTS_CA_BUNDLE; for S3 AWS_CA_BUNDLE or its ca_bundle
 NOTIFY_SOCKET    told READY=1 when the mount can be used (systemd Type=notify)""",
     },
 )
@@ -197,8 +210,7 @@ def mount(source: str | None, mountpoint: str | None, config_file: Path | None, 
         _take_over(source, mountpoint, config_file, options)
         return
     settings = _settings(source, mountpoint, config_file, options)
-    _clear_stale_mount(str(settings.mountpoint))
-    check_paths(settings)
+    check_paths(settings, is_replacing=_is_dead(str(settings.mountpoint)))
     if settings.foreground:
         become_daemon(settings)
     for warning in start_daemon(settings, deadline_s=2 * settings.timeout_s + _START_GRACE_S):
@@ -250,7 +262,7 @@ def _changed(config: MountConfig, options: dict[str, Any]) -> MountConfig:
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None and value != ()}
-    for name in ("cache_dir", "log_file"):
+    for name in ("cache_dir", "log_file", "require_signature"):
         if name in given:
             given[name] = Path(os.path.abspath(given[name]))
     return given
@@ -277,25 +289,26 @@ def _settings(
     return MountConfig(Path(os.path.abspath(mountpoint)), (SourceConfig(url, **of_source),), **given)
 
 
-def _clear_stale_mount(mountpoint: str) -> None:
-    """Detach what a crashed daemon left here. Raises: ConfigError if a living mount stands here."""
+def _is_dead(mountpoint: str) -> bool:
+    """Whether a mount stands here whose daemon crashed: ours takes its place once it can.
+
+    Raises: ConfigError if it lives.
+    """
     from mfs.cli.targets import is_listening
-    from mfs.control import detach, mountinfo, runtime
+    from mfs.control import detach, leftovers, mountinfo, runtime
 
     real = mountinfo.real_mountpoint(mountpoint)
-    while (mounted := mountinfo.mount_at(real)) is not None and mounted.is_mfs:
-        served = runtime.find_mount(real)
-        record = served.record
-        if not detach.is_stale(mounted, record, is_listening=is_listening(served)):
-            sources = f" of {', '.join(record.sources)} (pid {record.pid})" if record else ""
-            raise ConfigError(f"{real} is an mfs mount{sources} already: 'mfs umount {real}' first")
-        detach.unmount(real, lazy=True)
-        pid = f" (pid {record.pid})" if record else ""
-        warn(f"replaced a stale mount at {real}: its daemon{pid} had ended without unmounting")
+    mounted = mountinfo.mount_at(real)
+    if mounted is None or not mounted.is_mfs:
+        return False
+    served = runtime.find_mount(real)
+    if not detach.is_stale(mounted, served.record, is_listening=is_listening(served)):
+        raise leftovers.living(real, served.record)
+    return True
 
 
 def _success(settings: MountConfig) -> str:
-    from mfs.config import mask_url
+    from mfs.shown import mask_url
 
     if len(settings.sources) == 1 and not settings.sources[0].name:
         what = mask_url(settings.sources[0].url)

@@ -73,8 +73,8 @@ def _tiers(status: Json) -> Table:
         files, free = count(ssd["objects_count"], "file"), size(ssd["free_disk_bytes"])
         state = "" if ssd["state"] == "ok" else f"{ssd['state']}; "
         grid.add_row("  SSD", _bar(ssd), _of(ssd), Text(clean(f"{state}{files}, {free} free in {status['cache_dir']}")))
-    locked = "page-locked" if ram["page_locked"] else "not page-locked"
-    grid.add_row("  RAM", _bar(ram), _of(ram), f"{locked}, {count(ram['slots_leased'], 'slot')} in use")
+    note = ram["note"] or "huge pages, never swapped out"
+    grid.add_row("  RAM", _bar(ram), _of(ram), f"{count(ram['slots_leased'], 'slot')} in use; {note}")
     return grid
 
 
@@ -97,9 +97,15 @@ def _facts(status: Json, origin_rate: float | None, log_file: str | None) -> Tab
         now += f", {origin['inflight']:,} in flight"
     facts = f"{now}; {size(origin['fetched_bytes'])} fetched in {count(origin['requests_count'], 'request')}"
     grid.add_row("  origin", _with_errors(facts, origin["errors_count"]))
+    if shared := origin.get("shared_bytes"):
+        grid.add_row("", Text(f"{size(shared)} not fetched again: copied from other models in the SSD tier"))
     facts = f"{count(reads['count'], 'read')} of {size(reads['bytes'])} in all; {reads['waiting']:,} waiting, "
-    facts += f"{count(status['open_files'], 'open file')}"
+    facts += count(status["open_files"], "open file")
+    if through := status["passthrough"]["open_files"]:
+        facts += f", {through} of them read by the kernel itself"
     grid.add_row("  reads", _with_errors(facts, reads["errors_count"]))
+    if status["passthrough"]["note"]:
+        grid.add_row("", Text(f"whole files are read through the daemon: {status['passthrough']['note']}"))
     if prefetch["queued_bytes"] or prefetch["active_objects"]:
         facts = f"{size(prefetch['queued_bytes'])} queued, {count(prefetch['active_objects'], 'file')} under way"
         grid.add_row("  prefetch", facts)

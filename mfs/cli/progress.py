@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mfs.cli.standard import tell
 from mfs.cli.text import clean, rate, share, size
 from mfs.control.api import Json
 from mfs.errors import StoreError
@@ -42,7 +43,7 @@ def _lines(updates: Iterator[Json], verb: str) -> Json:
         now = time.monotonic()
         if "path" in last and not last.get("done") and now - said_at >= _LINE_EVERY_S:
             said_at = now
-            print(clean(_line(last, verb, now - started_at)), file=sys.stderr, flush=True)
+            tell(clean(_line(last, verb, now - started_at)))
     return last
 
 

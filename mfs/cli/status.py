@@ -13,6 +13,7 @@ from mfs.cli.targets import TREE_PATH
 from mfs.cli.text import clean, count, print_json, share, size, when
 from mfs.control.api import Json
 from mfs.errors import AccessError, MfsError, TransientStoreError, UsageError
+from mfs.shown import mask_url
 from mfs.units import format_duration
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _offline(cache_dir: Path, as_json: bool) -> None:
     found = sorted(scan(cache_dir), key=lambda item: item.last_used_at, reverse=True)
     if as_json:
         keys = ("source", "path", "size", "version", "digest", "ssd_bytes", "last_used_at", "pinned")
-        print_json([{key: getattr(item, key) for key in keys} for item in found])
+        print_json([{key: getattr(item, key) for key in keys} | {"source": mask_url(item.source)} for item in found])
         return
     from mfs.cli.output import print_table
 
@@ -173,7 +174,7 @@ def _offline(cache_dir: Path, as_json: bool) -> None:
                 share(item.ssd_bytes, item.size),
                 "pin" if item.pinned else "",
                 when(item.last_used_at),
-                f"{item.source}/{item.path}" if item.source else item.cache_id,
+                f"{mask_url(item.source)}/{item.path}" if item.source else item.cache_id,
             )
             for item in found
         ],

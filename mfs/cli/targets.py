@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mfs.errors import StoreError, UsageError
+from mfs.errors import StoreError, TransientStoreError, UsageError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -78,6 +78,8 @@ def connect(served: Served, *, timeout_s: float = 30.0) -> Client:
 
     if not is_listening(served):
         record, place = served.record, served.mountpoint
+        if record is not None and record.is_held:
+            raise TransientStoreError(f"the daemon of {place} was killed, and the next one is starting: try again")
         cause = f"its daemon (pid {record.pid}) has ended" if record else "no daemon of it can be found"
         raise StoreError(
             f"the mount at {place} is dead: {cause}; 'mfs umount {place}' removes it, mounting again replaces it"

@@ -6,17 +6,8 @@ import json
 import time
 from typing import Any
 
+from mfs.shown import clean as clean
 from mfs.units import format_duration, format_size
-
-
-def clean(text: str) -> str:
-    """`text` with everything that is not printable written as an escape.
-
-    File names and servers' messages come from strangers: an ESC could move the cursor, a U+202E swap what is read.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def print_json(value: Any) -> None:

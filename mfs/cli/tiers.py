@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
 from mfs.cli.page import Page, json_option
+from mfs.cli.registries import is_registry, reached, reaching_options
 from mfs.cli.run import Failed, warn
 from mfs.cli.targets import TREE_PATH, Target, paths_argument, targets
 from mfs.cli.text import clean, count, print_json, rate, size
 from mfs.control.api import EvictTier, Json, Tier
+from mfs.errors import UsageError
 from mfs.units import format_duration
+
+KEY = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command(
@@ -86,6 +91,8 @@ def evict(paths: tuple[str, ...], tier: EvictTier, as_json: bool) -> None:
     print(f"{count(totals['files_count'], 'file')} evicted: {freed} freed")
     if totals["kept_pinned_count"]:
         print(f"{count(totals['kept_pinned_count'], 'pinned file')} kept; 'mfs unpin' first")
+    if totals["kept_open_count"]:
+        print(f"{count(totals['kept_open_count'], 'open file')} kept: whoever has it open would hold its space")
 
 
 _PIN_EXAMPLES = {"Examples": "mfs pin /mnt/models/llama\nmfs unpin /mnt/models/llama"}
@@ -137,15 +144,48 @@ def refresh(paths: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command(
-    cls=Page, short_help="Check what is resident, drop what is bad.", sections={"Examples": "mfs verify /mnt/models"}
+    cls=Page,
+    short_help="Check what is resident, or a revision in a registry.",
+    usages=("[OPTIONS] PATH...", "[OPTIONS] URL"),
+    sections={
+        "Examples": """\
+mfs verify /mnt/models
+mfs verify --key team.pub mfs+s3://models/registry/llama:prod
+mfs verify --key team.pub --bundle llama.sig mfs+s3://models/registry/llama:prod
+model_signing verify key /mnt/models/llama/prod --signature llama.sig --public_key team.pub"""
+    },
 )
 @paths_argument
+@click.option("--key", type=KEY, metavar="KEY", help="URL: public key that the revision must be signed with.")
+@click.option(
+    "--bundle", "bundle_file", type=KEY, metavar="FILE", help="URL: save the signature, for other tools to verify."
+)
+@reaching_options
 @json_option
-def verify(paths: tuple[str, ...], as_json: bool) -> None:
+def verify(
+    paths: tuple[str, ...], key: Path | None, bundle_file: Path | None, as_json: bool, **reaching: str | None
+) -> None:
     """Read what the SSD tier holds of files again, check it, drop and report what is bad.
 
-    Exits with 1 if anything was bad; it will be fetched again when it is next read.
+    With the URL of a revision in a registry (…/MODEL:TAG or …/MODEL@sha256:…): read all of it there, compare every
+    chunk with its id, every file with its sha256, and with --key who vouches for it. Nothing is dropped.
+
+    Exits with 1 if anything was bad; what was bad on SSD will be fetched again when it is next read.
     """
+    if any(map(is_registry, paths)):
+        from mfs.cli.sign import verify_revision
+
+        if len(paths) > 1:
+            raise UsageError("one revision at a time: expected a single URL, or paths under mounts")
+        if bundle_file is not None and key is None:
+            raise UsageError("--bundle needs --key: which signature is meant")
+        verify_revision(paths[0], key, bundle_file, as_json, reached(reaching))
+        return
+    given = {"--key": key, "--bundle": bundle_file} | {
+        f"--{name.replace('_', '-')}": reaching[name] for name in reaching
+    }
+    for option in (option for option, value in given.items() if value is not None):
+        raise UsageError(f"{option} is for the URL of a revision in a registry")
     from mfs.cli.progress import follow
 
     totals: Json = {"checked_bytes": 0, "bad": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -46,7 +47,10 @@ def umount(mountpoint: str, force: bool, timeout: str) -> None:
     if served.place.path:
         raise UsageError(f"{mountpoint} lies inside a mount: name its mount point, {served.place.mount.mountpoint}")
     place, record = served.place.mount.mountpoint, served.record
-    is_dead = not is_listening(served) and (record is None or not record.is_alive)
+    owner, folder = served.place.mount.user_id, served.socket.parent
+    if record is not None and not (owner is not None and runtime.serves(record, folder, owner)):
+        record = None  # old, or a lie: no process is waited for or ended for it
+    is_dead = not is_listening(served) and record is None
     detach.unmount(place, lazy=force or is_dead)
     print(clean(f"{place} unmounted" + (" (its daemon had ended already)" if is_dead else "")))
     left = detach.other_mounts(served.place.mount)
@@ -61,7 +65,7 @@ def umount(mountpoint: str, force: bool, timeout: str) -> None:
         return
     if not force:
         raise StoreError(f"unmounted, but the daemon (pid {record.pid}) still runs after {timeout}; --force ends it")
-    detach.end_daemon(record, timeout_s)
+    detach.end_daemon(record, timeout_s, folder=folder, owner=owner)
 
 
 def _end_detached(mountpoint: str, timeout_s: float) -> bool:
@@ -70,7 +74,7 @@ def _end_detached(mountpoint: str, timeout_s: float) -> bool:
 
     real = mountinfo.real_mountpoint(mountpoint)
     record = runtime.read_record(real)
-    if record is None or not record.is_alive:
+    if record is None or not runtime.serves(record, runtime.directory(), os.geteuid()):
         return False
     _ask_to_stop(runtime.socket_path(real))
     if not detach.wait_until_ended(record, timeout_s):

@@ -23,10 +23,10 @@ class DaemonApi(Protocol):
 
         {version, pid, mountpoint, started_at, uptime_s, sources: [{name, url, listed_directories, last_refresh_at,
         last_error}], cache_dir, ssd: {used_bytes, budget_bytes, free_disk_bytes, objects_count, state, hits_bytes},
-        ram: {used_bytes, budget_bytes, locked_bytes, slots_count, slots_free, slots_leased, hits_bytes, page_locked,
-        note}, origin: {fetched_bytes, requests_count, errors_count, inflight}, reads: {count, bytes, errors_count,
-        waiting}, open_files, prefetch: {queued_bytes, active_objects}, workers: [{pid, inflight, restarts}],
-        kernel: {read_ahead_kb, max_background, notes: [str]}, warnings: [str]}
+        ram: {used_bytes, budget_bytes, slots_count, slots_free, slots_leased, hits_bytes, note},
+        origin: {fetched_bytes, shared_bytes, requests_count, errors_count, inflight}, reads: {count, bytes,
+        errors_count, waiting}, open_files, prefetch: {queued_bytes, active_objects}, workers: [{pid, inflight,
+        restarts}], kernel: {read_ahead_kb, max_background, notes: [str]}, warnings: [str]}
         """
         ...
 
@@ -36,8 +36,8 @@ class DaemonApi(Protocol):
         ...
 
     async def stat(self, path: str) -> Json:
-        """{path, kind, size, mtime, inode, source, source_path, revision, digest, ssd_bytes, ram_bytes, pinned,
-        chunks_count, open_handles}"""
+        """{path, kind, size, mtime, inode, source, source_path, revision, digest, model_revision: 'model@sha256:…' in a
+        registry, a Hub's commit, else None; ssd_bytes, ram_bytes, pinned, chunks_count, open_handles}"""
         ...
 
     def prefetch(self, paths: Sequence[str], tier: Tier, *, wait: bool) -> AsyncIterator[Json]:
@@ -55,7 +55,7 @@ class DaemonApi(Protocol):
     async def evict(self, paths: Sequence[str], tier: EvictTier) -> Json:
         """Drop what is resident and neither pinned nor leased.
 
-        {files_count, ram_bytes, ssd_bytes, kept_pinned_count}
+        {files_count, ram_bytes, ssd_bytes, kept_pinned_count, kept_open_count}
         """
         ...
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from mfs.control import wire
 from mfs.control.api import EvictTier, Json, Tier
+from mfs.control.connecting import connect
 from mfs.errors import AccessError, MfsError, StoreError, TransientStoreError, UsageError, from_wire
 
 ANSWER_BYTES_MAX = 256 << 20
@@ -114,11 +115,11 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, path: Path, timeout_s: float) -> None:
         super().__init__("mfs", timeout=timeout_s)
         self._path = path
+        self._timeout_s = timeout_s
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+        connect(self.sock, self._path, self._timeout_s)
 
     def ask(self, name: str, arguments: dict[str, Any]) -> http.client.HTTPResponse:
         operation = wire.OPERATIONS[name]
@@ -155,7 +156,8 @@ class _Translated:
         if isinstance(error, PermissionError):
             raise AccessError(f"control socket {self._path}: permission denied; ask the user who mounted") from error
         if isinstance(error, TimeoutError):
-            raise TransientStoreError(f"the mfs daemon at {self._path} does not answer") from error
+            why = f": {error.strerror}" if error.strerror else ""
+            raise TransientStoreError(f"the mfs daemon at {self._path} does not answer{why}") from error
         if isinstance(error, OSError | http.client.HTTPException):
             raise StoreError(
                 f"the mfs daemon at {self._path} broke off: {error or type(error).__name__}; its log says more"
@@ -168,7 +170,7 @@ def _decode(status: int, body: bytes) -> Any:
         raise StoreError(f"the daemon's answer is longer than {ANSWER_BYTES_MAX} bytes")
     try:
         value = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"the daemon's answer is not JSON (HTTP status {status}): {error}") from error
     if isinstance(value, dict) and isinstance(value.get("error"), dict):
         fault = value["error"]

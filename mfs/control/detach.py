@@ -9,14 +9,16 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
+from pathlib import Path
 
+from mfs import children
 from mfs.control import mountinfo, runtime
 from mfs.control.mountinfo import Mount
 from mfs.control.runtime import Record
 from mfs.errors import ConfigError, StoreError
 
 _HELPER_S = 20.0
+_LETTING_GO_S = 5.0  # between the end of a daemon's lock and that of its process
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # umount(2)
 _libc = ctypes.CDLL(None, use_errno=True)
 _PROBE_S = 3.0
@@ -42,7 +44,10 @@ def unmount(mountpoint: str, *, lazy: bool) -> None:
         raise ConfigError("fusermount3 not found: install the package fuse3")
     command = [helper, "-u", *(["-z"] if lazy else []), "--", mountpoint]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_HELPER_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_HELPER_S, check=False,
+            cwd=children.CWD, env=children.environment(),
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise StoreError(f"{mountpoint} could not be unmounted within {_HELPER_S:g} s; --force detaches it") from None
     if done.returncode == 0:
@@ -75,14 +80,17 @@ def is_stale(mount: Mount, record: Record | None, *, is_listening: bool) -> bool
     Only a daemon that is known to have ended, or the kernel's own word (ENOTCONN), makes a mount stale: a daemon that
     merely does not answer may come back.
     """
-    if is_listening or (record is not None and record.is_alive):
+    if is_listening or (record is not None and (record.is_alive or record.is_held)):
         return False
     return record is not None or _is_disconnected(mount.mountpoint)
 
 
 def _is_disconnected(mountpoint: str) -> bool:
     """Ask the kernel by a stat in a process of its own: should the mount hang, only that one hangs."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", _PROBE, mountpoint], start_new_session=True)
+    process = subprocess.Popen(
+        children.python("-I", "-S", "-c", _PROBE, mountpoint), start_new_session=True,
+        cwd=children.CWD, env=children.environment(),
+    )  # fmt: skip
     try:
         return process.wait(_PROBE_S) == _DISCONNECTED
     except subprocess.TimeoutExpired:
@@ -105,20 +113,52 @@ def wait_until_ended(record: Record, timeout_s: float) -> bool:
         os.close(fd)
 
 
-def end_daemon(record: Record, timeout_s: float) -> None:
-    """End a daemon that has lost its mount: politely first. Raises: StoreError if it cannot be ended."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def end_daemon(record: Record, timeout_s: float, *, folder: Path | None = None, owner: int | None = None) -> None:
+    """End a daemon that has lost its mount: politely first; see `runtime.serves` for whom that can be.
+
+    folder: the runtime directory its record is from, owner: uid of the mount; None is ours.
+    Raises: StoreError if it cannot be ended, or if the record names a process that is no such daemon.
+    """
+    owner = os.geteuid() if owner is None else owner
+    try:
+        fd = os.pidfd_open(record.pid)  # from here on the number cannot come to mean another process
+    except OSError:
+        return
+    try:
         if not record.is_alive:
             return
-        try:
-            os.kill(record.pid, number)
-        except ProcessLookupError:
-            return
-        except PermissionError:
-            raise StoreError(f"daemon (pid {record.pid}) belongs to another user: it was not ended") from None
-        if wait_until_ended(record, timeout_s):
-            return
+        if not runtime.serves(record, folder or runtime.directory(), owner):
+            if select.select([fd], [], [], min(timeout_s, _LETTING_GO_S))[0]:
+                return
+            raise StoreError(
+                f"pid {record.pid} was not ended: it does not hold the lock of {record.mountpoint} as a process of uid "
+                f"{owner}, or belongs to another user"
+            )
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if number == signal.SIGKILL:
+                _end_holder(record.pid)
+            try:
+                signal.pidfd_send_signal(fd, number)
+            except ProcessLookupError:
+                return
+            except PermissionError:
+                raise StoreError(f"daemon (pid {record.pid}) belongs to another user: it was not ended") from None
+            if select.select([fd], [], [], timeout_s)[0]:
+                return
+    finally:
+        os.close(fd)
     raise StoreError(f"daemon (pid {record.pid}) does not end")
+
+
+def _end_holder(pid: int) -> None:
+    """Before a daemon is killed that is meant to end: its holder would start the next one."""
+    try:
+        line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("PPid:"))
+        parent = int(line.split()[1])
+        if b"mfs.holder" in Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0"):
+            os.kill(parent, signal.SIGKILL)
+    except (OSError, StopIteration):
+        pass
 
 
 def forget(mountpoint: str) -> None:

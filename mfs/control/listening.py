@@ -15,7 +15,8 @@ import trio
 from mfs.errors import ConfigError
 
 log = logging.getLogger(__name__)
-_BACKLOG = 64
+_BACKLOG = 4096
+"""Who connects while the daemon is busy waits here. The kernel's own bound (net.core.somaxconn) is the same today."""
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def resolve(path: str, visible: dict[str, Mount]) -> tuple[str, Mount | None]:
     Raises: UsageError for a circle of links.
     """
     # Not os.path.abspath: it would fold 'link/..' before the link is followed. getcwd asks no file system.
-    left = [part for part in os.path.join(os.getcwd(), path).split("/") if part not in ("", ".")]
+    left = [part for part in _from_root(path).split("/") if part not in ("", ".")]
     left.reverse()
     here, links_count = "", 0
     while left:
@@ -133,6 +133,16 @@ def resolve(path: str, visible: dict[str, Mount]) -> tuple[str, Mount | None]:
             here = ""
         left.extend(reversed([part for part in target.split("/") if part not in ("", ".")]))
     return here or "/", _mfs_mount_of(here, visible)
+
+
+def _from_root(path: str) -> str:
+    """Raises: UsageError."""
+    if path.startswith("/"):
+        return path
+    try:
+        return os.path.join(os.getcwd(), path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: the current directory was removed; give an absolute path") from None
 
 
 def _mfs_mount_of(path: str, visible: dict[str, Mount]) -> Mount | None:

@@ -42,7 +42,9 @@ class ServerConfig:
     socket_mode: int = 0o600
     """Permissions of the socket. Wider lets others read (status, ls, stat, config); changes stay with uid and root."""
     connections_max: int = 64
-    """Connections at once; the next one is told 503 and closed."""
+    """Connections at once; further ones wait in the socket's queue."""
+    patience_s: float = 5.0
+    """How long all places may be taken before those who wait are told 503 and closed."""
     operation_s: float = 600.0
     """An operation with one answer that takes longer is cancelled: refreshing the largest registry takes minutes."""
     limits: Limits = field(default_factory=Limits)
@@ -65,28 +67,57 @@ async def serve(
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
+                has_place = await server.wait_place()
                 stream = trio.SocketStream(await listening.accept(listener))
-                nursery.start_soon(server.handle_connection, stream)
+                has_place = has_place or server.take_place_nowait()
+                nursery.start_soon(server.handle_connection if has_place else server.refuse_connection, stream)
 
 
 class _Server:
     def __init__(self, api: DaemonApi, config: ServerConfig) -> None:
         self._api = api
         self._config = config
-        self._connections_count = 0
+        self._places = trio.Semaphore(config.connections_max)
+        self._full_since_s: float | None = None
 
-    async def handle_connection(self, stream: trio.SocketStream) -> None:
-        """Answer one client until it closes, breaks the protocol or is too slow. Never raises but Cancelled."""
-        connection = HttpConnection(stream, self._config.limits)
-        self._connections_count += 1
+    async def wait_place(self) -> bool:
+        """Take a place for one more connection; False if there was none for so long that a client must be told."""
+        if self.take_place_nowait():
+            return True
+        if self._full_since_s is None:
+            self._full_since_s = trio.current_time()
+        with trio.move_on_at(self._full_since_s + self._config.patience_s):
+            await self._places.acquire()
+            self._full_since_s = None
+            return True
+        return False
+
+    def take_place_nowait(self) -> bool:
+        """Take a place, if there is one."""
+        try:
+            self._places.acquire_nowait()
+        except trio.WouldBlock:
+            return False
+        self._full_since_s = None
+        return True
+
+    async def refuse_connection(self, stream: trio.SocketStream) -> None:
+        """Say that all places are taken. Never raises but Cancelled."""
+        busy = TransientStoreError(f"{self._config.connections_max} control connections are open: try later")
         try:
             async with stream:
-                if self._connections_count > self._config.connections_max:
-                    busy = TransientStoreError(
-                        f"{self._config.connections_max} control connections are open: try later"
-                    )
-                    await connection.refuse(busy)
-                    return
+                await HttpConnection(stream, self._config.limits).refuse(busy)
+        except (ClientGone, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+    async def handle_connection(self, stream: trio.SocketStream) -> None:
+        """Answer one client until it closes, breaks the protocol or is too slow. Never raises but Cancelled.
+
+        Gives its place back.
+        """
+        connection = HttpConnection(stream, self._config.limits)
+        try:
+            async with stream:
                 uid = listening.peer_uid(stream.socket)
                 while await self._handle_request(connection, uid):
                     pass
@@ -95,7 +126,7 @@ class _Server:
         except Exception:
             log.exception("control connection failed")
         finally:
-            self._connections_count -= 1
+            self._places.release()
 
     async def _handle_request(self, connection: HttpConnection, uid: int) -> bool:
         """One request and its response. Returns whether another may follow on this connection."""
@@ -216,11 +247,5 @@ def _values(target: str, body: bytes) -> dict[str, Any]:
     query = parse_qsl(target.partition("?")[2], keep_blank_values=True, errors="surrogateescape")
     values: dict[str, Any] = dict(query)
     if body:
-        try:
-            sent = json.loads(body)
-        except ValueError as error:
-            raise UsageError(f"the request's body is not JSON: {error}") from error
-        if not isinstance(sent, dict):
-            raise UsageError("the request's body is not a JSON object")
-        values |= sent
+        values |= wire.parse_object(body)
     return values

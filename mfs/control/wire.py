@@ -10,6 +10,7 @@ a fitting status, or as the last line of a stream that had begun. Blank lines in
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from mfs.errors import (
 )
 
 PREFIX = "/v1/"
+DEPTH_MAX = 16
+"""Of what a client sends; an order is an object with a list of texts."""
 STREAM_TYPE = "application/x-ndjson"
 HEARTBEAT_S = 5.0
 """A stream is never silent for longer; a client that hears nothing for several of these may give up."""
@@ -84,6 +87,37 @@ def error_body(error: MfsError) -> dict[str, Any]:
     return {"error": {"type": name, "message": message}}
 
 
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The JSON object a client sent, nested no deeper than can be worked with. Raises: UsageError."""
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise UsageError(f"JSON nested deeper than {DEPTH_MAX} levels") from None
+    except ValueError as error:  # not UTF-8, too
+        raise UsageError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"not a JSON object: {data[:100]!r}")
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raises: UsageError if a value is nested deeper than DEPTH_MAX.
+
+    What Python has just managed to read it may fail to print a few frames further down.
+    """
+    level = [value]
+    for _ in range(DEPTH_MAX):
+        level = [child for inner in level for child in _children(inner) if isinstance(child, list | dict)]
+        if not level:
+            return
+    raise UsageError(f"JSON nested deeper than {DEPTH_MAX} levels")
+
+
+def _children(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value
+
+
 def parse_arguments(operation: Operation, values: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments for the method of DaemonApi, from what a client sent. Raises: UsageError."""
     given = dict(values)
@@ -117,4 +151,8 @@ def _path(value: Any) -> str:
     parts = [part for part in value.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise UsageError(f"path {value!r} contains '..': expected a path below the mount's root")
+    try:
+        value.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        raise UsageError(f"path {value!r} is no text a file system could hold") from None
     return "/".join(parts)

@@ -8,7 +8,7 @@ import time
 from typing import NamedTuple
 
 from mfs.errors import StoreError, TransientStoreError
-from mfs.fetch.environment import Proxy, proxy_for, trust_store
+from mfs.fetch.environment import CaBundle, Proxy, proxy_for, trust_store
 from mfs.fetch.wire import Wire, connect
 
 IDLE_S = 50.0
@@ -44,9 +44,12 @@ class Connection:
 class ConnectionPool:
     """All connections of one transport. Thread-safe."""
 
-    def __init__(self, connections_max: int) -> None:
-        """connections_max: open connections per origin; whoever needs one more waits within its deadline."""
+    def __init__(self, connections_max: int, ca_bundle: CaBundle | None = None) -> None:
+        """connections_max: open connections per origin; whoever needs one more waits within its deadline.
+        ca_bundle: as of `trust_store`.
+        """
         self._connections_max = connections_max
+        self._ca_bundle = ca_bundle
         self._changed = threading.Condition()
         self._idle: dict[Origin, list[Connection]] = {}  # last returned is first taken: the tail grows old and is cut
         self._open_count: dict[Origin, int] = {}
@@ -111,7 +114,7 @@ class ConnectionPool:
     def _open(self, origin: Origin, deadline_s: float) -> Connection:
         try:
             if origin.scheme == "https" and self._trust is None:
-                self._trust = trust_store()  # two threads may both do this once; harmless
+                self._trust = trust_store(self._ca_bundle)  # two threads may both do this once; harmless
             proxy = proxy_for(*origin)
             wire = connect(*origin, proxy=proxy, trust=self._trust, deadline_s=deadline_s)
         except BaseException:

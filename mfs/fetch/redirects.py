@@ -7,6 +7,7 @@ from typing import NamedTuple
 from urllib.parse import urljoin
 
 from mfs.errors import StoreError
+from mfs.fetch.connections import Origin
 from mfs.fetch.transport import Reply, parse_target
 
 HOPS_MAX = 5
@@ -23,7 +24,11 @@ class Hop(NamedTuple):
     """Credentials may be sent: never again once another host was in between."""
 
 
-def next_hop(hop: Hop, reply: Reply) -> Hop | None:
+Settle = Callable[[str], str]
+"""The address to use for one that a reply names. Raises: StoreError for one that must not be used."""
+
+
+def next_hop(hop: Hop, reply: Reply, settle: Settle = str) -> Hop | None:
     """Where a reply redirects to, or None if it does not. Raises: StoreError if it does not say where."""
     if reply.status not in REDIRECT_STATUSES:
         return None
@@ -31,20 +36,28 @@ def next_hop(hop: Hop, reply: Reply) -> Hop | None:
     location = reply.headers.get("Location")
     if not location:
         raise StoreError(f"{origin.shown}: status {reply.status} redirects to nowhere: no Location")
-    url = urljoin(hop.url, location)
-    return Hop(url, hop.is_home and parse_target(url).origin == origin.origin)
+    url = settle(urljoin(hop.url, location))
+    return Hop(url, hop.is_home and _is_same(origin.origin, parse_target(url).origin))
 
 
-def follow(hop: Hop, send: Callable[[Hop], Reply]) -> tuple[Reply, Hop]:
+def _is_same(origin: Origin, other: Origin) -> bool:
+    """Whether they are one server: the same, or its https instead of its http, as requests and httpx see it."""
+    return other == origin or (origin.scheme == "http" and origin.port == 80 and other == ("https", origin.host, 443))
+
+
+def follow(
+    hop: Hop, send: Callable[[Hop], Reply], settle: Settle = str, *, is_home_only: bool = False
+) -> tuple[Reply, Hop]:
     """Send, and send again to wherever the replies redirect; the last reply and who gave it.
 
-    send: adds credentials only where `hop.is_home`. Its errors pass unchanged.
+    send: adds credentials only where `hop.is_home`. Its errors, and those of `settle`, pass unchanged.
+    is_home_only: a redirect that leads to another host is the last reply.
     Raises: StoreError after HOPS_MAX redirects.
     """
     for _ in range(HOPS_MAX + 1):
         reply = send(hop)
-        following = next_hop(hop, reply)
-        if following is None:
+        following = next_hop(hop, reply, settle)
+        if following is None or (is_home_only and not following.is_home):
             return reply, hop
         hop = following
     raise StoreError(f"{parse_target(hop.url).shown}: more than {HOPS_MAX} redirects")

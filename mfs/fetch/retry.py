@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import email.utils
+import contextlib
 import http.client
 import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from mfs.errors import StoreError, TransientStoreError
+from mfs.fetch.dates import epoch_s
 
 T = TypeVar("T")
 
@@ -26,6 +27,26 @@ TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 _RATE_LIMIT_RESET = re.compile(r";\s*t=(\d+)")
 _RATE_LIMIT_REMAINING = re.compile(r";\s*r=(\d+)")
+
+
+_told = threading.local()
+
+
+@contextlib.contextmanager
+def telling(tell: Callable[[TransientStoreError], None]) -> Iterator[None]:
+    """What is tried again by this thread meanwhile is told to `tell`, with why, before the pause."""
+    _told.tell = tell
+    try:
+        yield
+    finally:
+        _told.tell = None
+
+
+def tell(error: TransientStoreError) -> None:
+    """Tell why something is about to be tried again. For those that do so without `with_retries`."""
+    listener: Callable[[TransientStoreError], None] | None = getattr(_told, "tell", None)
+    if listener is not None:
+        listener(error)
 
 
 def with_retries(
@@ -54,6 +75,7 @@ def with_retries(
         now_s = time.monotonic()
         if now_s + pause_s >= deadline_s:
             raise _given_up(last, what, attempts_count, now_s - started_s) from last
+        tell(last)
         if stopped is None:
             time.sleep(pause_s)
         elif stopped.wait(pause_s):
@@ -77,10 +99,8 @@ def wished_pause_s(headers: http.client.HTTPMessage) -> float | None:
     if value.isdecimal():
         return float(value)
     if value:
-        try:
-            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, OverflowError):
-            return None
+        until_s = epoch_s(value)
+        return None if until_s is None else max(0.0, until_s - time.time())
     limit = headers.get("RateLimit", "")
     remaining = _RATE_LIMIT_REMAINING.search(limit)
     reset = _RATE_LIMIT_RESET.search(limit)

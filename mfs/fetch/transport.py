@@ -15,16 +15,20 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, StoreError, TransientStoreError
 from mfs.fetch.connections import Connection, ConnectionPool, Origin
-from mfs.fetch.environment import Proxy, proxy_for
+from mfs.fetch.environment import CaBundle, Proxy, proxy_for
 from mfs.fetch.wire import TunnelRefusedError, read_head
 from mfs.types import ByteRange
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # collections.abc has it from Python 3.12
 
 ERROR_BODY_BYTES = 4096
 """At most this much of an error's body is read: enough for S3's XML."""
@@ -36,9 +40,16 @@ rest is thrown away. Beyond it, each range would cost the object."""
 ERROR_BODY_S = 2.0
 """Longest wait for an error's body: docker-registry announces the whole blob with a 416 and sends 33 bytes."""
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_SENT_BYTES = 256 << 10
+"""Of a body, between two looks at the deadline."""
+
+_CONTENT_RANGE = re.compile(r"bytes[=\s]\s*(\d{1,20})-(\d{1,20})/(\d{1,20}|\*)", re.ASCII | re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^/?#]*@")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f]")
 _USER_AGENT = "mfs/0.1"
+
+_CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
+"""Content codings that change the length of a body. Others (identity, aws-chunked, a charset) are only said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +86,19 @@ def parse_target(url: str) -> Target:
     return Target(origin, f"{path}?{parts.query}" if parts.query else path, f"{origin}{path}")
 
 
+def without_userinfo(url: str) -> str:
+    """The URL without user and password, which no request of ours sends: what is left may be kept and shown."""
+    return _USERINFO.sub("", url)
+
+
 class Transport:
     """A pool of connections and the two requests made over them. Thread-safe; construction does no I/O."""
 
-    def __init__(self, *, connections_max: int = 32) -> None:
-        """connections_max: per origin; callers beyond it wait inside their deadline."""
-        self._pool = ConnectionPool(connections_max)
+    def __init__(self, *, connections_max: int = 32, ca_bundle: CaBundle | None = None) -> None:
+        """connections_max: per origin; callers beyond it wait inside their deadline.
+        ca_bundle: certificates to trust as well; None for what the environment names.
+        """
+        self._pool = ConnectionPool(connections_max, ca_bundle)
 
     def request(
         self,
@@ -88,16 +106,21 @@ class Transport:
         *,
         method: str = "GET",
         headers: Mapping[str, str] | None = None,
+        body: Buffer | None = None,
         body_bytes_max: int = 64 << 20,
         deadline_s: float,
     ) -> Reply:
         """Make a request whose answer fits in memory, whatever its status; redirects are not followed.
 
+        body: what is sent, with its length; the caller says its type. Such a request is never sent twice: who sends
+            something asks what of it came.
+        body_bytes_max: of the answer.
+        A body that is gzip, and says so, is unpacked: some servers compress documents whether or not one asks.
         Raises: StoreError if the body is longer than body_bytes_max; TransientStoreError on reset, timeout, bad HTTP.
         """
         target = parse_target(url)
         try:
-            connection, response = self._exchange(method, target, headers or {}, deadline_s)
+            connection, response = self._exchange(method, target, headers or {}, deadline_s, body)
         except Exception as e:
             raise self._translate(e, target, deadline_s) from e
         try:
@@ -108,6 +131,7 @@ class Transport:
                 raise StoreError(f"{target.shown}: the answer is longer than the {body_bytes_max} bytes allowed for it")
             if response.length:  # http.client counts down what a Content-Length promised
                 raise TransientStoreError(f"{target.shown}: the answer ended {response.length} bytes early")
+            body = _unpacked(body, response, body_bytes_max, target)
         except BaseException as e:
             self._pool.drop(connection)
             raise self._translate(e, target, deadline_s) from e
@@ -123,11 +147,14 @@ class Transport:
         size: int,
         headers: Mapping[str, str] | None = None,
         name: str | None = None,
+        check: Callable[[http.client.HTTPMessage], None] | None = None,
         deadline_s: float,
     ) -> Reply:
         """Fill `out` with bytes [span.start, span.stop) of an object of `size` bytes.
 
+        A Content-Encoding says what the stored bytes are: they are taken as they come, if length and range are right.
         name: what error messages call the object where its URL would say little (a signed address, say).
+        check: looks at the headers of a 200 or 206 before its body is read; what it raises ends the request.
         Returns the 206 (or 200, where the answer is the whole object and that is small) after `out` was filled; any
         other status comes back with the start of its body, `out` untouched, for the caller to make sense of.
         Raises: IntegrityError for an answer with other bytes than asked for; ChangedError if the object has another
@@ -149,16 +176,15 @@ class Transport:
         try:
             if response.status not in (200, 206):
                 return self._finish_error(connection, response, deadline_s)
-            _check_range_answer(response, span, size, target)
-            if response.status == 200 and len(span) != size:
+            if check:
+                check(response.headers)
+            if _is_whole(response, span, size, target) and len(span) != size:
                 _cut(response, span, out, size, target)
                 filled = len(out)
             else:
                 filled = _fill(connection, response, out)
             if filled < len(out):
-                raise TransientStoreError(
-                    f"{target.shown}: the body of bytes {span.start}-{span.stop - 1} ended after {filled} bytes"
-                )
+                raise _early_end(response, filled, f"bytes {span.start}-{span.stop - 1}", target)
         except BaseException as e:
             self._pool.drop(connection)
             raise self._translate(e, target, deadline_s) from e
@@ -187,15 +213,20 @@ class Transport:
         self._pool.close()
 
     def _exchange(
-        self, method: str, target: Target, headers: Mapping[str, str], deadline_s: float
+        self,
+        method: str,
+        target: Target,
+        headers: Mapping[str, str],
+        deadline_s: float,
+        body: Buffer | None = None,
     ) -> tuple[Connection, http.client.HTTPResponse]:
         """Send a request and read the head of its answer."""
         connection = self._pool.take(target.origin, deadline_s)
         try:
-            return connection, _send(connection, method, target, headers)
+            return connection, _send(connection, method, target, headers, body)
         except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
             self._pool.drop(connection)
-            if not connection.is_reused or self._pool.is_closed:
+            if not connection.is_reused or self._pool.is_closed or body is not None:
                 raise
         except BaseException:
             self._pool.drop(connection)
@@ -282,34 +313,95 @@ def _request_message(method: str, target: Target, headers: Mapping[str, str], pr
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def _send(connection: Connection, method: str, target: Target, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+def _send(
+    connection: Connection, method: str, target: Target, headers: Mapping[str, str], body: Buffer | None = None
+) -> http.client.HTTPResponse:
+    view = memoryview(b"" if body is None else body).cast("B")
+    if body is not None:
+        headers = {**headers, "Content-Length": str(len(view))}
     connection.wire.sendall(_request_message(method, target, headers, connection.proxy))
+    try:
+        for start in range(0, len(view), _SENT_BYTES):
+            connection.wire.sendall(view[start : start + _SENT_BYTES])
+    except (BrokenPipeError, ConnectionResetError):
+        # A server that has refused early has answered already, and closed: that answer says more than the pipe.
+        try:
+            return read_head(connection.wire, method)
+        except (OSError, http.client.HTTPException):
+            raise ConnectionResetError("the connection ended while the request was sent") from None
     return read_head(connection.wire, method)
 
 
-def _check_range_answer(response: http.client.HTTPResponse, span: ByteRange, size: int, target: Target) -> None:
-    """That the answer's head promises exactly the bytes asked for."""
+def _is_whole(response: http.client.HTTPResponse, span: ByteRange, size: int, target: Target) -> bool:
+    """Whether the body is the whole object, and not the range asked for. Some servers say 200 to a range they send.
+
+    Raises: as `Transport.read_range`, if the answer's head promises anything else.
+    """
     asked = f"bytes {span.start}-{span.stop - 1} of {size}"
-    if encoding := response.headers.get("Content-Encoding"):
-        raise IntegrityError(f"{target.shown}: asked for {asked} as they are, got them in {encoding!r} encoding")
     length = response.length
-    if response.status == 200:
-        if len(span) != size and size > WHOLE_BYTES_MAX:
-            raise StoreError(f"{target.shown}: no range support: asked for {asked}, got status 200 with all of it")
-        if length is not None and length != size:
-            raise ChangedError(f"{target.shown}: expected {size} bytes, the object now has {length}")
-        return
-    content_range = response.headers.get("Content-Range", "")
-    match = _CONTENT_RANGE.fullmatch(content_range.strip())
-    if not match:
-        raise IntegrityError(f"{target.shown}: asked for {asked}, got Content-Range {content_range!r}")
-    start, last, total = match.groups()
-    if total != "*" and int(total) != size:
-        raise ChangedError(f"{target.shown}: expected {size} bytes, the object now has {total}")
-    if (int(start), int(last) + 1) != (span.start, span.stop):
-        raise IntegrityError(f"{target.shown}: asked for {asked}, got Content-Range {content_range!r}")
-    if length is not None and length != len(span):
-        raise IntegrityError(f"{target.shown}: asked for {asked}, got a body of {length} bytes")
+    transfer = response.headers.get("Transfer-Encoding", "").strip().lower() or "identity"
+    if transfer != ("chunked" if response.chunked else "identity"):
+        raise IntegrityError(f"{target.shown}: asked for {asked}, got them in transfer encoding {transfer!r}")
+    content_range = response.headers.get("Content-Range", "").strip()
+    if response.status == 206 or content_range:
+        match = _CONTENT_RANGE.fullmatch(content_range)
+        if not match:
+            raise IntegrityError(f"{target.shown}: asked for {asked}, got Content-Range {content_range!r}")
+        start, last, total = match.groups()
+        if total != "*" and int(total) != size:
+            raise ChangedError(f"{target.shown}: expected {size} bytes, the object now has {total}")
+        stated = (int(start), int(last) + 1)
+        if stated == (span.start, span.stop):
+            if length is not None and length != len(span):
+                raise IntegrityError(f"{target.shown}: asked for {asked}, got a body of {length} bytes"
+                                     f"{_packed_on_the_way(response)}")  # fmt: skip
+            return False
+        if response.status == 206 or stated != (0, size):
+            raise IntegrityError(f"{target.shown}: asked for {asked}, got Content-Range {content_range!r}")
+    if len(span) != size and size > WHOLE_BYTES_MAX:
+        raise StoreError(f"{target.shown}: no range support: asked for {asked}, got status 200 with all of it")
+    if length is not None and length != size:
+        if why := _packed_on_the_way(response):
+            raise IntegrityError(f"{target.shown}: expected {size} bytes, got a body of {length} bytes{why}")
+        raise ChangedError(f"{target.shown}: expected {size} bytes, the object now has {length}")
+    return True
+
+
+def _codings_of(response: http.client.HTTPResponse) -> set[str]:
+    said = ",".join(response.headers.get_all("Content-Encoding", []))
+    return {token.strip().lower() for token in said.split(",")} & _CODINGS
+
+
+def _packed_on_the_way(response: http.client.HTTPResponse) -> str:
+    """Ends a message about a wrong length: why it may be wrong, if the answer says so."""
+    codings = ", ".join(sorted(_codings_of(response)))
+    return f": sent in {codings} encoding; the server or a proxy compresses on the way, which must not be" * bool(
+        codings
+    )
+
+
+def _early_end(response: http.client.HTTPResponse, filled: int, what: str, target: Target) -> MfsError:
+    """The error for a body that ended too early: for good if it was compressed and came whole, else it may pass."""
+    text = f"{target.shown}: the body of {what} ended after {filled} bytes"
+    if response.chunked and (why := _packed_on_the_way(response)):
+        return IntegrityError(text + why)
+    return TransientStoreError(text)
+
+
+def _unpacked(body: bytes, response: http.client.HTTPResponse, bytes_max: int, target: Target) -> bytes:
+    """The document that came as gzip or deflate; what only claims to be stays as it is."""
+    if not body or not _codings_of(response) & {"gzip", "x-gzip", "deflate"}:
+        return body
+    unpacker = zlib.decompressobj(wbits=47)  # either format, by its first bytes
+    try:
+        found = unpacker.decompress(body, bytes_max + 1)
+    except zlib.error:
+        return body
+    if len(found) > bytes_max:
+        raise StoreError(f"{target.shown}: the answer is longer than the {bytes_max} bytes allowed for it")
+    if not unpacker.eof:
+        raise TransientStoreError(f"{target.shown}: the compressed answer ended early")
+    return found
 
 
 def _cut(response: http.client.HTTPResponse, span: ByteRange, out: memoryview, size: int, target: Target) -> None:
@@ -318,7 +410,7 @@ def _cut(response: http.client.HTTPResponse, span: ByteRange, out: memoryview, s
     if len(body) > size:
         raise ChangedError(f"{target.shown}: expected {size} bytes, the object now has more")
     if len(body) < size:
-        raise TransientStoreError(f"{target.shown}: the body of {size} bytes ended after {len(body)} bytes")
+        raise _early_end(response, len(body), f"{size} bytes", target)
     if response.length == 0:
         response.close()
     out[:] = body[span.start : span.stop]

@@ -114,7 +114,9 @@ class Wire:
 
     # What http.client uses.
 
-    def sendall(self, data: bytes) -> None:
+    def sendall(self, data: Buffer) -> None:
+        if self._deadline_s <= time.monotonic():
+            raise TimeoutError("deadline passed")
         try:
             self._sock.sendall(data)
         except BlockingIOError:

@@ -25,13 +25,29 @@ _REQUEST_BYTES_MAX = 1 << 16  # the kernel refuses to hand a request to a buffer
 _INIT_TIMEOUT_S = 10.0
 _IN_HEADER_BYTES, _OUT_HEADER_BYTES = 40, 16
 _INIT_IN = struct.Struct("<IIIII")  # major, minor, max_readahead, flags, flags2
-_INIT_OUT = struct.Struct("<IIIIHHIIHHI")
+_INIT_OUT = struct.Struct("<IIIIHHIIHHII")
 """major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, max_pages,
-map_alignment, flags2"""
+map_alignment, flags2, max_stack_depth"""
 _OUT_HEADER = struct.Struct("<IiQ")  # length, error or notification, unique
 _NOTIFY_RESEND = 7
 _FLAGS2_HAS_RESEND = 1 << 7  # FUSE_HAS_RESEND, bit 39 of the 64
+_FLAGS2_PASSTHROUGH = 1 << 5
+_STACK_DEPTH = 1  # of files that the kernel reads in our place: any but those of an overlay
 _FLAGS_INIT_EXT = 1 << 30  # the message has flags2
+_FLAGS_HONOURED = (
+    1 << 0  # ASYNC_READ
+    | 1 << 4  # EXPORT_SUPPORT: LOOKUP of "." and ".."
+    | 1 << 5  # BIG_WRITES
+    | 1 << 12  # AUTO_INVAL_DATA
+    | 1 << 13  # DO_READDIRPLUS
+    | 1 << 15  # ASYNC_DIO
+    | 1 << 18  # PARALLEL_DIROPS
+    | 1 << 22  # MAX_PAGES
+    | 1 << 23  # CACHE_SYMLINKS
+    | _FLAGS_INIT_EXT
+)
+"""What `operations` keeps when it is agreed on. libfuse agrees to more by itself (locks, truncation at open), which a
+read-only tree has no answer to."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +63,22 @@ class Agreement:
         flags2 = _INIT_IN.unpack_from(self.request, _IN_HEADER_BYTES)[4]
         return bool(flags2 & _FLAGS2_HAS_RESEND)
 
+    @property
+    def has_passthrough(self) -> bool:
+        """Whether kernel and we agreed on backing files."""
+        flags2: int = _INIT_OUT.unpack_from(self.reply, _OUT_HEADER_BYTES)[10]
+        return bool(flags2 & _FLAGS2_PASSTHROUGH)
+
+    @property
+    def write_bytes_max(self) -> int:
+        """The longest write the kernel may send: a buffer for requests must have room for it (fuse_dev_do_read)."""
+        write_bytes_max: int = _INIT_OUT.unpack_from(self.reply, _OUT_HEADER_BYTES)[6]
+        return write_bytes_max
+
     def repeated(self) -> bytes:
         """An INIT that offers exactly what is in force, for another libfuse to accept."""
         major, minor, read_ahead, flags, flags2 = _INIT_IN.unpack_from(self.request, _IN_HEADER_BYTES)
-        _, minor_out, _, flags_out, *_, flags2_out = _INIT_OUT.unpack_from(self.reply, _OUT_HEADER_BYTES)
+        _, minor_out, _, flags_out, *_, flags2_out, _ = _INIT_OUT.unpack_from(self.reply, _OUT_HEADER_BYTES)
         in_force = (
             major,
             min(minor, minor_out),
@@ -78,7 +106,7 @@ def _meaning(reply: bytes) -> tuple[int, ...]:
     Left out: read-ahead and queue limits, which are the kernel's own once set, and the minor version, which is the
     smaller of both.
     """
-    major, _, _, flags, _, _, max_write, time_gran, max_pages, _, flags2 = _INIT_OUT.unpack_from(
+    major, _, _, flags, _, _, max_write, time_gran, max_pages, _, flags2, _ = _INIT_OUT.unpack_from(
         reply, _OUT_HEADER_BYTES
     )
     return major, flags, max_write, time_gran, max_pages, flags2
@@ -143,6 +171,20 @@ def read_init(device: int) -> bytes:
     if not select.select([device], [], [], _INIT_TIMEOUT_S)[0]:
         raise StoreError(f"the kernel did not begin to talk within {_INIT_TIMEOUT_S:g} s of the mount")
     return os.read(device, _REQUEST_BYTES_MAX)
+
+
+def honoured(request: bytes, reply: bytes) -> bytes:
+    """libfuse's reply to an INIT without what we could not keep, and with what we can and it knows nothing of."""
+    fields = list(_INIT_OUT.unpack_from(reply, _OUT_HEADER_BYTES))
+    fields[3] &= _FLAGS_HONOURED
+    fields[10] &= _FLAGS2_HAS_RESEND
+    if _INIT_IN.unpack_from(request, _IN_HEADER_BYTES)[4] & _FLAGS2_PASSTHROUGH:
+        fields[3] |= _FLAGS_INIT_EXT
+        fields[10] |= _FLAGS2_PASSTHROUGH
+        fields[11] = _STACK_DEPTH
+    changed = bytearray(reply)
+    _INIT_OUT.pack_into(changed, _OUT_HEADER_BYTES, *fields)
+    return bytes(changed)
 
 
 def resend(device: int) -> None:

@@ -20,9 +20,9 @@ fuse_block_alloc), whichever file fills it: so there must be room beside a model
 Measured with 256 waiting reads: 3 MB of the daemon's memory."""
 CONGESTION_THRESHOLD = 3072
 """From here on the kernel reads nothing ahead for anybody (fs/fuse/file.c)."""
-MAX_READS = 2 * MAX_BACKGROUND
+TASKS_MAX = 2 * MAX_BACKGROUND
 """Handlers that may wait at once: all background reads, and as many readers that wait for a page each. A handler that
-waits costs about 10 KB; they are made when needed."""
+waits costs about 10 KB."""
 
 
 @dataclass

@@ -1,85 +1,53 @@
 """FUSE handlers: each says in the kernel's words what the namespace and the reader say in ours. No policy here.
 
-Handlers may raise only FUSEError: `_translated` turns our errors into errno, logs what nobody foresaw, answers EIO.
-pyfuse3 zero-fills a short reply, which would be silent corruption: `read` returns exactly what was asked for, clamped
-to the end of the file, or raises.
+A handler takes the node and the body of a request and returns the body of the answer, or a coroutine where it has to
+wait (`loop.Handler`). Those of files stand in `files`.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import logging
-import os
 import stat
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
+from typing import Any
 
-import pyfuse3
 import trio
 
-from mfs.errors import MfsError, StoreError
-from mfs.fuse.errnos import errno_of
-from mfs.fuse.kernel import MAX_BACKGROUND
-from mfs.fuse.repeats import FailedReads
-from mfs.listing import Listing
-from mfs.namespace import Namespace
-from mfs.nodes import Directory, Node
-from mfs.types import ByteRange, EntryKind
-from mfs.workers.shares import Group, Shares, group_of_directory
+from mfs.fuse import protocol
+from mfs.fuse.backing import NodeIds
+from mfs.fuse.device import Agreement
+from mfs.fuse.files import FileOperations
+from mfs.fuse.journal import AGREEMENT, FORMAT, Journal
+from mfs.fuse.loop import Body, Handler, RefusedError
+from mfs.fuse.patience import patient
+from mfs.fuse.protocol import Opcode
+from mfs.fuse.reader import Reader
+from mfs.fuse.waiting import Waiting
+from mfs.tree.listing import Listing
+from mfs.tree.namespace import Namespace
+from mfs.tree.nodes import Directory, Node
+from mfs.types import EntryKind
+from mfs.workers.shares import group_of_directory
 
 logger = logging.getLogger(__name__)
-P = ParamSpec("P")
-R = TypeVar("R")
+Waited = Coroutine[Any, Any, Body]
 
 _BLOCK_BYTES = 4096
 _NAME_BYTES_MAX = 255
 _MODES = {EntryKind.FILE: stat.S_IFREG | 0o444, EntryKind.DIRECTORY: stat.S_IFDIR | 0o555,
           EntryKind.SYMLINK: stat.S_IFLNK | 0o777}  # fmt: skip
 _XATTR_PREFIX = "user.mfs."
-_NAME_CACHE_S = 60.0
+_NAME_CACHE_S = 60
 """How long the kernel may believe a name without asking. A refresh tells it at once what changed; this bounds the harm
 of a notification that gets lost."""
-_INODE_CACHE_S = 3600.0
+_INODE_CACHE_S = 3600
 """An inode never changes, so its attributes may be believed; directories change and are asked again after a second."""
-_DIRECTORY_CACHE_S = 1.0
+_DIRECTORY_CACHE_S = 1
 _ENTRIES_MAX = 256
 """Of one answer to readdir, about 2 ms: the kernel has room for thousands (10,000 took up to 148 ms) and asks again."""
-_STORE_TIMEOUT_S = 2.0
-_STORES_MAX = 4  # headers of one model on their way into the page cache, each in a thread
-
-
-class OpenFile(Protocol):
-    """An open object: what `Reader.open` returns."""
-
-    size: int
-    group: Group
-    """Whose share of the handlers its readers use."""
-
-    async def read(self, span: ByteRange) -> memoryview | bytes: ...
-
-    async def settle(self) -> None: ...
-
-    async def header(self) -> bytes | None: ...
-
-    def export(self) -> list[Any]: ...
-
-    def close(self) -> None: ...
-
-
-class Reader(Protocol):
-    """Where bytes and attributes beyond the tree come from."""
-
-    def open(self, node: Node) -> OpenFile: ...
-
-    def reopen(self, exported: list[Any]) -> OpenFile:
-        """A handle like the one that said this of itself with `OpenFile.export`."""
-        ...
-
-    async def attributes(self, node: Node) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -93,313 +61,267 @@ class OwnerConfig:
 
 
 @dataclass
-class ReadCounters:
-    """Reads answered to the kernel."""
-
-    count: int = 0
-    bytes: int = 0
-    errors: int = 0
-    waiting: int = 0
-
-
-@dataclass
 class _OpenDirectory:
     directory: Directory
     listing: Listing
 
 
-def _translated(
-    handler: Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]:
-    @functools.wraps(handler)
-    async def wrapper(self: Operations, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return await handler(self, *args, **kwargs)
-        except pyfuse3.FUSEError:
-            raise
-        except MfsError as error:
-            opened = handler.__name__ == "read"
-            logger.warning("%s: %s", handler.__name__, error)
-            raise pyfuse3.FUSEError(errno_of(error, opened=opened)) from None
-        except Exception:
-            logger.exception("unforeseen error in %s", handler.__name__)
-            raise pyfuse3.FUSEError(errno.EIO) from None
-
-    return cast("Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]", wrapper)
-
-
-class Operations(pyfuse3.Operations):
+class Operations:
     """One mounted tree."""
 
-    supports_dot_lookup = True
-    enable_writeback_cache = False
-
-    def __init__(self, namespace: Namespace, reader: Reader, owner: OwnerConfig) -> None:
-        super().__init__()
+    def __init__(self, namespace: Namespace, reader: Reader, owner: OwnerConfig, *, timeout_s: float) -> None:
+        """timeout_s: as long as a question about a node that we do not know yet may wait until the tree has settled."""
+        self._timeout_s = timeout_s
         self._namespace = namespace
         self._reader = reader
         self._owner = owner
-        self._files: dict[int, OpenFile] = {}
-        self._failed = FailedReads()
+        self.journal = Journal.create()
+        self._node_ids = NodeIds()
+        self._waiting = Waiting()
+        self.files = FileOperations(namespace, reader, self._node_ids, self.journal, self._waiting)
         self._open_directories: dict[int, _OpenDirectory] = {}
-        self._handles_count = 0
-        self._headed: set[int] = set()
-        self._waiting = Shares(MAX_BACKGROUND)
-        """Handlers that wait for a source: each holds a task, and reads ahead hold the kernel's queue as well."""
-        self._storing = Shares(2 * _STORES_MAX)
-        self._storing_limiter = trio.CapacityLimiter(4 * _STORES_MAX)
-        self.counters = ReadCounters()
-
-    @property
-    def open_files_count(self) -> int:
-        return len(self._files)
+        self._directory_handle = time.monotonic_ns()  # as in `handles`
+        self.settled = trio.Event()
+        """Set when what the tree shows is as new as the sources say; one that took a mount over may have to look."""
+        self.settled.set()
+        self.handlers: dict[Opcode, Handler] = {
+            Opcode.LOOKUP: self.lookup, Opcode.FORGET: self.forget, Opcode.BATCH_FORGET: self.batch_forget,
+            Opcode.GETATTR: self.getattr, Opcode.READLINK: self.readlink, Opcode.ACCESS: self.access,
+            Opcode.OPENDIR: self.opendir, Opcode.READDIR: self.readdir, Opcode.READDIRPLUS: self.readdirplus,
+            Opcode.RELEASEDIR: self.releasedir, Opcode.OPEN: self.files.open, Opcode.READ: self.files.read,
+            Opcode.FLUSH: self.files.flush, Opcode.RELEASE: self.files.release, Opcode.STATFS: self.statfs,
+            Opcode.LISTXATTR: self.listxattr, Opcode.GETXATTR: self.getxattr, Opcode.DESTROY: self.destroy,
+        }  # fmt: skip
+        """All there is to ask of a read-only tree."""
 
     # -- names
 
-    @_translated
-    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        parent = self._directory(parent_inode)
+    def lookup(self, node: int, body: memoryview) -> Body | Waited:
+        """The child of a directory by its name."""
+        parent, name = self._directory(node), bytes(body[:-1])
         if len(name) > _NAME_BYTES_MAX:  # newer kernels send such names on (fs/fuse/dir.c, name_max)
-            raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
+            raise RefusedError(errno.ENAMETOOLONG)
         if name == b".":
-            node: Node | None = self._node(parent_inode)
-        elif name == b"..":
-            node = self._node(parent.parent.inode if parent.parent else parent_inode)
-        else:
-            with self._wait_for(group_of_directory(parent.source, parent.path)):
-                node = await self._namespace.lookup(parent, name)
+            return self._entry(self.files.entry(node))
+        if name == b"..":
+            return self._entry(self.files.entry((parent.parent or parent).inode))
+        if parent.listing is None:
+            return self._lookup_unlisted(parent, name)
+        return self._entry(self._namespace.child(parent, parent.listing, name))
+
+    async def _lookup_unlisted(self, parent: Directory, name: bytes) -> Body:
+        listing = await self._listing(parent)
+        return self._entry(self._namespace.child(parent, listing, name))
+
+    def _entry(self, node: Node | None) -> Body:
         if node is None:
-            raise pyfuse3.FUSEError(errno.ENOENT)
-        self._namespace.remember(node.inode)
-        return self._attributes(node)
+            raise RefusedError(errno.ENOENT)
+        self._remember(node)
+        return (self._entry_answer(node),)
 
-    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        for inode, count in inode_list:
-            self._namespace.forget(inode, count)
-            self._headed.discard(inode)
+    def _remember(self, node: Node, at: tuple[Listing, int] | None = None) -> None:
+        if self._namespace.remember(node.inode, at) and node.kind is EntryKind.DIRECTORY and node.source >= 0:
+            self.journal.note(node.inode, [node.kind, node.source, node.path, node.mtime_ns])
 
-    @_translated
-    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._attributes(self._node(inode))
+    def _entry_answer(self, node: Node) -> bytes:
+        known_as = self._node_ids.node_of(node.inode)
+        return protocol.entry_answer(known_as, _NAME_CACHE_S, _attributes_valid_s(node), self._attributes(node))
 
-    @_translated
-    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        return self._node(inode).target.encode()
+    def forget(self, node: int, body: memoryview) -> Body:
+        """The kernel drops references of one node."""
+        self._forget(node, *protocol.FORGET_IN.unpack_from(body))
+        return ()
 
-    @_translated
-    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
-        return not mode & os.W_OK
+    def batch_forget(self, node: int, body: memoryview) -> Body:
+        """And of several."""
+        for forgotten, count in protocol.forgotten(body):
+            self._forget(forgotten, count)
+        return ()
+
+    def _forget(self, node: int, count: int) -> None:
+        inode = self._node_ids.inode_of(node)
+        if self._namespace.forget(inode, count):
+            self.files.forget(node)
+            self._node_ids.forget(inode)
+            row = self.journal.row(inode)
+            if row is not None and row[0] == EntryKind.DIRECTORY:
+                self.journal.forget(inode)
+
+    def getattr(self, node: int, body: memoryview) -> Body:
+        """What stat(2) shows."""
+        found = self.files.entry(node)
+        return (protocol.attributes_answer(_attributes_valid_s(found), self._attributes(found)),)
+
+    def readlink(self, node: int, body: memoryview) -> Body:
+        """The target of a link."""
+        return (self.files.entry(node).target.encode(),)
+
+    def access(self, node: int, body: memoryview) -> Body:
+        """Nothing beyond the modes, which the kernel has checked."""
+        return ()
 
     # -- directories
 
-    @_translated
-    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        directory = self._directory(inode)
-        with self._wait_for(group_of_directory(directory.source, directory.path)):
-            listing = await self._namespace.listing(directory)
-        handle = self._new_handle()
-        self._open_directories[handle] = _OpenDirectory(directory, listing)
-        return handle
+    def opendir(self, node: int, body: memoryview) -> Body | Waited:
+        """A handle on a directory as it is now."""
+        directory = self._directory(node)
+        if directory.listing is None:
+            return self._opendir_unlisted(directory)
+        return self._opened_directory(directory, directory.listing)
 
-    @_translated
-    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
-        opened = self._open_directories[fh]
-        for index, name, node in self._namespace.nodes(opened.directory, opened.listing, start_id):
-            if index == start_id + _ENTRIES_MAX:
-                return
-            if not pyfuse3.readdir_reply(token, name, self._attributes(node), index + 1):
-                return
-            self._namespace.remember(node.inode)
+    async def _opendir_unlisted(self, directory: Directory) -> Body:
+        return self._opened_directory(directory, await self._listing(directory))
 
-    async def releasedir(self, fh: int) -> None:
-        self._open_directories.pop(fh, None)
+    def _opened_directory(self, directory: Directory, listing: Listing) -> Body:
+        self._directory_handle += 1
+        self._open_directories[self._directory_handle] = _OpenDirectory(directory, listing)
+        return (protocol.open_answer(self._directory_handle, 0),)
 
-    # -- files
+    async def _listing(self, directory: Directory) -> Listing:
+        with self._waiting.for_(group_of_directory(directory.source, directory.path)):
+            return await self._namespace.listing(directory)
 
-    @_translated
-    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            raise pyfuse3.FUSEError(errno.EROFS)
-        node = self._node(inode)
-        if node.object is None:
-            raise pyfuse3.FUSEError(errno.EISDIR if node.kind is EntryKind.DIRECTORY else errno.EINVAL)
-        file = self._reader.open(node)
-        try:
-            with self._wait_for(file.group):
-                await file.settle()
-            if inode not in self._headed:
-                self._headed.add(inode)
-                await self._store_header(inode, file)
-        except BaseException:  # the kernel will never hear of this handle
-            file.close()
-            raise
-        handle = self._new_handle()
-        self._files[handle] = file
-        return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+    def readdir(self, node: int, body: memoryview) -> Body | Waited:
+        """Names, from an offset on, as many as fit."""
+        return self._entries(node, body, plus=False)
 
-    async def _store_header(self, inode: int, file: OpenFile) -> None:
-        """Put the file's header into the page cache before its first reader can fault on it.
+    def readdirplus(self, node: int, body: memoryview) -> Body | Waited:
+        """Names with what LOOKUP would say of each."""
+        return self._entries(node, body, plus=True)
 
-        A fault on the first page would have the kernel read around it, 4 MiB for a header of some KiB: too much for a
-        loader that opens all shards to look at their tables. Safe where `notify_store` otherwise deadlocks: it waits
-        for pages that a READ in flight holds, but here nobody waits for it on this loop, so that READ gets its answer.
-        Where that answer hangs, so does the thread; a model has no more of them than its share.
-        """
-        with self._wait_for(file.group):
-            header = await file.header()
-        if not header or not self._storing.may_take(file.group):
-            return
-        self._storing.take(file.group)
-        ended = trio.Event()
+    def _entries(self, directory_node: int, body: memoryview, *, plus: bool) -> Body | Waited:
+        handle, offset, room = protocol.READ_IN.unpack_from(body)
+        opened = self._open_directories.get(handle)
+        if opened is None:
+            return self._entries_of_another(directory_node, handle, bytes(body), plus=plus)
+        answer: list[bytes] = []
+        is_current = opened.listing is opened.directory.listing
+        for index, name, node in self._namespace.shown(opened.directory, opened.listing, offset):
+            entry = protocol.directory_entry(node.inode, index + 1, _MODES[node.kind], name)
+            if plus:
+                entry = self._entry_answer(node) + entry
+            room -= len(entry)
+            if room < 0 or len(answer) == _ENTRIES_MAX:
+                break
+            answer.append(entry)
+            if plus:
+                self._remember(node, (opened.listing, index) if is_current else None)
+        return (b"".join(answer),)
 
-        async def store() -> None:
-            try:
-                await trio.to_thread.run_sync(
-                    pyfuse3.notify_store, inode, 0, header, abandon_on_cancel=True, limiter=self._storing_limiter
-                )
-            except Exception as error:  # the reader's own fault brings the bytes then
-                logger.info("header not stored in the page cache: %s", error)
-            finally:
-                self._storing.give(file.group)
-                ended.set()
+    async def _entries_of_another(self, node: int, handle: int, body: bytes, *, plus: bool) -> Body:
+        """The handle is another daemon's: the directory as it is now stands for it, from here on unchanged."""
+        directory = self._directory(node)
+        opened = _OpenDirectory(directory, await self._listing(directory))
+        self._open_directories.setdefault(handle, opened)
+        answer = self._entries(node, memoryview(body), plus=plus)
+        assert isinstance(answer, tuple)
+        return answer
 
-        trio.lowlevel.spawn_system_task(store)  # it may outlive this handler
-        with trio.move_on_after(_STORE_TIMEOUT_S):
-            await ended.wait()
+    def releasedir(self, node: int, body: memoryview) -> Body:
+        """The handle is closed."""
+        (handle,) = protocol.RELEASE_IN.unpack_from(body)
+        self._open_directories.pop(handle, None)
+        return ()
 
-    @_translated
-    async def read(self, fh: int, off: int, size: int) -> bytes:
-        file = self._files[fh]
-        span = ByteRange(min(off, file.size), min(off + size, file.size))
-        if not len(span):
-            return b""
-        counters = self.counters
-        counters.waiting += 1
-        since_s = time.monotonic()
-        try:
-            self._failed.raise_if_repeated(fh, span)
-            with self._wait_for(file.group):
-                view = await file.read(span)
-        except BaseException as error:
-            counters.errors += 1
-            self._failed.note(fh, span, error, since_s)
-            raise
-        finally:
-            counters.waiting -= 1
-        # no checkpoint from here to the reply: the view's slot may be recycled at the next one
-        counters.count += 1
-        counters.bytes += len(span)
-        return cast(bytes, view)  # pyfuse3 replies from any contiguous buffer (handlers.pxi, PyObject_GetBuffer)
-
-    async def release(self, fh: int) -> None:
-        self._failed.forget(fh)
-        file = self._files.pop(fh, None)
-        if file is not None:
-            file.close()
-
-    async def flush(self, fh: int) -> None:
-        """Closing a read-only file has nothing to write."""
-
-    def _new_handle(self) -> int:
-        self._handles_count += 1
-        return self._handles_count
+    # -- from one daemon to the next
 
     def export(self) -> dict[str, Any]:
-        """The handles that the kernel holds, for `restore` in another process."""
+        """What the journal does not say, for `restore` in another process."""
         return {
-            "count": self._handles_count,
-            "files": [[handle, file.export()] for handle, file in self._files.items()],
             "directories": [
-                [handle, opened.directory.inode,
-                 None if opened.listing is opened.directory.listing else opened.listing.export()]
+                [handle, opened.directory.inode, opened.listing.export()]
                 for handle, opened in self._open_directories.items()
+                if opened.listing is not opened.directory.listing
             ],
-            "headed": list(self._headed),
-        }  # fmt: skip
+            "files": self.files.export(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Become what `export` described; the namespace is restored already."""
-        self._handles_count = state["count"]
-        self._files = {handle: self._reader.reopen(fields) for handle, fields in state["files"]}
+        """Go on with open directories as they were; the namespace is restored and the journal inherited already."""
         for handle, inode, fields in state["directories"]:
-            directory = self._namespace.directory(inode)
-            listing = Listing.restored(fields) if fields else directory.listing if directory else None
-            if directory is not None and listing is not None:
+            if (directory := self._namespace.directory(inode)) is not None:
+                listing = self._namespace.listing_once_shown(directory, fields)
                 self._open_directories[handle] = _OpenDirectory(directory, listing)
-        self._headed = set(state["headed"])
+        self.files.restore(state["files"])
+
+    def inherit(self, journal: Journal) -> None:
+        """Go on where the daemon stopped whose journal this is, before anything is answered."""
+        self.journal.close()
+        self.journal = journal
+        for _, row in journal.rows():
+            if row[0] == EntryKind.DIRECTORY:
+                self._namespace.adopt_directory(*row[1:])
+        self.files.inherit(journal)
+        for opcode, handler in self.handlers.items():
+            self.handlers[opcode] = patient(handler, lambda: self.settled, self._timeout_s)
+
+    def note_agreement(self, agreement: Agreement, identities: Sequence[str]) -> None:
+        """Write down what was said at INIT, and of which sources the tree is, for whoever comes next."""
+        self.journal.note(AGREEMENT, [FORMAT, agreement.request, agreement.reply, list(identities)])
 
     def close_all(self) -> None:
         """Give back what the kernel will not release any more: the mount is gone."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self.files.close_all()
         self._open_directories.clear()
 
     # -- the rest
 
-    @_translated
-    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        data = pyfuse3.StatvfsData()
-        data.f_bsize = data.f_frsize = _BLOCK_BYTES
-        data.f_blocks = self._namespace.listed_bytes // _BLOCK_BYTES
-        data.f_files = self._namespace.files_count
-        data.f_namemax = _NAME_BYTES_MAX
-        return data
+    def statfs(self, node: int, body: memoryview) -> Body:
+        """How large all that was listed is."""
+        blocks = self._namespace.listed_bytes // _BLOCK_BYTES
+        return (protocol.statfs_answer(blocks, self._namespace.files_count, _NAME_BYTES_MAX),)
 
-    @_translated
-    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        return [f"{_XATTR_PREFIX}{key}".encode() for key in await self._reader.attributes(self._node(inode))]
+    def listxattr(self, node: int, body: memoryview) -> Waited:
+        """The names of the user.mfs.* attributes."""
+        (room,) = protocol.GETXATTR_IN.unpack_from(body)
+        return self._xattr_names(self.files.entry(node), room)
 
-    @_translated
-    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        key = name.decode("utf-8", "replace")
-        if not key.startswith(_XATTR_PREFIX):  # security.*, system.posix_acl_*: asked often, never there
-            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
-        value = (await self._reader.attributes(self._node(inode))).get(key.removeprefix(_XATTR_PREFIX))
+    async def _xattr_names(self, node: Node, room: int) -> Body:
+        names = await self._reader.attributes(node)
+        return _fitting(b"".join(f"{_XATTR_PREFIX}{key}\0".encode() for key in names), room)
+
+    def getxattr(self, node: int, body: memoryview) -> Waited:
+        """One of them."""
+        (room,) = protocol.GETXATTR_IN.unpack_from(body)
+        name = bytes(body[protocol.GETXATTR_IN.size : -1]).decode("utf-8", "replace")
+        if not name.startswith(_XATTR_PREFIX):  # security.*, system.posix_acl_*: asked often, never there
+            raise RefusedError(errno.ENODATA)
+        return self._xattr(self.files.entry(node), name.removeprefix(_XATTR_PREFIX), room)
+
+    async def _xattr(self, node: Node, key: str, room: int) -> Body:
+        value = (await self._reader.attributes(node)).get(key)
         if value is None:
-            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
-        return value.encode()
+            raise RefusedError(errno.ENODATA)
+        return _fitting(value.encode(), room)
+
+    def destroy(self, node: int, body: memoryview) -> Body:
+        """The last that is asked before an orderly end."""
+        return ()
 
     # -- helpers
 
-    @contextmanager
-    def _wait_for(self, group: Group) -> Iterator[None]:
-        """Hold a handler while a model may let it wait. Raises: StoreError where its share is used up."""
-        if not self._waiting.may_take(group):
-            raise StoreError(
-                f"{self._waiting.held(group)} requests wait for this model already, more than its share of "
-                f"{MAX_BACKGROUND}; the others go on"
-            )
-        self._waiting.take(group)
-        try:
-            yield
-        finally:
-            self._waiting.give(group)
-
-    def _node(self, inode: int) -> Node:
-        node = self._namespace.node(inode)
-        if node is None:
-            raise pyfuse3.FUSEError(errno.ESTALE)
-        return node
-
-    def _directory(self, inode: int) -> Directory:
-        directory = self._namespace.directory(inode)
+    def _directory(self, node: int) -> Directory:
+        directory = self._namespace.directory(self._node_ids.inode_of(node))
         if directory is None:
-            raise pyfuse3.FUSEError(errno.ENOTDIR if self._namespace.node(inode) else errno.ESTALE)
+            self.files.entry(node)
+            raise RefusedError(errno.ENOTDIR)
         return directory
 
-    def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
-        entry = pyfuse3.EntryAttributes()
-        directory = node.kind is EntryKind.DIRECTORY
-        entry.st_ino = node.inode
-        entry.st_mode = _MODES[node.kind] & ~self._owner.umask
-        entry.st_nlink = 2 if directory else 1
-        entry.st_size = node.size
-        entry.st_blocks = -(-node.size // 512)
-        entry.st_blksize = _BLOCK_BYTES
-        entry.st_uid, entry.st_gid = self._owner.uid, self._owner.gid
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = node.mtime_ns
-        entry.generation = 0
-        entry.entry_timeout = _NAME_CACHE_S
-        entry.attr_timeout = _DIRECTORY_CACHE_S if directory else _INODE_CACHE_S
-        return entry
+    def _attributes(self, node: Node) -> bytes:
+        return protocol.attributes(
+            node.inode, _MODES[node.kind] & ~self._owner.umask, 2 if node.kind is EntryKind.DIRECTORY else 1,
+            node.size, node.mtime_ns, self._owner.uid, self._owner.gid,
+        )  # fmt: skip
+
+
+def _attributes_valid_s(node: Node) -> int:
+    return _DIRECTORY_CACHE_S if node.kind is EntryKind.DIRECTORY else _INODE_CACHE_S
+
+
+def _fitting(value: bytes, room: int) -> Body:
+    """The value of an attribute, or how long it is where that was asked."""
+    if not room:
+        return (protocol.xattr_size_answer(len(value)),)
+    if len(value) > room:
+        raise RefusedError(errno.ERANGE)
+    return (value,)

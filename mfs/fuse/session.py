@@ -12,9 +12,8 @@ import errno
 import logging
 import os
 import pwd
-import signal
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 import pyfuse3
@@ -23,14 +22,14 @@ import trio
 from mfs.errors import ConfigError, StoreError
 from mfs.fuse import device
 from mfs.fuse.device import Agreement, Channel
-from mfs.fuse.kernel import MAX_READS
+from mfs.fuse.kernel import TASKS_MAX
+from mfs.fuse.loop import Loop
 from mfs.fuse.operations import Operations
 
 logger = logging.getLogger(__name__)
 
 _AGREE_TIMEOUT_S = 10.0
 _NAMES_AT_ONCE = 256
-_NUDGE_S = 1.0
 Name = tuple[int, str]
 """(directory inode, name)"""
 
@@ -38,15 +37,22 @@ Name = tuple[int, str]
 class Session:
     """A mount's connection to the kernel."""
 
-    def __init__(self, channel: Channel, unmount: Callable[[], None], nursery: trio.Nursery) -> None:
+    def __init__(
+        self, operations: Operations, channel: Channel, unmount: Callable[[], None], nursery: trio.Nursery
+    ) -> None:
         self.ended = trio.CancelScope()
-        """Cancelled when the kernel ends the session."""
+        """Cancelled when the kernel ends the session, and by who wants it to end."""
         self.agreement = Agreement(b"", b"")
         self.unsaid_names: deque[Name] = deque()
         """Names the kernel must still be told to ask for again."""
         self.is_ours = False
         """Whether leaving unmounts: not before the device is ours, not after it was given away."""
+        self.on_closing: Callable[[], None] = lambda: None
+        """Told when a session that is ours ends: nobody else need serve it."""
+        self.is_held: Callable[[], bool] = lambda: False
+        """Whether somebody else goes on with it, should we fail."""
         self.channel = channel
+        self._operations = operations
         self._unmount = unmount
         self._nursery = nursery
         self._serving = trio.CancelScope()
@@ -84,17 +90,22 @@ class Session:
 
     def start(self) -> None:
         """Answer the kernel from now on, until it ends the session; also what another process has left unanswered."""
+        self._operations.files.passthrough.connect(self.device, self.agreement)
         if self.agreement.can_resend:
             device.resend(self.device)
         self._nursery.start_soon(self._serve)
 
     async def _serve(self) -> None:
         self._nursery.start_soon(self._tell_names)
+        handlers = self._operations.handlers
+        loop = Loop(self.device, handlers, write_bytes_max=self.agreement.write_bytes_max, tasks_max=TASKS_MAX)
         while True:
+            os.set_blocking(self.device, False)
             with trio.CancelScope() as self._serving:
-                await pyfuse3.main(max_tasks=MAX_READS)
+                await loop.run()
             if not self._serving.cancelled_caught:
                 break
+            os.set_blocking(self.device, True)  # as another version of us, or libfuse, would want it
             self._paused.set()
             await self._resumed.wait()
             self._paused, self._resumed = trio.Event(), trio.Event()
@@ -117,8 +128,9 @@ class Session:
         self._resumed.set()
 
     def release(self) -> None:
-        """The mount belongs to somebody else now: this paused session never touches it again."""
+        """The mount belongs to somebody else now: this session, which answers nothing, never touches it again."""
         self.is_ours = False
+        self._operations.files.passthrough.let_go()
         self.channel.disconnect()
 
     # -- names
@@ -151,28 +163,18 @@ class Session:
     # -- the end
 
     def close(self) -> None:
-        """End the session; unmount if it is ours to do, and the mount still there."""
+        """End the session; unmount if it is ours to do, and the mount still there.
+
+        One that nobody asked to end has failed: where the mount is held it stays, for the next daemon to serve.
+        """
+        if self.is_ours and not self.ended.cancel_called and self.is_held():
+            self.release()
         still_mounted = self.is_ours and device.is_connected(self.device)
+        if self.is_ours:
+            self.on_closing()
         pyfuse3.close(unmount=False)  # first: unmounting may ask the file system, and nobody answers any more
         if still_mounted:
             self._unmount()
-
-
-@contextlib.contextmanager
-def reads_that_end() -> Iterator[None]:
-    """For the main thread of a process that serves: a read of the device that blocks all the same soon ends.
-
-    pyfuse3 reads when the device is readable, but the kernel takes a request back if its reader is killed just then,
-    and the read would wait, with the whole process, for the next one. pyfuse3 does not know EAGAIN; it does know
-    EINTR, which any signal brings about.
-    """
-    signal.signal(signal.SIGALRM, lambda number, frame: None)
-    signal.setitimer(signal.ITIMER_REAL, _NUDGE_S, _NUDGE_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that is on its way
 
 
 def _invalidate(names: list[Name]) -> None:
@@ -203,7 +205,7 @@ async def mounted(
     are dropped: their readers get ENOTCONN.
     """
     try:
-        pyfuse3.init(operations, str(mountpoint), _options(label, allow_other))
+        pyfuse3.init(pyfuse3.Operations(), str(mountpoint), _options(label, allow_other))
     except RuntimeError as error:
         raise ConfigError(
             f"{mountpoint} cannot be mounted ({error}): {_mount_help(allow_other)}; libfuse's own words are in the log"
@@ -212,7 +214,7 @@ async def mounted(
         session.is_ours = True
         fd = session.channel.take_place_of(device.find())
         request = device.read_init(fd)
-        reply = await session.agree(request)
+        reply = device.honoured(request, await session.agree(request))
         os.write(fd, reply)
         session.connect(fd, Agreement(request, reply))
         os.close(fd)
@@ -229,12 +231,13 @@ async def adopting(
     """
     channel = Channel()
     try:
-        pyfuse3.init(operations, f"/dev/fd/{channel.fd}", _options(label, allow_other))
+        pyfuse3.init(pyfuse3.Operations(), f"/dev/fd/{channel.fd}", _options(label, allow_other))
     except RuntimeError as error:
         channel.close()
         raise ConfigError(f"libfuse does not take a connection that exists already ({error})") from error
     async with _open(operations, channel, unmount) as session:
-        agreement.check_same(await session.agree(agreement.repeated()))
+        request = agreement.repeated()
+        agreement.check_same(device.honoured(request, await session.agree(request)))
         yield session
 
 
@@ -244,7 +247,7 @@ async def _open(operations: Operations, channel: Channel, unmount: Callable[[], 
     session: Session | None = None
     try:
         async with trio.open_nursery() as nursery:
-            session = Session(channel, unmount, nursery)
+            session = Session(operations, channel, unmount, nursery)
             try:
                 yield session
             finally:

@@ -320,7 +320,7 @@ class Prefetcher:
             try:
                 track.header_bytes = needed
                 heading.set()
-                found = await self._pool.call("tensor_boundaries", slot=chunk.slot, file_bytes=state.object.size)
+                found = await self._pool.call("tensor_boundaries", piece=chunk.piece, file_bytes=state.object.size)
             finally:
                 self._cache.release(chunk)
             track.pattern.set_table(array("Q", found["boundaries"]))

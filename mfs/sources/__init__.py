@@ -9,6 +9,7 @@ import importlib
 from urllib.parse import urlsplit
 
 from mfs.errors import UsageError
+from mfs.shown import mask_url
 from mfs.sources.base import Page, Source
 from mfs.sources.options import SourceOptions
 
@@ -20,29 +21,32 @@ _MODULES = {
     "http": "mfs.sources.http",
     "https": "mfs.sources.http",
     "hf": "mfs.sources.hf",
+    "mfs+s3": "mfs.registry.source",
+    "mfs+file": "mfs.registry.source",
+    "mfs+http": "mfs.registry.source",
+    "mfs+https": "mfs.registry.source",
+    "oci": "mfs.oci.source",
+    "oci+http": "mfs.oci.source",
+    "oci+https": "mfs.oci.source",
 }
 """Scheme -> module with `open_url(url, options) -> Source`. Imported when used: botocore alone weighs 30 MB."""
 
 
 def open_source(url: str, options: SourceOptions | None = None) -> Source:
-    """The source that `url` names: s3://bucket/prefix, hf://org/name[@rev], http(s)://host/path/, file:///dir or /dir.
+    """The source that `url` names: s3://bucket/prefix, hf://org/name[@rev], oci://host/repository[:tag],
+    http(s)://host/path/, file:///dir or /dir; or a registry of ours on one of these:
+    mfs+s3://bucket/registry[/model[:tag]], mfs+file, mfs+http, mfs+https.
 
     Does no I/O; the first `list` says whether the origin can be used.
     Raises: UsageError if the URL cannot name a source.
     """
-    scheme = "file" if url.startswith("/") else urlsplit(url).scheme
+    try:
+        scheme = "file" if url.startswith("/") else urlsplit(url).scheme
+    except ValueError as error:  # a host in brackets that is no address
+        raise UsageError(f"{mask_url(url)!r}: {error}") from None
     module = _MODULES.get(scheme)
     if module is None:
         known = ", ".join(f"{name}://" for name in _MODULES)
-        raise UsageError(f"{shown_url(url)!r}: not a source; expected {known} or an absolute path")
+        raise UsageError(f"{mask_url(url)!r}: not a source; expected {known} or an absolute path")
     source: Source = importlib.import_module(module).open_url(url, options or SourceOptions())
     return source
-
-
-def shown_url(url: str) -> str:
-    """`url` without the password it may carry, for messages."""
-    head, at, tail = url.partition("://")
-    if not at or "@" not in tail.partition("/")[0]:
-        return url
-    authority, slash, rest = tail.partition("/")
-    return f"{head}://***@{authority.rpartition('@')[2]}{slash}{rest}"

@@ -7,12 +7,30 @@ A new source type is one module with a class of this shape and one line in `mfs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from mfs.types import ByteRange, Entry, ObjectId
 
 Page = tuple[str, list[Entry]]
 """(directory path inside the source, some of its entries)."""
+
+
+@dataclass(slots=True)
+class Moved:
+    """What a range cost, where that is not just its bytes in one request."""
+
+    origin_bytes: int = 0
+    """That the origin sent: fewer than the range where it sends them compressed."""
+    shared_bytes: int = 0
+    """That came from other files on this node's SSD, where they stood already."""
+    requests: int = 0
+
+    def __iadd__(self, other: Moved) -> Moved:
+        self.origin_bytes += other.origin_bytes
+        self.shared_bytes += other.shared_bytes
+        self.requests += other.requests
+        return self
 
 
 class Source(Protocol):
@@ -31,8 +49,10 @@ class Source(Protocol):
         """
         ...
 
-    def get_range(self, obj: ObjectId, span: ByteRange, *, out: memoryview, deadline_s: float) -> None:
+    def get_range(self, obj: ObjectId, span: ByteRange, *, out: memoryview, deadline_s: float) -> Moved | None:
         """Fill `out` with bytes [span.start, span.stop) of exactly this version.
+
+        Returns what that cost, None where it was one request for just these bytes.
 
         out: writable, C-contiguous uint8, len(out) == len(span). Undefined after any exception: do not publish it.
         deadline_s: time.monotonic() value after which the call gives up; attempts in between are retried.

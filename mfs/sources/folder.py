@@ -7,12 +7,12 @@ Requests for a first listing: one scandir per directory, nothing ahead.
 Traps: a file changed within the file system's clock tick and of equal size keeps its version; some network file systems
 renumber inodes on remount, which costs a refetch. Nothing outside the root is named to readers: a link that stays
 inside is reported as a link, one that leads outside is served as what it points to, because the operator put it there.
+Mounts of ours and caches below the root are not shown (`mfs.sources.fence`).
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 import time
@@ -21,11 +21,10 @@ from urllib.parse import unquote, urlsplit
 
 from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, NotFoundError, StoreError, UsageError
 from mfs.errors import TransientStoreError as Transient
+from mfs.sources import bounds, fence
 from mfs.sources.base import Page, name_fault
 from mfs.sources.options import SourceOptions
 from mfs.types import ByteRange, Entry, EntryKind, ObjectId
-
-log = logging.getLogger(__name__)
 
 READ_BYTES_MAX = 4 << 20
 """One preadv at most, so that the deadline is looked at in between."""
@@ -34,33 +33,45 @@ READ_BYTES_MAX = 4 << 20
 class FolderSource:
     """A directory tree. Thread-safe: each call opens what it needs."""
 
-    def __init__(self, root: str) -> None:
-        """root: absolute path of the folder; looked at only when used."""
+    def __init__(self, root: str, *, mountpoint: str = "", cache_directory: str = "") -> None:
+        """root: absolute path of the folder; looked at only when used. The others: see `SourceOptions`."""
         self._root = os.path.normpath(root)
+        self._mountpoint, self._cache_directory = mountpoint, cache_directory
         self.identity = f"file://{self._root}"
 
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Yield the entries of one directory; see `mfs.sources.base.Source.list`."""
+        around = fence.look(self._mountpoint, self._cache_directory)
+        # First as written: to resolve it would ask the daemon of a mount, which may be waiting for us.
+        if mountpoint := around.mount_of(os.path.join(self._root, path)):
+            yield self._not_ours_to_show(path, f"in the mfs mount {mountpoint}")
+            return
         directory = self._resolve(path)
+        if mountpoint := around.mount_of(directory):
+            yield self._not_ours_to_show(path, f"in the mfs mount {mountpoint}")
+            return
         real_root = os.path.realpath(self._root)
         entries: list[Entry] = []
-        left_out: list[str] = []
+        left_out = bounds.LeftOut()
         try:
             with os.scandir(directory) as found:
                 for item in found:
                     if time.monotonic() >= deadline_s:
                         raise Transient(f"{directory}: listing not done before the deadline")
-                    fault = name_fault(item.name)
-                    entry = None if fault else self._entry(item, path, real_root)
-                    if entry is None:
-                        left_out.append(f"{item.name!r} ({fault or 'no regular file, directory or valid link'})")
+                    if item.name == fence.CACHE_MARKER:
+                        yield self._not_ours_to_show(path, "the cache of a mount")
+                        return
+                    entry = self._entry(item, path, directory, real_root, around)
+                    if isinstance(entry, str):
+                        left_out.note(item.name, entry)
+                    elif len(entries) == bounds.ENTRIES_MAX:
+                        raise StoreError(f"{directory}: more than {bounds.ENTRIES_MAX} names in one directory")
                     else:
                         entries.append(entry)
         except OSError as e:
             raise _translate(e, directory) from e
-        if left_out:
-            log.warning("%s: left out %d names, such as %s", directory, len(left_out), left_out[0])
-        yield path, entries
+        left_out.say(directory)
+        yield path, sorted(entries)
 
     def get_range(self, obj: ObjectId, span: ByteRange, *, out: memoryview, deadline_s: float) -> None:
         """Fill `out` from the file; see `mfs.sources.base.Source.get_range`."""
@@ -104,21 +115,57 @@ class FolderSource:
         except OSError as e:
             raise _translate(e, os.path.join(self._root, path) if path else self._root) from e
 
-    def _entry(self, item: os.DirEntry[str], path: str, real_root: str) -> Entry | None:
-        """The entry of a name in directory `path`, or None for one that cannot be served."""
+    def _not_ours_to_show(self, path: str, what: str) -> Page:
+        """The page of a directory that turns out to be one of ours: empty. Raises: StoreError if it is the root."""
+        if not path:
+            raise StoreError(f"{self._root} is {what}, and no source of models; name what that one shows")
+        left_out = bounds.LeftOut()
+        left_out.note(path, f"what it holds: it is {what}")
+        left_out.say(self._root)
+        return path, []
+
+    def _entry(
+        self, item: os.DirEntry[str], path: str, directory: str, real_root: str, around: fence.Fence
+    ) -> Entry | str:
+        """The entry of a name in directory `path`, or why it cannot be served."""
+        fault = name_fault(item.name) or bounds.path_fault(f"{path}/{item.name}" if path else item.name)
+        if fault:
+            return fault
+        place = f"{directory.rstrip('/')}/{item.name}"
+        if place in around.mounts:  # not looked at: its daemon may be waiting for us
+            return "an mfs mount"
+        nothing = "no regular file, directory or valid link"
         try:
             status = item.stat(follow_symlinks=True)
-            if item.is_symlink() and (target := _inside_target(item, status, real_root)):
-                return Entry(item.name, EntryKind.SYMLINK, version=target)
+            if item.is_symlink():
+                target = os.path.realpath(item.path)
+                if around.mount_of(target):
+                    return "leads into an mfs mount"
+                if self._is_in_cache(target, around):
+                    return "leads into the mount's own cache"
+                if (link := _inside_target(item, status, real_root)) is not None:
+                    return Entry(item.name, EntryKind.SYMLINK, version=link)
             if stat.S_ISDIR(status.st_mode):
+                if around.is_cache(status):
+                    return "the mount's own cache"
                 if item.is_symlink() and self._leads_around(item, path):
-                    return None
-                return Entry(item.name, EntryKind.DIRECTORY, mtime_ns=status.st_mtime_ns)
+                    return nothing
+                return Entry(item.name, EntryKind.DIRECTORY, mtime_ns=bounds.shown_ns(status.st_mtime_ns))
         except OSError:
-            return None  # dangling, looping, or gone since scandir saw it
-        if stat.S_ISREG(status.st_mode):
-            return Entry(item.name, EntryKind.FILE, status.st_size, status.st_mtime_ns, _version(status))
-        return None
+            return nothing  # dangling, looping, or gone since scandir saw it
+        if not stat.S_ISREG(status.st_mode):
+            return nothing
+        shown_ns = bounds.shown_ns(status.st_mtime_ns)
+        entry = Entry(item.name, EntryKind.FILE, status.st_size, shown_ns, file_version(status))
+        return bounds.value_fault(entry) or entry
+
+    def _is_in_cache(self, path: str, around: fence.Fence) -> bool:
+        """Whether a real path is the mount's own cache, or lies in it."""
+        while around.cache and len(path) > 1:
+            if around.is_cache(os.stat(path)):
+                return True
+            path = os.path.dirname(path)
+        return False
 
     def _leads_around(self, item: os.DirEntry[str], path: str) -> bool:
         """Whether a link leads to a directory that holds one on the way down to it: a tree without end."""
@@ -148,14 +195,15 @@ def _is_inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _version(status: os.stat_result) -> str:
+def file_version(status: os.stat_result) -> str:
+    """What `ObjectId.version` says of a local file."""
     return f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
 
 
 def _check_version(fd: int, obj: ObjectId) -> None:
     status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or _version(status) != obj.version:
-        raise ChangedError(f"{obj.source}/{obj.path}: opened as {obj.version}, is {_version(status)} now")
+    if not stat.S_ISREG(status.st_mode) or file_version(status) != obj.version:
+        raise ChangedError(f"{obj.source}/{obj.path}: opened as {obj.version}, is {file_version(status)} now")
 
 
 def _translate(error: OSError, path: str) -> MfsError:
@@ -176,10 +224,10 @@ def _translate(error: OSError, path: str) -> MfsError:
 
 def open_url(url: str, options: SourceOptions) -> FolderSource:
     """The folder a file URL or absolute path names. Raises: UsageError."""
-    return FolderSource(_path_of(url))
+    return FolderSource(folder_path(url), mountpoint=options.mountpoint, cache_directory=options.cache_directory)
 
 
-def _path_of(url: str) -> str:
+def folder_path(url: str) -> str:
     """The absolute path a file URL or a plain path names. Raises: UsageError."""
     if url.startswith("/"):
         return url

@@ -6,28 +6,40 @@ Requests for a first listing: two, and one more per further 1000 entries; one le
 directories are known. For a file's first read two (where is it; the bytes), afterwards one per range.
 
 Traps: the Hub limits how often addresses may be asked for, so they are kept until they expire and renewed when the CDN
-refuses them. The token goes to the Hub only, never to the CDN. Files have no modification time there. Xet-backed files
-arrive as plain bytes through the same redirect.
+fails or refuses. The token goes to the Hub only, never to the CDN. Files have no modification time there. Xet-backed
+files arrive as plain bytes through the same redirect.
 """
 
 from __future__ import annotations
 
-import json
 import re
+import reprlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
-from mfs.errors import NotFoundError, StoreError, TransientStoreError
+from mfs.errors import MfsError, NotFoundError, StoreError, TransientStoreError
+from mfs.fetch.links import next_url
 from mfs.fetch.redirects import Hop, follow, next_hop
 from mfs.fetch.retry import with_retries
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.sources import hf_cache
 from mfs.sources.base import Page
-from mfs.sources.hf_access import HUB_URL, error_of, expiry_s, hub_endpoint, hub_token, parse_hf_url
+from mfs.sources.bounds import parse_json, size_of
+from mfs.sources.hf_access import (
+    HUB_ORIGINS,
+    HUB_URL,
+    error_of,
+    expiry_s,
+    hub_endpoint,
+    hub_token,
+    is_refusal,
+    parse_hf_url,
+)
 from mfs.sources.options import SourceOptions
+from mfs.sources.paging import Trail
 from mfs.sources.tree import TreeBuilder
 from mfs.types import ByteRange, Entry, EntryKind, ObjectId
 
@@ -35,7 +47,6 @@ ADDRESSES_MAX = 4096
 """Addresses of files remembered; at the limit all are forgotten, which costs one request per file in use."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
 
 
 class _Address(NamedTuple):
@@ -51,6 +62,7 @@ class HfSource:
         self._repo = repo
         self._revision = revision
         self._endpoint = hub_endpoint(options.endpoint_url)
+        self._is_told_token = bool(options.token)
         self._token = options.token or hub_token()
         self._is_cache = options.layout == "hub-cache"
         self._transport = Transport(connections_max=options.connections_max)
@@ -69,14 +81,15 @@ class HfSource:
         where = f"hf://{self._repo}@{self._revision}"
         commit, is_gated = self._pin(where, deadline_s)
         tree = TreeBuilder(where, "")
-        url: str | None = f"{self._api('tree', commit)}?recursive=true"
-        while url:
-            reply = self._get(url, where, deadline_s)
-            _add_page(tree, reply.body, commit, where)
-            following = self._next_page(reply, where)
-            if following == url:
-                raise StoreError(f"{where}: the listing goes in circles: a page names itself as the next")
-            url = following
+        trail = Trail(where)
+        page: Hop | None = Hop(f"{self._api('tree', commit)}?recursive=true")
+        while page:
+            trail.ask(page.url)
+            reply, answered = self._get(page, where, deadline_s)
+            count = _add_page(tree, reply.body, commit, where)
+            trail.see(reply.body if count else b"")
+            following = next_url(reply.headers, answered.url)
+            page = self._page_at(following, answered) if following else None
         found = tree.pages()
         if self._is_cache:
             found = iter(hf_cache.cache_pages(found, where, self._revision, commit))
@@ -109,18 +122,28 @@ class HfSource:
         where = f"hf://{self._repo}@{commit[:12]}/{path}"
 
         def send(hop: Hop) -> Reply:
-            headers = self._headers(hop)
+            headers = self._headers(hop, is_file=True)
             return self._transport.read_range(
                 hop.url, span, out=out, size=obj.size, headers=headers, name=where, deadline_s=deadline_s
             )
 
+        def fetch(address: _Address) -> tuple[Reply, Hop]:
+            try:
+                return follow(address.hop, send)
+            except MfsError:  # whatever it was: the next try asks the Hub, which may know another that lives
+                if not address.hop.is_home:
+                    self._forget(commit, path, address)
+                raise
+
         def attempt() -> None:
+            token = self._token
             address, is_new = self._address(commit, path, where, deadline_s)
-            reply, hop = follow(address.hop, send)
-            if reply.status in (401, 403, 404, 410) and not is_new:  # the address has died before its time
+            reply, hop = fetch(address)
+            # The address has died before its time, or the token since the address was asked for.
+            if reply.status in (401, 403, 404, 410) and (not is_new or self._renew_token(token)):
                 self._forget(commit, path, address)
                 address, _ = self._address(commit, path, where, deadline_s)
-                reply, hop = follow(address.hop, send)
+                reply, hop = fetch(address)
             if reply.status not in (200, 206):
                 self._forget(commit, path, address)
                 raise self._error(reply, where)
@@ -141,9 +164,9 @@ class HfSource:
         """The commit that the revision means now, and whether the Hub says that the repository is gated."""
         if _COMMIT.fullmatch(self._revision):
             return self._revision, False
-        reply = self._get(self._api("revision", self._revision), where, deadline_s)
+        reply, _ = self._get(Hop(self._api("revision", self._revision)), where, deadline_s)
         try:
-            found = json.loads(reply.body)
+            found = parse_json(reply.body)
             commit, is_gated = found["sha"], bool(found.get("gated"))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise StoreError(f"{where}: expected the revision's commit, got {reply.body[:60]!r}: {e!r}") from e
@@ -168,7 +191,9 @@ class HfSource:
             if known and time.time() < known.expires_s:
                 return known, False
             hop = Hop(f"{self._endpoint}/{self._repo}/resolve/{commit}/{quote(path, safe='/-_.~')}")
-            reply = self._transport.request(hop.url, method="HEAD", headers=self._headers(hop), deadline_s=deadline_s)
+            reply = self._with_token(lambda: self._transport.request(
+                hop.url, method="HEAD", headers=self._headers(hop, is_file=True), deadline_s=deadline_s
+            ))  # fmt: skip
             there = next_hop(hop, reply)
             if there is None and reply.status != 200:
                 raise self._error(reply, where)
@@ -187,55 +212,95 @@ class HfSource:
             if self._addresses.get((commit, path)) == address:
                 del self._addresses[commit, path]
 
-    def _get(self, url: str, where: str, deadline_s: float) -> Reply:
-        """An answer 200 of the API; renamed repositories are followed."""
+    def _get(self, start: Hop, where: str, deadline_s: float) -> tuple[Reply, Hop]:
+        """An answer 200 of the API and who gave it; renamed repositories and moved hubs are followed."""
 
         def send(hop: Hop) -> Reply:
             return self._transport.request(hop.url, headers=self._headers(hop), deadline_s=deadline_s)
 
-        def attempt() -> Reply:
-            reply, _ = follow(Hop(url), send)
+        def attempt() -> tuple[Reply, Hop]:
+            answered = start
+
+            def ask() -> Reply:
+                nonlocal answered
+                reply, answered = follow(start, send)
+                return reply
+
+            reply = self._with_token(ask)
             if reply.status != 200:
                 raise self._error(reply, where)
-            return reply
+            return reply, answered
 
         return with_retries(attempt, what=f"listing {where}", deadline_s=deadline_s, stopped=self._closed)
 
-    def _next_page(self, reply: Reply, where: str) -> str | None:
-        match = _NEXT.search(reply.headers.get("Link", ""))
-        if not match:
-            return None
-        if parse_target(match[1]).origin != parse_target(self._endpoint).origin:
-            raise StoreError(f"{where}: the listing continues on another host: {parse_target(match[1]).origin}")
-        return match[1]
+    def _page_at(self, url: str, answered: Hop) -> Hop:
+        """Where to ask for the page that a Link names: at the host that named it, if that is its own, else at our hub.
+
+        A mirror passes on the Links of the hub behind it, which name that hub: we may not reach it, and the token is
+        not for it. The same path and query of the mirror are meant.
+        """
+        parts = urlsplit(url)
+        home = urlsplit(self._endpoint)
+        there = parse_target(url).origin
+        if there == parse_target(answered.url).origin != parse_target(self._endpoint).origin:
+            return Hop(url, answered.is_home)
+        below = parts.path if parts.path.startswith(f"{home.path}/") else f"{home.path}{parts.path}"
+        return Hop(parts._replace(scheme=home.scheme, netloc=home.netloc, path=below).geturl())
+
+    def _with_token(self, ask: Callable[[], Reply]) -> Reply:
+        """The answer; asked for once more if it is a refusal and another token has come meanwhile."""
+        token = self._token
+        reply = ask()
+        return ask() if is_refusal(reply) and self._renew_token(token) else reply
+
+    def _renew_token(self, refused: str | None) -> bool:
+        """Whether there is another token than the one that was refused: whoever rotates it writes it into its file."""
+        if self._token == refused and not self._is_told_token:
+            self._token = hub_token()
+        return self._token != refused
 
     def _api(self, kind: str, revision: str) -> str:
         return f"{self._endpoint}/api/models/{self._repo}/{kind}/{quote(revision, safe='')}"
 
-    def _headers(self, hop: Hop) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._token}"} if self._token and hop.is_home else {}
+    def _headers(self, hop: Hop, *, is_file: bool = False) -> dict[str, str]:
+        """is_file: on the way to a file's bytes a mirror may lead to the Hub, token and all, as in huggingface_hub."""
+        is_ours = hop.is_home or (is_file and parse_target(hop.url).origin in HUB_ORIGINS)
+        return {"Authorization": f"Bearer {self._token}"} if self._token and is_ours else {}
 
     def _error(self, reply: Reply, where: str) -> Exception:
         return error_of(reply, where, self._repo, self._endpoint, has_token=self._token is not None)
 
 
-def _add_page(tree: TreeBuilder, body: bytes, commit: str, where: str) -> None:
-    """Put one page of the tree API into the tree. Raises: StoreError if it is none."""
+def _add_page(tree: TreeBuilder, body: bytes, commit: str, where: str) -> int:
+    """Put one page of the tree API into the tree; how many entries it had. Raises: StoreError if it is none."""
     try:
-        for item in json.loads(body):
-            if item["type"] == "file":
-                tree.add_file(item["path"], _entry(item, commit))
-            elif item["type"] == "directory":
-                tree.add_directory(item["path"])
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise StoreError(f"{where}: expected a page of the repository's tree, got {body[:60]!r}: {e!r}") from e
+        items = parse_json(body)
+        if not isinstance(items, list):
+            raise ValueError("no list")
+    except ValueError as e:
+        raise StoreError(f"{where}: expected a page of the repository's tree, got {body[:60]!r}: {e}") from e
+    odd_count = 0
+    for item in items:
+        try:
+            kind, path = item["type"], item["path"]
+            if kind == "file":
+                tree.add_file(path, _entry(item, commit))
+            elif kind == "directory":
+                tree.add_directory(path)
+        except (KeyError, TypeError, AttributeError) as e:
+            odd_count += 1
+            tree.leave_out(reprlib.repr(item), f"no entry of a tree: {e!r}")
+    if items and odd_count == len(items):
+        raise StoreError(f"{where}: expected a page of the repository's tree, got {body[:60]!r}")
+    return len(items)
 
 
 def _entry(item: dict[str, Any], commit: str) -> Entry:
+    """Raises: KeyError, TypeError, AttributeError for what is none."""
     if lfs := item.get("lfs"):
-        sha256 = str(lfs["oid"]).removeprefix("sha256:")
-        return Entry("", EntryKind.FILE, int(lfs["size"]), 0, sha256, f"sha256:{sha256}", commit)
-    return Entry("", EntryKind.FILE, int(item["size"]), 0, str(item["oid"]), None, commit)
+        sha256 = lfs["oid"].removeprefix("sha256:")
+        return Entry("", EntryKind.FILE, size_of(lfs["size"]), 0, sha256, f"sha256:{sha256}", commit)
+    return Entry("", EntryKind.FILE, size_of(item["size"]), 0, item["oid"].strip(), None, commit)
 
 
 def open_url(url: str, options: SourceOptions) -> HfSource:

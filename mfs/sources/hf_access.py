@@ -11,16 +11,21 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from mfs.errors import AccessError, ChangedError, MfsError, NotFoundError, StoreError, TransientStoreError, UsageError
+from mfs.fetch.connections import Origin
 from mfs.fetch.retry import TRANSIENT_STATUSES, wished_pause_s
-from mfs.fetch.transport import Reply
+from mfs.fetch.transport import Reply, without_userinfo
 
 log = logging.getLogger(__name__)
 
 HUB_URL = "https://huggingface.co"
 
+HUB_ORIGINS = frozenset(Origin("https", host, 443) for host in ("huggingface.co", "hub-ci.huggingface.co", "hf.co"))
+"""Where a file's address may lead with the token, from a mirror as well. Source: huggingface_hub 2.4, _HUB_ORIGINS."""
+
 ADDRESS_S = 600.0
 """Life assumed of an address that does not state its own; the Hub signs for an hour."""
 
+_TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -34,23 +39,52 @@ def parse_hf_url(url: str) -> tuple[str, str]:
 
 def hub_endpoint(endpoint_url: str | None) -> str:
     """The hub to talk to: as configured, else HF_ENDPOINT, else the public one."""
-    return (endpoint_url or os.environ.get("HF_ENDPOINT") or HUB_URL).rstrip("/")
+    return without_userinfo(endpoint_url or os.environ.get("HF_ENDPOINT") or HUB_URL).rstrip("/")
 
 
 def hub_token() -> str | None:
-    """HF_TOKEN, else what stands in HF_TOKEN_PATH or where `hf auth login` writes it, else None."""
-    if token := os.environ.get("HF_TOKEN", "").strip():
+    """The token that huggingface_hub would send now, or None.
+
+    HF_TOKEN, else HUGGING_FACE_HUB_TOKEN, else what stands in HF_TOKEN_PATH or where `hf auth login` writes it; none
+    with HF_HUB_DISABLE_IMPLICIT_TOKEN. Source: `get_token` and `get_token_to_send` of huggingface_hub 2.4; its exchange
+    of OIDC tokens (HF_OIDC_RESOURCE) is left out.
+    """
+    if os.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in _TRUE:
+        return None
+    # A variable of blanks counts as set, and then the file is asked next: so does huggingface_hub.
+    variable = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "HUGGING_FACE_HUB_TOKEN"
+    if token := _clean(os.environ.get(variable, ""), variable):
         return token
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-    path = Path(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").expanduser()
+    path = _token_path()
     try:
-        return path.read_text().strip() or None
+        return _clean(path.read_text(), str(path))
     except FileNotFoundError:
         return None
-    except OSError as e:
-        log.warning("the Hub's token is not used: %s", e)
+    except (OSError, UnicodeDecodeError) as e:
+        log.warning("the Hub's token is not used: %s: %s", path, e)
         return None
+
+
+def _token_path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(os.path.expandvars(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or f"{home}/token")))
+
+
+def _clean(token: str, place: str) -> str | None:
+    """A token without line ends and blanks around it; None where nothing is left, or what no header can carry."""
+    token = token.replace("\r", "").replace("\n", "").strip()
+    if not (token.isascii() and token.isprintable()):
+        log.warning("the Hub's token is not used: %s holds other characters than a token may", place)
+        return None
+    return token or None
+
+
+def is_refusal(reply: Reply) -> bool:
+    """Whether an answer may mean that our token is not (or no longer) good: the Hub says so as 404, too."""
+    return reply.status in (401, 403) or (
+        reply.status == 404 and reply.headers.get("X-Error-Code", "") in ("RepoNotFound", "")
+    )
 
 
 def error_of(reply: Reply, where: str, repo: str, endpoint: str, *, has_token: bool) -> MfsError:

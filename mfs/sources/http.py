@@ -1,46 +1,52 @@
 """Models in a folder of a web server: `http(s)://host/path/`, with nginx's JSON index or a manifest.
 
 Version: the manifest's etag or sha256, else modification time (seconds) and size. With every range goes If-Match or
-If-Unmodified-Since, and the answer's ETag, Last-Modified and total size are compared as well.
+If-Unmodified-Since, and the answer's ETag, Last-Modified and total size are compared as well: `mfs.sources.binding`.
 Requests for a first listing: one per directory, looked at when needed; with a manifest two, for the whole tree, or one
-where the URL names the manifest.
+where the URL names the manifest; and a HEAD for each file of which the manifest states neither etag nor mtime.
 
 Traps: a file rewritten within the same second and with equal size is not noticed by time and size; publish by rename
-with a new time, or write a manifest with sha256. An entry with sha256 alone is not bound at the server, only by size,
-and by whoever verifies the digest. Servers must do ranges. Format of the manifest: `mfs.sources.http_listing`.
+with a new time, or write a manifest with etags. What neither the manifest nor the server can date is not read.
+Servers must do ranges. Format of the manifest: `mfs.sources.http_listing`.
 """
 
 from __future__ import annotations
 
 import logging
-import netrc
-import threading
-from collections.abc import Iterator, Mapping
-from urllib.parse import quote, unquote, urlsplit
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import unquote
 
 from mfs.errors import (
     AccessError,
-    ChangedError,
     MfsError,
     NotFoundError,
     StoreError,
-    TransientStoreError,
-    UsageError,
 )
-from mfs.fetch.environment import basic_authorization
-from mfs.fetch.redirects import Hop, follow
-from mfs.fetch.retry import TRANSIENT_STATUSES, wished_pause_s, with_retries
-from mfs.fetch.transport import Reply, Transport, parse_target
+from mfs.fetch.dates import epoch_s
+from mfs.fetch.redirects import Hop
+from mfs.fetch.retry import with_retries
+from mfs.fetch.transport import Reply, parse_target
+from mfs.fetch.validators import opaque_of
 from mfs.sources.base import Page
+from mfs.sources.binding import Binder, Check, binding_of, locator_of
+from mfs.sources.http_access import HttpAccess, error_of, parse_http_url
 from mfs.sources.http_listing import MANIFEST_NAME, add_autoindex, add_manifest, is_autoindex
 from mfs.sources.options import SourceOptions
 from mfs.sources.tree import TreeBuilder
-from mfs.types import ByteRange, ObjectId
+from mfs.types import ByteRange, Entry, EntryKind, ObjectId
 
 log = logging.getLogger(__name__)
 
 WARM_CONNECTIONS = 3
 """Opened beside the first listing, so that the first reads find them ready."""
+
+ASKED_MAX = 10_000
+"""Files of one manifest whose validators are asked of the server; what goes beyond is not read."""
+
+ASKED_PARALLEL = 8
+"""HEAD requests under way at once."""
 
 
 class HttpSource:
@@ -49,26 +55,28 @@ class HttpSource:
     def __init__(
         self, folder_url: str, manifest: str | None, authorization: str | None, options: SourceOptions
     ) -> None:
-        """folder_url: percent-encoded, ending in '/', without userinfo. manifest: its name, if the user named one."""
+        """folder_url: percent-encoded, ending in '/', without userinfo. manifest: its name, if the user named one.
+        authorization: None for what ~/.netrc says, now and whenever that is refused.
+        """
         self.identity = folder_url
-        self._folder_url = folder_url
         self._manifest = manifest
-        self._authorization = authorization
-        self._transport = Transport(connections_max=options.connections_max)
-        self._closed = threading.Event()
+        self._access = HttpAccess(folder_url, authorization, options)
+        self._binder = Binder(
+            trusts_dates=True, advice="write etag or mtime into the manifest, and let the server send them too"
+        )
         self._is_warm = False
 
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Yield one directory, or with a manifest all of it at once; see `Source.list`."""
         if not self._is_warm:
             self._is_warm = True
-            self._transport.preconnect(self._folder_url, WARM_CONNECTIONS, deadline_s=deadline_s)
+            self._access.transport.preconnect(self.identity, WARM_CONNECTIONS, deadline_s=deadline_s)
         if self._manifest:
             yield from self._manifest_pages(self._manifest, path, deadline_s)
             return
-        url = self._url(f"{path}/" if path else "")
+        url = self._access.url(f"{path}/" if path else "")
         where = parse_target(url).shown
-        reply = self._get(url, deadline_s)
+        reply = self._access.get(url, deadline_s)
         if reply.status == 200 and is_autoindex(reply.body):
             tree = TreeBuilder(where, path)
             names = add_autoindex(tree, reply.body, where)
@@ -87,31 +95,32 @@ class HttpSource:
 
     def get_range(self, obj: ObjectId, span: ByteRange, *, out: memoryview, deadline_s: float) -> None:
         """Fill `out` from exactly this version; see `Source.get_range`."""
-        url = self._url(obj.path)
+        url = self._access.url(obj.path)
         where = parse_target(url).shown
-        condition, _, value = obj.locator.partition(": ")
-        headers = {condition: value} if condition.startswith("If-") else {}
+        binding = binding_of(obj.locator)
 
-        def send(hop: Hop) -> Reply:
-            return self._transport.read_range(
-                hop.url, span, out=out, size=obj.size, headers=self._headers(hop, headers), deadline_s=deadline_s
-            )
+        def send(part: ByteRange, view: memoryview, condition: dict[str, str], check: Check | None) -> Reply:
+            def send_to(hop: Hop) -> Reply:
+                return self._access.transport.read_range(
+                    hop.url, part, out=view, size=obj.size, headers=self._access.headers(hop, condition), check=check,
+                    deadline_s=deadline_s,
+                )  # fmt: skip
+
+            return self._access.follow(url, send_to)
 
         def attempt() -> None:
-            reply, _ = follow(Hop(url), send)
+            reply = self._binder.read(binding, span, out, send, where)
             if reply.status not in (200, 206):
-                raise _error_of(reply, where)
-            _check_version(reply, condition, value, where)
+                raise error_of(reply, where)
 
         if not span:
             return
         what = f"{where}: bytes {span.start}-{span.stop}"
-        with_retries(attempt, what=what, deadline_s=deadline_s, stopped=self._closed)
+        with_retries(attempt, what=what, deadline_s=deadline_s, stopped=self._access.closed)
 
     def close(self) -> None:
         """Drop connections; see `Source.close`."""
-        self._closed.set()
-        self._transport.close()
+        self._access.close()
 
     def _adopt_manifest(self, deadline_s: float) -> Iterator[Page]:
         """The pages of the manifest in the folder, which is asked first from now on. Raises: NotFoundError if none."""
@@ -120,67 +129,52 @@ class HttpSource:
         return iter(pages)
 
     def _manifest_pages(self, name: str, path: str, deadline_s: float) -> Iterator[Page]:
-        url = self._url(name)
+        url = self._access.url(name)
         where = parse_target(url).shown
-        reply = self._get(url, deadline_s)
+        reply = self._access.get(url, deadline_s)
         if reply.status != 200:
-            raise _error_of(reply, where)
+            raise error_of(reply, where)
         tree = TreeBuilder(where, "")
         add_manifest(tree, reply.body, where)
         pages = [page for page in tree.pages() if not path or page[0] == path or page[0].startswith(f"{path}/")]
         if not pages:
             raise NotFoundError(f"{where}: names nothing below {path!r}")
+        self._ask_for_validators(pages, where, deadline_s)
         yield from pages
 
-    def _get(self, url: str, deadline_s: float) -> Reply:
-        """A small answer, whatever its status unless that is transient."""
+    def _ask_for_validators(self, pages: Sequence[Page], where: str, deadline_s: float) -> None:
+        """Bind the files of which a manifest states neither etag nor mtime by what the server says of them now."""
+        unbound = [(folder, entries, index) for folder, entries in pages for index, entry in enumerate(entries)
+                   if entry.kind is EntryKind.FILE and not entry.locator]  # fmt: skip
+        half_s = (time.monotonic() + deadline_s) / 2  # a file that does not answer costs itself, not the listing
 
-        def send(hop: Hop) -> Reply:
-            return self._transport.request(hop.url, headers=self._headers(hop, {}), deadline_s=deadline_s)
+        def ask(item: tuple[str, list[Entry], int]) -> bool:
+            folder, entries, index = item
+            entry = entries[index]
+            url = self._access.url(f"{folder}/{entry.name}" if folder else entry.name)
+            try:
+                entries[index] = _bound(entry, self._access.get(url, half_s, method="HEAD"))
+            except MfsError:
+                pass  # counted below
+            return bool(entries[index].locator)
 
-        def attempt() -> Reply:
-            reply, _ = follow(Hop(url), send)
-            if reply.status in TRANSIENT_STATUSES:
-                raise _error_of(reply, parse_target(url).shown)
-            return reply
-
-        what = f"listing {parse_target(url).shown}"
-        return with_retries(attempt, what=what, deadline_s=deadline_s, stopped=self._closed)
-
-    def _headers(self, hop: Hop, headers: Mapping[str, str]) -> dict[str, str]:
-        if self._authorization and hop.is_home:
-            return {**headers, "Authorization": self._authorization}
-        return dict(headers)
-
-    def _url(self, path: str) -> str:
-        return self._folder_url + quote(path, safe="/-_.~")
-
-
-def _check_version(reply: Reply, condition: str, value: str, where: str) -> None:
-    """That the answer is of the version asked for, should the server have ignored the condition."""
-    name = "Last-Modified" if condition == "If-Unmodified-Since" else "ETag"
-    said = reply.headers.get(name)
-    if condition and said and said.strip() != value:
-        raise ChangedError(f"{where}: expected {name} {value}, got {said.strip()}; refresh to see the new version")
+        with ThreadPoolExecutor(ASKED_PARALLEL) as pool:
+            bound_count = sum(pool.map(ask, unbound[:ASKED_MAX]))
+        if bound_count < len(unbound):
+            log.warning("%s: states neither etag nor mtime of %d files, nor does the server (of %d at most it was "
+                        "asked): they are not read, since nothing would tell that they were replaced",
+                        where, len(unbound) - bound_count, ASKED_MAX)  # fmt: skip
 
 
-def _error_of(reply: Reply, where: str) -> MfsError:
-    """Our error for an answer that is neither 200 nor 206."""
-    match reply.status:
-        case 401:
-            return AccessError(f"{where}: wants a user and a password; put them into the URL or into ~/.netrc")
-        case 403 | 407:
-            return AccessError(f"{where}: status {reply.status}: the server refuses this; check its configuration")
-        case 404 | 410:
-            return NotFoundError(f"{where}: status {reply.status}: not there (any more)")
-        case 412:
-            return ChangedError(f"{where}: replaced since it was listed; refresh to see the new version")
-        case 416:
-            return ChangedError(f"{where}: shorter than when it was listed; refresh to see the new version")
-        case status if status in TRANSIENT_STATUSES:
-            return TransientStoreError(f"{where}: status {status}", retry_after_s=wished_pause_s(reply.headers))
-        case status:
-            return StoreError(f"{where}: unexpected status {status}")
+def _bound(entry: Entry, reply: Reply) -> Entry:
+    """A manifest's entry, bound by what the server says of the file; unbound if it says nothing."""
+    etag, seconds = reply.headers.get("ETag", ""), epoch_s(reply.headers.get("Last-Modified", ""))
+    locator = locator_of(etag, None if seconds is None else seconds * 1_000_000_000)
+    if reply.status != 200 or not locator:
+        return entry
+    version = f'"{opaque_of(etag)}"' if opaque_of(etag) else f"{seconds}-{entry.size}"
+    mtime_ns = entry.mtime_ns or max(0, seconds or 0) * 1_000_000_000
+    return entry._replace(version=entry.digest or version, mtime_ns=mtime_ns, locator=locator)
 
 
 def _listing_error(reply: Reply, where: str) -> MfsError:
@@ -188,39 +182,14 @@ def _listing_error(reply: Reply, where: str) -> MfsError:
     if reply.status == 200:
         kind = reply.headers.get("Content-Type", "something else")
         return StoreError(f"{where}: {wish}; got {kind}")
-    error = _error_of(reply, where)
+    error = error_of(reply, where)
     return AccessError(f"{error}; {wish}") if reply.status == 403 else error
 
 
 def open_url(url: str, options: SourceOptions) -> HttpSource:
     """The folder, or the manifest, that an http(s) URL names. Raises: UsageError."""
-    parts = urlsplit(url)
-    try:
-        port = parts.port
-    except ValueError:
-        port = -1
-    if not parts.hostname or port == -1 or parts.query or parts.fragment:
-        raise UsageError("an http source is http(s)://[user:password@]host[:port]/folder/, without '?' or '#'")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-    folder, _, name = path.rpartition("/")
+    folder_url, name, authorization = parse_http_url(url)
     manifest = unquote(name) if name.endswith(".json") else None
     if not manifest and name:
-        folder = path
-    authority = host if port is None else f"{host}:{port}"
-    authorization = _authorization(parts.username, parts.password, parts.hostname)
-    return HttpSource(f"{parts.scheme}://{authority}{folder}/", manifest, authorization, options)
-
-
-def _authorization(username: str | None, password: str | None, host: str) -> str | None:
-    """Basic credentials from the URL, else from ~/.netrc, else None."""
-    if username is not None:
-        return basic_authorization(username, password)
-    try:
-        found = netrc.netrc().authenticators(host)
-    except FileNotFoundError:
-        return None
-    except (netrc.NetrcParseError, OSError) as e:
-        log.warning("~/.netrc is not used: %s", e)
-        return None
-    return basic_authorization(quote(found[0]), quote(found[2] or "")) if found else None
+        folder_url = f"{folder_url}{name}/"
+    return HttpSource(folder_url, manifest, authorization, options)

@@ -5,22 +5,24 @@ The manifest, `mfs-manifest.json` in the folder or any .json named by the URL:
     {"files": [{"path": "m/w.safetensors", "size": 123, "sha256": "…", "etag": "…", "mtime": 1767225600}]}
 
 path: below the manifest's folder, '/'-separated. size: bytes. The rest may be absent; sha256 is hex of the whole file,
-etag as the server sends it, mtime seconds since the epoch or ISO 8601.
+etag as the server sends it (quotes and W/ do not matter), mtime seconds since the epoch, ISO 8601 or a date of HTTP. An
+entry that says what cannot be is left out, a date that is none is taken for absent.
 
-What binds a read to a version goes into `Entry.locator` as a header line: `If-Match: "…"`, `ETag: W/"…"` (weak:
-compared with the answer only), or `If-Unmodified-Since: <HTTP date>`.
+What binds a read to a version goes into `Entry.locator`: see `mfs.sources.binding`.
 """
 
 from __future__ import annotations
 
-import email.utils
 import hashlib
-import json
 import re
-from datetime import UTC, datetime
+import reprlib
 from typing import Any
 
 from mfs.errors import StoreError
+from mfs.fetch.dates import epoch_s
+from mfs.fetch.validators import opaque_of
+from mfs.sources.binding import UNBOUND, locator_of
+from mfs.sources.bounds import parse_json, size_of
 from mfs.sources.tree import TreeBuilder
 from mfs.types import Entry, EntryKind
 
@@ -36,77 +38,73 @@ def is_autoindex(body: bytes) -> bool:
 
 def add_autoindex(tree: TreeBuilder, body: bytes, where: str) -> list[str]:
     """Put nginx's JSON index of one folder into the tree; its names. Raises: StoreError if it is none."""
-    names = []
+    names: list[str] = []
     try:
-        for item in json.loads(body.decode("utf-8", "surrogateescape")):
-            names.append(name := str(item["name"]))
+        items = parse_json(body)
+        for item in items:
+            if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+                tree.leave_out(reprlib.repr(item), "an entry without a name")
+                continue
+            names.append(name := item["name"])
             path = name.replace("/", "\0")  # a '/' inside a name is a fault, not a directory
-            if item["type"] == "directory":
+            if item.get("type") == "directory":
                 tree.add_unlisted_directory(path)
-            elif item["type"] == "file":
-                seconds = _epoch_of_http_date(item["mtime"])
-                tree.add_file(path, _entry(int(item["size"]), f"{seconds}-{item['size']}", seconds))
-    except (ValueError, KeyError, TypeError) as e:
-        raise StoreError(f"{where}: expected nginx's JSON index, got {body[:60]!r}: {e!r}") from e
+            elif item.get("type") == "file":
+                size, seconds = size_of(item.get("size")), epoch_s(item.get("mtime"))
+                dated = seconds if seconds is not None else reprlib.repr(item.get("mtime"))
+                tree.add_file(path, _entry(size, f"{dated}-{size}", seconds))
+        if items and not names:
+            raise ValueError("none of its entries has a name")
+    except (ValueError, TypeError) as e:
+        raise StoreError(f"{where}: expected nginx's JSON index, got {body[:60]!r}: {e}") from e
     return names
 
 
 def add_manifest(tree: TreeBuilder, body: bytes, where: str) -> None:
     """Put all files of a manifest into the tree. Raises: StoreError naming what is wrong with it."""
     try:
-        files = json.loads(body)["files"]
+        files = parse_json(body)["files"]
         if not isinstance(files, list):
             raise TypeError("'files' is no list")
     except (ValueError, KeyError, TypeError) as e:
         raise StoreError(f'{where}: expected {{"files": [{{"path": …, "size": …}}]}}, got {body[:60]!r}: {e!r}') from e
-    fallback = f"manifest:{hashlib.sha256(body).hexdigest()[:16]}"
+    fallback = f"{UNBOUND}:{hashlib.sha256(body).hexdigest()[:16]}"
     for number, item in enumerate(files):
         try:
             path, entry = _manifest_entry(item, fallback)
-        except (ValueError, KeyError, TypeError, OverflowError) as e:
-            raise StoreError(f"{where}: entry {number} of 'files' is {str(item)[:80]!r}: {e!r}") from e
-        tree.add_file(path, entry)
+        except ValueError as e:
+            tree.leave_out(f"entry {number} of 'files', {reprlib.repr(item)}", str(e))
+        else:
+            tree.add_file(path, entry)
+    if files and not len(tree):
+        raise StoreError(f"{where}: none of its files can be shown: {tree.left_out}")
 
 
 def _manifest_entry(item: dict[str, Any], fallback: str) -> tuple[str, Entry]:
-    """(path, entry). `fallback`: the version where the manifest names none; it changes with the manifest."""
-    path, size = item["path"], item["size"]
-    if not isinstance(path, str) or type(size) is not int or size < 0:
-        raise ValueError("path must be a string and size a number of bytes")
-    seconds = _epoch_of(item["mtime"]) if item.get("mtime") is not None else None
+    """(path, entry). `fallback`: the version where the manifest names none; it changes with the manifest.
+
+    Raises: ValueError saying what is wrong. Numbers and lengths beyond reason are the tree's business.
+    """
+    if not isinstance(item, dict) or not isinstance(item.get("path"), str) or "size" not in item:
+        raise ValueError("expected an object with a path, which is a string, and a size, the number of bytes")
+    path, size, seconds = item["path"], size_of(item["size"]), epoch_s(item.get("mtime"))
     digest = None
-    if item.get("sha256") is not None:
-        match = _SHA256.fullmatch(str(item["sha256"]).lower())
+    sha256, etag = item.get("sha256"), item.get("etag") or None
+    if sha256 is not None:
+        match = _SHA256.fullmatch(sha256.lower()) if isinstance(sha256, str) else None
         if not match:
             raise ValueError("sha256 must be 64 hex digits")
         digest = f"sha256:{match[1]}"
-    etag = str(item["etag"]) if item.get("etag") else None
-    if etag and not etag.endswith('"'):
-        etag = f'"{etag}"'
-    version = etag or digest or (f"{seconds}-{size}" if seconds is not None else fallback)
+    if etag is not None and not isinstance(etag, str):
+        raise ValueError("etag must be a string")
+    tag = f'"{opaque}"' if (opaque := opaque_of(etag or "")) else None
+    version = tag or digest or (f"{seconds}-{size}" if seconds is not None else fallback)
     return path, _entry(size, version, seconds, etag=etag, digest=digest)
 
 
 def _entry(
     size: int, version: str, seconds: int | None, *, etag: str | None = None, digest: str | None = None
 ) -> Entry:
-    if etag:
-        locator = f"ETag: {etag}" if etag.startswith("W/") else f"If-Match: {etag}"
-    elif seconds is not None:
-        locator = f"If-Unmodified-Since: {email.utils.formatdate(seconds, usegmt=True)}"
-    else:
-        locator = ""
+    locator = locator_of(etag, None if seconds is None else seconds * 1_000_000_000)
     mtime_ns = (seconds or 0) * 1_000_000_000
     return Entry("", EntryKind.FILE, size, mtime_ns, version, digest, locator)
-
-
-def _epoch_of_http_date(text: str) -> int:
-    return int(email.utils.parsedate_to_datetime(text).timestamp())
-
-
-def _epoch_of(value: Any) -> int:
-    """Whole seconds since the epoch: Last-Modified knows no finer ones."""
-    if isinstance(value, int | float):
-        return int(value)
-    moment = datetime.fromisoformat(str(value))
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())

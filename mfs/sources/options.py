@@ -17,9 +17,17 @@ class SourceOptions:
     """S3: the region to sign for, where the configuration does not say."""
     unsigned: bool = False
     """S3: do not sign; for public buckets."""
+    requester_pays: bool = False
+    """S3: say with every request that we pay for it, without which such buckets refuse everybody but their owner."""
     token: str | None = field(default=None, repr=False)
     """Hub: the access token, instead of HF_TOKEN and the file that `hf auth login` writes."""
     layout: str = "plain"
     """Hub: 'hub-cache' shows the repository as huggingface_hub's cache would, see `sources.hf_cache`."""
+    require_signature: str | None = None
+    """Registry: file with the public key that every revision must be signed with, see `registry.signing`."""
+    mountpoint: str = ""
+    """Folder: real path of the mount's own directory, which no folder shows."""
+    cache_directory: str = ""
+    """Folder: the mount's own cache, which no folder shows."""
     connections_max: int = 32
     """Connections kept per origin and process; readers beyond it wait inside their deadline."""

@@ -1,26 +1,34 @@
 """Models in an S3 bucket: `s3://bucket/prefix`, at AWS or any endpoint.
 
-Version: the ETag, sent as If-Match with every range, so a replaced object is never mixed with its successor.
+Version: the ETag, sent as If-Match with every range, so a replaced object is never mixed with its successor. Of a
+store that lists none (JuiceFS's gateway), Last-Modified and size: If-Unmodified-Since goes with every range, and the
+store must have been seen to keep it. See `mfs.sources.binding`.
 Requests for a first listing: one, if at most 1000 keys lie below the prefix: then every directory comes at once.
 Otherwise one more per 1000 names of a directory, each directory when it is looked at.
 
 Traps: a multipart ETag is no digest of the content; equal bytes uploaded in other parts are another version, and cost a
 refetch. An overwrite with equal bytes keeps the ETag and stays the same version, which is right. Stores that ignore
-If-Match are caught by the ETag of the answer. Keys with empty, '.' or '..' parts have no place in a tree.
+If-Match are caught by the ETag of the answer. Without ETags two versions of one second and size look alike to a read:
+what was written within the second of its listing is listed again a second later. Keys with empty, '.' or '..' parts
+have no place in a tree.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
-from mfs.errors import ChangedError, NotFoundError, StoreError
+from mfs.errors import NotFoundError
 from mfs.fetch.retry import with_retries
 from mfs.fetch.transport import Reply, Transport
 from mfs.sources.base import Page
+from mfs.sources.binding import Binder, Check, binding_of
 from mfs.sources.options import SourceOptions
 from mfs.sources.s3_access import S3Access, parse_s3_url
-from mfs.sources.s3_answers import ListingPage, error_of, parse_listing, region_hint
+from mfs.sources.s3_again import ask
+from mfs.sources.s3_answers import ListingPage, error_of
+from mfs.sources.s3_listing import S3Listing
 from mfs.sources.tree import TreeBuilder
 from mfs.types import ByteRange, ObjectId
 
@@ -28,8 +36,9 @@ WARM_CONNECTIONS = 3
 """Opened beside the first listing, so that the first reads find them ready and save a handshake's round trips."""
 
 
-KEYS_PER_PAGE = 1000
-"""The most that S3 gives in one page."""
+SETTLE_S = 1.0
+"""Pause before objects without ETag that were written within the second of their listing are listed again, once: what
+replaces them from then on has another date."""
 
 
 class S3Source:
@@ -39,8 +48,10 @@ class S3Source:
         """prefix: '' or ending in '/'. Raises: ConfigError if the AWS configuration cannot work."""
         self._access = S3Access(bucket, options)
         self._prefix = prefix
-        self._transport = Transport(connections_max=options.connections_max)
+        self._transport = Transport(connections_max=options.connections_max, ca_bundle=self._access.ca_bundle)
         self._closed = threading.Event()
+        self._listing = S3Listing(self._access, self._transport, self._closed)
+        self._binder = Binder(trusts_dates=False, advice="let the store give ETags (juicefs gateway --keep-etag, say)")
         self._is_warm = False
         self.identity = f"s3://{bucket}/{prefix}".rstrip("/")
         if self._access.endpoint:
@@ -53,28 +64,39 @@ class S3Source:
             self._transport.preconnect(self._access.object_url(""), WARM_CONNECTIONS, deadline_s=deadline_s)
         prefix = f"{self._prefix}{path}/" if path else self._prefix
         where = f"s3://{self._access.bucket}/{prefix}"
+        tree, is_settled = self._tree(prefix, path, where, deadline_s)
+        if not is_settled and time.monotonic() + 2 * SETTLE_S < deadline_s:
+            self._closed.wait(SETTLE_S)
+            tree, _ = self._tree(prefix, path, where, deadline_s)
+        yield from tree.pages()
+
+    def _tree(self, prefix: str, path: str, where: str, deadline_s: float) -> tuple[TreeBuilder, bool]:
+        """What lies below a prefix, and whether each version in it is told from all that may come."""
         tree = TreeBuilder(where, path)
-        has_any = False
+        has_any, is_settled = False, True
         for page in self._pages(prefix, where, deadline_s):
             has_any = has_any or bool(page.files or page.prefixes)
+            is_settled = is_settled and not page.has_unsettled
             _add(tree, page, prefix)
         if prefix and not has_any:
             raise NotFoundError(f"{where}: no keys with this prefix; check the path")
-        yield from tree.pages()
+        return tree, is_settled
 
     def get_range(self, obj: ObjectId, span: ByteRange, *, out: memoryview, deadline_s: float) -> None:
         """Fill `out` from exactly this version; see `Source.get_range`."""
         where = f"s3://{self._access.bucket}/{self._prefix}{obj.path}"
 
+        if not span:
+            return
+        binding = binding_of(obj.locator or f'If-Match: "{obj.version}"')
+
+        def send(part: ByteRange, view: memoryview, condition: dict[str, str], check: Check | None) -> Reply:
+            return self._read(obj, part, view, condition, check, deadline_s)
+
         def attempt() -> None:
-            reply = self._read(obj, span, out, deadline_s)
+            reply = self._binder.read(binding, span, out, send, where)
             if reply.status not in (200, 206):
                 raise error_of(reply, where, self._access.region)
-            etag = reply.headers.get("ETag")
-            if etag and etag.strip().removeprefix("W/").strip('"') != obj.version:
-                raise ChangedError(
-                    f"{where}: expected ETag {obj.version}, got {etag.strip()}: the store ignores If-Match"
-                )
 
         what = f"{where}: bytes {span.start}-{span.stop}"
         with_retries(attempt, what=what, deadline_s=deadline_s, stopped=self._closed)
@@ -84,63 +106,36 @@ class S3Source:
         self._closed.set()
         self._transport.close()
 
-    def _read(self, obj: ObjectId, span: ByteRange, out: memoryview, deadline_s: float) -> Reply:
-        """A range GET; once more where the bucket really is, if the first answer says so."""
-        for _ in range(2):
-            url = self._access.object_url(self._prefix + obj.path)
-            headers = {**self._access.headers(url), "If-Match": f'"{obj.version}"'}
-            reply = self._transport.read_range(
-                url, span, out=out, size=obj.size, headers=headers, deadline_s=deadline_s
-            )
-            if not self._moved_region(reply):
-                break
-        return reply
+    def _read(
+        self, obj: ObjectId, span: ByteRange, out: memoryview, condition: dict[str, str], check: Check | None,
+        deadline_s: float,
+    ) -> Reply:  # fmt: skip
+        """A range GET, see `s3_again`."""
+        return ask(
+            self._access,
+            self._transport,
+            lambda: self._access.object_url(self._prefix + obj.path),
+            lambda url, headers: self._transport.read_range(
+                url, span, out=out, size=obj.size, headers={**headers, **condition}, check=check, deadline_s=deadline_s
+            ),
+            deadline_s=deadline_s,
+        )
 
     def _pages(self, prefix: str, where: str, deadline_s: float) -> Iterator[ListingPage]:
         """The pages that together say what is in a directory: one flat page if it says all, else page by page."""
-        flat = self._page({"prefix": prefix}, where, deadline_s)
-        if flat.next_token is None:
+        flat = self._listing.page({"prefix": prefix}, where, deadline_s)
+        if not flat.following:
             yield flat
             return
-        token: str | None = ""
-        while token is not None:
-            query = {"prefix": prefix, "delimiter": "/"}
-            if token:
-                query["continuation-token"] = token
-            page = self._page(query, where, deadline_s)
-            yield page
-            if page.next_token == token:
-                raise StoreError(f"{where}: the listing goes in circles: the same continuation token came twice")
-            token = page.next_token
-
-    def _page(self, query: dict[str, str], where: str, deadline_s: float) -> ListingPage:
-        query = {"list-type": "2", "encoding-type": "url", "max-keys": str(KEYS_PER_PAGE), **query}
-
-        def attempt() -> ListingPage:
-            for _ in range(2):
-                url = self._access.listing_url(query)
-                reply = self._transport.request(url, headers=self._access.headers(url), deadline_s=deadline_s)
-                if not self._moved_region(reply):
-                    break
-            if reply.status != 200:
-                raise error_of(reply, where, self._access.region)
-            return parse_listing(reply.body, where)
-
-        return with_retries(attempt, what=f"listing {where}", deadline_s=deadline_s, stopped=self._closed)
-
-    def _moved_region(self, reply: Reply) -> bool:
-        """Whether the answer named another region, which is used from now on."""
-        region = region_hint(reply)
-        if not region or region == self._access.region:
-            return False
-        self._access.region = region
-        return True
+        yield from self._listing.pages({"prefix": prefix, "delimiter": "/"}, where, deadline_s)
 
 
 def _add(tree: TreeBuilder, page: ListingPage, prefix: str) -> None:
     """Put a page into the tree. A marker key 'a/' says that the directory exists, and is no file."""
     for key, entry in page.files:
         name = key.removeprefix(prefix)
+        if key.endswith("/") and entry.size:
+            tree.note(key, "content of a key that ends in '/', which no path leads to: the directory is served")
         if name.endswith("/"):
             tree.add_directory(name[:-1])
         elif name:  # the marker of the listed directory itself has none

@@ -2,18 +2,26 @@
 
 Signatures cover neither Range nor If-Match, so one serves all parts of an object for a minute: making one takes
 66 µs, finding it again 2 µs (EPYC, Python 3.11). Proxies may rewrite Range freely.
+
+Keys are looked for anew when they are refused, wherever botocore finds them: whoever rotates them writes others into
+the file, or has the program or the token file ready that gives them.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
+import os
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
-from mfs.errors import AccessError, ConfigError, TransientStoreError, UsageError
+from mfs.errors import AccessError, ConfigError, StoreError, TransientStoreError, UsageError
+from mfs.fetch.environment import CaBundle, ca_bundle
+from mfs.fetch.transport import without_userinfo
 from mfs.sources.options import SourceOptions
 
 log = logging.getLogger(__name__)
@@ -21,8 +29,22 @@ log = logging.getLogger(__name__)
 SIGNATURE_S = 60.0
 """Age at which a signature is made anew; S3 accepts up to 15 minutes, which leaves 14 to a clock that is wrong."""
 
+SEARCH_PAUSES = 2.0
+"""Shortest pause after a search for other keys that found none, in times of what it took (30 ms where files say all):
+what asks is a read that was refused, of which there may be thousands a second, while a search may run a program
+(credential_process) or ask a token service."""
+
 SIGNATURES_MAX = 4096
 """Signatures remembered; at the limit all are forgotten, which costs one new one per object."""
+
+
+class Signed(NamedTuple):
+    """What authorises one request, and with what it was made: by that an answer is judged."""
+
+    headers: dict[str, str]
+    region: str
+    keys: Any
+    """botocore's ReadOnlyCredentials; None for an unsigned request."""
 
 
 class S3Access:
@@ -37,6 +59,8 @@ class S3Access:
 
         self.bucket = bucket
         self._is_signed = not options.unsigned
+        self._payer = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
+        self._profile = options.profile
         self._session = botocore.session.Session(profile=options.profile)
         try:
             scoped = self._session.get_scoped_config()
@@ -45,17 +69,22 @@ class S3Access:
             ).provide()
         except botocore.exceptions.BotoCoreError as e:
             raise ConfigError(f"s3://{bucket}: AWS configuration: {e}") from e
-        self.endpoint: str | None = (options.endpoint_url or configured or "").rstrip("/") or None
+        endpoint = without_userinfo(options.endpoint_url or configured or "").rstrip("/")
+        self.endpoint: str | None = endpoint or None
         self.region: str = options.region or self._session.get_config_variable("region") or "us-east-1"
-        self._is_virtual = (scoped.get("s3") or {}).get("addressing_style", "auto") == "virtual" or (
+        self.is_virtual = (scoped.get("s3") or {}).get("addressing_style", "auto") == "virtual" or (
             self.endpoint is None and "." not in bucket  # a wildcard certificate covers no dots
         )
         if self.endpoint and urlsplit(self.endpoint).scheme not in ("http", "https"):
             raise ConfigError(f"s3://{bucket}: endpoint {self.endpoint!r}: expected http://host[:port] or https://host")
-        self._lock = threading.Lock()
+        self.ca_bundle = _ca_bundle(self._session)
+        self._searching = threading.Lock()
+        """Held by who looks for keys."""
         self._base_urls: dict[str, str] = {}
         self._credentials: Any = None
-        self._signed: dict[tuple[str, str, str], tuple[float, dict[str, str]]] = {}
+        self._search_again_s = -math.inf
+        """time.monotonic() from which other keys may be searched again, after a search that found none."""
+        self._signed: dict[tuple[str, Any, str], tuple[float, Signed]] = {}
 
     def object_url(self, key: str) -> str:
         """The address of an object."""
@@ -65,46 +94,109 @@ class S3Access:
         """The address of a ListObjectsV2 request."""
         return f"{self._base_url()}/?{urlencode(sorted(query.items()), quote_via=quote, safe='-_.~')}"
 
-    def headers(self, url: str) -> dict[str, str]:
-        """Headers that authorise a GET of `url`; the caller may add others. May wait for a credential service.
+    def sign(self, url: str, method: str = "GET") -> Signed:
+        """Headers that authorise a request of `url`; the caller may add others. May wait for a credential service.
 
         Raises: AccessError if there are no credentials, TransientStoreError if refreshing them failed.
         """
         if not self._is_signed:
-            return {}
-        frozen = self._frozen_credentials()
-        slot = (url, frozen.access_key, self.region)
+            return Signed(self._payer, self.region, None)
+        keys = self._keys()
+        region = self.region
+        if method != "GET":  # too rare to be remembered
+            return self._sign(method, url, keys, region)
+        slot = (url, keys, region)
         now_s = time.time()  # the clock that stands in the signature, also after a suspend
         known = self._signed.get(slot)
         if known and 0 <= now_s - known[0] < SIGNATURE_S:
             return known[1]
-        headers = self._sign(url, frozen)
+        signed = self._sign(method, url, keys, region)
         if len(self._signed) >= SIGNATURES_MAX:
             self._signed.clear()
-        self._signed[slot] = (now_s, headers)
-        return headers
+        self._signed[slot] = (now_s, signed)
+        return signed
 
-    def _sign(self, url: str, frozen: Any) -> dict[str, str]:
+    def renew(self, refused: Signed, *, deadline_s: float) -> bool:
+        """Whether there are other keys than those that were refused; searches where they came from, see SEARCH_PAUSES.
+
+        Waits for a search under way until `deadline_s`. Never raises: if it fails, what was refused stays the news.
+        """
+        if refused.keys is None or not self._searching.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
+            return False
+        try:
+            if self._others(lambda: self._credentials, refused.keys):
+                return True  # somebody else has found them already
+            started_s = time.monotonic()
+            if started_s < self._search_again_s:
+                return False
+            if found := self._others(lambda: self._new_session().get_credentials(), refused.keys):
+                self._credentials = found
+                return True
+            now_s = time.monotonic()
+            self._search_again_s = now_s + SEARCH_PAUSES * (now_s - started_s)
+            return False
+        finally:
+            self._searching.release()
+
+    def _others(self, find: Callable[[], Any], refused: Any) -> Any:
+        """What `find` gives, if it has other keys than these, else None."""
+        try:
+            found = find()
+            return found if found is not None and found.get_frozen_credentials() != refused else None
+        except Exception as e:  # programs and services of all kinds give keys, and fail in as many ways
+            log.warning("s3://%s: looking for other keys than the refused ones failed: %r", self.bucket, e)
+            return None
+
+    def move(self, region: str, *, asked: str) -> bool:
+        """Sign for another region from now on, as a server says; whether it is another than was asked.
+
+        Raises: StoreError if it is no name of a region: AWS's addresses are made of it.
+        """
+        import botocore.exceptions
+        from botocore.utils import validate_region_name
+
+        try:
+            validate_region_name(region)
+        except botocore.exceptions.InvalidRegionError as e:
+            raise StoreError(f"s3://{self.bucket}: the bucket is said to be in region {region[:60]!r}: {e}") from e
+        if region == asked:
+            return False
+        self.region = region
+        return True
+
+    def _new_session(self) -> Any:
+        """A session that has read no file yet: botocore reads each once."""
+        import botocore.session
+
+        return botocore.session.Session(profile=self._profile)
+
+    def _sign(self, method: str, url: str, keys: Any, region: str) -> Signed:
         from botocore.auth import S3SigV4Auth
         from botocore.awsrequest import AWSRequest
 
-        request = AWSRequest("GET", url)
-        S3SigV4Auth(frozen, "s3", self.region).add_auth(request)
-        return dict(request.headers.items())
+        request = AWSRequest(method, url, headers=self._payer)
+        S3SigV4Auth(keys, "s3", region).add_auth(request)
+        return Signed(dict(request.headers.items()), region, keys)
 
-    def _frozen_credentials(self) -> Any:
+    def _keys(self) -> Any:
         import botocore.exceptions
 
         try:
-            with self._lock:
-                if self._credentials is None:
-                    self._credentials = self._session.get_credentials()
-            if self._credentials is not None:
-                return self._credentials.get_frozen_credentials()
+            credentials = self._credentials
+            if credentials is None:
+                with self._searching:
+                    if self._credentials is None:
+                        self._credentials = self._new_session().get_credentials()
+                    credentials = self._credentials
+            if credentials is not None:
+                return credentials.get_frozen_credentials()
         except botocore.exceptions.PartialCredentialsError as e:
             raise AccessError(f"s3://{self.bucket}: {e}") from e
         except botocore.exceptions.BotoCoreError as e:
             raise TransientStoreError(f"s3://{self.bucket}: fetching credentials failed: {e}") from e
+        except (botocore.exceptions.ClientError, OSError, ValueError, RuntimeError) as e:
+            # A token service refuses; a credential_process is not there or prints no JSON; keys are expired at birth.
+            raise AccessError(f"s3://{self.bucket}: fetching credentials failed: {e}") from e
         raise AccessError(
             f"s3://{self.bucket}: no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "AWS_PROFILE or an instance role, or mount a public bucket unsigned"
@@ -115,7 +207,7 @@ class S3Access:
         if known := self._base_urls.get(region):
             return known
         service = self.endpoint or self._aws_endpoint(region)
-        if self._is_virtual:
+        if self.is_virtual:
             scheme, _, rest = service.partition("://")
             url = f"{scheme}://{self.bucket}.{rest}"
         else:
@@ -130,6 +222,14 @@ class S3Access:
         if not found:
             raise ConfigError(f"s3://{self.bucket}: no region {region!r} is known; check --region or AWS_REGION")
         return f"https://{found['hostname']}"
+
+
+def _ca_bundle(session: Any) -> CaBundle | None:
+    """Where boto3 looks for certificates, in its order: AWS_CA_BUNDLE, ca_bundle of the profile, REQUESTS_CA_BUNDLE."""
+    named = str(session.get_config_variable("ca_bundle") or "").strip()
+    if named and not os.environ.get("AWS_CA_BUNDLE", "").strip():
+        return CaBundle(os.path.expanduser(named), "ca_bundle of the AWS configuration")
+    return ca_bundle(("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"))
 
 
 def parse_s3_url(url: str) -> tuple[str, str]:

@@ -74,15 +74,18 @@ class FakeDaemon:
                 "used_bytes": used_ssd, "budget_bytes": config.cache_bytes if config else 1 << 30,
                 "free_disk_bytes": 1 << 40, "objects_count": sum(1 for f in self.files.values() if f.ssd_bytes),
                 "state": "ok" if config and config.cache_dir else "off", "hits_bytes": 0,
+                "note": None,
             },
             "ram": {
-                "used_bytes": used_ram, "budget_bytes": slots_count * CHUNK_BYTES, "locked_bytes": 0,
+                "used_bytes": used_ram, "budget_bytes": slots_count * CHUNK_BYTES,
                 "slots_count": slots_count, "slots_free": slots_count - slots_used, "slots_leased": 0,
-                "hits_bytes": 0, "page_locked": False, "note": "",
+                "hits_bytes": 0, "note": "",
             },
-            "origin": {"fetched_bytes": self._fetched_bytes, "requests_count": 0, "errors_count": 0, "inflight": 0},
+            "origin": {"fetched_bytes": self._fetched_bytes, "shared_bytes": 0, "requests_count": 0, "errors_count": 0,
+                       "inflight": 0},
             "reads": {"count": 0, "bytes": 0, "errors_count": 0, "waiting": 0},
             "open_files": 0,
+            "passthrough": {"open_files": 0, "sealed_count": 0, "note": None},
             "prefetch": {"queued_bytes": 0, "active_objects": 0},
             "workers": [],
             "kernel": {"read_ahead_kb": None, "max_background": None, "notes": []},
@@ -119,6 +122,7 @@ class FakeDaemon:
             "source_path": path if is_file else None,
             "revision": "v1" if is_file else None,
             "digest": None,
+            "model_revision": None,
             "chunks_count": -(-row["size"] // CHUNK_BYTES),
             "open_handles": 0,
         }
@@ -152,7 +156,8 @@ class FakeDaemon:
         return self._set_pinned(paths, False)
 
     async def evict(self, paths: Sequence[str], tier: EvictTier) -> Json:
-        answer = {"files_count": 0, "ram_bytes": 0, "ssd_bytes": 0, "kept_pinned_count": 0}
+        answer = {"files_count": 0, "ram_bytes": 0, "ssd_bytes": 0, "kept_pinned_count": 0,
+                  "kept_open_count": 0}  # fmt: skip
         for path in self._below(paths):
             file = self.files[path]
             before = file.ram_bytes + file.ssd_bytes

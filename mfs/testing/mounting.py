@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from mfs import children
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import mountinfo, runtime
 from mfs.control.client import Client
 from mfs.control.ready import daemon_arguments
+from mfs.errors import MfsError
 from mfs.testing.outside import Outside
 from mfs.types import CHUNK_BYTES
 
@@ -88,10 +90,10 @@ class TestMount:
 
     # -- life
 
-    def start(self) -> TestMount:
-        """Start the daemon and return when it serves. Raises: MountFailedError."""
+    def start(self, *, program: str | None = None) -> TestMount:
+        """Start the daemon and return when it serves. program: see `spawn`. Raises: MountFailedError."""
         assert self._process is None, "already started"
-        self._process, ready = self.spawn()
+        self._process, ready = self.spawn(program=program)
         try:
             answer = self._read_answer(ready)
         except BaseException:
@@ -109,7 +111,7 @@ class TestMount:
     def hand_over(self, *, program: str | None = None, old_status: int = 0, **settings: Any) -> None:
         """Have a new daemon, with these settings changed, take the mount over; the old one must end as it should.
 
-        program: Python that becomes the new daemon, instead of `mfs.daemon`.
+        program: Python that becomes the new daemon, instead of `mfs.daemon`; nobody holds it.
         Raises: MountFailedError if the new one does not come about; the old one goes on then.
         """
         before = self._settings
@@ -136,16 +138,20 @@ class TestMount:
         assert status == old_status, f"the old daemon ended with {status}:\n{self.log[-4000:]}"
 
     def spawn(self, *, handover: bool = False, program: str | None = None) -> tuple[subprocess.Popen[bytes], int]:
-        """A daemon process with this mount's settings, and the descriptor on which it will answer, once."""
+        """A daemon with this mount's settings, as the process that holds it, and the descriptor on which it will
+        answer, once.
+
+        program: Python that becomes that process, instead of `mfs.holder`.
+        """
         config = MountConfig(mountpoint=self.path, sources=self._sources, **self._settings)
         config_read, config_write = os.pipe()
         ready_read, ready_write = os.pipe()
-        what = ["-c", program] if program else ["-m", "mfs.daemon"]
+        what = ["-c", program] if program else ["-m", "mfs.holder"]
         arguments = daemon_arguments(config_fd=config_read, ready_fd=ready_write, handover=handover)
         with self.log_file.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *what, *arguments], pass_fds=(config_read, ready_write), stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, env={**os.environ, **self._env},
+                children.python(*what, *arguments), pass_fds=(config_read, ready_write), stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, cwd=children.CWD, env=children.environment() | self._env,
             )  # fmt: skip
         os.close(config_read)
         os.close(ready_write)
@@ -162,14 +168,14 @@ class TestMount:
         text, deadline_s = b"", time.monotonic() + READY_TIMEOUT_S
         with selectors.DefaultSelector() as ready, open(fd, "rb", buffering=0):
             ready.register(fd, selectors.EVENT_READ)
-            while not text.endswith(b"\n"):
+            while not text.endswith(b"\n") or text.rpartition(b"\n")[0].rpartition(b"\n")[2].startswith(b'{"waiting"'):
                 if not ready.select(max(0.0, deadline_s - time.monotonic())):
                     raise AssertionError(f"the daemon was not ready within {READY_TIMEOUT_S:g} s:\n{self.log[-4000:]}")
                 data = os.read(fd, 1 << 16)
                 if not data:
                     raise AssertionError(f"the daemon ended without an answer:\n{self.log[-4000:]}")
                 text += data
-        answer: dict[str, Any] = json.loads(text)
+        answer: dict[str, Any] = json.loads(text.splitlines()[-1])  # before it: what was waited for
         return answer
 
     def stop(self, *, check: bool = True) -> None:
@@ -195,13 +201,38 @@ class TestMount:
         assert not self.is_mounted, "the daemon ended and left its mount"
 
     def kill(self, *, detach: bool = True) -> None:
-        """SIGKILL, as the kernel would for want of memory; then `detach` what is left of the mount."""
+        """SIGKILL for holder and daemon, after which nobody goes on; then `detach` what is left of the mount."""
         assert self._process is not None, "not running"
+        daemon = self.pid
         self._process.kill()
         self.status = self._process.wait(SETTLE_TIMEOUT_S)
+        _kill(daemon)
         self._forget_process()
         if detach:
             self.detach()
+
+    def crash(self) -> int:
+        """SIGKILL for the daemon alone: its holder starts the next one. Returns the pid of the killed."""
+        pid = self.pid
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def settle_between(self, heir: subprocess.Popen[bytes]) -> None:
+        """A daemon was killed while `heir`, from `spawn`, took over: one holder ends, the other has the mount."""
+        holders = (self._process, heir)
+        assert self.wait_for(lambda: any(one is not None and one.poll() is not None for one in holders))
+        if heir.poll() is None:
+            self._process = heir
+
+    def wait_successor(self, killed: int) -> None:
+        """Until another daemon than this one answers."""
+        assert self.wait_for(lambda: self._answering_pid() not in (0, killed)), self.log[-4000:]
+
+    def _answering_pid(self) -> int:
+        try:
+            return int(self.client.status()["pid"])
+        except MfsError:
+            return 0
 
     def detach(self) -> None:
         """Take a dead mount away, as the next `mfs mount` does."""
@@ -216,9 +247,7 @@ class TestMount:
         self.abort()
         self.close_outsiders()
         if self._process is not None:
-            self._process.kill()
-            self._process.wait(SETTLE_TIMEOUT_S)
-            self._forget_process()
+            self.kill(detach=False)
         self.detach()
 
     def _forget_process(self) -> None:
@@ -244,6 +273,13 @@ class TestMount:
 
     @property
     def pid(self) -> int:
+        """Of the daemon; `holder_pid` is its parent's."""
+        assert self._process is not None, "not running"
+        record = runtime.read_record(os.path.realpath(self.folder) + "/mnt", Path(self._env["MFS_RUNTIME_DIR"]))
+        return record.pid if record is not None else self._process.pid
+
+    @property
+    def holder_pid(self) -> int:
         assert self._process is not None, "not running"
         return self._process.pid
 
@@ -359,3 +395,18 @@ class TestMount:
             outsider.close()
         self._outsiders.clear()
         self._outside = None
+
+
+def _kill(pid: int) -> None:
+    """End a process that is no child of ours, and wait until it has ended."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        select.select([process], [], [], SETTLE_TIMEOUT_S)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(process)

@@ -1,6 +1,7 @@
 """MessagePack frames between the daemon and its workers; both ends use this module.
 
-Bulk bytes never travel here: they go into slots. JSON took a tenth of the daemon's time and half of a worker's Python.
+Bulk bytes never travel here: they go into the RAM tier. JSON took a tenth of the daemon's time and half of a worker's
+Python.
 """
 
 from __future__ import annotations

@@ -8,52 +8,33 @@ here belongs to the trio thread; nothing blocks.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
-import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import trio
 
-from mfs.errors import ConfigError, MfsError, StoreError, TransientStoreError, from_wire
+from mfs.errors import ConfigError, MfsError, StoreError, from_wire
 from mfs.workers.frames import Frame
-from mfs.workers.shares import NOBODY, Group, Shares, group_of_directory, group_of_file
+from mfs.workers.job import ATTEMPTS_OVER_DEAD_WORKERS, DISK_TIMEOUT_S, Job, Lane, Priority, WorkerEndedError
+from mfs.workers.line import LANES, Line, group_of
 from mfs.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-Lane = Literal["origin", "ssd", "disk", "control"]
-_LANES: dict[str, Lane] = {
-    "fill": "origin", "load": "ssd", "masks": "ssd", "list_directory": "control", "stat_path": "control",
-}  # fmt: skip # all others: disk
 _WITH_DEADLINE = ("fill", "list_directory")  # what asks an origin must know when to give up
 _GRACE_S = 5.0  # a worker that has not answered this long after an operation's deadline is killed
-_DISK_TIMEOUT_S = 60.0
+_WATCH_S = 0.5
 _START_TIMEOUT_S = 20.0
+_TIER_PAUSE_S, _TIER_PAUSE_MAX_S = 30.0, 600.0
+"""Without the SSD tier, for a worker whose predecessors died while they opened it; doubled each time."""
 _RESPAWN_PAUSE_S, _RESPAWN_PAUSE_MAX_S = 0.5, 30.0
 """Doubled each time a worker ends before it was ready: a fault that stays must not keep a core busy starting Python."""
-
-
-class WorkerEndedError(TransientStoreError):
-    """The worker process ended before it answered; the operation may be given to another."""
-
-
-ATTEMPTS_OVER_DEAD_WORKERS = 4
-"""All workers may die at once, for want of memory say; an operation that kills them must not do so for ever."""
-
-
-class Priority(IntEnum):
-    """Lower goes first."""
-
-    DEMAND = 0
-    BACKGROUND = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +42,7 @@ class PoolConfig:
     """Bounds of the worker pool."""
 
     setup: Frame
-    """What each worker is told first: sources, cache_dir, cache_fsync, log_level."""
+    """What each worker is told first: sources, cache_dir, cache_fsync, cache_shared, log_level."""
     workers_count: int = 2
     """Processes. Two keep two cores busy with TLS; the socket copies dominate, not Python."""
     origin_limit: int = 16
@@ -72,6 +53,13 @@ class PoolConfig:
     disk_limit: int = 6
     control_limit: int = 4
     """Listings under way at once below one directory of a source's root; a source as with fills."""
+
+    silence_s: float = 10.0
+    """A worker that has something to do and says nothing so long, not even that it is there, is killed: its work goes
+    to another, in what is left of the readers' time."""
+    identities: tuple[str, ...] = ()
+    """Of the sources, for a mount that serves already: its workers refuse nothing, and are not waited for longer than
+    a start may take."""
 
     def limit(self, lane: Lane) -> int:
         return {
@@ -85,70 +73,6 @@ class PoolConfig:
         return 4 * (self.origin_limit + self.control_limit)
 
 
-@dataclass(eq=False)
-class Job:
-    """One operation asked for. `on_done(result, error)` is called exactly once, on the trio thread, without
-    awaiting.
-    """
-
-    operation: str
-    arguments: Frame
-    on_done: Callable[[Frame | None, MfsError | None], None]
-    priority: Priority = Priority.DEMAND
-    timeout_s: float = _DISK_TIMEOUT_S
-    """Counted from `submit` for what a reader waits for, else from the start: then waiting in the queue is no fault."""
-    on_part: Callable[[Frame], None] | None = None
-    serial: int = 0
-    started: bool = False
-    lane: Lane = "disk"
-    group: Group = NOBODY
-    """Who asks: for whom it counts. Set by the pool."""
-    deadline_s: float = math.inf
-    """time.monotonic() after which the worker is taken for hung. Set by the pool."""
-
-    def finish(self, result: Frame | None, error: MfsError | None) -> None:
-        self.on_done(result, error)
-
-
-class _Line:
-    """One lane of one source: what waits, by model, and what runs."""
-
-    def __init__(self, lane: Lane, limit: int) -> None:
-        self.lane = lane
-        self.shares = Shares(2 * limit)
-        self.queues: dict[Group, list[tuple[int, int, Job]]] = {}
-
-    def push(self, job: Job) -> None:
-        heapq.heappush(self.queues.setdefault(job.group, []), (job.priority, job.serial, job))
-
-    def waiting(self) -> Iterator[Job]:
-        """What has not begun; a hurried job comes twice until its old place is skipped."""
-        return (job for queue in self.queues.values() for _, _, job in queue if not job.started)
-
-    def pop(self, background_leaving: int) -> Job | None:
-        """The most urgent job whose group may have one more."""
-        best: list[tuple[int, int, Job]] | None = None
-        for group, queue in list(self.queues.items()):
-            while queue and (queue[0][2].started or queue[0][0] != queue[0][2].priority):
-                heapq.heappop(queue)  # the stale half of a hurried job
-            if not queue:
-                del self.queues[group]
-                continue
-            leaving = background_leaving if queue[0][0] == Priority.BACKGROUND else 0
-            if (best is None or queue[0] < best[0]) and self.shares.may_take(group, leaving=leaving):
-                best = queue
-        return heapq.heappop(best)[2] if best else None
-
-
-def _group_of(job: Job) -> Group:
-    arguments = job.arguments
-    if job.operation in ("fill", "load"):
-        return group_of_file(arguments["source"], arguments["obj"][1])
-    if job.operation == "list_directory":
-        return group_of_directory(arguments["source"], arguments["path"])
-    return NOBODY
-
-
 def _nobody(result: Frame | None, error: MfsError | None) -> None:
     """Nobody waits for the answer."""
 
@@ -156,28 +80,31 @@ def _nobody(result: Frame | None, error: MfsError | None) -> None:
 class WorkerPool:
     """Worker processes behind queues."""
 
-    def __init__(self, config: PoolConfig, slots_fd: int) -> None:
+    def __init__(self, config: PoolConfig) -> None:
         self._config = config
-        self._slots_fd = slots_fd
         self._serials = itertools.count(1)
-        self._lines: dict[tuple[Lane, int], _Line] = {}
+        self._lines: dict[tuple[Lane, int], Line] = {}
         """By lane and source."""
         self._workers: list[Worker] = []
         self._failed_start: MfsError | None = None
         self._changed = trio.Event()
-        self.identities: list[str] = []
+        self.identities = list(config.identities)
         """Of each source, known once a worker runs."""
         self._restarts = [0] * config.workers_count
         """How often each worker was started anew."""
         self.closing = False
+        self.tier_fault: str | None = None
+        """Why workers serve without the SSD tier, None while they have it or none is wanted."""
+        self.on_tier_back: Callable[[], None] = lambda: None
+        """Told when all workers have the SSD tier again."""
 
     # -- asking
 
     def submit(self, job: Job) -> None:
         """Queue a job; it starts as soon as its lane and a worker have room."""
         job.serial = next(self._serials)
-        job.lane = _LANES.get(job.operation, "disk")
-        job.group = _group_of(job)
+        job.lane = LANES.get(job.operation, "disk")
+        job.group = group_of(job)
         job.deadline_s = time.monotonic() + job.timeout_s
         if self.closing:
             job.finish(None, StoreError("the mount is shutting down"))
@@ -189,11 +116,11 @@ class WorkerPool:
         line.push(job)
         self._dispatch(line)
 
-    def _line(self, job: Job) -> _Line:
+    def _line(self, job: Job) -> Line:
         key = job.lane, job.group[0]
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = _Line(job.lane, self._config.limit(job.lane))
+            line = self._lines[key] = Line(job.lane, self._config.limit(job.lane))
         return line
 
     def hurry(self, job: Job) -> None:
@@ -204,7 +131,7 @@ class WorkerPool:
             self._enqueue(job)  # the old place is skipped
 
     async def call(
-        self, operation: str, *, timeout_s: float = _DISK_TIMEOUT_S, on_part: Callable[[Frame], None] | None = None,
+        self, operation: str, *, timeout_s: float = DISK_TIMEOUT_S, on_part: Callable[[Frame], None] | None = None,
         priority: Priority = Priority.DEMAND, **arguments: Any,
     ) -> Frame:  # fmt: skip
         """Do one operation and wait for it; again if its worker dies, since all of them may be repeated.
@@ -212,7 +139,7 @@ class WorkerPool:
         on_part: intermediate frames; those of a dead worker come again from the start, after a frame {again: true}.
         Raises: what the worker raised. Cancellation: the answer is then ignored.
         """
-        attempt = 1
+        attempt, deadline_s = 1, time.monotonic() + timeout_s
         while True:
             try:
                 return await self._call_once(Job(operation, arguments, _nobody, priority, timeout_s, on_part))
@@ -220,6 +147,10 @@ class WorkerPool:
                 if attempt == ATTEMPTS_OVER_DEAD_WORKERS or self.closing:
                     raise
                 attempt += 1
+                if priority is Priority.DEMAND:  # all attempts together take as long as one may
+                    timeout_s = deadline_s - time.monotonic()
+                    if timeout_s <= 0:
+                        raise
                 if on_part is not None:
                     on_part({"again": True})
 
@@ -233,7 +164,10 @@ class WorkerPool:
 
         job.on_done = on_done
         self.submit(job)
-        await done.wait()
+        try:
+            await done.wait()
+        finally:
+            job.started = True  # else it was cancelled: what it was to work on may be gone by its turn
         if outcome[1] is not None:
             raise outcome[1]
         result: Frame = outcome[0]
@@ -258,7 +192,7 @@ class WorkerPool:
 
     # -- dispatch
 
-    def _dispatch(self, line: _Line) -> None:
+    def _dispatch(self, line: Line) -> None:
         config = self._config
         leaving = 2 * (config.origin_limit - config.background_limit) if line.lane in ("origin", "ssd") else 0
         while workers := [w for w in self._workers if w.ready]:
@@ -270,7 +204,7 @@ class WorkerPool:
             else:
                 self._start(line, job, min(workers, key=lambda w: len(w.jobs)))
 
-    def _start(self, line: _Line, job: Job, worker: Worker) -> None:
+    def _start(self, line: Line, job: Job, worker: Worker) -> None:
         job.started = True
         line.shares.take(job.group)
         worker.jobs[job.serial] = job
@@ -292,7 +226,9 @@ class WorkerPool:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Workers run while this is open. Raises ConfigError if they cannot start; on exit none is left."""
+        """Workers run while this is open. Raises ConfigError if they cannot start, unless the mount serves already; on
+        exit none is left.
+        """
         async with trio.open_nursery() as nursery:
             for number in range(self._config.workers_count):
                 nursery.start_soon(self._keep_worker, number)
@@ -300,7 +236,7 @@ class WorkerPool:
             try:
                 with trio.move_on_after(_START_TIMEOUT_S) as scope:
                     await self._wait_ready()
-                if scope.cancelled_caught:
+                if scope.cancelled_caught and not self._config.identities:
                     raise ConfigError(
                         f"worker processes did not start within {_START_TIMEOUT_S:.0f} s; see the log file"
                     )
@@ -316,11 +252,14 @@ class WorkerPool:
                 nursery.cancel_scope.cancel()
 
     async def _wait_ready(self) -> None:
-        while not (self._workers and all(w.ready for w in self._workers)
-                   and len(self._workers) == self._config.workers_count):  # fmt: skip
-            if self._failed_start is not None:
+        while not self._all_ready:
+            if self._failed_start is not None and not self._config.identities:
                 raise self._failed_start
             await self._changed.wait()
+
+    @property
+    def _all_ready(self) -> bool:
+        return len(self._workers) == self._config.workers_count and all(worker.ready for worker in self._workers)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -328,11 +267,11 @@ class WorkerPool:
 
     async def _keep_worker(self, number: int) -> None:
         """Start the worker, and again whenever it dies."""
-        setup = {**self._config.setup, "connections_max": self._config.connections_max}
-        pause_s = _RESPAWN_PAUSE_S
+        pause_s, tier_after_s = _RESPAWN_PAUSE_S, 0.0
         while True:
             try:
-                worker = await trio.to_thread.run_sync(Worker, number, self._slots_fd, setup)
+                setup = self._setup() | {"tier_after_s": tier_after_s}
+                worker = await trio.to_thread.run_sync(Worker, number, setup)
             except OSError as error:  # no memory, no processes or descriptors left: that may pass
                 self._failed_start = self._failed_start or ConfigError(f"a worker process cannot be started: {error}")
                 self._notify()
@@ -354,18 +293,28 @@ class WorkerPool:
                     "a worker process did not start; see the log file"
                 )
                 self._notify()
+                if self._restarts[number]:  # reading damaged tables may be what it dies of
+                    tier_after_s = min(max(_TIER_PAUSE_S, 2 * tier_after_s), _TIER_PAUSE_MAX_S)
             self._restarts[number] += 1
             logger.warning("worker %d ended (status %s); starting another", worker.pid, worker.status)
             pause_s = _RESPAWN_PAUSE_S if worker.ready else min(2 * pause_s, _RESPAWN_PAUSE_MAX_S)
             await trio.sleep(pause_s)
 
     def _take(self, worker: Worker, frame: Frame) -> None:
+        worker.silent_since_s = None
         if frame["id"] == 0:
+            if "pong" in frame:
+                return
+            if "tier" in frame:
+                worker.tier_fault = frame["tier"]
+                self._note_tier()
+                return
             if "error" in frame:
                 self._failed_start = from_wire(*frame["error"])
             else:
                 worker.ready = True
                 self.identities = frame["result"]["identities"]
+                self._note_tier()
                 for line in list(self._lines.values()):
                     self._dispatch(line)
             self._notify()
@@ -379,13 +328,35 @@ class WorkerPool:
         else:
             self._finished(worker, job, frame["result"], None)
 
+    def _setup(self) -> Frame:
+        """What a worker is told. The first refuse what a person must mend, those after them serve as they can."""
+        known = {"restarted": bool(self.identities), "identities": self.identities}
+        return {**self._config.setup, "connections_max": self._config.connections_max, **known}
+
+    def _note_tier(self) -> None:
+        """Say it once when a worker has no SSD tier, and once when all have it again."""
+        faults = [worker.tier_fault for worker in self._workers if worker.tier_fault is not None]
+        if faults and self.tier_fault is None:
+            logger.warning("serving without the SSD tier, which is tried again and again: %s", faults[0])
+            self.tier_fault = faults[0]
+        elif self.tier_fault is not None and not faults and self._all_ready:
+            logger.warning("the SSD tier is there again")
+            self.tier_fault = None
+            self.on_tier_back()
+
     async def _watch_deadlines(self) -> None:
-        """A hung worker still owns the slots it fills: only its death makes them safe to use again."""
+        """A hung worker still owns what it fills: only its death makes that safe to use again."""
         while True:
-            await trio.sleep(1)
+            await trio.sleep(_WATCH_S)
             now = time.monotonic()
             self._expire_queued(now)
             for worker in self._workers:
+                if worker.is_silent(now, self._config.silence_s):
+                    logger.error(
+                        "worker %d has said nothing for %.1f s; killing it", worker.pid, self._config.silence_s
+                    )
+                    worker.kill()
+                    continue
                 late = [job for job in worker.jobs.values() if now > job.deadline_s + _GRACE_S]
                 if late:
                     logger.error(

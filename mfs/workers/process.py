@@ -1,37 +1,57 @@
 """A worker process: reads operations from its socket, runs them in threads, answers. `python -m mfs.workers.process`.
 
-argv: socket fd, slots memfd. The first frame is the worker's configuration; the worker answers {hello: pid} or an
+argv: socket fd. The first frame is the worker's configuration; the worker answers {hello: pid} or an
 error. It lives exactly as long as its socket: the daemon's death, however it comes, ends it. (PR_SET_PDEATHSIG would
 not do: it fires when the thread that started the process ends, and trio's threads come and go.)
 """
 
 from __future__ import annotations
 
+import gc
 import logging
-import mmap
 import os
 import queue
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
+from mfs.cache.chunk_places import ChunkPlaces
+from mfs.cache.ram import Piece, mapped
 from mfs.cache.ssd import SsdConfig
-from mfs.errors import to_wire
+from mfs.errors import MfsError, to_wire
+from mfs.shown import set_up_logging
 from mfs.sources import SourceOptions, open_source
+from mfs.sources.base import Moved, Page, Source
+from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Decoder, Frame, encode
 from mfs.workers.jobs import Jobs
+from mfs.workers.resident import NodeChunks
+from mfs.workers.tier import Tier
 
 logger = logging.getLogger(__name__)
 
-_MADV_HUGEPAGE = 14
+
+@runtime_checkable
+class TakesChunks(Protocol):
+    """A source that can take what it needs from other files on the node, where they have it."""
+
+    def take_from(self, chunks: NodeChunks) -> None:
+        """Do so from now on."""
+        ...
+
+
+_FILLS = ("fill", "load")  # operations that write into a piece
 
 
 def main() -> None:
     """Run until the socket closes."""
-    socket_fd, slots_fd = int(sys.argv[1]), int(sys.argv[2])
+    socket_fd = int(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # They reach the whole group or unit (Ctrl-C, systemd): what they mean, and when we end, the daemon decides.
         signal.signal(number, signal.SIG_IGN)
@@ -40,32 +60,43 @@ def main() -> None:
         setup = next(frames, None)
         if setup is None:
             return
-        logging.basicConfig(
-            level=setup["log_level"], stream=sys.stderr,
-            format="%(asctime)s %(levelname)s worker[%(process)d] %(name)s: %(message)s",
-        )  # fmt: skip
+        set_up_logging(setup["log_level"], "worker")
         logging.getLogger("botocore").setLevel(logging.WARNING)  # it names where each credential came from, at INFO
         send = _Sender(channel)
         try:
-            jobs = _open_jobs(setup, slots_fd)
+            jobs = _open_jobs(setup, send)
         except Exception as error:
             send({"id": 0, "error": to_wire(error)})
             return
+        gc.collect()
+        gc.freeze()  # what was imported stays: no need to look through it again and again
         send({"id": 0, "result": {"hello": os.getpid(), "identities": jobs.identities}})
         _serve(frames, jobs, send)
     os._exit(0)  # threads may sit in a recv whose answer nobody wants any more
 
 
-def _open_jobs(setup: Frame, slots_fd: int) -> Jobs:
-    slots = mmap.mmap(slots_fd, os.fstat(slots_fd).st_size)
-    slots.madvise(_MADV_HUGEPAGE)
+def _open_jobs(setup: Frame, send: _Sender) -> Jobs:
     connections_max = setup["connections_max"]
-    sources = [
-        open_source(item["url"], SourceOptions(**item["options"], connections_max=connections_max))
-        for item in setup["sources"]
-    ]
-    ssd = SsdConfig(Path(setup["cache_dir"]), setup["cache_fsync"]) if setup["cache_dir"] else None
-    return Jobs(sources, memoryview(slots), ssd)
+    sources: list[Source] = []
+    for number, item in enumerate(setup["sources"]):
+        opener = partial(open_source, item["url"], SourceOptions(**item["options"], connections_max=connections_max))
+        try:
+            sources.append(opener())
+        except MfsError as error:
+            if not setup.get("restarted"):
+                raise
+            logger.warning("%s; its other sources are served", error)
+            sources.append(_LaterSource(opener, setup["identities"][number]))
+    directory = Path(setup["cache_dir"]) if setup["cache_dir"] else None
+    ssd = SsdConfig(directory, setup["cache_fsync"], setup.get("cache_shared", False)) if directory else None
+    tier = Tier(ssd, on_changed=lambda fault: send({"id": 0, "tier": fault}))
+    tier.start(lenient=setup.get("restarted", False), after_s=setup.get("tier_after_s", 0.0))
+    if ssd is not None:
+        chunks = NodeChunks(tier, ChunkPlaces(ssd.directory, shared=ssd.shared))
+        for source in sources:
+            if isinstance(source, TakesChunks):
+                source.take_from(chunks)
+    return Jobs(sources, tier)
 
 
 def _serve(frames: Iterator[Frame], jobs: Jobs, send: _Sender) -> None:
@@ -73,6 +104,9 @@ def _serve(frames: Iterator[Frame], jobs: Jobs, send: _Sender) -> None:
     work: queue.SimpleQueue[Frame] = queue.SimpleQueue()
     idle = threading.Semaphore(0)
     for frame in frames:
+        if frame["op"] == "ping":  # here: threads may all be waiting for origins
+            send({"id": 0, "pong": True})
+            continue
         work.put(frame)
         if not idle.acquire(blocking=False):
             threading.Thread(target=_run, args=(work, idle, jobs, send), daemon=True).start()
@@ -87,12 +121,56 @@ def _run(work: queue.SimpleQueue[Frame], idle: threading.Semaphore, jobs: Jobs, 
             send({"id": serial, "part": part})
 
         try:
-            answer: Frame = {"id": serial, "result": getattr(jobs, operation)(**frame, emit=emit)}
+            answer: Frame = {"id": serial, "result": _do(jobs, operation, frame, emit)}
         except Exception as error:
             answer = {"id": serial, "error": to_wire(error)}
             logger.debug("%s failed", operation, exc_info=True)
         idle.release()
         send(answer)
+
+
+def _do(jobs: Jobs, operation: str, arguments: Frame, emit: Callable[[Frame], None]) -> Frame:
+    result: Frame
+    if "piece" not in arguments:
+        result = getattr(jobs, operation)(**arguments, emit=emit)
+        return result
+    to_fill = arguments["mask"] if operation in _FILLS else 0
+    with mapped(arguments.pop("piece"), to_fill=to_fill) as piece:
+        result = getattr(jobs, operation)(**arguments, piece=piece, emit=emit)
+    return result
+
+
+class _LaterSource:
+    """A source of a mount that serves, and that cannot be opened now (a certificate file is away, say): its operations
+    fail until it can.
+    """
+
+    def __init__(self, opener: Callable[[], Source], identity: str) -> None:
+        self._opener = opener
+        self._source: Source | None = None
+        self._chunks: NodeChunks | None = None
+        self.identity = identity
+
+    def _opened(self) -> Source:
+        if self._source is None:
+            source = self._opener()
+            if self._chunks is not None and isinstance(source, TakesChunks):
+                source.take_from(self._chunks)
+            self._source = source
+        return self._source
+
+    def take_from(self, chunks: NodeChunks) -> None:
+        self._chunks = chunks
+
+    def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
+        return self._opened().list(path, deadline_s=deadline_s)
+
+    def get_range(self, obj: ObjectId, span: ByteRange, *, out: memoryview, deadline_s: float) -> Moved | None:
+        return self._opened().get_range(obj, span, out=out, deadline_s=deadline_s)
+
+    def close(self) -> None:
+        if self._source is not None:
+            self._source.close()
 
 
 class _Sender:
@@ -112,16 +190,20 @@ class _Sender:
 
 
 def _receive(channel: socket.socket) -> Iterator[Frame]:
-    decoder = Decoder()
-    while data := _receive_some(channel):
-        yield from decoder.feed(data)
-
-
-def _receive_some(channel: socket.socket) -> bytes:
-    try:
-        return channel.recv(1 << 16)
-    except ConnectionResetError:  # the daemon died before it had read all our answers
-        return b""
+    """Orders; in place of the daemon's own descriptor each `piece` has the one that came with it, to be closed."""
+    decoder, came = Decoder(), deque[int]()
+    while True:
+        try:
+            data, fds, _, _ = socket.recv_fds(channel, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:  # the daemon died before it had read all our answers
+            return
+        if not data:
+            return
+        came.extend(fds)  # with the first byte of its order, and never two in one message
+        for frame in decoder.feed(data):
+            if "piece" in frame:
+                frame["piece"] = Piece(came.popleft(), frame["piece"][1])
+            yield frame
 
 
 if __name__ == "__main__":

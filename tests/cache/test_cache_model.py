@@ -24,10 +24,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mfs.cache.chunk_state import ObjectState
+from mfs.cache.sealing import open_sealed
 from mfs.errors import ChangedError, NotFoundError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.frames import Frame
-from mfs.workers.pool import WorkerEndedError
+from mfs.workers.job import WorkerEndedError
 from tests.workers.rig import Rig, running_rig, until
 
 SIZES = [11 * CHUNK_BYTES + 5, 9 * CHUNK_BYTES + 3 * BLOCK_BYTES + 1, 14 * CHUNK_BYTES, CHUNK_BYTES, BLOCK_BYTES, 1]
@@ -40,7 +41,7 @@ class Model:
     rig: Rig
     handles: list[ObjectState] = field(default_factory=list)
     current: dict[int, ObjectId] = field(default_factory=dict)
-    kills: int = 0
+    damages: int = 0
 
     def put(self, number: int, generation: int) -> None:
         self.current[number] = self.rig.put_ramp(f"{number}.bin", SIZES[number], start=31 * generation + number)
@@ -129,30 +130,50 @@ class Model:
             return await self.rig.pool.call(operation, **arguments)
         return None
 
+    async def seal(self, dice: random.Random) -> None:
+        """What is sealed is whole and right, and stays so in the hands of who has it open."""
+        with self.state(dice) as state:
+            damages = self.damages
+            for index in range(state.object.chunks_count) if dice.random() < 0.5 else ():
+                with contextlib.suppress(ChangedError, NotFoundError):
+                    await self.rig.cache.bring(state, index, to_ssd=True)
+            await self._ask("seal", obj=state.wire)
+            fd = open_sealed(self.rig.ssd, state.object)
+            if fd is None:  # not complete, or evicted since
+                return
+            await self._ask("evict", objects=[state.wire])
+            self.rig.cache.note_unsaved(state.object, 0)
+            with open(fd, "rb") as file:
+                assert file.read() == self.rig.contents[state.object] or damages != self.damages
+
+    async def scrub(self, dice: random.Random) -> None:
+        await self._ask("scrub", after=dice.choice(["", "8"]))
+
     async def damage(self, dice: random.Random) -> None:
-        """Something befalls a chunk file: a flipped byte, a cut, garbage, another chunk's content, its end."""
-        files = sorted((self.rig.cache_dir / "v1" / "chunks").rglob("*.0*"))
+        """Something befalls a file of the tier: a flipped byte, a cut, garbage, another one's content, its end."""
+        files = sorted(path for path in (self.rig.cache_dir / "v2" / "objects").rglob("*") if path.is_file())
         if not files:
             return
+        self.damages += 1
         path = dice.choice(files)
         try:
             size = path.stat().st_size
             if not size:  # it was cut before
                 return
-            match dice.randrange(5):
-                case 0:
+            match dice.randrange(6):
+                case 0 | 1:
                     with open(path, "r+b") as file:
                         file.seek(dice.randrange(size))
                         byte = file.read(1)
                         file.seek(-1, os.SEEK_CUR)
                         file.write(bytes([byte[0] ^ 0x55]))
-                case 1:
-                    os.truncate(path, dice.randrange(size))
                 case 2:
-                    path.write_bytes(dice.randbytes(5000))
+                    os.truncate(path, dice.randrange(size))
                 case 3:
-                    path.unlink()
+                    path.write_bytes(dice.randbytes(5000))
                 case 4:
+                    path.unlink()
+                case 5:
                     temporary = path.with_suffix(".swapped")
                     os.link(dice.choice(files), temporary)
                     temporary.rename(path)
@@ -195,14 +216,14 @@ class Model:
         for obj in {chunk.state.object for chunk in self.rig.cache.slots.chunks}:
             self.rig.cache.evict(obj, 0)
         assert not self.rig.cache._states
-        assert sorted(self.rig.memory.free) == list(range(self.rig.memory.slots_count))
+        assert self.rig.memory.slots_free == self.rig.memory.slots_count
         assert self.rig.cache.unread_count == 0
 
 
 OPERATIONS: list[Callable[[Model, random.Random], object]] = [
     *[Model.read] * 6, *[Model.read_together] * 2, Model.cancelled_read, *[Model.bring] * 2, Model.evict_ram,
-    Model.evict_ssd, Model.enforce_budget, Model.verify, Model.damage, Model.damage, Model.change, Model.kill,
-    Model.save, Model.close,
+    Model.evict_ssd, Model.enforce_budget, Model.verify, *[Model.seal] * 2, Model.scrub, *[Model.damage] * 2,
+    Model.change, Model.kill, Model.save, Model.close,
 ]  # fmt: skip
 """Weighted by repetition."""
 

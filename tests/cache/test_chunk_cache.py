@@ -14,10 +14,9 @@ import trio
 import trio.testing
 
 from mfs.cache.chunks import block_mask, full_mask
-from mfs.cache.ram import RamConfig, SlotMemory
 from mfs.errors import ChangedError, IntegrityError, NotFoundError, StoreError, TransientStoreError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
-from mfs.workers.pool import Priority
+from mfs.workers.job import Priority
 from tests.workers.rig import Rig, process_state, running_rig, until
 
 FULL = full_mask(CHUNK_BYTES)
@@ -55,7 +54,7 @@ async def test_ram_disk_and_origin_give_the_same_bytes(rig: Rig) -> None:
     rig.cache.saver.save_quiet(older_than_s=0)
     await rig.cache.saver.wait_saved()
     assert rig.cache.evict(obj, 0) == obj.size
-    assert len(rig.memory.free) == rig.memory.slots_count
+    assert rig.memory.slots_free == rig.memory.slots_count
     (rig.origin / "model.bin").unlink()
     for span in spans:
         await read(rig, obj, *span)
@@ -176,7 +175,7 @@ async def test_a_worker_killed_while_it_saves_leaves_the_chunk_to_be_saved_later
     rig.cache.saver.save_quiet(older_than_s=0)
     await rig.cache.saver.wait_saved()
     assert rig.cache.counters.saved_bytes == BLOCK_BYTES
-    assert rig.chunk_file(obj, 0).exists()
+    assert rig.ssd_mask(obj, 0)
 
 
 async def test_more_readers_than_slots_all_get_their_bytes(rig: Rig) -> None:
@@ -287,8 +286,8 @@ async def test_bringing_to_disk_returns_when_all_of_the_chunk_is_there(rig: Rig)
 
 async def test_a_disk_that_fails_is_left_alone_for_a_while(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     obj = rig.put_ramp("model.bin", 40 * CHUNK_BYTES)
-    shutil.rmtree(rig.cache_dir / "v1" / "chunks")
-    (rig.cache_dir / "v1" / "chunks").touch()
+    shutil.rmtree(rig.cache_dir / "v2" / "objects")
+    (rig.cache_dir / "v2" / "objects").touch()
     state = rig.cache.open(obj, 0)
     for index in range(40):
         assert not await rig.cache.bring(state, index, to_ssd=index % 2 == 0)
@@ -302,13 +301,13 @@ async def test_dropped_from_disk_is_saved_again(rig: Rig) -> None:
     obj = rig.put_ramp("model.bin", CHUNK_BYTES)
     await read(rig, obj)
     await rig.cache.saver.wait_saved()
-    assert rig.chunk_file(obj, 0).exists()
+    assert rig.ssd_mask(obj, 0)
     await rig.pool.call("evict", objects=[rig.cache.open(obj, 0).wire])
     rig.cache.note_unsaved(obj, 0)
-    assert not rig.chunk_file(obj, 0).exists()
+    assert not rig.ssd_mask(obj, 0)
     rig.cache.saver.save_quiet(older_than_s=0)
     await rig.cache.saver.wait_saved()
-    assert rig.chunk_file(obj, 0).exists()
+    assert rig.ssd_mask(obj, 0)
     rig.cache.close(rig.cache.open(obj, 0))
 
 
@@ -326,7 +325,7 @@ async def test_what_the_budget_drops_from_disk_is_written_again_only_if_asked_fo
     assert [index for index in range(4) if not state.on_ssd(index)] == sorted(dropped)
     for index in range(4):
         assert await rig.cache.bring(state, index, to_ssd=True)
-        assert rig.chunk_file(obj, index).exists()
+        assert rig.ssd_mask(obj, index)
     rig.cache.close(state)
 
 
@@ -396,7 +395,7 @@ async def test_what_the_disk_has_waits_for_no_origin(rig: Rig) -> None:
         gate.unlink()
 
 
-async def test_a_chunk_file_that_is_gone_or_bad_is_fetched_though_it_was_believed_to_be_there(rig: Rig) -> None:
+async def test_a_chunk_that_is_gone_or_bad_is_fetched_though_it_was_believed_to_be_there(rig: Rig) -> None:
     obj = rig.put_ramp("model.bin", 3 * CHUNK_BYTES)
     await read(rig, obj)
     await rig.cache.saver.wait_saved()
@@ -404,16 +403,16 @@ async def test_a_chunk_file_that_is_gone_or_bad_is_fetched_though_it_was_believe
     state = rig.cache.open(obj, 0)
     await state.ssd_known.wait()
     assert list(state.ssd_masks) == [FULL] * 3
-    rig.chunk_file(obj, 0).unlink()
-    with open(rig.chunk_file(obj, 1), "r+b") as file:
-        file.seek(4096 + 3 * BLOCK_BYTES)
+    rig.ssd.drop_chunk(obj.cache_id, 0)
+    with open(rig.object_file(obj), "r+b") as file:
+        file.seek(CHUNK_BYTES + 3 * BLOCK_BYTES)
         file.write(b"\xff\xfe")
     await read(rig, obj)
     assert rig.cache.counters.ssd_hit_bytes == 2 * CHUNK_BYTES - BLOCK_BYTES  # what verifies in a bad file is good
     await rig.cache.saver.wait_saved()
     assert list(state.ssd_masks) == [FULL] * 3
-    assert rig.chunk_file(obj, 0).exists()
-    assert rig.chunk_file(obj, 1).exists()
+    assert rig.ssd_mask(obj, 0)
+    assert rig.ssd_mask(obj, 1)
     rig.cache.close(state)
 
 
@@ -475,7 +474,7 @@ async def test_a_disk_that_lost_what_it_was_believed_to_have_gives_no_model_more
         state = rig.cache.open(warm, 0)
         await state.ssd_known.wait()
         for index in range(16):
-            rig.chunk_file(warm, index).unlink()
+            rig.ssd.drop_chunk(warm.cache_id, index)
         gate = rig.gate("m")
         async with trio.open_nursery() as nursery:
             for index in range(16):
@@ -486,16 +485,6 @@ async def test_a_disk_that_lost_what_it_was_believed_to_have_gives_no_model_more
             gate.unlink()
         assert not scope.cancelled_caught
         rig.cache.close(state)
-
-
-async def test_slots_that_are_made_usable_wake_who_waits_for_one(tmp_path: Path) -> None:
-    memory = SlotMemory(RamConfig(16 * CHUNK_BYTES, page_lock=False))
-    woken: list[int] = []
-    memory.on_more = lambda: woken.append(len(memory.free))
-    await memory.populate(8)
-    await memory.populate()
-    assert woken[-1] == 16
-    memory.close()
 
 
 async def test_a_hung_worker_costs_a_file_just_opened_a_pause_and_not_its_bytes(tmp_path: Path) -> None:
@@ -512,3 +501,65 @@ async def test_a_hung_worker_costs_a_file_just_opened_a_pause_and_not_its_bytes(
             os.kill(hung, signal.SIGCONT)
         await rig.cache.saver.wait_saved()
         rig.cache.close(state)
+
+
+async def test_what_was_given_whole_is_no_victim_and_goes_at_once(tmp_path: Path) -> None:
+    """A reader who has the file itself, as the kernel will, sees nothing of it vanish; then all slots are free."""
+    async with running_rig(tmp_path) as rig:
+        given, other = rig.put_ramp("m/given.bin", 6 * CHUNK_BYTES - 5), rig.put_ramp("m/other.bin", 30 * CHUNK_BYTES)
+        state = rig.cache.open(given, 0)
+        for index in range(6):
+            chunk = await rig.cache.lease(state, index, full_mask(len(given.chunk_range(index))))
+            chunk.keep = True  # as who asks for it in RAM does
+            rig.cache.release(chunk)
+        assert state.ram is not None
+        assert rig.cache.drop_whole(state) == 0, "it was not given"
+        state.ram.given = True
+        held = os.dup(state.ram.fd)
+        await read(rig, other)
+        assert rig.cache.resident_bytes(given, 0) == given.size
+        chunk = await rig.cache.lease(state, 0, 1)
+        assert rig.cache.drop_whole(state) == 0, "a chunk is in use"
+        rig.cache.release(chunk)
+        await rig.cache.saver.wait_saved()
+        os.close(rig.cache.slots.hold(state))
+        assert rig.cache.drop_whole(state) == 0, "it is lent"
+        rig.cache.slots.unhold(state)
+        assert rig.cache.evict(given, 0) == given.size
+        assert state.ram is None
+        assert os.pread(held, given.size + 1, 0) == rig.contents[given]
+        os.close(held)
+        await read(rig, given)
+        rig.cache.close(state)
+        await rig.cache.saver.wait_saved()
+        rig.assert_idle()
+
+
+async def test_what_the_kernel_and_the_disk_have_goes_before_memory_that_was_not_in_use(tmp_path: Path) -> None:
+    async with running_rig(tmp_path) as rig:
+        obj = rig.put_ramp("m/model.bin", 8 * CHUNK_BYTES)
+        state = rig.cache.open(obj, 0)
+        for index in range(8):
+            await rig.cache.read(state, obj.chunk_range(index))
+            await rig.cache.saver.wait_saved()
+            assert rig.memory.slots_used == 1, "each took the memory of the one before"
+        rig.cache.close(state)
+        rig.assert_idle()
+
+
+async def test_a_file_that_is_lent_stays_the_same_though_all_of_it_is_dropped(tmp_path: Path) -> None:
+    async with running_rig(tmp_path) as rig:
+        obj = rig.put_ramp("model.bin", 2 * CHUNK_BYTES)
+        state = rig.cache.open(obj, 0)
+        fd = rig.cache.slots.hold(state)
+        for _ in range(2):
+            await read(rig, obj)
+            assert os.pread(fd, obj.size, 0) == rig.contents[obj]
+            await rig.cache.saver.wait_saved()
+            assert rig.cache.evict(obj, 0) == obj.size
+            assert os.fstat(fd).st_blocks == 0
+        rig.cache.slots.unhold(state)
+        assert state.ram is None
+        os.close(fd)
+        rig.cache.close(state)
+        rig.assert_idle()

@@ -1,114 +1,228 @@
-"""Slots: bounded budgets, memory that cannot be shrunk under us, and a refusal of page locking that says what to do."""
+"""The RAM tier's files: exactly their objects, bounded by the budget, and nobody's to write but ours."""
 
 from __future__ import annotations
 
 import mmap
 import os
-import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from mfs.cache.ram import SLOTS_COUNT_MIN, RamConfig, SlotMemory, memory_available_bytes
-from mfs.errors import ConfigError
+from mfs import limits
+from mfs.cache.ram import SLOTS_COUNT_MIN, Piece, RamConfig, RamObject, RamTier, mapped
+from mfs.errors import ConfigError, TransientStoreError
+from mfs.testing import ramp
 from mfs.types import CHUNK_BYTES
 
-
-async def test_slots_come_as_they_are_touched_and_hold_what_is_written() -> None:
-    memory = SlotMemory(RamConfig(20 * CHUNK_BYTES + 1, page_lock=False))
-    assert memory.slots_count == 20
-    assert not memory.free
-    await memory.populate(SLOTS_COUNT_MIN)
-    assert sorted(memory.free) == list(range(SLOTS_COUNT_MIN))
-    await memory.populate()
-    assert sorted(memory.free) == list(range(20))
-    assert memory.locked_bytes == 0
-    for slot in range(20):
-        memory.view(slot)[:] = bytes([slot]) * CHUNK_BYTES
-    with mmap.mmap(memory.fd, memory.size_bytes) as peer:
-        for slot in range(20):
-            assert peer[slot * CHUNK_BYTES] == peer[(slot + 1) * CHUNK_BYTES - 1] == slot
-    assert len(memory.view(3, 10)) == 10
-    memory.close()
+BUDGET = SLOTS_COUNT_MIN * CHUNK_BYTES
 
 
-@pytest.mark.parametrize("budget_bytes", [0, CHUNK_BYTES, SLOTS_COUNT_MIN * CHUNK_BYTES - 1])
+@pytest.fixture
+def memory() -> Iterator[RamTier]:
+    with closing(RamTier(RamConfig(BUDGET + 1))) as memory:
+        yield memory
+
+
+def fill(memory: RamTier, obj: RamObject, size: int) -> None:
+    """As workers do, by a descriptor of their own."""
+    for start in range(0, size, CHUNK_BYTES):
+        memory.take(obj)
+        with mapped(Piece(os.dup(obj.fd), start), to_fill=2**32 - 1) as piece:
+            length = min(CHUNK_BYTES, size - start)
+            piece[:length] = ramp(length, start)
+
+
+def memory_of(obj: RamObject) -> int:
+    return os.fstat(obj.fd).st_blocks * 512
+
+
+def test_a_file_is_its_object_and_its_memory_goes_piece_by_piece(memory: RamTier) -> None:
+    assert memory.slots_count == memory.slots_free == SLOTS_COUNT_MIN
+    size = 2 * CHUNK_BYTES + 5000
+    obj = memory.open(size)
+    assert memory_of(obj) == 0, "nothing is touched ahead"
+    fill(memory, obj, size)
+    assert os.pread(obj.fd, size + 1, 0) == obj.view(0, size) == ramp(size)
+    assert memory.slots_used == 3
+    before = memory_of(obj)
+    memory.give(obj, CHUNK_BYTES)
+    assert memory_of(obj) == before - CHUNK_BYTES
+    assert obj.view(2 * CHUNK_BYTES, size) == ramp(5000, 2 * CHUNK_BYTES)
+    assert not memory.close_if_unused(obj)
+    memory.give(obj, 0)
+    memory.give(obj, 2 * CHUNK_BYTES)
+    assert memory.close_if_unused(obj)
+    assert memory.slots_free == SLOTS_COUNT_MIN
+
+
+def test_the_page_behind_the_end_is_zeros(memory: RamTier) -> None:
+    """Whoever maps the file sees it; O_DIRECT reads whole pages of a file on disk into it."""
+    obj = memory.open(5000)
+    with mapped(Piece(os.dup(obj.fd), 0), to_fill=2**32 - 1) as piece:
+        assert len(piece) == 8192
+        piece[:] = b"x" * 8192
+    with mmap.mmap(obj.fd, 5000, prot=mmap.PROT_READ) as peer:
+        assert peer[:] == b"x" * 5000
+    with mapped(Piece(os.dup(obj.fd), 0), to_fill=0) as piece:
+        assert piece[5000:] == bytes(3192)
+
+
+def test_a_view_outlives_its_file(memory: RamTier) -> None:
+    obj = memory.open(CHUNK_BYTES)
+    fill(memory, obj, CHUNK_BYTES)
+    view = obj.view(0, 100)
+    memory.give(obj, 0)
+    assert memory.close_if_unused(obj)
+    assert view == bytes(100)
+
+
+def test_a_worker_keeps_nothing_mapped_and_no_descriptor(memory: RamTier) -> None:
+    obj = memory.open(CHUNK_BYTES)
+    before = os.listdir("/proc/self/fd"), Path("/proc/self/maps").read_text().count("\n")
+    for _ in range(3):
+        with mapped(Piece(os.dup(obj.fd), 0), to_fill=2**32 - 1) as piece:
+            piece[0] = 1
+        del piece
+    assert (os.listdir("/proc/self/fd"), Path("/proc/self/maps").read_text().count("\n")) == before
+
+
+_READER = """
+import mmap, sys
+file = open(f"/proc/{sys.argv[1]}/fd/{sys.argv[2]}", "rb")
+held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+print("mapped", flush=True)
+sys.stdin.readline()
+import zlib
+print(zlib.crc32(held), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only a tmpfs of our own says what others hold")
+def test_what_was_given_whole_counts_until_its_last_reader_has_gone(memory: RamTier) -> None:
+    """Nothing is punched out under him: he reads on, and the budget is short by what he holds."""
+    import zlib
+
+    size = 4 * CHUNK_BYTES
+    obj = memory.open(size)
+    fill(memory, obj, size)
+    obj.given = True
+    command = [sys.executable, "-c", _READER, str(os.getpid()), str(obj.fd)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "mapped\n"
+        memory.give_whole(obj)
+        assert memory.close_if_unused(obj)
+        assert (memory.slots_used, memory.held_bytes) == (0, size)
+        assert memory.slots_free == SLOTS_COUNT_MIN - 4
+        other = memory.open(BUDGET)
+        while memory.has_room(other):
+            memory.take(other)
+        assert memory.slots_used == SLOTS_COUNT_MIN - 4
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline() == f"{zlib.crc32(ramp(size))}\n"
+    assert memory.has_room(other)
+    assert memory.held_bytes == 0
+
+
+def test_more_files_than_descriptors_allow_are_refused(memory: RamTier) -> None:
+    memory.objects_max = 4
+    held = [memory.open(1) for _ in range(3)]
+    for obj in held[:2]:
+        memory.hold(obj)
+    with pytest.raises(TransientStoreError, match="2 files of the RAM tier are lent already"):
+        memory.hold(held[2])
+    memory.open(1)
+    assert not memory.has_room(None)
+    assert memory.has_room(held[0])
+    with pytest.raises(TransientStoreError, match="has 4 files already"):
+        memory.open(1)
+    memory.unhold(held[0])
+    assert memory.close_if_unused(held[0])
+    assert memory.has_room(None)
+
+
+@pytest.mark.parametrize("budget_bytes", [0, CHUNK_BYTES, BUDGET - 1])
 def test_a_budget_too_small_is_refused(budget_bytes: int) -> None:
-    with pytest.raises(ConfigError, match=f"expected at least {SLOTS_COUNT_MIN * CHUNK_BYTES} bytes.*--ram-size"):
-        SlotMemory(RamConfig(budget_bytes))
+    with pytest.raises(ConfigError, match=f"expected at least {BUDGET} bytes.*--ram-size"):
+        RamTier(RamConfig(budget_bytes))
 
 
-@pytest.mark.parametrize("budget_bytes", [memory_available_bytes() + (64 << 30), 1 << 62], ids=["machine", "any"])
+@pytest.mark.parametrize("budget_bytes", [limits.available().free_bytes + (64 << 30), 1 << 62], ids=["machine", "any"])
 def test_a_budget_beyond_the_machine_is_refused(budget_bytes: int) -> None:
     with pytest.raises(ConfigError, match=r"does not fit.*--ram-size"):
-        SlotMemory(RamConfig(budget_bytes))
+        RamTier(RamConfig(budget_bytes))
 
 
-_LOCKER = """
-import os, resource, trio
+_BORROWER = """
+import mmap, os, sys
 from mfs.cache.ram import *
-from mfs.types import CHUNK_BYTES
-limit = {limit}
-if limit is not None:
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
-    os.setgroups([]); os.setgid(65534); os.setuid(65534)
-memory = SlotMemory(RamConfig(17 * CHUNK_BYTES))
-trio.run(memory.populate)
-print(len(memory.free), memory.locked_bytes, memory.note, sep="|")
-memory.view(16)[:] = b"x" * CHUNK_BYTES
-"""
-
-
-def lock_in_a_child(limit: int | None) -> tuple[int, int, str]:
-    if os.getuid():
-        pytest.skip("only root can take its own rights away here")
-    if limit is not None and limit > resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]:
-        pytest.skip("the limit here is lower already")
-    done = subprocess.run(
-        [sys.executable, "-c", _LOCKER.format(limit=limit)], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    assert not done.returncode, done.stderr
-    count, locked, note = done.stdout.strip().split("|")
-    return int(count), int(locked), note
-
-
-def test_locked_pages_are_locked() -> None:
-    assert lock_in_a_child(None) == (17, 17 * CHUNK_BYTES, "")
-
-
-@pytest.mark.parametrize("limit", [0, 65536, CHUNK_BYTES])
-def test_a_refused_lock_says_what_to_do_and_serves_on(limit: int) -> None:
-    count, locked, note = lock_in_a_child(limit)
-    assert count == 17
-    assert locked <= limit
-    for words in (f"RLIMIT_MEMLOCK is {limit} bytes", "ulimit -l", "LimitMEMLOCK", "CAP_IPC_LOCK"):
-        assert words in note
-
-
-_SHRINKER = """
-import os
-from mfs.cache.ram import *
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
-memory = SlotMemory(RamConfig(SLOTS_COUNT_MIN * 4194304, page_lock=False))
-assert not memory.huge_pages
-for size in (0, 4194304, 2 * memory.size_bytes):
+if {uid}:
+    os.setgroups([]); os.setgid({uid}); os.setuid({uid})
+memory = RamTier(RamConfig(SLOTS_COUNT_MIN * CHUNK_BYTES))
+assert bool({uid}) == bool(memory.note)
+obj = memory.open(CHUNK_BYTES)
+with mapped(Piece(os.dup(obj.fd), 0), to_fill=2**32 - 1) as piece:
+    piece[:4] = b"true"
+fd = memory.lend(obj)
+place = f"/proc/self/fd/{{fd}}"
+attempts = dict(
+    map=lambda: mmap.mmap(fd, 4096), write=lambda: os.pwrite(fd, b"x", 0), cut=lambda: os.ftruncate(fd, 0),
+    cut_by_path=lambda: os.truncate(place, 0), open_again=lambda: os.open(place, os.O_RDWR),
+    append=lambda: os.open(place, os.O_WRONLY | os.O_APPEND), empty=lambda: os.open(place, os.O_RDONLY | os.O_TRUNC),
+)
+if {uid}:
+    attempts |= dict(shrink=lambda: os.ftruncate(obj.fd, 0), grow=lambda: os.ftruncate(obj.fd, 2 * CHUNK_BYTES))
+else:
+    attempts |= dict(mode=lambda: os.fchmod(fd, 0o666), owner=lambda: os.fchown(fd, 1, 1))
+for name, attempt in attempts.items():
     try:
-        os.ftruncate(memory.fd, size)
-    except PermissionError:
+        attempt()
+    except OSError:
         continue
-    raise SystemExit(f"truncated to {size}")
+    raise SystemExit(f"{{name}} worked")
+assert mmap.mmap(fd, CHUNK_BYTES, prot=mmap.PROT_READ)[:4] == b"true"
+memory.give(obj, 0)
+assert os.pread(fd, 4, 0) == bytes(4)
+assert "mfs-ram" not in open("/proc/self/mountinfo").read()
 """
 
 
-def test_a_memfd_of_slots_cannot_be_shrunk_under_us() -> None:
-    """Huge pages come from a tmpfs, where files have no seals: its descriptor must not be handed out writable."""
+@pytest.mark.parametrize("uid", [0, 65534])
+def test_what_is_lent_cannot_be_opened_again_for_writing(uid: int) -> None:
+    """Not by root either, where root mounted: it comes by a read-only mount that nobody else can reach."""
     if os.getuid():
-        pytest.skip("only root can take its own rights away here")
+        pytest.skip("only root can mount a tmpfs, and take its own rights away")
     done = subprocess.run(
-        [sys.executable, "-c", _SHRINKER], capture_output=True, text=True,
+        [sys.executable, "-c", _BORROWER.format(uid=uid)], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert not done.returncode, done.stderr
+
+
+def test_what_the_processes_need_beside_the_slots_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def available() -> limits.Available:
+        return limits.Available(1 << 30, 20 * CHUNK_BYTES, "the control group /x (memory.max)")
+
+    monkeypatch.setattr(limits, "available", available)
+    RamTier(RamConfig(BUDGET, beside_bytes=4 * CHUNK_BYTES)).close()
+    with pytest.raises(ConfigError, match=r"does not fit: the control group /x \(memory.max\) has .* beside it; lower"):
+        RamTier(RamConfig(BUDGET, beside_bytes=5 * CHUNK_BYTES))
+    RamTier(RamConfig(BUDGET, beside_bytes=5 * CHUNK_BYTES, coming_bytes=CHUNK_BYTES)).close()
+
+
+@pytest.mark.parametrize(("free_count", "slots_count"), [(40, 30), (26, 16), (20, 16), (0, 16)])
+def test_a_mount_that_serves_does_with_what_there_is(
+    monkeypatch: pytest.MonkeyPatch, free_count: int, slots_count: int
+) -> None:
+    monkeypatch.setattr(limits, "available", lambda: limits.Available(1 << 30, free_count * CHUNK_BYTES, "the machine"))
+    config = RamConfig(32 * CHUNK_BYTES, beside_bytes=10 * CHUNK_BYTES, serves=True)
+    with closing(RamTier(config)) as memory:
+        assert memory.slots_count == slots_count
+        assert memory.size_bytes == slots_count * CHUNK_BYTES
+        assert "the machine has" in memory.shortage

@@ -10,19 +10,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfs.cache import residency
+from mfs.cache import residency, sealing
 from mfs.cache.chunks import full_mask, mask_bytes
 from mfs.cache.residency import ResidencyTables, scan
-from mfs.cache.ssd import HEADER_BYTES, SsdConfig, SsdTier
+from mfs.cache.residency_sums import blocks_count
+from mfs.cache.ssd import SsdConfig, SsdTier
 from mfs.errors import NotFoundError, StoreError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ObjectId
 from mfs.workers.frames import object_to_wire
 from mfs.workers.jobs import Jobs
-from tests.cache.chunkfiles import chunk_path, make_object, make_tier, write_chunk
+from mfs.workers.tier import Tier
+from tests.cache.objectfiles import content, data_path, make_object, make_tier, write_chunk
 
 FULL = full_mask(CHUNK_BYTES)
 
@@ -42,14 +45,15 @@ def put(tier: SsdTier, tables: ResidencyTables, obj: ObjectId, index: int, mask:
     tables.set_mask(obj, index, write_chunk(tier, obj, index, mask))
 
 
+def sidecar_bytes(obj: ObjectId) -> int:
+    """What a sidecar takes, whole pages of it."""
+    return 4096 + -(-obj.chunks_count // 8) * 4096
+
+
 def bytes_on_disk(directory: Path) -> int:
-    """What the chunk files hold, headers included and holes left out, as the disk counts it."""
-    total = 0
-    for path in (directory / "v1" / "chunks").rglob("*"):
-        if path.is_file():
-            status = path.stat()
-            total += min(status.st_blocks * 512, status.st_size)
-    return total
+    """What the files of the objects hold, holes left out, as the disk counts it."""
+    files = (directory / "v2" / "objects").rglob("*")
+    return sum(path.stat().st_blocks * 512 for path in files if path.is_file())
 
 
 def shown(directory: Path) -> dict[str, int]:
@@ -86,20 +90,21 @@ def test_rows_agree_with_a_dict(
         assert tables.resident_bytes(obj.cache_id) == sum(
             mask_bytes(mask, len(obj.chunk_range(i))) for i, mask in present.items()
         )
-    used = sum(HEADER_BYTES + mask_bytes(m, len(o.chunk_range(i))) for (o, i), m in model.items() if m)
+    used = sum(mask_bytes(m, len(o.chunk_range(i))) for (o, i), m in model.items())
+    used += sum(sidecar_bytes(o) for o in {o for (o, _), m in model.items() if m})
     assert tables.usage().used_bytes == used
     assert tables.usage().objects_count == len({o for (o, _), m in model.items() if m})
     reader = ResidencyTables(directory, writable=False)
     assert reader.usage() == tables.usage()
 
 
-def test_usage_is_what_the_chunk_files_take(tmp_path: Path, tier: SsdTier, tables: ResidencyTables) -> None:
+def test_usage_is_what_the_files_take(tmp_path: Path, tier: SsdTier, tables: ResidencyTables) -> None:
     obj, small = make_object(), make_object("small.json", 4096)
     put(tier, tables, obj, 0, 0b1011)
     put(tier, tables, obj, 1, full_mask(len(obj.chunk_range(1))) & ~0b11)
     put(tier, tables, small, 0, 1)
     used = tables.usage().used_bytes
-    tail = -len(obj.chunk_range(1)) % 4096  # the disk gives whole blocks
+    tail = -obj.size % 4096  # the disk gives whole blocks
     assert used <= bytes_on_disk(tmp_path) <= used + tail
     assert shown(tmp_path) == {"model.bin": 6 * BLOCK_BYTES + 777, "small.json": 4096}
 
@@ -119,8 +124,11 @@ def test_victims_are_the_coldest_unpinned_chunks(
     assert found == [(objects[2].cache_id, 1), (objects[0].cache_id, 0), (objects[2].cache_id, 0),
                      (objects[0].cache_id, 1)]  # fmt: skip
     assert len(list(tables.victims(1))) == 1
-    assert len(list(tables.victims(CHUNK_BYTES + HEADER_BYTES + 1))) == 2
+    assert len(list(tables.victims(CHUNK_BYTES + 1))) == 2
     assert list(tables.victims(0)) == []
+    spared = [cache_id for cache_id, *_ in tables.victims(10**12, {objects[0].cache_id})]
+    assert spared == [cache_id for cache_id, _ in found if cache_id != objects[0].cache_id]
+    assert len(list(tables.victims(1, {found[0][0]}))) == 1  # in place of what is spared another goes
 
 
 def test_what_is_kept_for_who_has_it_open_is_no_victim_until_then(tables: ResidencyTables, tmp_path: Path) -> None:
@@ -144,31 +152,40 @@ def test_what_is_kept_while_an_eviction_runs_loses_nothing_from_then_on(
     tmp_path: Path, tier: SsdTier, monkeypatch: pytest.MonkeyPatch, how: str, job: str
 ) -> None:
     """Evicting gigabytes takes seconds; who opens a file meanwhile and finds all of it may rely on that."""
-    jobs = Jobs([], memoryview(b""), SsdConfig(tmp_path))
+    opened = Tier(SsdConfig(tmp_path))
+    opened.start(lenient=False)
+    jobs = Jobs([], opened)
     objects = [make_object(name, 2 * CHUNK_BYTES) for name in ("a.bin", "b.bin")]
     for obj in objects:
         for index in (0, 1):
-            put(tier, jobs._tables, obj, index, FULL)
+            put(tier, opened.require()[1], obj, index, FULL)
     removed: list[str] = []
-    remove = SsdTier.remove
+    drop_chunk, remove = SsdTier.drop_chunk, SsdTier.remove
 
-    def remove_and_note(tier: SsdTier, cache_id: str, index: int) -> bool:
+    def drop_and_note(tier: SsdTier, cache_id: str, index: int) -> bool:
         removed.append(cache_id)
-        return remove(tier, cache_id, index)
+        return drop_chunk(tier, cache_id, index)
+
+    def remove_and_note(tier: SsdTier, cache_id: str) -> None:
+        removed.append(cache_id)
+        remove(tier, cache_id)
 
     protected = ResidencyTables._is_protected
 
     def open_one(tables: ResidencyTables, row: int) -> bool:
         if len(removed) == 1:  # the eviction is in the middle of it
-            [opened] = [obj for obj in objects if (obj.cache_id == removed[0]) is (job == "evict")]
-            tables._objects[tables.find(opened.cache_id), 7 if how == "keep" else 6] = int(time.time()) + 100
+            [opened] = [obj for obj in objects if obj.cache_id != removed[0]]
+            column, value = (7, int(time.time()) + 100) if how == "keep" else (6, 1)
+            tables._objects[tables.find(opened.cache_id), column] = value
             removed.append("")
         return protected(tables, row)
 
+    monkeypatch.setattr(SsdTier, "drop_chunk", drop_and_note)
     monkeypatch.setattr(SsdTier, "remove", remove_and_note)
     monkeypatch.setattr(ResidencyTables, "_is_protected", open_one)
     if job == "evict":
-        jobs.evict(objects=[object_to_wire(objects[0])], emit=print)
+        found = jobs.evict(objects=[object_to_wire(obj) for obj in objects], emit=print)
+        assert found == {"ssd_bytes": 2 * CHUNK_BYTES, "kept_pinned_count": 1}
         assert removed == [objects[0].cache_id, ""]
     else:
         jobs.enforce_budget(budget_bytes=1, target_bytes=0, emit=print)
@@ -207,7 +224,7 @@ def test_pins_outlive_tables_that_are_lost(tmp_path: Path, tier: SsdTier, tables
     for obj in (kept, bare, freed):
         tables.set_pinned(obj, True)
     tables.set_pinned(freed, False)
-    shutil.rmtree(tmp_path / "v1" / "index")
+    shutil.rmtree(tmp_path / "v2" / "index")
     rebuilt = ResidencyTables(tmp_path, writable=True)
     assert [rebuilt.pinned(obj.cache_id) for obj in (kept, bare, freed)] == [True, True, False]
     assert rebuilt.resident_bytes(kept.cache_id) == CHUNK_BYTES
@@ -241,15 +258,77 @@ def test_two_objects_written_at_the_same_time_both_get_a_row(tier: SsdTier, tabl
     assert list(tables.masks(second.cache_id)) == [1, 0]
 
 
-def test_a_row_that_went_to_another_object_is_not_cleared(tables: ResidencyTables) -> None:
+def test_a_row_that_went_to_another_object_is_not_dropped(tier: SsdTier, tables: ResidencyTables) -> None:
     old, new = make_object("old.bin"), make_object("new.bin")
-    tables.set_mask(old, 0, FULL)
+    put(tier, tables, old, 0, FULL)
     [(cache_id, index, row, _)] = tables.victims(1)
-    tables.set_mask(old, 0, 0)
-    tables.set_mask(new, 0, FULL)
+    assert tables.drop(tier, cache_id, row, index) == [(0, CHUNK_BYTES)]
+    put(tier, tables, new, 0, FULL)
     assert tables.find(new.cache_id) == row
-    tables.clear(cache_id, row, index)
+    assert tables.drop(tier, cache_id, row, index) == []
     assert list(tables.masks(new.cache_id)) == [FULL, 0]
+    assert tier.mask(new.cache_id, 0) == FULL
+
+
+def test_the_last_chunk_takes_the_files_along(tmp_path: Path, tier: SsdTier, tables: ResidencyTables) -> None:
+    obj = make_object(size=3 * CHUNK_BYTES)
+    for index in (0, 2):
+        put(tier, tables, obj, index, FULL)
+    row = tables.find(obj.cache_id)
+    assert row is not None
+    assert tables.drop(tier, obj.cache_id, row, 0) == [(0, CHUNK_BYTES)]
+    assert bytes_on_disk(tmp_path) == tables.usage().used_bytes == CHUNK_BYTES + sidecar_bytes(obj)
+    assert tables.drop(tier, obj.cache_id, row, 2) == [(2, CHUNK_BYTES)]
+    assert not [path for path in (tmp_path / "v2" / "objects").rglob("*") if path.is_file()]
+    assert tables.usage().used_bytes == 0
+
+
+def test_a_sealed_object_is_one_victim_as_warm_as_its_warmest_chunk(
+    tier: SsdTier, tables: ResidencyTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(1000, 2000))
+    monkeypatch.setattr(residency.time, "time", lambda: next(clock))
+    sealed, growing, cold = (make_object(name, 3 * CHUNK_BYTES) for name in ("sealed", "growing", "cold"))
+    for obj in (sealed, cold):
+        for index in range(3):
+            put(tier, tables, obj, index, FULL)
+        assert sealing.seal(tier, obj)
+        tables.learn(tier, obj.cache_id)
+    put(tier, tables, growing, 1, FULL)
+    tables.touch(sealed.cache_id, [1])
+    put(tier, tables, growing, 0, FULL)
+    found = [(cache_id, index, nbytes) for cache_id, index, _, nbytes in tables.victims(10**12)]
+    assert found == [
+        (cold.cache_id, None, 3 * CHUNK_BYTES), (growing.cache_id, 1, CHUNK_BYTES),
+        (sealed.cache_id, None, 3 * CHUNK_BYTES), (growing.cache_id, 0, CHUNK_BYTES),
+    ]  # fmt: skip
+    tables.set_pinned(sealed, True)
+    assert [cache_id for cache_id, *_ in tables.victims(10**12)] == [cold.cache_id] + [growing.cache_id] * 2
+    [(cache_id, index, row, _)] = tables.victims(1)
+    assert tables.drop(tier, cache_id, row, index) == [(i, CHUNK_BYTES) for i in range(3)]
+    assert tier.header(cold.cache_id) is None
+    assert tables.sealed_after("") == sealed.cache_id
+    assert tables.sealed_after(sealed.cache_id) is None
+    tables.set_pinned(sealed, False)
+    rebuilt = tables.find(sealed.cache_id)
+    assert rebuilt is not None
+    assert tables._objects[rebuilt, 6] == 2
+
+
+def test_a_seal_the_tables_do_not_know_of_still_keeps_the_file_whole(tier: SsdTier, tables: ResidencyTables) -> None:
+    """Killed between the sidecar and the row: who evicts one chunk finds the seal, and takes all of it by unlink."""
+    obj = make_object(size=2 * CHUNK_BYTES)
+    for index in range(2):
+        put(tier, tables, obj, index, FULL)
+    assert sealing.seal(tier, obj)
+    fd = sealing.open_sealed(tier, obj)
+    assert fd is not None
+    [(cache_id, index, row, _)] = tables.victims(1)
+    assert index is not None
+    assert tables.drop(tier, cache_id, row, index) == [(0, CHUNK_BYTES), (1, CHUNK_BYTES)]
+    assert tables.usage().used_bytes == 0
+    assert os.pread(fd, obj.size + 1, 0) == b"".join(content(obj, index) for index in range(2))
+    os.close(fd)
 
 
 def test_tables_grow_under_a_reader_that_mapped_them_small(tmp_path: Path, tables: ResidencyTables) -> None:
@@ -267,7 +346,7 @@ import sys
 import time
 from pathlib import Path
 from mfs.cache.residency import ResidencyTables
-from tests.cache.chunkfiles import make_object
+from tests.cache.objectfiles import make_object
 from mfs.types import CHUNK_BYTES
 tables = ResidencyTables(Path(sys.argv[1]), writable=True)
 for n in range(int(sys.argv[2]), int(sys.argv[2]) + int(sys.argv[3])):
@@ -282,6 +361,51 @@ def grow_elsewhere(directory: Path, first: int, count: int) -> subprocess.Popen[
         [sys.executable, "-c", _GROWER, str(directory), str(first), str(count)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+_MIXER = """
+import random, sys
+from pathlib import Path
+from mfs.cache import sealing
+from mfs.cache.residency import ResidencyTables
+from tests.cache.objectfiles import make_object, make_tier, write_chunk
+tier, dice = make_tier(Path(sys.argv[1])), random.Random(int(sys.argv[2]))
+tables = ResidencyTables(Path(sys.argv[1]), writable=True)
+for _ in range(100):
+    obj = make_object(f"{dice.randrange(3)}.bin", 2 * (4 << 20))
+    row, index = tables.find(obj.cache_id), dice.randrange(2)
+    match dice.randrange(8):
+        case 0 if row is not None: tables.drop(tier, obj.cache_id, row, index)
+        case 1 if row is not None: tables.drop(tier, obj.cache_id, row, None)
+        case 2 | 3:
+            sealing.seal(tier, obj)
+            tables.learn(tier, obj.cache_id)
+        case _:
+            write_chunk(tier, obj, index, dice.choice([2**32 - 1, dice.randrange(1, 2**32)]))
+            tables.learn_chunk(tier, obj, index)
+"""
+
+
+def test_the_tables_are_exact_after_processes_that_write_evict_and_seal_the_same(
+    tmp_path: Path, tier: SsdTier, tables: ResidencyTables
+) -> None:
+    for round_number in range(2):  # nobody is killed, so there is nothing to reconcile
+        mixers = [
+            subprocess.Popen(
+                [sys.executable, "-c", _MIXER, str(tmp_path), str(10 * round_number + n)], stderr=subprocess.PIPE
+            )
+            for n in range(3)
+        ]
+        assert [mixer.communicate()[1].decode() for mixer in mixers] == [""] * 3
+        for number in range(3):
+            obj = make_object(f"{number}.bin", 2 * CHUNK_BYTES)
+            standing, row = tier.standing(obj.cache_id), tables.find(obj.cache_id)
+            if standing is None or not any(standing.masks):
+                assert not tables.masks(obj.cache_id).any()
+            else:
+                assert row is not None
+                assert tables.masks(obj.cache_id).tolist() == standing.masks
+                assert bool(tables._objects[row, 6] & np.uint64(2)) == (standing.header.sealed is not None)
 
 
 def test_processes_grow_the_tables_together(tmp_path: Path, tables: ResidencyTables) -> None:
@@ -327,8 +451,8 @@ FILES = [
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
-def test_damaged_tables_are_rebuilt_from_the_chunk_files(filled: Path, file: str, damage: str) -> None:
-    path = filled / "v1" / "index" / file
+def test_damaged_tables_are_rebuilt_from_the_sidecars(filled: Path, file: str, damage: str) -> None:
+    path = filled / "v2" / "index" / file
     match damage:
         case "missing":
             path.unlink()
@@ -348,14 +472,14 @@ def test_damaged_tables_are_rebuilt_from_the_chunk_files(filled: Path, file: str
         assert tables.usage().objects_count == 2
 
 
-def test_a_missing_index_is_made_from_the_chunk_files(filled: Path) -> None:
-    shutil.rmtree(filled / "v1" / "index")
+def test_a_missing_index_is_made_from_the_sidecars(filled: Path) -> None:
+    shutil.rmtree(filled / "v2" / "index")
     ResidencyTables(filled, writable=True)
     assert shown(filled) == TRUTH
 
 
 def test_those_who_have_the_tables_open_follow_a_rebuild(filled: Path, tables: ResidencyTables) -> None:
-    os.truncate(filled / "v1" / "index" / "objects" / "shape.ninja", 3)
+    os.truncate(filled / "v2" / "index" / "objects" / "shape.ninja", 3)
     ResidencyTables(filled, writable=True)
     tables.set_mask(make_object("later.bin", CHUNK_BYTES), 0, 1)
     assert shown(filled) == TRUTH | {"": BLOCK_BYTES}  # no file says what later.bin is called
@@ -366,13 +490,12 @@ def test_reconciling_finds_what_kills_left_apart(filled: Path, tier: SsdTier, ta
     late, gone = make_object("late.bin"), make_object("gone.bin")
     write_chunk(tier, late, 1, 0b101)  # killed before its row was written
     put(tier, tables, gone, 0, FULL)
-    chunk_path(filled, gone, 0).unlink()  # killed before its row was cleared
-    leftover = chunk_path(filled, late, 1).with_suffix(".dead-1.tmp")
-    leftover.touch()
-    os.utime(leftover, (1, 1))
+    tier.remove(gone.cache_id)  # killed before its row was cleared
+    half = data_path(filled, gone)
+    half.touch()  # killed while its files were made
     tables.reconcile(tier)
     assert shown(filled) == TRUTH | {"late.bin": 2 * BLOCK_BYTES}
-    assert not leftover.exists()
+    assert not half.exists()
 
 
 def test_no_cache_is_said(tmp_path: Path) -> None:
@@ -396,3 +519,9 @@ def test_a_disk_without_room_for_tables_is_an_error_not_a_signal(tmp_path: Path)
         assert b"No space left" in done.stderr
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1)))
+def test_blocks_are_counted_as_python_counts_them(masks: list[int]) -> None:
+    table = np.array([[mask, 7] for mask in masks], np.uint32).reshape(-1, 2)
+    assert blocks_count(table[:, 0]).tolist() == [mask.bit_count() for mask in masks]

@@ -56,8 +56,8 @@ def test_json_of_ls_and_stat_is_exact_and_stable(mfs: Mfs, mnt: FakeMount) -> No
     assert (rows[1]["size"], rows[1]["ssd_bytes"]) == (9 << 20, 4 << 20)
     (found,) = mfs.json("stat", mnt / MODEL)
     assert set(found) == {
-        "path", "kind", "size", "mtime", "inode", "source", "source_path", "revision", "digest", "ssd_bytes",
-        "ram_bytes", "pinned", "chunks_count", "open_handles",
+        "path", "kind", "size", "mtime", "inode", "source", "source_path", "revision", "digest", "model_revision",
+        "ssd_bytes", "ram_bytes", "pinned", "chunks_count", "open_handles",
     }  # fmt: skip
     assert found["path"] == mnt / MODEL
 

@@ -29,13 +29,13 @@ class Expected:
 
 STATUS_SHAPE = {
     "version": str, "pid": int, "mountpoint": str, "started_at": float, "uptime_s": float, "sources": list,
-    "ssd": dict, "ram": dict, "origin": dict, "reads": dict, "open_files": int, "prefetch": dict, "workers": list,
-    "kernel": dict, "warnings": list,
+    "ssd": dict, "ram": dict, "origin": dict, "reads": dict, "open_files": int, "passthrough": dict,
+    "prefetch": dict, "workers": list, "kernel": dict, "warnings": list,
 }  # fmt: skip
 STATUS_NUMBERS = {
     "ssd": {"used_bytes", "budget_bytes", "free_disk_bytes", "objects_count", "hits_bytes"},
-    "ram": {"used_bytes", "budget_bytes", "locked_bytes", "slots_count", "slots_free", "slots_leased", "hits_bytes"},
-    "origin": {"fetched_bytes", "requests_count", "errors_count", "inflight"},
+    "ram": {"used_bytes", "budget_bytes", "slots_count", "slots_free", "slots_leased", "hits_bytes"},
+    "origin": {"fetched_bytes", "shared_bytes", "requests_count", "errors_count", "inflight"},
     "reads": {"count", "bytes", "errors_count", "waiting"},
     "prefetch": {"queued_bytes", "active_objects"},
 }

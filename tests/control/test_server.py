@@ -8,8 +8,12 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -17,9 +21,19 @@ import trio
 from mfs.control import wire
 from mfs.control.api import Json, Tier
 from mfs.control.client import Client
+from mfs.control.connecting import connect
 from mfs.control.http import Limits
 from mfs.control.server import ServerConfig, serve
-from mfs.errors import AccessError, ConfigError, IntegrityError, MfsError, StoreError, TransientStoreError, from_wire
+from mfs.errors import (
+    AccessError,
+    ConfigError,
+    IntegrityError,
+    MfsError,
+    StoreError,
+    TransientStoreError,
+    UsageError,
+    from_wire,
+)
 from mfs.testing.fake_daemon import FakeDaemon, FakeFile
 from tests.control.serving import ServerThread, serving
 
@@ -275,7 +289,7 @@ def test_a_defect_in_the_daemon_is_logged_and_answered(path: Path, caplog: pytes
 
 
 def test_connections_are_bounded(daemon: FakeDaemon, path: Path) -> None:
-    with serving(daemon, path, ServerConfig(connections_max=2)):
+    with serving(daemon, path, ServerConfig(connections_max=2, patience_s=0.1)):
         held = [socket.socket(socket.AF_UNIX) for _ in range(2)]
         for sock in held:
             sock.connect(str(path))
@@ -287,6 +301,73 @@ def test_connections_are_bounded(daemon: FakeDaemon, path: Path) -> None:
             list(Client(path).verify(["a"] * 10_000))
         for sock in held:
             sock.close()
+
+
+def test_who_finds_all_places_taken_waits_for_one(daemon: FakeDaemon, path: Path) -> None:
+    with serving(daemon, path, ServerConfig(connections_max=1)), socket.socket(socket.AF_UNIX) as held:
+        held.connect(str(path))
+        held.sendall(get("status"))
+        assert held.recv(15).startswith(b"HTTP/1.1 200")
+        with ThreadPoolExecutor(1) as threads:
+            asked = threads.submit(Client(path).status)
+            held.close()
+            assert asked.result()
+
+
+def test_hundreds_of_clients_at_once_are_all_answered(daemon: FakeDaemon, path: Path) -> None:
+    patient = ServerConfig(patience_s=120, limits=Limits(request_s=120))
+    with serving(daemon, path, patient), ThreadPoolExecutor(300) as threads:
+        begin = threading.Barrier(300)
+
+        def ask(_: int) -> Json:
+            begin.wait()
+            return Client(path, timeout_s=120).status()
+
+        assert len(list(threads.map(ask, range(300)))) == 300
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_a_full_queue_is_waited_for_and_its_end_is_no_missing_daemon(path: Path, kind: socket.SocketKind) -> None:
+    with socket.socket(socket.AF_UNIX, kind) as listener, ExitStack() as stack:
+        listener.bind(str(path))
+        listener.listen(0)
+        first, second, third = (stack.enter_context(socket.socket(socket.AF_UNIX, kind)) for _ in range(3))
+        connect(first, path, 30)
+        with pytest.raises(TimeoutError, match="too many others wait to be let in"):
+            connect(second, path, 0.05)
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(connect, third, path, 60)
+            listener.accept()[0].close()
+            waiting.result()
+        assert third.gettimeout() == 60
+    with pytest.raises(ConnectionRefusedError), socket.socket(socket.AF_UNIX, kind) as late:
+        connect(late, path, 1)
+
+
+def test_a_client_that_is_not_let_in_says_so(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(path))
+        listener.listen(0)
+        connect(first, path, 30)
+        with pytest.raises(TransientStoreError, match="does not answer: too many others wait"):
+            Client(path, timeout_s=0.05).status()
+
+
+@pytest.mark.parametrize("depth", [17, 320, 900, 960, 980, 990, 1000, 100_000])
+@pytest.mark.parametrize("form", ["[%s]", '{"paths":%s}', '{"a":%s}', '{"tier":%s,"paths":["a"]}'])
+def test_json_nested_beyond_reason_is_one_line(path: Path, depth: int, form: str, caplog: Any) -> None:
+    body = (form % ("[" * depth + "]" * depth)).encode()
+    head = f"POST /v1/prefetch HTTP/1.1\r\nHost: mfs\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serving(FakeDaemon({}), path):
+        answer = talk(path, head.encode() + body)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert len(answer) < 1000
+    assert not caplog.records
+
+
+def test_a_path_that_is_no_text_is_refused(server: ServerThread, path: Path) -> None:
+    with pytest.raises(UsageError, match="no text a file system could hold"):
+        Client(path).pin(["a/\ud800"])
 
 
 def test_shutdown_is_answered_although_it_ends_the_server(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from mfs.testing.mounting import TestMount
 from tests.mount import origins
+from tests.servers.docker_registry import DockerRegistry
 from tests.servers.hub import HubServer
 from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
@@ -19,9 +20,14 @@ Mounted = Callable[..., TestMount]
 """See `mounted`."""
 
 
-@pytest.fixture(params=["folder", "s3", "web", "hub"])
+@pytest.fixture(params=["folder", "s3", "web", "hub", "registry", "oci"])
 def origin(
-    request: pytest.FixtureRequest, tmp_path: Path, swift: SwiftServer, nginx: NginxServer, hub: HubServer
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    swift: SwiftServer,
+    nginx: NginxServer,
+    hub: HubServer,
+    registry: DockerRegistry,
 ) -> origins.Origin:
     """Each kind of origin in turn, empty."""
     # The servers are asked for by name, not when needed: one started within a test would count as left behind by it.
@@ -32,6 +38,10 @@ def origin(
             return origins.S3Origin(swift, request.getfixturevalue("s3_bucket"))
         case "web":
             return origins.WebOrigin(nginx)
+        case "registry":
+            return origins.RegistryOrigin(tmp_path / "registry")
+        case "oci":
+            return origins.OciOrigin(registry)
         case _:
             return origins.HubOrigin(hub)
 

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from mfs.registry.folder_store import FolderStore
 from mfs.testing.mounting import TestMount
+from tests.oci import artifacts
+from tests.registry import made
+from tests.servers.docker_registry import DockerRegistry
 from tests.servers.hub import HubServer
 from tests.servers.nginx import NginxServer
-from tests.servers.swift import SwiftServer
+from tests.servers.rclone import RcloneServer
+from tests.servers.s3_client import S3Account
 
 
 class Origin(Protocol):
@@ -90,7 +95,7 @@ def _sync_folder(root: Path, files: Mapping[str, bytes]) -> None:
 class S3Origin:
     has_empty_folders = has_links = has_digests = False
 
-    def __init__(self, swift: SwiftServer, bucket: str, prefix: str = "models/prod") -> None:
+    def __init__(self, swift: S3Account, bucket: str, prefix: str = "models/prod") -> None:
         self.bucket, self.prefix = bucket, prefix
         self.url = f"s3://{bucket}/{prefix}"
         self.source: dict[str, Any] = {"endpoint_url": swift.endpoint}
@@ -108,12 +113,12 @@ class S3Origin:
 
 
 class WebOrigin:
-    """A folder of `nginx` of its own."""
+    """A folder of its own of `nginx`, or of another server of a folder."""
 
     has_empty_folders = True
     has_links = has_digests = False
 
-    def __init__(self, nginx: NginxServer) -> None:
+    def __init__(self, nginx: NginxServer | RcloneServer) -> None:
         name = uuid.uuid4().hex[:12]
         self.root = nginx.files / name
         self.root.mkdir()
@@ -143,3 +148,36 @@ class HubOrigin:
 
     def put_all(self, files: Mapping[str, bytes]) -> None:
         self.hub.commit(self.repo, dict(files))
+
+
+class RegistryOrigin:
+    """A tag of a model of a registry in a folder."""
+
+    has_empty_folders = has_links = False
+    has_digests = True
+
+    def __init__(self, root: Path, model: str = "llama", tag: str = "prod") -> None:
+        self.registry = made.Registry(FolderStore(str(root)))
+        self.model, self.tag = model, tag
+        self.url = f"mfs+file://{root}/{model}:{tag}"
+        self.source: dict[str, Any] = {}
+        self.env: dict[str, str] = {}
+
+    def put_all(self, files: Mapping[str, bytes]) -> None:
+        self.registry.push(self.model, self.tag, files)
+
+
+class OciOrigin:
+    """A repository of `registry` of its own, mounted by a tag that is moved."""
+
+    has_empty_folders = has_links = False
+    has_digests = True
+
+    def __init__(self, registry: DockerRegistry) -> None:
+        self.pushed = artifacts.RegistryOrigin(registry)
+        self.url = self.pushed.url
+        self.source: dict[str, Any] = {}
+        self.env: dict[str, str] = {}
+
+    def put_all(self, files: Mapping[str, bytes]) -> None:
+        self.pushed.put_all(files)

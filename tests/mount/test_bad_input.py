@@ -157,6 +157,24 @@ class TestSources:
         assert "Traceback" not in mount.log
 
 
+class TestFoldersOfOurs:
+    """A source that lies in a mount, or in the cache, would show or feed itself."""
+
+    def test_in_its_own_mount_point(self, tmp_path: Path) -> None:
+        assert "inside the mount point" in refusal(TestMount(tmp_path, str(tmp_path / "mnt")))
+
+    def test_in_its_own_cache(self, tmp_path: Path) -> None:
+        (tmp_path / "cache" / "models").mkdir(parents=True)
+        (tmp_path / "link").symlink_to("cache/models")
+        assert "in the cache directory" in refusal(TestMount(tmp_path, f"file://{tmp_path}/link"))
+
+    def test_in_a_mount(self, tmp_path: Path, folder: origins.FolderOrigin, mounted: Mounted) -> None:
+        folder.put_all({"m/w.bin": b"1"})
+        first = mounted(folder)
+        line = refusal(TestMount(tmp_path / "n", str(first.path / "m")))
+        assert f"lies in the mfs mount {first.path}" in line
+
+
 class TestMountPoint:
     def test_missing(self, tmp_path: Path, folder: origins.FolderOrigin) -> None:
         mount = TestMount(tmp_path / "m", folder.url)

@@ -10,7 +10,7 @@ import pytest
 from mfs.errors import NotFoundError, StoreError
 from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
-from mfs.types import CHUNK_BYTES
+from mfs.types import BLOCK_BYTES, CHUNK_BYTES
 from tests.mount import origins, touching
 from tests.mount.conftest import Mounted
 
@@ -86,8 +86,8 @@ class TestPrefetch:
         mount = mounted(folder, cache_bytes=20 * MIB)
         assert list(mount.client.prefetch([""], "ssd", wait=True))[-1]["failed"] == []
         assert mount.wait_for(lambda: mount.client.status()["ssd"]["used_bytes"] <= 20 * MIB)
-        chunks = mount.folder / "cache/v1/chunks"
-        on_disk = sum(file.stat().st_size for file in chunks.rglob("*") if file.is_file())
+        objects = mount.folder / "cache/v2/objects"
+        on_disk = sum(file.stat().st_blocks * 512 for file in objects.rglob("*") if file.is_file())
         assert on_disk <= 20 * MIB
         for name, content in files.items():
             assert mount.call(touching.read, str(mount.path / name)) == content
@@ -160,14 +160,13 @@ class TestVerify:
         read_all(mount)
         mount.wait_saved(*FILES)
         assert list(mount.client.verify([""]))[-1] == {"done": True, "checked_bytes": TOTAL_BYTES, "bad": []}
-        chunks = (mount.folder / "cache/v1/chunks").rglob("*.00000001")
-        victim = max(chunks, key=lambda path: path.stat().st_size)  # the second chunk of a/one.bin
+        victim = max((mount.folder / "cache/v2/objects").rglob("*"), key=lambda path: path.stat().st_size)  # a/one.bin
         with victim.open("r+b") as file:
-            file.seek(4096 + 1000)
+            file.seek(CHUNK_BYTES + 1000)
             file.write(b"\0\0\0\0\0\0\0\0")
         done = list(mount.client.verify([""]))[-1]
         assert [(bad["path"], bad["chunk"]) for bad in done["bad"]] == [("a/one.bin", 1)]
-        assert mount.client.stat("a/one.bin")["ssd_bytes"] == len(FILES["a/one.bin"]) - CHUNK_BYTES
+        assert mount.client.stat("a/one.bin")["ssd_bytes"] == len(FILES["a/one.bin"]) - BLOCK_BYTES
         drop_all_pages(mount)
         read_all(mount)
         mount.wait_saved(*FILES)

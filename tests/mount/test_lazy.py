@@ -177,8 +177,8 @@ class TestMemory:
         mount.client.evict(["w.bin"], "ram")
         mount.call(touching.drop_pages, path)
         assert mount.call(touching.read, path) == content  # from SSD now
-        chunks = [file for file in (mount.folder / "cache/v1/chunks").rglob("*") if file.is_file()]
-        cached = sum(touching.resident_pages(str(file)) for file in chunks) * 4096
-        print(f"page cache held by {len(chunks)} chunk files: {cached:,} bytes")
-        assert cached <= len(chunks) * 128 * 1024
+        files = [file for file in (mount.folder / "cache/v2/objects").rglob("*") if file.is_file()]
+        cached = sum(touching.resident_pages(str(file)) for file in files) * 4096
+        print(f"page cache held by {len(files)} files: {cached:,} bytes")
+        assert cached <= len(files) * 128 * 1024
         assert mount.call(touching.resident_pages, path) * 4096 >= len(content)

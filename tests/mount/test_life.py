@@ -141,6 +141,22 @@ class TestWorkers:
         assert mount.wait_for(lambda: not set(before) & set(mount.worker_pids) and len(mount.worker_pids) == 2)
         assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE)
 
+    @pytest.mark.parametrize("number", [9, 19], ids=["killed", "stopped"])
+    def test_workers_that_do_nothing_cost_a_reader_a_part_of_his_time(
+        self, folder: origins.FolderOrigin, mounted: Mounted, number: int
+    ) -> None:
+        """Two reads, all workers dead or stopped: others take their work within one time-out, and readers get bytes."""
+        folder.put("w.bin", ramp(3 * SIZE))
+        mount = mounted(folder, timeout_s=20)
+        mount.alarms_expected.append("has said nothing")
+        before = mount.worker_pids
+        for pid in before:
+            os.kill(pid, number)
+        for offset in (5_000_000, 2 * SIZE):
+            read = mount.call(touching.pread, str(mount.path / "w.bin"), 128 << 10, offset)
+            assert read == ramp(128 << 10, offset)
+        assert mount.wait_for(lambda: not set(before) & set(mount.worker_pids) and len(mount.worker_pids) == 2)
+
 
 def cpu_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -12,6 +12,8 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, multiple, precondition, rule
 
+from mfs import holder
+from mfs.cache import sidecar
 from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
 from tests.mount import touching
@@ -39,6 +41,7 @@ class MountMachine(RuleBasedStateMachine):
         self.open: dict[str, bytes] = {}
         """Handle -> the bytes of the version it was opened on."""
         self.serial = 0
+        self.crashes = 0
 
     @initialize()
     def begin(self) -> None:
@@ -156,11 +159,21 @@ class MountMachine(RuleBasedStateMachine):
         for name in self.published:
             self.mount.call(touching.drop_pages_if_there, self._path(name))
 
+    @rule(name=st.sampled_from(["", "m", *NAMES]), tier=st.sampled_from(["ram", "ssd"]))
+    def bring(self, name: str, tier: Any) -> None:
+        """To SSD, where it is sealed then, or to RAM: from both the kernel may read it by itself."""
+        if not name or any(n == name or n.startswith(f"{name}/") for n in self.published):
+            list(self.mount.client.prefetch([name], tier, wait=True))
+
+    @precondition(lambda self: not self.open)
     @rule(seed=st.integers(0, 1000))
     def corrupt(self, seed: int) -> None:
-        chance = random.Random(seed)
-        for file in sorted((self.mount.folder / "cache/v1/chunks").rglob("*")):
-            if file.is_file() and file.suffix != ".tmp" and chance.random() < 0.5:
+        """Damage that a reader finds, or where the kernel reads by itself, `mfs verify`."""
+        chance, is_sealed = random.Random(seed), False
+        for file in sorted((self.mount.folder / "cache/v2/objects").rglob("*")):
+            if file.is_file() and chance.random() < 0.5:
+                header = sidecar.parse_header(file.with_suffix(".sums").read_bytes()[: sidecar.HEADER_BYTES])
+                is_sealed = is_sealed or header is None or header.sealed is not None
                 size = file.stat().st_size
                 if chance.random() < 0.3:
                     os.truncate(file, chance.randrange(size))
@@ -168,6 +181,8 @@ class MountMachine(RuleBasedStateMachine):
                     with file.open("r+b") as opened:
                         opened.seek(chance.randrange(size))
                         opened.write(b"\xa5\x5a")
+        if is_sealed:
+            list(self.mount.client.verify([""]))
 
     @rule()
     def verify(self) -> None:
@@ -180,6 +195,20 @@ class MountMachine(RuleBasedStateMachine):
         for pid in before:
             os.kill(pid, 9)
         assert self.mount.wait_for(lambda: bool(self.mount.worker_pids) and not before & set(self.mount.worker_pids))
+
+    @precondition(lambda self: self.crashes < holder.CRASHES_MAX)
+    @rule()
+    def crash(self) -> None:
+        """Whoever has something open waits for the next daemon."""
+        self.crashes += 1
+        killed = self.mount.crash()
+        self.list_all()
+        self.mount.wait_successor(killed)
+        self.refresh()  # the successor looks again by itself now, some time soon: make it sure
+
+    @rule()
+    def hand_over(self) -> None:
+        self.mount.hand_over()
 
     @precondition(lambda self: not self.open)
     @rule(kill=st.booleans())

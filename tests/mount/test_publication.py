@@ -150,7 +150,7 @@ class TestTimes:
         mount = mounted(folder)
         stamp(mount)
         mount.stop()
-        (mount.folder / "cache/v1/tree.sqlite").write_bytes(b"no database, but long enough to be taken for one" * 100)
+        (mount.folder / "cache/v2/tree.sqlite").write_bytes(b"no database, but long enough to be taken for one" * 100)
         mount.start()
         assert set(files_of(times(mount))) == set(MODEL)
         assert "tree.sqlite" in mount.log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -9,6 +10,7 @@ import json
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 _held: dict[str, Any] = {}
@@ -181,15 +183,25 @@ def drop_pages(path: str) -> None:
 
 def resident_pages(path: str) -> int:
     """How many of a file's pages the kernel's page cache holds (mincore(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mapped_privately(path) as (address, size):
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0, os.strerror(
+            ctypes.get_errno()
+        )
+        return sum(page & 1 for page in pages)
+
+
+@contextlib.contextmanager
+def mapped_privately(path: str) -> Iterator[tuple[int, int]]:
+    """(address, size) of a whole file, mapped for as long as the context is open; no byte of it is touched."""
     fd = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(fd).st_size
-        with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
-            libc = ctypes.CDLL(None, use_errno=True)
-            pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-            address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(mapped)))
-            assert libc.mincore(address, ctypes.c_size_t(size), pages) == 0, os.strerror(ctypes.get_errno())
-            return sum(page & 1 for page in pages)
+        mapped = mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        yield ctypes.addressof(ctypes.c_char.from_buffer(mapped)), size
+        with contextlib.suppress(BufferError):  # the address' own reference may outlive this by a moment
+            mapped.close()
     finally:
         os.close(fd)
 
@@ -249,3 +261,9 @@ def all_times(path: str) -> dict[str, tuple[int, int, int]]:
             relative = os.path.relpath(os.path.join(folder, name), path)
             found["" if relative == "." else relative] = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
     return found
+
+
+def drop_dentries() -> None:
+    """Have the kernel forget the names that nobody uses."""
+    with open("/proc/sys/vm/drop_caches", "w") as file:
+        file.write("2\n")

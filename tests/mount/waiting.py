@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+from tests.mount.touching import mapped_privately
 
 _background = ThreadPoolExecutor(1)
 _begun: list[Future[list[str]]] = []
@@ -72,15 +73,7 @@ def _read(path: str) -> str:
 
 
 def _map(path: str) -> str:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(fd).st_size
-        with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
-            address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-            copy = ctypes.create_string_buffer(size)
-            _libc.memcpy(copy, address, size)  # ctypes lets go of the GIL: a fault that waits stops only this thread
-            return digest_of(copy.raw)
-    except BufferError:  # the address' own reference may outlive the mapping by a moment
+    with mapped_privately(path) as (address, size):
+        copy = ctypes.create_string_buffer(size)
+        _libc.memcpy(copy, address, size)  # ctypes lets go of the GIL: a fault that waits stops only this thread
         return digest_of(copy.raw)
-    finally:
-        os.close(fd)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.servers.process import ServerError, free_port, wait_for_signal
-from tests.servers.remote import Remote
+from tests.servers.process import ServerError, wait_for_signal
+from tests.servers.remote import Remote, RemoteServer
 
 
 @dataclass
@@ -57,13 +57,12 @@ class Stats(NamedTuple):
     down_bytes: int
 
 
-class ChaosProxy:
+class ChaosProxy(RemoteServer):
     """Listens at `port` before `upstream`; `url` is upstream's address with the proxy in its place."""
 
     def __init__(self, upstream: str, root: Path, *, port: int | None = None) -> None:
         """upstream: a URL ('http://127.0.0.1:8000/path/') or 'host:port'. root: where its log goes."""
-        self.root = root
-        self.port = port or free_port()
+        super().__init__("chaos proxy", root, port)
         parts = urllib.parse.urlsplit(upstream if "://" in upstream else f"tcp://{upstream}")
         if parts.hostname is None or parts.port is None:
             raise ServerError(f"upstream {upstream!r} names no host and port")
@@ -71,25 +70,15 @@ class ChaosProxy:
         host = parts.hostname if parts.hostname == "localhost" else "127.0.0.1"
         self.url = parts._replace(netloc=f"{host}:{self.port}").geturl()
         self._upstream = {"upstream_host": parts.hostname, "upstream_port": parts.port}
-        self._remote: Remote | None = None
 
-    def start(self) -> None:
-        """Start, in fair weather, and return when it listens. Raises: ServerError."""
-        if self._remote:
-            raise ServerError("the chaos proxy is already running")
+    def begin(self, log: Path) -> Remote:
+        """In fair weather."""
         settings = {"port": self.port, **self._upstream}
-        log = self.root / f"chaos-{self.port}.log"
-        self._remote = Remote("tests.servers.chaos_proxy", log=log, settings=settings)
-
-    def stop(self) -> None:
-        """Kill it: its connections are cut, new ones get ECONNREFUSED. `start` brings it back on its port."""
-        if self._remote:
-            self._remote.stop()
-            self._remote = None
+        return Remote("tests.servers.chaos_proxy", log=log, settings=settings)
 
     def set(self, **weather: Any) -> None:
         """Make exactly this weather: fields of `Weather`; what is not named is fair. Open connections feel it too."""
-        self._running().call("change", **dataclasses.asdict(Weather(**weather)))
+        self.running.call("change", **dataclasses.asdict(Weather(**weather)))
 
     def clear(self) -> None:
         """Fair weather; stalled connections go on."""
@@ -97,19 +86,7 @@ class ChaosProxy:
 
     def stats(self) -> Stats:
         """Counts since the start."""
-        return Stats(**self._running().call("stats"))
-
-    def __enter__(self) -> ChaosProxy:
-        self.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    def _running(self) -> Remote:
-        if self._remote is None:
-            raise ServerError("the chaos proxy is not running")
-        return self._remote
+        return Stats(**self.running.call("stats"))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ SESSION_VARIABLE in its environment and is known by it.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -56,7 +57,7 @@ def fuse_mounts(below: Path) -> set[str]:
     found = set()
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
-        target = left.split()[4].encode("latin-1").decode("unicode_escape").encode("latin-1").decode("utf-8", "replace")
+        target = re.sub(r"\\([0-7]{3})", lambda escape: chr(int(escape[1], 8)), left.split()[4])
         if right.split()[0].startswith("fuse") and Path(target).is_relative_to(below):
             found.add(target)
     return found

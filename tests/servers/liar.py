@@ -11,8 +11,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.servers.process import ServerError, free_port, wait_for_signal
-from tests.servers.remote import Remote
+from tests.servers.process import wait_for_signal
+from tests.servers.remote import Remote, RemoteServer
 
 
 class Lie(StrEnum):
@@ -74,30 +74,20 @@ class Request(NamedTuple):
     """The Range header, '' without one."""
 
 
-class LiarServer:
+class LiarServer(RemoteServer):
     """Serves `files` at `url`, truthfully until told otherwise. ETags are made of mtime (seconds) and size."""
 
     def __init__(self, root: Path, *, files: Path | None = None, port: int | None = None) -> None:
         """Keep the log under `root`; serve `files`, by default the new folder `root/files`."""
-        self.root = root
+        super().__init__("liar", root, port)
         self.files = files or root / "files"
-        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
-        self._remote: Remote | None = None
 
-    def start(self) -> None:
-        """Start, honest, and return when it listens. Raises: ServerError."""
-        if self._remote:
-            raise ServerError("the liar is already running")
+    def begin(self, log: Path) -> Remote:
+        """Honest."""
         self.files.mkdir(parents=True, exist_ok=True)
         settings = {"files": str(self.files), "port": self.port}
-        self._remote = Remote("tests.servers.liar_site", log=self.root / f"liar-{self.port}.log", settings=settings)
-
-    def stop(self) -> None:
-        """Kill it; `start` brings it back, honest, on its port."""
-        if self._remote:
-            self._remote.stop()
-            self._remote = None
+        return Remote("tests.servers.liar_site", log=log, settings=settings)
 
     def lie(
         self,
@@ -118,45 +108,33 @@ class LiarServer:
         """
         details: dict[str, Any] = {"pattern": pattern, "left": count, "after_bytes": after_bytes}
         details |= {"interval_s": interval_s, "status": status, "retry_after_s": retry_after_s}
-        self._running().call("set", lie=lie.value, **details)
+        self.running.call("set", lie=lie.value, **details)
 
     def tell_truth(self) -> None:
         """Stop lying; silent and dripping answers end."""
-        self._running().call("set", lie=None)
+        self.running.call("set", lie=None)
 
     def set_listing(self, path: str, body: str | None) -> None:
         """Answer the folder `path` ('/', '/a/') with this body instead of its true listing; None undoes that."""
-        self._running().call("set_listing", path=path, body=body)
+        self.running.call("set_listing", path=path, body=body)
 
     def requests(self, path: str | None = None) -> list[Request]:
         """Requests that arrived, in order; with `path`, those for exactly it."""
-        found = [Request(*request) for request in self._running().call("stats")["requests"]]
+        found = [Request(*request) for request in self.running.call("stats")["requests"]]
         return [request for request in found if path in (None, request.path)]
 
     def wait_for_request(self, path: str, *, timeout_s: float = 20.0) -> None:
         """Return once a request for `path` has arrived. Raises: ServerError after `timeout_s`."""
-        self._running().process.wait_until(lambda: bool(self.requests(path)), timeout_s=timeout_s)
+        self.running.process.wait_until(lambda: bool(self.requests(path)), timeout_s=timeout_s)
 
     def lies_told(self) -> int:
         """How many answers were lies."""
-        told: int = self._running().call("stats")["told"]
+        told: int = self.running.call("stats")["told"]
         return told
 
     def forget_requests(self) -> None:
         """Start counting anew."""
-        self._running().call("forget_stats")
-
-    def __enter__(self) -> LiarServer:
-        self.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    def _running(self) -> Remote:
-        if self._remote is None:
-            raise ServerError("the liar is not running")
-        return self._remote
+        self.running.call("forget_stats")
 
 
 def main() -> None:

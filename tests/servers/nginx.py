@@ -56,6 +56,12 @@ http {{
     location /~forbidden/ {{ alias {files}/; deny all; }}
     location /~moved/ {{ rewrite ^/~moved(/.*)$ $1 redirect; }}
     location /~unavailable/ {{ return 503; }}
+    location /~store/ {{
+      alias {files}/;
+      dav_methods PUT DELETE MKCOL;
+      create_full_put_path on;
+      client_max_body_size 0;
+    }}
   }}
 }}
 """
@@ -81,7 +87,7 @@ class NginxServer:
 
     Prefixes that show the same folder otherwise: `~no-ranges` answers 200 to a Range, `~no-index` refuses to list
     (403), `~html-index` lists for people, `~private` wants `user` and `password` (401), `~forbidden` is 403,
-    `~moved` redirects to the honest address, `~unavailable` is 503.
+    `~moved` redirects to the honest address, `~unavailable` is 503. And one takes files: `~store`, by WebDAV's PUT.
     """
 
     user = "reader"

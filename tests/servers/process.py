@@ -5,6 +5,7 @@ Used by every server beside it; knows nothing of HTTP, S3 or mfs.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import random
 import signal
@@ -135,6 +136,16 @@ def answers_tcp(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def program_of_wheel(distribution: str, name: str) -> Path | None:
+    """The program that a wheel brought into this environment, or None where there is none for this machine."""
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = next((Path(str(file.locate())) for file in files if file.name == name), None)
+    return found.resolve() if found and os.access(found, os.X_OK) else None
 
 
 def wait_for_signal() -> None:

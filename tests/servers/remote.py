@@ -11,11 +11,12 @@ import selectors
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from tests.servers.process import PROJECT_ROOT, START_TIMEOUT_S, ServerProcess
+from tests.servers.process import PROJECT_ROOT, START_TIMEOUT_S, ServerError, ServerProcess, free_port
 
 CALL_TIMEOUT_S = 20.0
 
@@ -73,6 +74,47 @@ class Remote:
                 self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
+
+
+class RemoteServer(ABC):
+    """A server in such a process: started, killed and started again on the same port."""
+
+    def __init__(self, name: str, root: Path, port: int | None) -> None:
+        """name: its own, in words and for its log below `root`. port: None takes a free one."""
+        self.root = root
+        self.port = port or free_port()
+        self._name = name
+        self._remote: Remote | None = None
+
+    @abstractmethod
+    def begin(self, log: Path) -> Remote:
+        """Start the process; it listens on `port` when this returns."""
+
+    def start(self) -> None:
+        """Start, as if for the first time, and return when it listens. Raises: ServerError."""
+        if self._remote:
+            raise ServerError(f"the {self._name} is already running")
+        self._remote = self.begin(self.root / f"{self._name.replace(' ', '-')}-{self.port}.log")
+
+    def stop(self) -> None:
+        """Kill it: its connections are cut, new ones get ECONNREFUSED. `start` brings it back on its port."""
+        if self._remote:
+            self._remote.stop()
+            self._remote = None
+
+    @property
+    def running(self) -> Remote:
+        """Raises: ServerError if it is not."""
+        if self._remote is None:
+            raise ServerError(f"the {self._name} is not running")
+        return self._remote
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
 
 
 def read_settings() -> dict[str, Any]:

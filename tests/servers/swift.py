@@ -1,7 +1,8 @@
 """A real S3 server: OpenStack Swift with its s3api, all on loopback, from its own virtual environment.
 
 Signatures, ETags, conditions, multipart and listings are Swift's own. Made by `tools/setup test` in `.servers/swift`.
-Quirks (Swift 2.38): the region must be REGION; PUT with If-Match answers 501; an unsigned GET answers 400.
+Quirks (Swift 2.38): the region must be REGION; PUT with If-Match answers 501; an unsigned GET answers 400; PUT with
+If-None-Match: * is refused over what is there, but of several at once more than one is told 200, and the last stays.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return stop - start
 
 
-class _Server(http.server.ThreadingHTTPServer):
+class Server(http.server.ThreadingHTTPServer):
+    """Threads that end with the process; a client that leaves is no news."""
+
     daemon_threads = True
     request_queue_size = 512
 
@@ -103,5 +105,5 @@ class _Server(http.server.ThreadingHTTPServer):
 
 def serve(handler: type[Handler], host: str, port: int) -> None:
     """Listen on host:port and answer from background threads until the process ends."""
-    server = _Server((host, port), handler)
+    server = Server((host, port), handler)
     threading.Thread(target=server.serve_forever, daemon=True, name=f"{host}:{port}").start()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mfs.errors import AccessError, ChangedError, NotFoundError, UsageError
-from mfs.sources import open_source
+from mfs.errors import AccessError, ChangedError, NotFoundError, StoreError, UsageError
+from mfs.sources import fence, open_source
+from mfs.sources.bounds import MTIME_NS_MAX
 from mfs.sources.folder import FolderSource
 from mfs.testing import ramp
 from mfs.testing.suite import SourceSuite, deadline, list_tree, object_of, read
@@ -150,3 +151,51 @@ def test_an_unreadable_directory_is_an_access_error(root: Path) -> None:
     finally:
         os.seteuid(uid)
         (root / "m").chmod(0o755)
+
+
+class TestWhatIsOurs:
+    """A folder ends at mounts of ours and at the cache of its own mount, whatever path leads there."""
+
+    def test_its_own_mount_point_and_cache(self, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for name in ("mnt", ".cache/v1", "m/sub"):
+            (root / name).mkdir(parents=True)
+        (root / "to-cache").symlink_to(".cache")
+        (root / "in-cache").symlink_to(".cache/v1")
+        (root / "to-mnt").symlink_to("mnt")
+        source = FolderSource(str(root), mountpoint=str(root / "mnt"), cache_directory=str(root / ".cache"))
+        assert set(list_tree(source)) == {"m", "m/sub", "m/w.bin"}
+        assert "left out 5 names" in caplog.messages[0]
+
+    def test_a_cache_reached_by_another_path(self, root: Path, tmp_path: Path) -> None:
+        (root / "real").mkdir()
+        (tmp_path / "elsewhere").symlink_to(root / "real")
+        source = FolderSource(str(root), cache_directory=str(tmp_path / "elsewhere"))
+        assert set(list_tree(source)) == {"m", "m/w.bin"}
+
+    def test_the_cache_of_another_mount_is_empty_and_no_source(self, root: Path) -> None:
+        (root / "other").mkdir()
+        (root / "other" / "mfs-cache.json").write_text("{}")
+        (root / "other" / "v1").mkdir()
+        assert set(list_tree(FolderSource(str(root)))) == {"m", "m/w.bin", "other"}
+        with pytest.raises(StoreError, match="the cache of a mount"):
+            list_tree(FolderSource(str(root / "other")))
+
+    def test_a_place_that_became_a_mount_of_ours(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (root / "m" / "mnt").mkdir()
+        monkeypatch.setattr(fence, "look", lambda *own: fence.Fence(frozenset([str(root / "m" / "mnt")]), None))
+        source = FolderSource(str(root))
+        assert set(list_tree(source)) == {"m", "m/w.bin"}
+        assert list(source.list("m/mnt", deadline_s=deadline())) == [("m/mnt", [])]
+        with pytest.raises(StoreError, match="in the mfs mount"):
+            list_tree(FolderSource(str(root / "m" / "mnt")))
+
+
+def test_dates_that_no_tree_shows(root: Path) -> None:
+    for name, ns in (("early", -(10**18)), ("late", 10**19)):
+        (root / name).write_bytes(b"1")
+        os.utime(root / name, ns=(0, ns))
+    source = FolderSource(str(root))
+    found = list_tree(source)
+    assert (found["early"].mtime_ns, found["late"].mtime_ns) == (0, MTIME_NS_MAX)
+    for name in ("early", "late"):
+        assert read(source, object_of(source, name, found[name])) == b"1"

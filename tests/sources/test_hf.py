@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mfs.sources.hf_access import expiry_s, parse_hf_url
 from mfs.testing import ramp
 from mfs.testing.suite import SourceSuite, deadline, list_tree, object_of, read
 from tests.servers.hub import HubServer
+from tests.servers.scripted import Answer, Request, ScriptedServer, s3_object
 
 
 class HubOrigin:
@@ -218,6 +220,34 @@ def test_a_gated_repository_says_where_to_accept_its_licence(hub: HubServer) -> 
     source = origin.source(token=hub.token)
     assert read(source, object_of(source, "w.safetensors", list_tree(source)["w.safetensors"])) == ramp(1000)
     origin.close()
+
+
+def test_an_address_whose_host_has_died_is_asked_for_again() -> None:
+    content, commit = ramp(1000), "c" * 40
+    storage: list[str] = []
+
+    def answer(request: Request) -> Answer:
+        if "/tree/" in request.path:
+            item = {"type": "file", "path": "w.bin", "size": len(content), "oid": "1" * 40}
+            return Answer(200, json.dumps([item]).encode())
+        return Answer(302, b"", (("Location", f"{storage[-1]}/w.bin?Expires=99999999999"),))
+
+    def cdn() -> ScriptedServer:
+        def send(request: Request) -> Answer:
+            answer = s3_object(request, content)
+            return answer._replace(headers=(*answer.headers, ("Connection", "close")))
+
+        return ScriptedServer(send)
+
+    with ScriptedServer(answer) as site, cdn() as second:
+        source = open_source(f"hf://org/name@{commit}", SourceOptions(endpoint_url=site.url))
+        obj = object_of(source, "w.bin", list_tree(source)["w.bin"])
+        with cdn() as first:
+            storage.append(first.url)
+            assert read(source, obj, 0, 10) == content[:10]
+        storage.append(second.url)
+        assert read(source, obj, 50, 60) == content[50:60]
+        source.close()
 
 
 def test_missing_revisions_and_repositories_are_named(hub: HubServer, origin: HubOrigin) -> None:

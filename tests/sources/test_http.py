@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +14,19 @@ from typing import Any
 
 import pytest
 
-from mfs.errors import AccessError, ChangedError, NotFoundError, StoreError, TransientStoreError, UsageError
+from mfs.errors import (
+    AccessError,
+    ChangedError,
+    IntegrityError,
+    NotFoundError,
+    StoreError,
+    TransientStoreError,
+    UsageError,
+)
 from mfs.sources import open_source
 from mfs.sources.base import Source
+from mfs.sources.http_listing import add_autoindex, add_manifest
+from mfs.sources.tree import TreeBuilder
 from mfs.testing import ramp
 from mfs.testing.suite import SourceSuite, deadline, list_tree, object_of, read
 from mfs.types import EntryKind
@@ -136,18 +148,126 @@ def test_a_manifest_gives_the_whole_tree_in_two_requests_and_digests(nginx: Ngin
         '{"files": [{"path": "a", "size": 1, "sha256": "xyz"}]}',
         '{"files": [{"path": 1, "size": 1}]}',
         '{"files": [7]}',
+        '{"files": [{"path": "a", "size": 1, "etag": [1]}]}',
+        "[" * 100_000,
+        '{"files": [{"path": "a", "size": 1, "sha256": ' + "[" * 900 + "]" * 900 + "}]}",
     ],
 )
 def test_a_bad_manifest_is_named_with_what_is_wrong(origin: HttpOrigin, text: str) -> None:
     (origin.root / "mfs-manifest.json").write_text(text)
-    with pytest.raises(StoreError, match=r"mfs-manifest\.json: (expected|entry 0)"):
+    with pytest.raises(StoreError, match=r"mfs-manifest\.json: (expected|none of its files can be shown: 1 name)"):
         list_tree(origin.source())
+
+
+@pytest.mark.parametrize("facts", [{}, {"sha256": hashlib.sha256(b"123").hexdigest()}], ids=["size alone", "sha256"])
+def test_what_a_manifest_does_not_state_is_asked_of_the_server(
+    origin: HttpOrigin, facts: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def write_manifest(*names: str) -> None:
+        files = [{"path": name, "size": 3, **facts} for name in names]
+        (origin.root / "mfs-manifest.json").write_text(json.dumps({"files": files}))
+
+    origin.put("m/w.bin", b"123")
+    write_manifest("m/w.bin", "m/gone.bin")
+    source = origin.source()
+    found = list_tree(source)
+    old = object_of(source, "m/w.bin", found["m/w.bin"])
+    assert read(source, old) == b"123"
+    assert "1 files" in caplog.text
+    with pytest.raises(IntegrityError, match=r"m/gone\.bin: neither ETag nor date"):
+        read(source, object_of(source, "m/gone.bin", found["m/gone.bin"]))
+    origin.put("m/w.bin", b"456")
+    write_manifest("m/w.bin")
+    with pytest.raises(ChangedError):
+        read(source, old)
+    new = object_of(source, "m/w.bin", list_tree(source)["m/w.bin"])
+    assert read(source, new) == b"456"
+    assert facts or new.version != old.version
+
+
+def test_a_file_whose_validators_do_not_come_costs_itself_and_not_the_listing(liar: LiarServer) -> None:
+    origin = HttpOrigin(liar.url, liar.files)
+    files = [{"path": name, "size": 3} for name in ("good.bin", "busy.bin")]
+    for item in files:
+        origin.put(str(item["path"]), b"123")
+    (origin.root / "mfs-manifest.json").write_text(json.dumps({"files": files}))
+    liar.lie(Lie.STATUS, pattern="*busy.bin", status=503, retry_after_s=0)
+    source = origin.source()
+    ((_, entries),) = source.list("", deadline_s=deadline(1))
+    found = {entry.name: entry for entry in entries}
+    assert read(source, object_of(source, "good.bin", found["good.bin"])) == b"123"
+    with pytest.raises(IntegrityError, match=r"busy\.bin"):
+        read(source, object_of(source, "busy.bin", found["busy.bin"]))
+    origin.close()
 
 
 def test_a_manifest_cannot_reach_outside(origin: HttpOrigin) -> None:
     files = [{"path": path, "size": 1, "mtime": 1} for path in ("../x", "/etc/passwd", "a//b", "a\nb", "good")]
     (origin.root / "mfs-manifest.json").write_text(json.dumps({"files": files}))
-    assert set(list_tree(origin.source())) == {"good"}
+    assert set(list_tree(origin.source())) == {"good", "a"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "year"),
+    [
+        ({"mtime": 10**11}, 2262),
+        ({"mtime": 1767323045000}, 1970),
+        ({"mtime": -1}, 1970),
+        ({"mtime": 1.5e9 + 0.75}, 2017),
+        ({"mtime": "0001-01-01T00:00:00Z"}, 1970),
+        ({"mtime": "2300-01-01"}, 2262),
+        ({"mtime": "Fri, 02 Jan 2026 03:04:05 GMT"}, 2026),
+        ({"mtime": "soon"}, 1970),
+        ({"mtime": [1]}, 1970),
+        ({"mtime": True}, 1970),
+        ({"size": 1e0}, 1970),
+        ({"size": "1"}, 1970),
+        ({"size": "one"}, None),
+        ({"size": 1.5}, None),
+        ({"size": -1}, None),
+        ({"size": None}, None),
+        ({"size": 2**63}, None),
+        ({"size": 2**64}, None),
+        ({"size": 10**5000}, None),
+        ({"etag": "e" * 10**6}, None),
+        ({"etag": 5}, None),
+        ({"path": "d/" * 10_000 + "x"}, None),
+        ({"path": "x" * 256}, None),
+        ({"path": None}, None),
+    ],
+)
+def test_an_odd_entry_of_a_manifest_costs_itself_alone(fields: dict[str, Any], year: int | None) -> None:
+    tree = TreeBuilder("t", "")
+    with without_digits_limit():
+        files = [{"path": "odd", "size": 1} | fields, {"path": "good", "size": 1}]
+        body = json.dumps({"files": files}).encode()
+    add_manifest(tree, body, "t")
+    ((_, entries),) = tree.pages()
+    shown = {entry.name: 1970 + entry.mtime_ns // (31_556_952 * 10**9) for entry in entries}
+    assert shown == {"good": 1970} | ({"odd": year} if year else {})
+
+
+@contextlib.contextmanager
+def without_digits_limit() -> Iterator[None]:
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    yield
+    sys.set_int_max_str_digits(limit)
+
+
+def test_an_odd_entry_of_an_index_costs_itself_alone(caplog: pytest.LogCaptureFixture) -> None:
+    good = {"name": "good", "type": "file", "size": 5, "mtime": "Fri, 31 Dec 9999 23:59:59 GMT"}
+    odd = [{**good, "name": f"{i}", "size": -i} for i in range(1, 1000)]
+    tree = TreeBuilder("t", "")
+    add_autoindex(tree, json.dumps([*odd, 7, {}, {"name": 5}, good]).encode(), "t")
+    ((_, entries),) = tree.pages()
+    assert [entry.name for entry in entries] == ["good"]
+    assert len(caplog.messages) == 1
+    assert "1002 names" in caplog.text
+    assert len(caplog.text) < 1000
+    for body in (b"[1, 2]", b"[{}]", b"[" * 100_000):
+        with pytest.raises(StoreError, match="expected nginx's JSON index"):
+            add_autoindex(TreeBuilder("t", ""), body, "t")
 
 
 def test_the_url_may_come_without_a_slash_and_with_raw_characters(nginx: NginxServer, origin: HttpOrigin) -> None:

@@ -5,14 +5,27 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from http.client import HTTPMessage
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mfs.errors import AccessError, ChangedError, ConfigError, NotFoundError, TransientStoreError, UsageError
-from mfs.sources import SourceOptions, open_source, s3, s3_access
+from mfs.errors import (
+    AccessError,
+    ChangedError,
+    ConfigError,
+    NotFoundError,
+    StoreError,
+    TransientStoreError,
+    UsageError,
+)
+from mfs.fetch.transport import Reply
+from mfs.sources import SourceOptions, open_source, s3, s3_access, s3_listing
 from mfs.sources.base import Source
+from mfs.sources.bounds import MTIME_NS_MAX
+from mfs.sources.s3_answers import error_of, parse_listing
+from mfs.sources.tree import TreeBuilder
 from mfs.testing import ramp
 from mfs.testing.suite import SourceSuite, deadline, list_tree, object_of, read
 from mfs.types import EntryKind, ObjectId
@@ -158,10 +171,76 @@ def test_names_without_a_place_in_a_tree_are_left_out_and_said(
         origin.put(path, b"1")
     with caplog.at_level(logging.WARNING, logger="mfs"):
         found = list_tree(source)
-    assert set(found) == {"good", "both", "both/inner"}
-    assert len(caplog.messages) == 2
-    assert "3 names such as" in "".join(caplog.messages)
+    # What is above a bad name is there, as if it were listed one directory at a time.
+    assert set(found) == {"good", "both", "both/inner", "a", "m"}
+    assert len([line for line in caplog.messages if "left out 3 names" in line]) == 1
     assert "both a file and a directory" in "".join(caplog.messages)
+
+
+def test_content_of_a_key_that_ends_in_a_slash_is_hidden_and_said(
+    origin: S3Origin, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in Mountpoint for S3: the directory is served."""
+    origin.put("x/", b"content")
+    origin.put("y/", b"content")
+    origin.put("y/z", b"1")
+    assert set(list_tree(source)) == {"x", "y", "y/z"}
+    assert "content of a key that ends in '/'" in caplog.messages[0]
+    assert "2 names: 'models/prod/x/', 'models/prod/y/'" in caplog.messages[0]
+
+
+PAGE = (
+    "<ListBucketResult><Contents><Key>good</Key><Size>1</Size></Contents><Contents><Key>{key}</Key>"
+    "<LastModified>{date}</LastModified><Size>{size}</Size></Contents></ListBucketResult>"
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "true_key"),
+    [
+        ("a&#1;b", "a\1b"), ("a&#x1;b", "a\1b"), ("&#0;", "\0"), ("a\1b", "a\1b"), ("&#xD800;", "\ud800"),
+        ("&#xFFFFFFFFFF;", "\0"), ("a&#10;b", "a\nb"), ("&#27;[31m", "\x1b[31m"), ("&#127;", "\x7f"),
+        ("\udcff", "\udcff"), ("&#xFFFE;", "\ufffe"), ("&#1;&#x1F917;", "\1\U0001f917"), ("&#1;&amp;#1;", "\1&#1;"),
+    ],
+)  # fmt: skip
+def test_a_key_that_xml_cannot_write_costs_itself_alone(key: str, true_key: str) -> None:
+    """From servers that know no encoding-type; only U+FFFE and U+FFFF may stand in a name."""
+    body = PAGE.format(key=key, date="", size=1).encode("utf-8", "surrogateescape")
+    assert [found for found, _ in parse_listing(body, "t").files] == ["good", true_key]
+
+
+@pytest.mark.parametrize(
+    ("date", "size", "expected"),
+    [
+        ("0001-01-01T00:00:00Z", "1", 0),
+        ("1969-12-31T23:59:59.5Z", "1", 0),
+        ("2026-01-02T03:04:05.678Z", "1", 1767323045678000000),
+        ("Fri, 02 Jan 2026 03:04:05 GMT", "1", 1767323045000000000),
+        ("2300-01-01T00:00:00.000Z", "1", MTIME_NS_MAX),
+        ("9999-12-31T23:59:59.999Z", "1", MTIME_NS_MAX),
+        ("99999-01-01T00:00:00Z", "1", 0),
+        ("yesterday", "1", 0),
+        ("", "1", 0),
+        ("", "", None),
+        ("", "-1", None),
+        ("", "1.5", None),
+        ("", "9" * 30, None),
+        ("", str(2**63), None),
+        ("", "one", None),
+    ],
+)
+def test_odd_dates_and_sizes_of_a_key_cost_it_alone(date: str, size: str, expected: int | None) -> None:
+    tree = TreeBuilder("t", "")
+    s3._add(tree, parse_listing(PAGE.format(key="odd", date=date, size=size).encode(), "t"), "")
+    ((_, entries),) = tree.pages()
+    shown = {entry.name: entry.mtime_ns for entry in entries}
+    assert shown == {"good": 0} | ({} if expected is None else {"odd": expected})
+
+
+def test_a_page_of_too_many_parts_or_with_a_document_type_is_no_listing() -> None:
+    for body in (b"<ListBucketResult>" + b"<a>" * 600_000, b"<!DOCTYPE x><ListBucketResult/>", b"<a>" * 1000):
+        with pytest.raises(StoreError, match="expected an S3 listing"):
+            parse_listing(body, "t")
 
 
 def test_a_multipart_object_reads_exactly_and_is_bound_to_its_etag(origin: S3Origin, source: Source) -> None:
@@ -185,7 +264,7 @@ def test_a_multipart_object_reads_exactly_and_is_bound_to_its_etag(origin: S3Ori
 def test_what_does_not_fit_a_page_is_listed_lazily_by_directory(
     origin: S3Origin, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "KEYS_PER_PAGE", 4)  # a thousand objects take Swift 20 s
+    monkeypatch.setattr(s3_listing, "KEYS_PER_PAGE", 4)  # a thousand objects take Swift 20 s
     for i in range(9):
         origin.put(f"m{i}/a", b"1")
         origin.put(f"m{i}/b", b"22")
@@ -213,6 +292,11 @@ def test_a_dead_server_fails_by_the_deadline_and_serves_again_after_its_return(
     finally:
         origin.swift.ensure_started()
     assert read(source, obj) == ramp(1000)
+
+
+@pytest.mark.parametrize("status", [301, 308])
+def test_a_redirect_that_names_no_region_says_what_to_set(status: int) -> None:
+    assert "set --region" in str(error_of(Reply(status, HTTPMessage(), b""), "s3://b", "us-east-1"))
 
 
 def test_a_wrong_region_is_corrected_by_what_the_server_says(origin: S3Origin) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from gpuload.asking import ask
+from gpuload.client.asking import ask
 from gpuload.errors import AwayError
 from mfs.testing import ramp
 from mfs.triton import install_backend

@@ -118,7 +118,9 @@ def test_a_model_whose_reads_hang_delays_no_other(
     repository: Repository, server: TritonServer, liar: LiarServer
 ) -> None:
     """Another model of the same origin loads, answers, and is listed meanwhile."""
+    began_s = time.monotonic()
     server.load("good")
+    usual_s = time.monotonic() - began_s  # on this machine, as busy as it is
     repository.add({**models.model("hangs", 1, filler_bytes=FILLER_BYTES), **models.model("goes", 2)})
     versions = {("hangs", "1"): "LOADING", ("goes", "2"): "READY", ("good", "1"): "READY"}
     liar.lie(Lie.SILENCE, pattern="/hangs/*.safetensors")
@@ -132,7 +134,7 @@ def test_a_model_whose_reads_hang_delays_no_other(
         assert models.scale_of(server, "good") == 1
         if load.is_running:
             assert versions.items() <= server.index().items()
-    assert load.is_running or took_s < TIMEOUT_S, "the other model waited for the hanging one's deadline"
+    assert load.is_running or took_s < TIMEOUT_S + 2 * usual_s, "the other model waited for the hanging one's deadline"
     liar.tell_truth()
     load.finish()
 

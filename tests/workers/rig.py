@@ -12,7 +12,8 @@ import pytest
 import trio
 
 from mfs.cache.chunk_cache import CacheConfig, ChunkCache
-from mfs.cache.ram import SLOTS_COUNT_MIN, RamConfig, SlotMemory
+from mfs.cache.ram import SLOTS_COUNT_MIN, Piece, RamConfig, RamObject, RamTier
+from mfs.cache.ssd import SsdConfig, SsdTier
 from mfs.errors import MfsError
 from mfs.testing import ramp
 from mfs.types import CHUNK_BYTES, ObjectId
@@ -28,10 +29,12 @@ class Rig:
 
     origin: Path
     cache_dir: Path
-    memory: SlotMemory
+    memory: RamTier
     pool: WorkerPool
     cache: ChunkCache
     contents: dict[ObjectId, bytes] = field(default_factory=dict)
+    files: dict[ObjectId, RamObject] = field(default_factory=dict)
+    """In RAM, for orders that no cache gives."""
 
     def put(self, name: str, data: bytes) -> ObjectId:
         """A file of the origin, written beside its place so that its inode is new; returns its version."""
@@ -48,6 +51,17 @@ class Rig:
 
     def put_ramp(self, name: str, size: int, start: int = 0) -> ObjectId:
         return self.put(name, ramp(size, start))
+
+    def piece(self, obj: ObjectId, index: int) -> Piece:
+        """A chunk's place in RAM, for an order that no cache gives."""
+        if obj not in self.files:
+            self.files[obj] = self.memory.open(obj.size)
+        return Piece(self.files[obj].fd, index * CHUNK_BYTES)
+
+    def in_ram(self, obj: ObjectId, index: int) -> memoryview:
+        """What stands there."""
+        span = obj.chunk_range(index)
+        return self.files[obj].view(span.start, span.stop)
 
     @property
     def faults(self) -> Path:
@@ -71,8 +85,17 @@ class Rig:
         lines = log.read_text().splitlines() if log.exists() else []
         return [(path, int(start), int(stop)) for path, start, stop in (line.split() for line in lines)]
 
-    def chunk_file(self, obj: ObjectId, index: int) -> Path:
-        return self.cache_dir / "v1" / "chunks" / obj.cache_id[:2] / f"{obj.cache_id}.{index:08x}"
+    @property
+    def ssd(self) -> SsdTier:
+        """The SSD tier as another process of the same machine has it."""
+        return SsdTier(SsdConfig(self.cache_dir))
+
+    def object_file(self, obj: ObjectId) -> Path:
+        return self.ssd.files.path(obj.cache_id)
+
+    def ssd_mask(self, obj: ObjectId, index: int) -> int:
+        """The blocks of a chunk that stand on SSD, by its sidecar."""
+        return self.ssd.mask(obj.cache_id, index)
 
     def assert_idle(self) -> None:
         """Every gauge at rest, every slot free or in a chunk nobody holds."""
@@ -82,11 +105,12 @@ class Rig:
             assert self.pool.inflight(lane) == 0, lane
             assert self.pool.queued(lane) == 0, lane
         assert self.cache.slots.coming.count == 0
-        slots = [*self.memory.free, *(chunk.slot for chunk in self.cache.slots.chunks)]
-        assert sorted(slots) == list(range(self.memory.usable_count))
+        assert self.memory.slots_used == len(self.cache.slots.chunks)
+        assert self.memory.slots_free == self.memory.slots_count - self.memory.slots_used
         assert all(chunk.idle and chunk.valid for chunk in self.cache.slots.chunks)
         assert self.cache.unread_count == sum(chunk.unread for chunk in self.cache.slots.chunks)
         held = {chunk.state for chunk in self.cache.slots.chunks}
+        assert self.memory._objects - set(self.files.values()) == {state.ram for state in held}
         assert all(state in held or state.users for state in self.cache._states.values())
 
 
@@ -118,16 +142,15 @@ async def running_rig(
     Path(f"{origin}.faults").mkdir(exist_ok=True)
     os.environ["PYTHONPATH"] = f"{_SITE}:{_REPOSITORY}"  # conftest puts the environment back after the test
     cache_dir = cache_dir or directory / "cache"
-    memory = SlotMemory(RamConfig(slots_count * CHUNK_BYTES, page_lock=False))
+    memory = RamTier(RamConfig(slots_count * CHUNK_BYTES))
     try:
-        await memory.populate()
         setup = {
             "sources": [{"url": f"faulty://{origin}", "options": {}}],
             "cache_dir": str(cache_dir) if ssd else None,
             "cache_fsync": False,
             "log_level": "WARNING",
         }
-        pool = WorkerPool(PoolConfig(setup, **pool_limits), memory.fd)
+        pool = WorkerPool(PoolConfig(setup, **pool_limits))
         async with pool.running():
             yield Rig(origin, cache_dir, memory, pool, ChunkCache(CacheConfig(timeout_s, ssd), memory, pool))
         for lane in ("origin", "ssd", "disk", "control"):

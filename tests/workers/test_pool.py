@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,43 +15,45 @@ import trio
 
 from mfs.cache.chunks import full_mask
 from mfs.errors import ConfigError, MfsError, NotFoundError, StoreError
-from mfs.types import BLOCK_BYTES, CHUNK_BYTES
+from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ObjectId
 from mfs.workers import pool as pool_module
 from mfs.workers import worker as worker_module
 from mfs.workers.frames import FRAME_BYTES_MAX, Decoder, encode, object_to_wire
-from mfs.workers.pool import Job, PoolConfig, Priority, WorkerEndedError, WorkerPool
+from mfs.workers.job import Job, Priority, WorkerEndedError
+from mfs.workers.pool import PoolConfig, WorkerPool
 from tests.workers.rig import Rig, process_state, raises_inside, running_rig, until
 
 FULL = full_mask(CHUNK_BYTES)
 
 
-def fill_arguments(obj: Any, index: int = 0, mask: int = 1, slot: int = 0) -> dict[str, Any]:
-    return {"source": 0, "obj": object_to_wire(obj), "index": index, "mask": mask, "slot": slot}
+def fill_arguments(rig: Rig, obj: ObjectId, index: int = 0, mask: int = 1) -> dict[str, Any]:
+    return {"source": 0, "obj": object_to_wire(obj), "index": index, "mask": mask, "piece": rig.piece(obj, index)}
 
 
 def worker_pids(rig: Rig) -> list[int]:
     return [worker["pid"] for worker in rig.pool.describe()]
 
 
-async def test_bytes_go_origin_slot_disk_slot(tmp_path: Path) -> None:
+async def test_bytes_go_origin_ram_disk_ram(tmp_path: Path) -> None:
     async with running_rig(tmp_path) as rig:
         obj = rig.put_ramp("model.bin", CHUNK_BYTES + 300_000)
         call, data = rig.pool.call, rig.contents[obj]
         length = 300_000
-        result = await call("fill", **fill_arguments(obj, 1, full_mask(length), slot=3))
-        assert rig.memory.view(3, length) == data[CHUNK_BYTES:]
+        result = await call("fill", **fill_arguments(rig, obj, 1, full_mask(length)))
+        assert rig.in_ram(obj, 1) == data[CHUNK_BYTES:]
         assert (result["ssd_bytes"], result["origin_bytes"], result["requests"]) == (0, length, 1)
-        saved = await call("persist", obj=object_to_wire(obj), index=1, sums=result["sums"], slot=3)
-        assert saved == {"bytes": length, "full": False}
+        saved = await call("persist", obj=object_to_wire(obj), index=1, sums=result["sums"], piece=rig.piece(obj, 1))
+        assert saved == {"bytes": length, "full": False, "away": False}
+        rig.in_ram(obj, 1)[:] = bytes(length)
         (rig.origin / "model.bin").unlink()  # from here on the disk must do
-        result = await call("fill", **fill_arguments(obj, 1, full_mask(length), slot=5))
-        assert rig.memory.view(5, length) == data[CHUNK_BYTES:]
+        result = await call("fill", **fill_arguments(rig, obj, 1, full_mask(length)))
+        assert rig.in_ram(obj, 1) == data[CHUNK_BYTES:]
         assert (result["ssd_bytes"], result["requests"]) == (length, 0)
         with pytest.raises(NotFoundError):
-            await call("fill", **fill_arguments(obj, 0, 1, slot=6))
+            await call("fill", **fill_arguments(rig, obj, 0, 1))
         assert (await call("masks", obj=object_to_wire(obj)))["masks"] == [0, full_mask(length)]
         assert (await call("residency", objects=[object_to_wire(obj)]))["rows"] == [[length, False]]
-        assert (await call("usage"))["used_bytes"] == length + 4096
+        assert (await call("usage"))["used_bytes"] == length + 2 * 4096
         rig.assert_idle()
 
 
@@ -59,21 +62,24 @@ async def test_verify_evict_and_pin(tmp_path: Path) -> None:
         obj, call = rig.put_ramp("model.bin", 2 * CHUNK_BYTES), rig.pool.call
         wire, parts = object_to_wire(obj), list[Any]()
         for index in range(2):
-            filled = await call("fill", **fill_arguments(obj, index, FULL, slot=index))
-            await call("persist", obj=wire, index=index, sums=filled["sums"], slot=index)
+            filled = await call("fill", **fill_arguments(rig, obj, index, FULL))
+            await call("persist", obj=wire, index=index, sums=filled["sums"], piece=rig.piece(obj, index))
         assert await call("verify", obj=wire, on_part=parts.append) == {"checked_bytes": obj.size, "bad": []}
         assert [part["checked_bytes"] for part in parts] == [CHUNK_BYTES, 2 * CHUNK_BYTES]
-        with open(rig.chunk_file(obj, 1), "r+b") as file:
-            file.seek(4096 + 5 * BLOCK_BYTES)
+        with open(rig.object_file(obj), "r+b") as file:
+            file.seek(CHUNK_BYTES + 5 * BLOCK_BYTES)
             file.write(b"\xff")
         result = await call("verify", obj=wire)
         assert [chunk for chunk, _ in result["bad"]] == [1]
-        assert (await call("masks", obj=wire))["masks"] == [FULL, 0]
+        assert (await call("masks", obj=wire))["masks"] == [FULL, FULL & ~(1 << 5)]
         await call("pin", objects=[wire], pinned=True)
         assert await call("evict", objects=[wire]) == {"ssd_bytes": 0, "kept_pinned_count": 1}
         await call("pin", objects=[wire], pinned=False)
-        assert await call("evict", objects=[wire]) == {"ssd_bytes": CHUNK_BYTES, "kept_pinned_count": 0}
-        assert not rig.chunk_file(obj, 0).exists()
+        assert await call("evict", objects=[wire]) == {
+            "ssd_bytes": 2 * CHUNK_BYTES - BLOCK_BYTES,
+            "kept_pinned_count": 0,
+        }
+        assert not rig.object_file(obj).exists()
         assert (await call("usage"))["used_bytes"] == 0
 
 
@@ -81,8 +87,8 @@ async def test_bytes_whose_digest_is_wrong_are_dropped_whole(tmp_path: Path) -> 
     async with running_rig(tmp_path) as rig:
         obj, call = rig.put_ramp("model.bin", 1000), rig.pool.call
         wrong = [*object_to_wire(obj)[:4], f"sha256:{'0' * 64}", ""]
-        filled = await call("fill", source=0, obj=wrong, index=0, mask=1, slot=0)
-        await call("persist", obj=wrong, index=0, sums=filled["sums"], slot=0)
+        filled = await call("fill", source=0, obj=wrong, index=0, mask=1, piece=rig.piece(obj, 0))
+        await call("persist", obj=wrong, index=0, sums=filled["sums"], piece=rig.piece(obj, 0))
         result = await call("verify", obj=wrong)
         assert [chunk for chunk, _ in result["bad"]] == [-1]
         assert (await call("usage"))["used_bytes"] == 0
@@ -122,8 +128,8 @@ async def test_what_a_reader_waits_for_overtakes_what_was_fetched_ahead(tmp_path
         obj = rig.put_ramp("model.bin", 40 * CHUNK_BYTES)
         order: list[str] = []
 
-        def ask(name: str, priority: Priority, slot: int) -> Job:
-            job = Job("fill", fill_arguments(obj, slot, FULL, slot), lambda r, e: order.append(name), priority, 20)
+        def ask(name: str, priority: Priority, index: int) -> Job:
+            job = Job("fill", fill_arguments(rig, obj, index, FULL), lambda r, e: order.append(name), priority, 20)
             rig.pool.submit(job)
             return job
 
@@ -146,14 +152,52 @@ async def test_fetching_ahead_leaves_a_connection_for_readers(tmp_path: Path) ->
         [pid] = worker_pids(rig)
         os.kill(pid, signal.SIGSTOP)
         done: list[int] = []
-        for slot in range(6):
-            rig.pool.submit(Job("fill", fill_arguments(obj, slot, FULL, slot), lambda r, e: done.append(1),
+        for index in range(6):
+            rig.pool.submit(Job("fill", fill_arguments(rig, obj, index, FULL), lambda r, e: done.append(1),
                                 Priority.BACKGROUND))  # fmt: skip
         assert rig.pool.inflight("origin") == 2
-        rig.pool.submit(Job("fill", fill_arguments(obj, 7, FULL, 7), lambda r, e: done.append(1)))
+        rig.pool.submit(Job("fill", fill_arguments(rig, obj, 7, FULL), lambda r, e: done.append(1)))
         assert rig.pool.inflight("origin") == 3
         os.kill(pid, signal.SIGCONT)
         await until(lambda: len(done) == 7, "all done")
+        rig.assert_idle()
+
+
+async def test_each_order_has_its_own_descriptor_also_behind_a_full_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_SEND_BUFFER_BYTES", 1)  # the kernel makes some KiB of it
+    async with running_rig(tmp_path, workers_count=1, origin_limit=32) as rig:
+        objects = [rig.put_ramp(f"{number}.bin", 1000 + number, start=number) for number in range(30)]
+        fds_before = len(os.listdir("/proc/self/fd"))
+        [pid] = worker_pids(rig)
+        os.kill(pid, signal.SIGSTOP)
+        done: list[MfsError | None] = []
+        for obj in objects:
+            rig.pool.submit(Job("fill", fill_arguments(rig, obj), lambda r, e: done.append(e)))
+        assert rig.pool._workers[0]._unsent, "all of it fits the socket: nothing was tried"
+        os.kill(pid, signal.SIGCONT)
+        await until(lambda: len(done) == len(objects), "all done")
+        assert not any(done)
+        assert all(rig.in_ram(obj, 0) == rig.contents[obj] for obj in objects)
+        assert len(os.listdir("/proc/self/fd")) == fds_before + len(objects), "a descriptor was kept beside the files'"
+        rig.assert_idle()
+
+
+async def test_an_order_whose_caller_was_cancelled_before_its_turn_is_not_sent(tmp_path: Path) -> None:
+    """What it was to work on may be gone by then."""
+    async with running_rig(tmp_path, workers_count=1, origin_limit=1, background_limit=1) as rig:
+        obj = rig.put_ramp("model.bin", CHUNK_BYTES)
+        gate = rig.gate()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(rig.pool.call, "fill", **fill_arguments(rig, obj, 0, FULL)))
+            await until(lambda: len(rig.origin_reads()) == 1, "as many as may run do")
+            with trio.move_on_after(0.1) as scope:
+                await rig.pool.call("fill", **fill_arguments(rig, obj, 0, FULL))
+            assert scope.cancelled_caught
+            gate.unlink()
+        await rig.pool.call("usage")
+        assert len(rig.origin_reads()) == 1
         rig.assert_idle()
 
 
@@ -167,20 +211,20 @@ async def test_a_killed_worker_is_one_clear_error_and_another_worker(tmp_path: P
         for pid in before:
             os.kill(pid, signal.SIGSTOP)
         errors: list[MfsError | None] = []
-        for slot in range(4):
-            rig.pool.submit(Job("fill", fill_arguments(obj, 0, FULL, slot), lambda r, e: errors.append(e)))
+        for _ in range(4):
+            rig.pool.submit(Job("fill", fill_arguments(rig, obj, 0, FULL), lambda r, e: errors.append(e)))
         for pid in before:
             os.kill(pid, signal.SIGKILL)
         await until(lambda: len(errors) == 4, "errors")
         assert all(isinstance(error, WorkerEndedError) and "ended during fill" in str(error) for error in errors)
-        assert all(not process_state(pid) for pid in before)  # only then may the slots be used again
-        await rig.pool.call("fill", **fill_arguments(obj, 0, FULL, 0))
+        assert all(not process_state(pid) for pid in before)  # only then may what they fill be used again
+        await rig.pool.call("fill", **fill_arguments(rig, obj, 0, FULL))
         assert not set(before) & set(worker_pids(rig))
         assert rig.pool.restarts_count >= 1
         rig.assert_idle()
 
 
-async def test_a_hung_worker_is_killed_before_its_slots_are_given_back(
+async def test_a_hung_worker_is_killed_before_what_it_fills_is_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "_GRACE_S", 0.2)
@@ -189,11 +233,11 @@ async def test_a_hung_worker_is_killed_before_its_slots_are_given_back(
         [pid] = worker_pids(rig)
         os.kill(pid, signal.SIGSTOP)
         states_at_answer: list[str] = []
-        rig.pool.submit(Job("fill", fill_arguments(obj, 0, FULL, 0), lambda r, e: states_at_answer.append(
+        rig.pool.submit(Job("fill", fill_arguments(rig, obj, 0, FULL), lambda r, e: states_at_answer.append(
             process_state(pid)), timeout_s=0.1))  # fmt: skip
         await until(lambda: bool(states_at_answer), "an answer")
         assert states_at_answer == [""]
-        await rig.pool.call("fill", **fill_arguments(obj, 0, FULL, 0))
+        await rig.pool.call("fill", **fill_arguments(rig, obj, 0, FULL))
         rig.assert_idle()
 
 
@@ -227,9 +271,9 @@ async def test_shutdown_answers_what_is_queued_and_what_runs(tmp_path: Path) -> 
         obj = rig.put_ramp("model.bin", 10 * CHUNK_BYTES)
         [pid] = worker_pids(rig)
         os.kill(pid, signal.SIGSTOP)
-        for slot in range(8):
-            rig.pool.submit(Job("fill", fill_arguments(obj, slot, FULL, slot), lambda r, e: answers.append(e),
-                                Priority(slot % 2)))  # fmt: skip
+        for index in range(8):
+            rig.pool.submit(Job("fill", fill_arguments(rig, obj, index, FULL), lambda r, e: answers.append(e),
+                                Priority(index % 2)))  # fmt: skip
     assert len(answers) == 8
     assert all(isinstance(error, StoreError) for error in answers)
     rig.pool.submit(Job("usage", {}, lambda r, e: answers.append(e)))
@@ -245,24 +289,24 @@ async def test_shutdown_answers_what_is_queued_and_what_runs(tmp_path: Path) -> 
     ("setup", "message"),
     [
         ({"sources": [{"url": "gopher://x", "options": {}}]}, "not a source"),
-        ({"cache_dir": "/proc/nowhere"}, "cannot be used"),
+        ({"cache_dir": "/proc/nowhere"}, "cannot be written"),
         ({"cache_dir": "/etc"}, "neither empty nor an mfs cache"),
     ],
 )
 async def test_a_worker_that_cannot_start_says_why(tmp_path: Path, setup: dict[str, Any], message: str) -> None:
-    async with running_rig(tmp_path) as rig:
+    async with running_rig(tmp_path):
         whole = {"sources": [], "cache_dir": None, "cache_fsync": False, "log_level": "WARNING"} | setup
         with raises_inside(MfsError, message):
-            async with WorkerPool(PoolConfig(whole), rig.memory.fd).running():
+            async with WorkerPool(PoolConfig(whole)).running():
                 raise AssertionError("it runs")
 
 
 async def test_a_worker_that_dies_at_once_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with raises_inside(ConfigError, "did not start"):
         async with running_rig(tmp_path):
             raise AssertionError("it runs")
-    monkeypatch.setattr(worker_module.sys, "executable", "/nonexistent/python")
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with raises_inside(ConfigError, "cannot be started"):
         async with running_rig(tmp_path):
             raise AssertionError("it runs")
@@ -279,9 +323,12 @@ async def test_two_daemons_keep_one_budget(tmp_path: Path) -> None:
         for number, rig in enumerate([one, two]):
             obj = rig.put_ramp(f"{number}.bin", 6 * CHUNK_BYTES, start=number)
             for index in range(6):
-                filled = await rig.pool.call("fill", **fill_arguments(obj, index, FULL, index))
-                await rig.pool.call("persist", obj=object_to_wire(obj), index=index, sums=filled["sums"], slot=index)
-        budget, target = 8 * (CHUNK_BYTES + 4096), 5 * (CHUNK_BYTES + 4096)
+                filled = await rig.pool.call("fill", **fill_arguments(rig, obj, index, FULL))
+                await rig.pool.call(
+                    "persist", obj=object_to_wire(obj), index=index, sums=filled["sums"], piece=rig.piece(obj, index)
+                )
+        sidecars = 2 * 8192
+        budget, target = 8 * CHUNK_BYTES + sidecars, 5 * CHUNK_BYTES + sidecars
         results: list[Any] = []
 
         async def enforce(rig: Rig) -> None:
@@ -290,9 +337,10 @@ async def test_two_daemons_keep_one_budget(tmp_path: Path) -> None:
         async with trio.open_nursery() as nursery:
             for rig in [one, two, one, two]:
                 nursery.start_soon(enforce, rig)
-        assert sum(result["evicted_bytes"] for result in results) == 7 * (CHUNK_BYTES + 4096)
-        assert len(list((tmp_path / "cache" / "v1" / "chunks").rglob("*.0*"))) == 5
-        assert (await two.pool.call("usage"))["used_bytes"] == target
+        assert sum(result["evicted_bytes"] for result in results) == 7 * CHUNK_BYTES
+        standing = [found for found in one.ssd.walk_all() for mask in found.masks if mask]
+        assert len(standing) == 5
+        assert (await two.pool.call("usage"))["used_bytes"] == 5 * CHUNK_BYTES + len(set(map(id, standing))) * 8192
 
 
 # -- frames
@@ -344,12 +392,12 @@ async def test_a_model_that_hangs_leaves_connections_to_another_and_a_source_to_
         obj, other = rig.put_ramp("m/model.bin", 16 * CHUNK_BYTES), rig.put_ramp("h/model.bin", CHUNK_BYTES)
         gate, done = rig.gate(), list[str]()
 
-        def ask(name: str, source: int, obj: Any, slot: int, priority: Priority) -> None:
-            arguments = fill_arguments(obj, min(slot, obj.chunks_count - 1), 1, slot) | {"source": source}
+        def ask(name: str, source: int, obj: ObjectId, index: int, priority: Priority) -> None:
+            arguments = fill_arguments(rig, obj, min(index, obj.chunks_count - 1), 1) | {"source": source}
             rig.pool.submit(Job("fill", arguments, lambda r, e: done.append(name), priority))
 
-        for slot in range(10):
-            ask("m", 0, obj, slot, Priority.DEMAND)
+        for index in range(10):
+            ask("m", 0, obj, index, Priority.DEMAND)
         await until(lambda: len(rig.origin_reads()) == 4, "the share of one model")
         ask("ahead", 0, other, 10, Priority.BACKGROUND)
         ask("other", 0, other, 11, Priority.DEMAND)
@@ -361,3 +409,48 @@ async def test_a_model_that_hangs_leaves_connections_to_another_and_a_source_to_
         gate.unlink()
         await until(lambda: len(done) == 13, "all done")
         rig.assert_idle()
+
+
+async def test_a_worker_that_says_nothing_is_killed_before_its_deadline_and_its_work_is_done(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, workers_count=1, silence_s=1) as rig:
+        obj = rig.put_ramp("model.bin", 1000)
+        [pid] = worker_pids(rig)
+        os.kill(pid, signal.SIGSTOP)
+        assert (await rig.pool.call("residency", objects=[object_to_wire(obj)], timeout_s=60))["rows"] == [[0, False]]
+        assert worker_pids(rig) != [pid]
+
+
+async def test_all_attempts_together_take_as_long_as_one_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that die one after another; the question was not given a new time each time."""
+    async with running_rig(tmp_path, workers_count=1) as rig:
+        asked = list[float]()
+
+        async def die(job: Job) -> Any:
+            asked.append(job.timeout_s)
+            await trio.sleep(0.05)
+            raise WorkerEndedError("dead")
+
+        monkeypatch.setattr(rig.pool, "_call_once", die)
+        with pytest.raises(WorkerEndedError):
+            await rig.pool.call("usage", timeout_s=0.12)
+        assert asked == sorted(asked, reverse=True)
+        assert 1 < len(asked) <= 3
+
+
+async def test_a_source_that_no_longer_opens_costs_itself_when_a_worker_starts_anew(tmp_path: Path) -> None:
+    """Its certificate file is gone, say: the other sources and the cache are served on."""
+    async with running_rig(tmp_path, workers_count=1) as rig:
+        rig.put_ramp("model.bin", 1000)
+        sources, pages = rig.pool._config.setup["sources"], list[Any]()
+        good = dict(sources[0])
+        sources[0]["url"] = "gopher://gone"
+        [pid] = worker_pids(rig)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: worker_pids(rig) not in ([], [pid]), "another worker")
+        with pytest.raises(MfsError, match="gopher"):
+            await rig.pool.call("list_directory", source=0, path="")
+        assert "used_bytes" in await rig.pool.call("usage")
+        sources[0] = good
+        os.kill(worker_pids(rig)[0], signal.SIGKILL)
+        await rig.pool.call("list_directory", source=0, path="", on_part=pages.append)
+        assert [entry[0] for page in pages if "page" in page for entry in page["page"][1]] == ["model.bin"]

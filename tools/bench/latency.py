@@ -13,6 +13,7 @@ from tools.bench.mounts import Ours
 from tools.bench.origin import BUCKET, Origin
 from tools.bench.processes import run
 from tools.bench.results import Goal, Results, Row
+from tools.bench.workload import SHARD_NAMES
 
 RTTS_MS = (20, 500)
 """20 is what the goal names. 500 magnifies: a process that starts 100 ms late is 5 round trips at 20 ms, 0.2 at 500."""
@@ -42,8 +43,8 @@ def _mount_and_list(folder: Path, name: str, env: dict[str, str]) -> float:
     ours = Ours(folder, f"s3://{BUCKET}/{name}", env, ram_bytes=64 << 20)
     try:
         start = time.perf_counter()
-        ours.start(settle=False)
-        run([sys.executable, "-m", "tools.bench.reader", ours.file, "--header-only"], timeout_s=60)
+        ours.start()
+        run([sys.executable, "-m", "tools.bench.reader", "header", ours.mountpoint / SHARD_NAMES[0]], timeout_s=60)
         return time.perf_counter() - start
     finally:
         ours.stop()

@@ -12,8 +12,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("mfs", "pyfuse3", "trio", "safetensors", "torch", "boto3", "runai-model-streamer")
-_TOOLS = (("s3fs", "--version"), ("rclone", "version"), ("radosgw", "--version"))
+_PACKAGES = (
+    "mfs",
+    "pyfuse3",
+    "trio",
+    "safetensors",
+    "torch",
+    "boto3",
+    "runai-model-streamer",
+    "zstandard",
+    "zipnn",
+    "hf-xet",
+)
+_TOOLS = (("juicefs", "version"), ("rclone", "version"), ("s3fs", "--version"), ("radosgw", "--version"))
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The systems that mount: each is started with empty caches (or its own, kept), readied, and surely unmounted."""
+"""What is compared and mounted, on our side: `mfs mount`, a stub that is the price of FUSE, and no mount at all.
+
+The peers stand in `peers`. Each is started on its cache folder as it is found, and surely unmounted.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,35 +17,52 @@ from typing import Any
 from mfs.control import mountinfo, runtime
 from mfs.control.client import Client
 from mfs.fuse import kernel
-from mfs.types import CHUNK_BYTES
 from tests.servers.process import ServerProcess
-from tools.bench.origin import BUCKET, Origin
 from tools.bench.processes import BenchError, cpu_seconds, run, tree, wait_for
-from tools.bench.workload import FILE_NAME, Model
+from tools.bench.workload import Model
 
 RAM_BYTES = 1 << 30
 """Our RAM tier: the default of `mfs mount`. The workload is larger, so it cannot simply stay in it."""
+BEFORE = "before"
+"""What our own from another checkout is called."""
+_QUIET_FOR_S, _QUIET_CPU_S, _QUIET_TIMEOUT_S = 0.3, 0.02, 60.0
 
 
 class MountedSystem:
-    """A mount that shows the model as `file` while the context is open."""
+    """Something that shows a tree at `mountpoint` while the context is open."""
 
     name = ""
+    cache: Path
+    """What it keeps on the disk, from mount to mount; another may be set while it is not mounted."""
 
     def __init__(self, folder: Path) -> None:
         """folder: for its mount point, cache and log; what is in it stays until removed."""
         self.folder = folder
+        self.cache = folder / "cache"
         self.mountpoint = folder / "mnt"
         self.mountpoint.mkdir(parents=True, exist_ok=True)
         self.pid = 0
 
-    @property
-    def file(self) -> Path:
-        return self.mountpoint / FILE_NAME
+    def prepare(self, tree: Path) -> None:
+        """Once, before the first mount: put `tree` where the origin alone does not have it."""
+
+    def forget(self) -> None:
+        """Empty the cache. Not while mounted."""
+        shutil.rmtree(self.cache, ignore_errors=True)
 
     def cpu_s(self) -> float:
         """CPU seconds so far of everything that serves this mount."""
         return cpu_seconds(tree(self.pid))
+
+    def wait_quiet(self, kept_bytes: int = 0) -> None:
+        """Until it has stopped computing: what a pass costs includes what it leaves to be done.
+
+        kept_bytes: what its cache should hold then, if it can be asked.
+        """
+        last_s, deadline_s = -1.0, time.monotonic() + _QUIET_TIMEOUT_S
+        while (now_s := self.cpu_s()) > last_s + _QUIET_CPU_S and time.monotonic() < deadline_s:
+            last_s = now_s
+            time.sleep(_QUIET_FOR_S)
 
     def start(self) -> None:
         raise NotImplementedError
@@ -57,54 +78,76 @@ class MountedSystem:
         self.stop()
 
 
+class Local(MountedSystem):
+    """The tree as it lies on the disk."""
+
+    name = "local"
+
+    def __init__(self, tree: Path) -> None:
+        self.folder = tree.parent
+        self.mountpoint = tree
+
+    def forget(self) -> None:
+        """Nothing to forget but the page cache."""
+
+    def cpu_s(self) -> float:
+        return 0.0
+
+    def start(self) -> None:
+        """There is nothing to start."""
+
+    def stop(self) -> None:
+        """And nothing to stop."""
+
+
 class Ours(MountedSystem):
     """`mfs mount`, as a user types it."""
 
     name = "mfs"
 
-    def __init__(self, folder: Path, url: str, env: Mapping[str, str], *, ram_bytes: int = RAM_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        url: str,
+        env: Mapping[str, str],
+        *,
+        ram_bytes: int = RAM_BYTES,
+        checkout: Path | None = None,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        """checkout: run the mfs that lies there instead of this one. options: further ones of `mfs mount`."""
         super().__init__(folder)
         self._url = url
-        self._ram_bytes = ram_bytes
+        self._options = options
+        self.ram_bytes = ram_bytes
         self._env = {**env, "MFS_RUNTIME_DIR": str(folder / "run")}
-
-    def forget(self) -> None:
-        """Empty the SSD cache."""
-        shutil.rmtree(self.folder / "cache", ignore_errors=True)
+        if checkout:
+            self.name, self._env["PYTHONPATH"] = BEFORE, str(checkout)
 
     def command(self, *words: object) -> str:
         """Run an `mfs` command."""
         return run([sys.executable, "-P", "-m", "mfs", *words], env=self._env)
 
-    def start(self, *, settle: bool = True) -> None:
-        """Mount. settle: wait until all RAM slots are touched and locked, as they are in a daemon that has been up
-        for a while; their first touch would otherwise run beside the measured pass."""
+    def start(self) -> None:
+        """Mount."""
         self.command(
-            "mount", self._url, self.mountpoint, "--cache-dir", self.folder / "cache", "--ram-size", self._ram_bytes,
-            "--log-file", self.folder / "mfs.log",
+            "mount", self._url, self.mountpoint, "--cache-dir", self.cache, "--ram-size", self.ram_bytes,
+            "--log-file", self.folder / "mfs.log", *self._options,
         )  # fmt: skip
         self.pid = self.status()["pid"]
-        if settle:
-            wait_for(self._populated, "the RAM slots of mfs mount are populated")
-
-    def _populated(self) -> bool:
-        ram = self.status()["ram"]
-        return bool(ram["slots_free"] + ram["used_bytes"] // CHUNK_BYTES == ram["slots_count"])
 
     def status(self) -> dict[str, Any]:
         """Asked through the socket, not by a command: a new process every poll would be load of our own."""
         socket = runtime.socket_path(os.path.realpath(self.mountpoint), self.folder / "run")
         return Client(socket, timeout_s=30).status()
 
-    def wait_quiet(self, size_bytes: int) -> None:
-        """Until nothing is fetched and the SSD tier holds the file: what a pass costs includes its writing back."""
-
+    def wait_quiet(self, kept_bytes: int = 0) -> None:
         def is_quiet() -> bool:
             status = self.status()
             quiet = not status["origin"]["inflight"] and not status["prefetch"]["queued_bytes"]
-            return bool(quiet and status["ssd"]["used_bytes"] >= size_bytes)
+            return bool(quiet and status["ssd"]["used_bytes"] >= kept_bytes)
 
-        wait_for(is_quiet, f"{self.file} is on SSD", timeout_s=60)
+        wait_for(is_quiet, f"{self.mountpoint} has {kept_bytes} bytes on SSD", timeout_s=_QUIET_TIMEOUT_S)
 
     def set_read_ahead(self, kib: int) -> None:
         """Override the kernel's read-ahead of this mount."""
@@ -115,7 +158,7 @@ class Ours(MountedSystem):
             self.command("umount", self.mountpoint)
 
 
-class _Foreground(MountedSystem):
+class Foreground(MountedSystem):
     """A file system that stays in the foreground; killed by the kernel if we die."""
 
     def argv(self) -> list[object]:
@@ -125,80 +168,31 @@ class _Foreground(MountedSystem):
         return {}
 
     def start(self) -> None:
-        shutil.rmtree(self.folder / "cache", ignore_errors=True)
-        (self.folder / "cache").mkdir()
+        self.cache.mkdir(exist_ok=True)
         argv = [str(word) for word in self.argv()]
         self._process = ServerProcess(self.name, argv, log=self.folder / "log", env=self.environ())
         self.pid = self._process.pid
         point = os.path.realpath(self.mountpoint)
         self._process.wait_until(lambda: mountinfo.mount_at(point) is not None)
-        # Asked by another process, which may hang: the mount answers, and knows the file's size, as after any `ls -l`.
-        run(["stat", self.file], timeout_s=30)
+        run(["ls", self.mountpoint], timeout_s=30)  # by another process, which may hang
 
     def stop(self) -> None:
         subprocess.run(["fusermount3", "-u", "-z", str(self.mountpoint)], capture_output=True, timeout=30)
         self._process.stop()
-        shutil.rmtree(self.folder / "cache", ignore_errors=True)
 
 
-class S3fs(_Foreground):
-    """s3fs with a disk cache, parallel requests and larger parts than its defaults: the best found here."""
-
-    name = "s3fs"
-
-    def __init__(self, folder: Path, origin: Origin, name: str) -> None:
-        super().__init__(folder)
-        self._origin = origin
-        self._path = name
-        password_file = folder / "passwd"
-        password_file.write_text(f"{origin.access_key}:{origin.secret_key}\n")
-        password_file.chmod(0o600)
-
-    def argv(self) -> list[object]:
-        options = (
-            f"url={self._origin.endpoint}", "use_path_request_style", f"passwd_file={self.folder / 'passwd'}",
-            f"endpoint={self._origin.region}", "ro", f"use_cache={self.folder / 'cache'}", "parallel_count=16",
-            "multireq_max=32", "multipart_size=16", "max_background=128", "complement_stat",
-        )  # fmt: skip
-        return ["s3fs", f"{BUCKET}:/{self._path}", self.mountpoint, "-f", *(w for o in options for w in ("-o", o))]
-
-
-class Rclone(_Foreground):
-    """rclone mount with its full VFS cache, large growing ranges and read-ahead: the best found here."""
-
-    name = "rclone"
-
-    def __init__(self, folder: Path, origin: Origin, name: str) -> None:
-        super().__init__(folder)
-        self._origin = origin
-        self._path = name
-
-    def argv(self) -> list[object]:
-        remote = f":s3,provider=Ceph,env_auth=true,region={self._origin.region},endpoint='{self._origin.endpoint}'"
-        return [
-            "env", "-u", "AWS_CA_BUNDLE",  # rclone 1.60 refuses to start where it is set
-            "rclone", "mount", f"{remote}:{BUCKET}/{self._path}", self.mountpoint, "--config", "", "--read-only",
-            "--vfs-cache-mode", "full", "--cache-dir", self.folder / "cache", "--vfs-read-ahead", "128M",
-            "--vfs-read-chunk-size", "32M", "--buffer-size", "64M", "--max-read-ahead", "4M", "--no-modtime",
-            "--attr-timeout", "1h", "--dir-cache-time", "1h", "--vfs-fast-fingerprint",
-        ]  # fmt: skip
-
-    def environ(self) -> Mapping[str, str]:
-        return self._origin.environ
-
-
-class ZeroFuse(_Foreground):
+class ZeroFuse(Foreground):
     """The stub of `zeros`, with the kernel tuned as for ours."""
 
     name = "zeros"
 
     def __init__(self, folder: Path, model: Model) -> None:
         super().__init__(folder)
-        self._model = model
+        self._shard = model.files[0]
 
     def argv(self) -> list[object]:
-        size = self._model.size_bytes
-        return [sys.executable, "-m", "tools.bench.zeros", self._model.path, size, self.mountpoint]
+        size = self._shard.stat().st_size
+        return [sys.executable, "-m", "tools.bench.zeros", self._shard, size, self.mountpoint]
 
     def start(self) -> None:
         super().start()

@@ -39,7 +39,7 @@ def cpu_seconds(pids: Iterable[int]) -> float:
 
 
 def resident_bytes(pid: int) -> dict[str, int]:
-    """Resident memory by kind, from /proc/PID/status: all, anonymous, of files, shared (the slots' memfd is that)."""
+    """Resident memory by kind, from /proc/PID/status: all, anonymous, of files, shared (the RAM tier is that)."""
     kinds = {}
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")

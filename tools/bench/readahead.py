@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.bench.cases import MODEL
 from tools.bench.machine import drop_page_cache
 from tools.bench.mounts import Ours
 from tools.bench.origin import BUCKET, Origin
 from tools.bench.results import Results, Row
-from tools.bench.workload import Model, read
+from tools.bench.workload import MODEL, Model, read
 
 CHOICES_KIB = (512, 1024, 2048, 4096, 8192)
 
@@ -27,7 +26,7 @@ def round(
                 ours.set_read_ahead(kib)
                 drop_page_cache()
                 before = ours.cpu_s()
-                reading = read(ours.file, model, seed=number)
+                reading = read("shuffled", ours.mountpoint, model, seed=number)
                 ours.wait_quiet(model.size_bytes)
                 results.add(f"{case}/{kib}", reading.gb_s)
                 results.add(f"{case}-cpu/{kib}", (ours.cpu_s() - before) / model.size_bytes * 1e9)

@@ -32,6 +32,8 @@ class Row:
     unit: str = ""
     goal: Goal | None = None
     note: str = ""
+    column: str = ""
+    """Rows of one title stand side by side where they have one."""
 
     @property
     def median(self) -> float:
@@ -54,15 +56,26 @@ class Results:
     def add(self, name: str, value: float) -> None:
         self.samples.setdefault(name, []).append(value)
 
-    def row(self, name: str, title: str, unit: str = "", goal: Goal | None = None, note: str = "") -> list[Row]:
+    def row(
+        self, name: str, title: str, unit: str = "", goal: Goal | None = None, note: str = "", *, column: str = ""
+    ) -> list[Row]:
         """The samples as they are; no row without samples."""
         values = self.samples.get(name)
-        return [Row(title, tuple(values), unit, goal, note)] if values else []
+        return [Row(title, tuple(values), unit, goal, note, column)] if values else []
 
-    def ratio(self, above: str, below: Sequence[str], title: str, goal: Goal, note: str = "") -> list[Row]:
-        """`above` over the largest of `below`, round by round: a neighbour's noise hits both sides of a round alike."""
+    def ratio(
+        self, above: str, below: Sequence[str], title: str, goal: Goal, note: str = "", *, less_is_better: bool = False
+    ) -> list[Row]:
+        """`above` over the best of `below`, round by round: a neighbour's noise hits both sides of a round alike.
+
+        less_is_better: the best of `below` over `above`.
+        """
         present = [self.samples[name] for name in below if name in self.samples]
         if above not in self.samples or not present:
             return []
-        values = tuple(value / max(others) for value, *others in zip(self.samples[above], *present, strict=False))
+        turns = list(zip(self.samples[above], *present, strict=False))
+        if less_is_better:
+            values = tuple(min(others) / value for value, *others in turns)
+        else:
+            values = tuple(value / max(others) for value, *others in turns)
         return [Row(title, values, "×", goal, note)]

@@ -39,6 +39,13 @@ class Zeros(pyfuse3.Operations):
             raise pyfuse3.FUSEError(2)
         return await self.getattr(_INODE)
 
+    async def opendir(self, inode: int, ctx: object) -> int:
+        return inode
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        if start_id == 0:
+            pyfuse3.readdir_reply(token, _NAME, await self.getattr(_INODE), 1)
+
     async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 

@@ -20,7 +20,7 @@ from mfs.units import parse_size
 
 TESTS = [
     "tests/gpuload/device", "tests/gpuload/server/test_server.py", "tests/gpuload/server/test_leases.py",
-    "tests/gpuload/test_load.py", "tests/gpuload/test_pipeline.py", "tests/gpuload/test_moves.py",
+    "tests/gpuload/client/test_load.py", "tests/gpuload/moving/test_pipeline.py", "tests/gpuload/moving/test_moves.py",
 ]  # fmt: skip
 """What needs neither a mount nor a network; tests/gpuload/device holds everything that is for a GPU alone."""
 TESTS_TIMEOUT_S = 420
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--skip-tests", action="store_true")
     args = parser.parse_args()
 
-    from gpuload.bench import run_bench
+    from gpuload.cli.bench import run_bench
 
     results: dict[str, Any] = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": describe()}
     steps: dict[str, Callable[[], Any]] = {

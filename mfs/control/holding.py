@@ -1,0 +1,66 @@
+"""The daemon's word to its holder (`mfs.holder`, which has the protocol). Nothing here fails if there is none."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Sequence
+
+_BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class HolderLink:
+    """The connection to whoever holds the mount's descriptors."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        """fd: our end of the pair, None without a holder."""
+        self._socket = None if fd is None else socket.socket(fileno=fd)
+        self.pid = 0 if fd is None else os.getppid()
+        """Of the holder, 0 without one."""
+
+    @property
+    def socket(self) -> socket.socket | None:
+        """Readable once the holder is gone."""
+        return self._socket
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a holder, as far as we know."""
+        return self._socket is not None
+
+    def hold(self, device: int, lock: int, journal: int, connection: int | None = None) -> bool:
+        """We serve from now on. connection: to the daemon that gives us the mount, for the holder to tell it.
+
+        Returns whether the holder was told.
+        """
+        return self._say(b"hold", [device, lock, journal, *([] if connection is None else [connection])])
+
+    def giving(self, connection: int) -> bool:
+        """The daemon at the other end of `connection` may say that the mount is its."""
+        return self._say(b"giving", [connection])
+
+    def end(self) -> None:
+        """The mount ends, or is another daemon's."""
+        self._say(b"end")
+
+    def lost(self) -> None:
+        """The holder is gone."""
+        if self._socket is not None:
+            self._socket.close()
+        self._socket, self.pid = None, 0
+
+    def _say(self, message: bytes, fds: Sequence[int] = ()) -> bool:
+        if self._socket is None:
+            return False
+        try:
+            socket.send_fds(self._socket, [message], fds)
+        except OSError:
+            self.lost()
+            return False
+        return True
+
+
+def listen_to_signals() -> None:
+    """What the holder has kept back until somebody listens comes now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)

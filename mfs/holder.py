@@ -1,0 +1,238 @@
+"""The process that outlives a daemon: it holds the mount's descriptors and starts the next daemon if one is killed.
+
+    python -m mfs.holder ARGUMENTS OF mfs.daemon
+
+It starts `mfs.daemon` with these arguments and one end of a SOCK_SEQPACKET pair (--holder-fd). This docstring is the
+only reference of what is said there; descriptors travel as SCM_RIGHTS:
+
+    hold [device, lock, journal]              the daemon serves; what it held before is replaced
+    hold [device, lock, journal, connection]  ... what another daemon gave: that one is told, over `connection`
+    giving [connection]                       another daemon may say over `connection` that the mount is held by it
+    end                                       the mount ends, or is another's: nothing is held any more
+
+A daemon that ends without `end`, while it is held and the mount stands, has crashed: its successor gets the
+descriptors (--successor) and must say `hold` in time. Readers wait meanwhile, in the kernel. After too many crashes in
+a short time, or too many successors that never served, the descriptors are closed, and readers get ENOTCONN. Signals
+go to the daemon; its exit status becomes ours.
+
+This process must not fail, and should cost little: nothing is imported but small modules.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+from mfs import children
+
+CRASHES_MAX, WITHIN_S = 5, 60.0
+_FIRST_PAUSE_S = 0.1  # doubled with each further crash; after the first there is none
+_SERVES_WITHIN_S = 60.0
+_ANSWER_S = 30.0
+_MESSAGE_BYTES_MAX = 1 << 16
+_CONFIG_BYTES_MAX = 1 << 22
+_OOM_SCORE = "-900"
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+
+class _Holder:
+    def __init__(self, arguments: list[str]) -> None:
+        self._config_fd = _memory_file(int(_taken(arguments, "--config-fd")))
+        self._held: list[int] = []
+        """device, lock, journal"""
+        self._connection: socket.socket | None = None
+        self._child = self._last = 0
+        self._pending: list[int] = []
+        """Signals that came while there was no daemon."""
+        self._serves = self._ended = False
+        self._arguments = arguments
+
+    def run(self) -> int:
+        """Returns the wait status of the last daemon."""
+        for number in _SIGNALS:
+            signal.signal(number, self._forward)
+        ready = [int(_taken(list(self._arguments), "--ready-fd"))] if "--ready-fd" in self._arguments else []
+        status = self._attend(self._arguments, ready, wait_s=None)
+        crashes: list[float] = []
+        while self._has_crashed():
+            if self._serves:  # else it counts, however long it took
+                crashes = [at for at in crashes if time.monotonic() - at < WITHIN_S]
+            how = f"the daemon (pid {self._last}) {_in_words(status)}"
+            if len(crashes) == CRASHES_MAX:
+                _say(f"{how}, after {CRASHES_MAX} others that did no better: the mount is given up")
+                break
+            if crashes:
+                time.sleep(_FIRST_PAUSE_S * 2 ** (len(crashes) - 1))
+            crashes.append(time.monotonic())
+            _say(f"{how}: starting the next one, readers wait")
+            held = ",".join(map(str, self._held))
+            status = self._attend(["--successor", held], self._held, wait_s=_SERVES_WITHIN_S)
+        return status
+
+    def _attend(self, arguments: list[str], fds: list[int], *, wait_s: float | None) -> int:
+        """Start a daemon and listen to it until it ends. Its wait status."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        os.lseek(self._config_fd, 0, os.SEEK_SET)
+        own = ["--config-fd", str(self._config_fd), "--holder-fd", str(theirs.fileno())]
+        self._serves = False
+        self._start(children.python("-m", "mfs.daemon", *own, *arguments), [self._config_fd, theirs.fileno(), *fds])
+        theirs.close()
+        if wait_s is None:
+            for fd in fds:  # the daemon's alone: its end must be seen by whoever waits
+                os.close(fd)
+        until = None if wait_s is None else time.monotonic() + wait_s
+        with ours:
+            process = os.pidfd_open(self._child)
+            waiting: list[int | socket.socket] = [ours, process]
+            while True:
+                left = None if until is None or self._serves else max(0.0, until - time.monotonic())
+                ready = select.select(waiting, [], [], left)[0]
+                if ours in ready:
+                    if not self._listen(ours):
+                        waiting.remove(ours)
+                elif process in ready:
+                    os.close(process)
+                    self._last, self._child = self._child, 0  # from here on the number may be another process's
+                    return os.waitpid(self._last, 0)[1]
+                elif not ready:
+                    _say(f"the daemon (pid {self._child}) did not serve within {wait_s:g} s: it is killed")
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+                    until = None
+
+    def _start(self, command: list[str], fds: list[int]) -> None:
+        # Blocked until the daemon listens for them: none is lost, and none kills it on the way.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        self._child = os.fork()
+        if not self._child:
+            try:
+                for fd in fds:
+                    os.set_inheritable(fd, True)
+                os.execv(command[0], command)
+            finally:
+                os._exit(127)
+        for number in self._pending:
+            os.kill(self._child, number)
+        self._pending.clear()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    def _listen(self, sock: socket.socket) -> bool:
+        """Do as the daemon says. Returns whether it may say more."""
+        try:
+            message, fds, _, _ = socket.recv_fds(sock, _MESSAGE_BYTES_MAX, 8, socket.MSG_CMSG_CLOEXEC)
+        except OSError:
+            return False
+        if message == b"hold" and len(fds) in (3, 4):
+            self._let_go()
+            self._held, self._serves = fds[:3], True
+            for fd in fds[3:]:
+                _tell(socket.socket(fileno=fd), b'{"ask": "held"}')
+        elif message == b"giving" and len(fds) == 1:
+            self._connection = socket.socket(fileno=fds[0])
+        elif message == b"end":
+            self._let_go()
+            self._ended = True
+        else:
+            for fd in fds:
+                os.close(fd)
+        return bool(message)
+
+    def _has_crashed(self) -> bool:
+        if self._ended or not self._held or not _is_connected(self._held[0]):
+            return False
+        if self._connection is not None and self._is_anothers(self._connection):
+            self._let_go()
+            return False
+        return True
+
+    def _is_anothers(self, connection: socket.socket) -> bool:
+        """Our daemon was killed while it gave the mount away; whether the other one has it."""
+        connection.settimeout(_ANSWER_S)
+        try:
+            connection.send(b'{"yours": true}')  # once more, should it not have come to that
+            return bool(connection.recv(_MESSAGE_BYTES_MAX))
+        except OSError:
+            return False
+        finally:
+            connection.close()
+            self._connection = None
+
+    def _let_go(self) -> None:
+        for fd in self._held:
+            os.close(fd)
+        self._held = []
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _forward(self, number: int, frame: object) -> None:
+        if self._child:
+            os.kill(self._child, number)
+        else:
+            self._pending.append(number)
+
+
+def _taken(arguments: list[str], name: str) -> str:
+    """The value of an argument, which is taken out of the list."""
+    at = arguments.index(name)
+    value = arguments[at + 1]
+    del arguments[at : at + 2]
+    return value
+
+
+def _memory_file(fd: int) -> int:
+    """What can be read from a descriptor, for every daemon to read: secrets in it never touch a disk."""
+    found = os.memfd_create("mfs-config", os.MFD_CLOEXEC)
+    with open(fd, "rb") as source, open(found, "wb", closefd=False) as file:
+        file.write(source.read(_CONFIG_BYTES_MAX))
+    if fd == 0:  # somebody else's file must not become standard input
+        os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+    return found
+
+
+def _is_connected(device: int) -> bool:
+    poll = select.poll()
+    poll.register(device, 0)
+    return not poll.poll(0)
+
+
+def _tell(connection: socket.socket, message: bytes) -> None:
+    with connection:
+        try:
+            connection.send(message)
+        except OSError:  # it has died; the mount is ours all the same
+            pass
+
+
+def _say(text: str) -> None:
+    """One line in the daemon's log."""
+    now_s = time.time()
+    at = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now_s))},{int(now_s % 1 * 1000):03d}"
+    try:
+        os.write(2, f"{at} WARNING mfs[{os.getpid()}] mfs.holder: {text}\n".encode())
+    except OSError:
+        pass
+
+
+def _in_words(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+def main() -> None:
+    """Hold one mount for as long as it stands."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:  # only root may lower it
+            file.write(_OOM_SCORE)
+    except OSError:
+        pass
+    status = os.waitstatus_to_exitcode(_Holder(sys.argv[1:]).run())
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""One operation asked of the workers: what the pool queues and a worker answers. Data, and what may be waited for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+from mfs.errors import MfsError, TransientStoreError
+from mfs.workers.frames import Frame
+from mfs.workers.shares import NOBODY, Group
+
+Lane = Literal["origin", "ssd", "disk", "control"]
+"""See `pool`."""
+
+DISK_TIMEOUT_S = 60.0
+
+
+class WorkerEndedError(TransientStoreError):
+    """The worker process ended before it answered; the operation may be given to another."""
+
+
+ATTEMPTS_OVER_DEAD_WORKERS = 4
+"""All workers may die at once, for want of memory say; an operation that kills them must not do so for ever."""
+
+
+class Priority(IntEnum):
+    """Lower goes first."""
+
+    DEMAND = 0
+    BACKGROUND = 1
+
+
+@dataclass(eq=False)
+class Job:
+    """One operation asked for. `on_done(result, error)` is called exactly once, on the trio thread, without
+    awaiting.
+    """
+
+    operation: str
+    arguments: Frame
+    on_done: Callable[[Frame | None, MfsError | None], None]
+    priority: Priority = Priority.DEMAND
+    timeout_s: float = DISK_TIMEOUT_S
+    """Counted from `submit` for what a reader waits for, else from the start: then waiting in the queue is no fault."""
+    on_part: Callable[[Frame], None] | None = None
+    serial: int = 0
+    started: bool = False
+    lane: Lane = "disk"
+    group: Group = NOBODY
+    """Who asks: for whom it counts. Set by the pool."""
+    deadline_s: float = math.inf
+    """time.monotonic() after which the worker is taken for hung. Set by the pool."""
+
+    def finish(self, result: Frame | None, error: MfsError | None) -> None:
+        self.on_done(result, error)

@@ -1,0 +1,53 @@
+"""What waits in one lane of one source, by model, and what runs. Pure counting and queues; `pool` decides."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from mfs.workers.job import Job, Lane, Priority
+from mfs.workers.shares import NOBODY, Group, Shares, group_of_directory, group_of_file
+
+LANES: dict[str, Lane] = {
+    "fill": "origin", "load": "ssd", "masks": "ssd", "list_directory": "control", "stat_path": "control",
+}  # fmt: skip
+"""By operation; all others: disk."""
+
+
+class Line:
+    """One lane of one source: what waits, by model, and what runs."""
+
+    def __init__(self, lane: Lane, limit: int) -> None:
+        self.lane = lane
+        self.shares = Shares(2 * limit)
+        self.queues: dict[Group, list[tuple[int, int, Job]]] = {}
+
+    def push(self, job: Job) -> None:
+        heapq.heappush(self.queues.setdefault(job.group, []), (job.priority, job.serial, job))
+
+    def waiting(self) -> Iterator[Job]:
+        """What has not begun; a hurried job comes twice until its old place is skipped."""
+        return (job for queue in self.queues.values() for _, _, job in queue if not job.started)
+
+    def pop(self, background_leaving: int) -> Job | None:
+        """The most urgent job whose group may have one more."""
+        best: list[tuple[int, int, Job]] | None = None
+        for group, queue in list(self.queues.items()):
+            while queue and (queue[0][2].started or queue[0][0] != queue[0][2].priority):
+                heapq.heappop(queue)  # the stale half of a hurried job
+            if not queue:
+                del self.queues[group]
+                continue
+            leaving = background_leaving if queue[0][0] == Priority.BACKGROUND else 0
+            if (best is None or queue[0] < best[0]) and self.shares.may_take(group, leaving=leaving):
+                best = queue
+        return heapq.heappop(best)[2] if best else None
+
+
+def group_of(job: Job) -> Group:
+    arguments = job.arguments
+    if job.operation in ("fill", "load"):
+        return group_of_file(arguments["source"], arguments["obj"][1])
+    if job.operation == "list_directory":
+        return group_of_directory(arguments["source"], arguments["path"])
+    return NOBODY
