@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ from mfs.whole import OpenSealed, WholeFiles
 from mfs.workers.frames import Frame
 from mfs.workers.job import Priority
 from mfs.workers.pool import PoolConfig, WorkerPool
+from mfs.workers.shares import Group
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +163,10 @@ class Mount:
         """Called in a thread when all that can fail before mounting is done: takes away what stands there."""
         self._away: dict[int, str] = {}
         """Sources that have not answered since the mount began, and what is to be said of that."""
+        self.arrived: Counter[Group] = Counter()
+        """Bytes that came from the origins, by model."""
+        self.page_fault = ""
+        """Why the page in a browser is not there though it is wanted, '' if it is."""
         self.asked: dict[int, Asked] = {}
         """The last listing of each source."""
         self._refresh_soon = [trio.Event() for _ in config.sources]
@@ -187,7 +193,8 @@ class Mount:
         fault = self.pool.tier_fault
         without = [f"serving without the SSD tier: {fault}"] if fault else []
         unheld = [f"should this daemon be killed, the mount ends: {self.unheld}"] if self.unheld else []
-        return [*self.warnings, *self._away.values(), *without, *unheld]
+        pageless = [f"the page is not served: {self.page_fault}"] if self.page_fault else []
+        return [*self.warnings, *self._away.values(), *without, *unheld, *pageless]
 
     # -- serving
 
@@ -426,6 +433,7 @@ class Mount:
     # -- what the parts ask each other
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
+        self.arrived[chunk.state.group] += result["origin_bytes"]
         if self.oplog.watched:
             state, ahead = chunk.state, fill.job is not None and fill.job.priority is Priority.BACKGROUND
             span = state.object.chunk_range(chunk.index)

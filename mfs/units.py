@@ -53,6 +53,18 @@ def exact_size(size: int) -> str:
     return str(size)
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """(host, port) meant by '127.0.0.1:8650', 'localhost:8650' or '[::1]:8650'. Raises: ValueError."""
+    host, colon, port = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or not colon or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise ValueError(f"not an address: {text!r}; expected HOST:PORT, such as 127.0.0.1:8650")
+    return host, int(port)
+
+
 def parse_duration(text: str) -> float:
     """Seconds meant by '30s', '5m', '1.5h', '250ms', '1d' or a plain number. Raises: ValueError."""
     match = _DURATION.fullmatch(text.strip())
