@@ -27,18 +27,20 @@ import logging
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
 
 from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState
-from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes
+from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes, mask_span
 from mfs.cache.ram import RamTier
 from mfs.cache.saving import Saver
 from mfs.cache.slots import Slots
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
 from mfs.types import ByteRange, ObjectId
+from mfs.waits import Cause, Waited, Waits
 from mfs.workers.frames import Frame, object_to_wire
 from mfs.workers.job import ATTEMPTS_OVER_DEAD_WORKERS, Job, Priority, WorkerEndedError
 from mfs.workers.pool import WorkerPool
@@ -81,6 +83,8 @@ class ChunkCache:
         """Told when the origin turns out to hold another version."""
         self.on_filled: Callable[[Chunk, Fill, Frame], None] | None = None
         """Told of each fill that ended well, with what the worker said of it."""
+        self.waits = Waits()
+        """Told of whatever a reader waits for here."""
 
     # -- objects
 
@@ -226,15 +230,18 @@ class ChunkCache:
             while True:
                 chunk = state.chunks.get(index)
                 if not state.ssd_known.is_set():
-                    await self.learned_ssd(state)
+                    with self._waiting(Cause.SSD, state, index, mask, demand):
+                        await self.learned_ssd(state)
                     continue
                 if not self._may_lease(state, index, chunk, mask, demand):
-                    await self.slots.wait(state.group)
+                    with self._waiting(Cause.SHARE, state, index, mask, demand):
+                        await self.slots.wait(state.group)
                     continue  # from the top: another reader may have brought this very chunk meanwhile
                 if chunk is None:
                     slot = self._take_slot_nowait(state, allow_loss=demand)
                     if slot is None:
-                        await self.slots.wait(None)
+                        with self._waiting(Cause.SLOT, state, index, mask, demand):
+                            await self.slots.wait(None)
                         continue
                     chunk = state.chunks[index] = Chunk(state, index, slot)
                     self.slots.enter(chunk)
@@ -244,12 +251,29 @@ class ChunkCache:
                         chunk.leases += 1  # the caller's; ours goes in the finally
                         return chunk
                     fill = self._fill_for(chunk, mask, extra, priority)
-                    await fill.done.wait()
+                    with self._waiting(fill, state, index, mask, demand):
+                        await fill.done.wait()
                     if fill.error is not None:
                         raise fill.error
                 finally:
                     self.release(chunk)
         raise StoreError(f"{state.object}: no answer within {self._config.timeout_s:g} s")
+
+    @contextmanager
+    def _waiting(self, on: Cause | Fill, state: ObjectState, index: int, mask: int, demand: bool) -> Iterator[None]:
+        """Note how long a reader waits in here for blocks of a chunk, however it ends."""
+        since_s = time.monotonic()
+        try:
+            yield
+        finally:
+            if demand:
+                waited_s, span = time.monotonic() - since_s, mask_span(index, mask, state.object.size)
+                where = state.source, state.object.path, span.start, span.stop
+                cause, decode_s = (on.cause, min(on.decode_s, waited_s)) if isinstance(on, Fill) else (on, 0.0)
+                waited_s -= decode_s
+                self.waits.note(Waited(since_s, waited_s, cause, *where))
+                if decode_s:
+                    self.waits.note(Waited(since_s + waited_s, decode_s, Cause.DECODE, *where))
 
     def _may_lease(self, state: ObjectState, index: int, chunk: Chunk | None, mask: int, demand: bool) -> bool:
         """Whether nothing new must come from the origin, or the model may have one more slot for what does."""
@@ -302,6 +326,7 @@ class ChunkCache:
         state = chunk.state
         fill.attempts += 1
         from_ssd = not fill.mask & ~chunk.on_ssd
+        fill.cause = Cause.SSD if from_ssd else Cause.ORIGIN
         if not from_ssd:
             self.slots.begin_coming(chunk)
         fill.job = Job(
@@ -351,6 +376,9 @@ class ChunkCache:
                 chunk.note_ssd(chunk.on_ssd | result["resident"])
             chunk.sums.update(result["sums"])
             chunk.changed_at = time.monotonic()
+            fill.decode_s = result.get("decode_s", 0.0)
+            if not result["requests"]:  # the files of SSD had it after all, or others there the same bytes
+                fill.cause = Cause.SSD
             self.counters.ssd_hit_bytes += result["ssd_bytes"]
             self.counters.origin_bytes += result["origin_bytes"]
             self.counters.shared_bytes += result["shared_bytes"]

@@ -3,11 +3,12 @@
 A load is what `GET /v1/loads` says of one:
 
     {model, began_at: seconds since the epoch, seconds, left_out: reads that are not in it,
-     phases: {PHASES: seconds}, which add up to `seconds`,
+     phases: {PHASES: seconds}, which add up to `seconds`; strip: {step_s, phases: [the phase of each step in time]},
      reads: [{at: seconds after the beginning, waited_s, on: one of CAUSES, path, start, stop}],
      bytes: {origin, ssd, ram}}
 
-What is missing counts as nothing: drawing never fails for what a load lacks. The SVG needs nothing from elsewhere, has a
+What is missing counts as nothing: drawing never fails for what a load lacks. Without a strip the phases stand side by
+side, each as wide as it is long. The SVG needs nothing from elsewhere, has a
 title and a description for those who do not see it, and follows light and dark.
 """
 
@@ -17,13 +18,14 @@ import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape, quoteattr
 
 from mfs.shown import clean
 from mfs.units import format_size
 
-CAUSES = ("origin", "ssd", "decode", "slot", "share")
+CAUSES = ("open", "header", "origin", "ssd", "decode", "slot", "share")
 """What a reader may wait for, in the order of the lanes."""
 PHASES = {
     "open": "opening files",
@@ -32,11 +34,11 @@ PHASES = {
     "ssd": "waiting for the SSD",
     "decode": "decoding",
     "slot": "waiting for room in RAM",
-    "share": "waiting for others' turn",
-    "page_cache": "into the page cache",
-    "other": "the program itself",
+    "share": "waiting for its share of RAM",
+    "page_cache": "page cache, and the reader itself",
+    "other": "other waits",
 }
-"""Each phase in words, in the order of the bar."""
+"""Each phase in words, in the order of the bar without a strip."""
 
 STYLE = """\
 .tl{font:13px/1.4 system-ui,sans-serif;fill:#1c2330}
@@ -54,6 +56,7 @@ STYLE = """\
 """
 """Of the classes in the drawing, for a page that shows it `bare`."""
 
+STEPS_MAX = 2000
 READS_MAX = 2000
 """More are not drawn: the longest are kept. A browser still scrolls smoothly, and the file stays below 1 MB."""
 _WIDTH, _LEFT, _RIGHT = 960.0, 76.0, 12.0
@@ -102,10 +105,10 @@ def timeline_svg(load: Mapping[str, Any], *, bare: bool = False) -> str:
 
 
 def _bar(load: Mapping[str, Any], seconds: float) -> Iterator[str]:
-    """The phases, as wide as they are long."""
+    """The phases: when each was, where that is known, and as wide as they are long."""
     yield _text(_LEFT - 10, _BAR_TOP + _BAR_HEIGHT / 2 + 4, "phases", "tl-quiet", "end")
     x, scale = _LEFT, (_WIDTH - _LEFT - _RIGHT) / seconds
-    for phase, spent in _phases(load):
+    for phase, spent in list(_strip(load)) or _phases(load):
         width = min(spent * scale, _WIDTH - _RIGHT - x)
         yield _rect(x, _BAR_TOP, width, _BAR_HEIGHT, f"tl-{phase}", f"{PHASES[phase]}: {_seconds(spent)}")
         x += width
@@ -182,6 +185,17 @@ def _phases(load: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         spent = _number(given.get(phase)) if isinstance(given, Mapping) else 0.0
         if spent > 0:
             yield phase, spent
+
+
+def _strip(load: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """What followed on what: each phase with the seconds that it went on."""
+    given = load.get("strip")
+    if not isinstance(given, Mapping) or not isinstance(given.get("phases"), Sequence):
+        return
+    step_s = _number(given.get("step_s"))
+    steps = [step if step in PHASES else "other" for step in given["phases"][:STEPS_MAX]]
+    for phase, group in groupby(steps):
+        yield phase, step_s * len(list(group))
 
 
 def _lanes(load: Mapping[str, Any]) -> tuple[dict[str, list[_Wait]], int]:

@@ -60,7 +60,8 @@ class Jobs:
         """Bring blocks `mask` of a chunk into its piece: from SSD what verifies there, the rest from the origin.
 
         Result: {sums: {block: checksum}, ssd_bytes, origin_bytes, shared_bytes: from other files on SSD, requests,
-        resident: mask that came from SSD, lost: whether the chunk turned out bad and SSD has nothing of it any more}.
+        decode_s: seconds spent on unpacking, resident: mask that came from SSD, lost: whether the chunk turned out bad
+        and SSD has nothing of it any more}.
         """
         wanted = object_from_wire(obj)
         length = len(wanted.chunk_range(index))
@@ -84,6 +85,7 @@ class Jobs:
             "origin_bytes": moved.origin_bytes,
             "shared_bytes": moved.shared_bytes,
             "requests": moved.requests,
+            "decode_s": moved.decode_s,
         }
 
     def load(self, *, source: int, obj: list[Any], index: int, mask: int, piece: memoryview, emit: Emit) -> Frame:

@@ -50,10 +50,19 @@ class TestWhatIsDrawn:
         for phase, seconds in LOAD["phases"].items():
             assert widths[phase] / whole == pytest.approx(seconds / 8.0, abs=0.001)
 
+    def test_a_strip_says_when_each_phase_was(self) -> None:
+        steps = ["open", "origin", "origin", "page_cache", "origin", "nobody knows"]
+        root = drawn(LOAD | {"seconds": 6.0, "reads": [], "strip": {"step_s": 1.0, "phases": steps}})
+        step = width(rects(root, "tl-open")[0])
+        first, second = rects(root, "tl-origin")
+        assert width(first) == pytest.approx(2 * step, abs=0.2)
+        assert float(second.attrib["x"]) - float(first.attrib["x"]) == pytest.approx(3 * step, abs=0.2)
+        assert len(rects(root, "tl-other")) == 1
+
     def test_each_wait_stands_in_the_lane_of_its_cause_at_its_time(self) -> None:
         root = drawn(LOAD)
         waits = {cause: [r for r in rects(root, f"tl-{cause}") if "tl-wait" in r.attrib["class"]] for cause in CAUSES}
-        assert [len(waits[cause]) for cause in CAUSES] == [2, 0, 0, 1, 0]
+        assert {cause: len(found) for cause, found in waits.items() if found} == {"origin": 2, "slot": 1}
         first, second = waits["origin"]
         assert float(first.attrib["y"]) != float(second.attrib["y"])  # at the same time: side by side
         [slot] = waits["slot"]
