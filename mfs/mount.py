@@ -165,8 +165,7 @@ class Mount:
         """Sources that have not answered since the mount began, and what is to be said of that."""
         self.arrived: Counter[Group] = Counter()
         """Bytes that came from the origins, by model."""
-        self.page_fault = ""
-        """Why the page in a browser is not there though it is wanted, '' if it is."""
+        self._page_fault = ""
         self.asked: dict[int, Asked] = {}
         """The last listing of each source."""
         self._refresh_soon = [trio.Event() for _ in config.sources]
@@ -193,7 +192,7 @@ class Mount:
         fault = self.pool.tier_fault
         without = [f"serving without the SSD tier: {fault}"] if fault else []
         unheld = [f"should this daemon be killed, the mount ends: {self.unheld}"] if self.unheld else []
-        pageless = [f"the page is not served: {self.page_fault}"] if self.page_fault else []
+        pageless = [f"the page is not served: {self._page_fault}"] if self._page_fault else []
         return [*self.warnings, *self._away.values(), *without, *unheld, *pageless]
 
     # -- serving
@@ -279,6 +278,10 @@ class Mount:
     def note_gone(self) -> None:
         """Nobody goes on with the mount: what is known of it may go."""
         self._is_gone = True
+
+    def note_page_fault(self, fault: str) -> None:
+        """The page in a browser is not there for this reason, '' if it is."""
+        self._page_fault = fault
 
     async def show_last(self) -> None:
         """Show what a daemon that was killed has shown, as far as the SSD tier knows; the rest when somebody looks."""

@@ -1,6 +1,6 @@
 """The models of a mount at a glance, and what is being brought: for `mfs top` and the page, once a second.
 
-Nothing here runs unless somebody looks. What the SSD tier has of each model a worker adds up; with many models that is
+Nothing here runs unless somebody looks, and readers' waits are counted only while somebody does. What the SSD tier has of each model a worker adds up; with many models that is
 looked at again only when fifty times as long has passed as it took, so that looking costs a fiftieth at most.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
 import trio
 
 from mfs.cache.heat import masks_of, strip
 from mfs.control.api import Json
+from mfs.control.rows import ORDERS
 from mfs.errors import MfsError
 from mfs.mount import Mount
 from mfs.tree.models import ModelSizes
@@ -23,7 +23,8 @@ from mfs.tree.nodes import Node
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES
 from mfs.workers.frames import object_to_wire
 from mfs.workers.job import Job, Priority
-from mfs.workers.shares import Group
+from mfs.waits import Cause, Waited
+from mfs.workers.shares import Group, group_of_file
 
 _AGAIN_FACTOR, _AGAIN_S = 50, 1.0
 _WORKER_S = 10.0
@@ -31,14 +32,24 @@ _FETCHES_MAX = 200
 _FILES_MAX = 500
 """Of one model, whose strips are shown: a hundred bytes each."""
 
-_LIVE = ("ram_bytes", "open_count", "fetching_count", "origin_bytes")
+_LOOKING_S = 30.0
+"""Whoever has not asked again for so long does not look any more."""
+
+_LIVE = ("ram_bytes", "open_count", "fetching_count", "origin_bytes", "waited_s")
 
 
 class Overview:
     """What `DaemonApi.overview` and `heat` answer."""
 
-    def __init__(self, mount: Mount) -> None:
+    def __init__(self, mount: Mount, nursery: trio.Nursery) -> None:
+        """nursery: for what goes on while somebody looks."""
         self._mount = mount
+        self._nursery = nursery
+        self._looked_at_s = -math.inf
+        self._is_looked_at = False
+        self._waits = dict[Cause, list[float]]()
+        """By cause: how many, and how long."""
+        self._waited = dict[Group, float]()
         self._names = [source.name for source in mount.config.sources]
         self._sizes = ModelSizes(mount.namespace)
         self._looking = trio.Lock()
@@ -48,13 +59,14 @@ class Overview:
 
     async def models(self, *, sort: str, match: str, count: int) -> Json:
         """The `models` of an overview."""
+        self._begin_counting()
         async with self._looking:
             await self._renew()
         # no checkpoint until the rows are copied: another one who looks writes into them
         self._note_what_is_going_on()
         wanted = match.casefold()
         matching = [row for row in self._rows.values() if not wanted or wanted in row["path"].casefold()]
-        rows = heapq.nsmallest(count, matching, key=_ORDERS[sort])
+        rows = heapq.nsmallest(count, matching, key=ORDERS[sort])
         return {"count": len(self._rows), "matched_count": len(matching), "rows": [dict(row) for row in rows]}
 
     def fetches(self) -> Json:
@@ -62,6 +74,10 @@ class Overview:
         jobs, pool = self._mount.pool.under_way(), self._mount.pool
         rows = [self._fetch(job) for job in jobs[:_FETCHES_MAX]]
         return {"count": len(jobs), "queued_count": pool.queued("origin") + pool.queued("ssd"), "rows": rows}
+
+    def waits(self) -> Json:
+        """The `waits` of an overview."""
+        return {cause.value: {"count": int(count), "seconds": spent} for cause, (count, spent) in self._waits.items()}
 
     async def heat(self, path: str) -> Json:
         """See `DaemonApi.heat`."""
@@ -87,6 +103,31 @@ class Overview:
                 "open_handles": mount.prefetcher.handles_count(node.object),
             })  # fmt: skip
         return {"files": files, "left_out": left_out}
+
+    # -- readers' waits
+
+    def _begin_counting(self) -> None:
+        self._looked_at_s = time.monotonic()
+        if not self._is_looked_at:
+            self._is_looked_at = True
+            self._waits, self._waited = {cause: [0, 0.0] for cause in Cause}, {}
+            self._mount.cache.waits.listeners.append(self._count)
+            self._nursery.start_soon(self._end_counting)
+
+    def _count(self, waited: Waited) -> None:
+        of_cause, group = self._waits[waited.cause], group_of_file(waited.source, waited.path)
+        of_cause[0] += 1
+        of_cause[1] += waited.waited_s
+        self._waited[group] = self._waited.get(group, 0.0) + waited.waited_s
+
+    async def _end_counting(self) -> None:
+        """Stop once nobody looks any more."""
+        try:
+            while (left_s := self._looked_at_s + _LOOKING_S - time.monotonic()) > 0:
+                await trio.sleep(left_s)
+        finally:
+            self._is_looked_at = False
+            self._mount.cache.waits.listeners.remove(self._count)
 
     # -- the table of models
 
@@ -126,8 +167,9 @@ class Overview:
         fetching = dict[Group, int]()
         for job in mount.pool.under_way():
             fetching[job.group] = fetching.get(job.group, 0) + 1
-        columns: tuple[dict[Group, int], ...] = (
+        columns: tuple[Mapping[Group, float], ...] = (
             mount.cache.ram_bytes_by_group(), mount.prefetcher.handles_by_group(), fetching, mount.arrived,
+            self._waited,
         )  # fmt: skip
         for group in self._lively:
             self._rows[group].update(dict.fromkeys(_LIVE, 0))
@@ -156,20 +198,5 @@ class Overview:
 def _row(path: str, is_model: bool, size: int | None, files_count: int) -> Json:
     return {
         "path": path, "is_model": is_model, "size": size, "files_count": files_count, "ssd_bytes": 0, "ram_bytes": 0,
-        "origin_bytes": 0, "pinned_count": 0, "open_count": 0, "fetching_count": 0, "last_used_at": 0,
+        "origin_bytes": 0, "pinned_count": 0, "open_count": 0, "fetching_count": 0, "last_used_at": 0, "waited_s": 0,
     }  # fmt: skip
-
-
-def _largest(name: str) -> Callable[[Json], Any]:
-    return lambda row: (-(row[name] or 0), row["path"])
-
-
-def _recent(row: Json) -> Any:
-    return -row["fetching_count"], -row["open_count"], -row["last_used_at"], -row["ram_bytes"], row["path"]
-
-
-_ORDERS: dict[str, Callable[[Json], Any]] = {
-    "recent": _recent, "name": lambda row: row["path"], "size": _largest("size"), "ssd": _largest("ssd_bytes"),
-    "ram": _largest("ram_bytes"), "origin": _largest("origin_bytes"),
-}  # fmt: skip
-"""Of `wire.SORTS`."""

@@ -40,7 +40,7 @@ class Service:
         self._mount = mount
         self._stop = stop
         self._nursery = nursery
-        self._overview = Overview(mount)
+        self._overview = Overview(mount, nursery)
         self._usage: Json = {"used_bytes": 0, "objects_count": 0, "free_disk_bytes": 0}
         """Of the SSD tier, as far as is known."""
 
@@ -121,7 +121,8 @@ class Service:
 
     async def overview(self, *, sort: str, match: str, count: int) -> Json:
         models = await self._overview.models(sort=sort, match=match, count=count)
-        return {"status": await self.status(), "models": models, "fetches": self._overview.fetches(), "waits": {}}
+        return {"status": await self.status(), "models": models, "fetches": self._overview.fetches(),
+                "waits": self._overview.waits()}  # fmt: skip
 
     async def heat(self, path: str) -> Json:
         return await self._overview.heat(path)

@@ -15,6 +15,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mfs.control.rows import ORDERS
 from mfs.errors import (
     AccessError,
     ChangedError,
@@ -32,8 +33,7 @@ PREFIX = "/v1/"
 DEPTH_MAX = 16
 """Of what a client sends; an order is an object with a list of texts."""
 STREAM_TYPE = "application/x-ndjson"
-SORTS = ("recent", "name", "size", "ssd", "ram", "origin")
-"""Orders of models: what is going on first, by name, else the largest first."""
+SORTS = tuple(ORDERS)
 ROWS_MAX = 1000
 MATCH_CHARACTERS_MAX = 256
 HEARTBEAT_S = 5.0

@@ -120,7 +120,7 @@ class FakeDaemon:
             "path": name, "is_model": True, "size": sum(file.size for file in files), "files_count": len(files),
             "ssd_bytes": sum(file.ssd_bytes for file in files), "ram_bytes": sum(file.ram_bytes for file in files),
             "origin_bytes": 0, "pinned_count": sum(file.pinned for file in files), "open_count": 0,
-            "fetching_count": 0, "last_used_at": 0,
+            "fetching_count": 0, "last_used_at": 0, "waited_s": 0,
         }  # fmt: skip
 
     async def ls(self, path: str) -> list[Json]:
