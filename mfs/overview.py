@@ -1,7 +1,8 @@
 """The models of a mount at a glance, and what is being brought: for `mfs top` and the page, once a second.
 
-Nothing here runs unless somebody looks, and readers' waits are counted only while somebody does. What the SSD tier has of each model a worker adds up; with many models that is
-looked at again only when fifty times as long has passed as it took, so that looking costs a fiftieth at most.
+Nothing here runs unless somebody looks, and readers' waits are counted only while somebody does. What the SSD tier has
+of each model a worker adds up; with many models that is looked at again only when fifty times as long has passed as it
+took, so that looking costs a fiftieth at most.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from mfs.mount import Mount
 from mfs.tree.models import ModelSizes
 from mfs.tree.nodes import Node
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES
+from mfs.waits import Cause, Waited
 from mfs.workers.frames import object_to_wire
 from mfs.workers.job import Job, Priority
-from mfs.waits import Cause, Waited
 from mfs.workers.shares import Group, group_of_file
 
 _AGAIN_FACTOR, _AGAIN_S = 50, 1.0

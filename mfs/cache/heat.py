@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
+from itertools import pairwise
 
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES
 
@@ -22,7 +23,7 @@ def strip(masks: bytes, size: int, columns_max: int = STRIP_COLUMNS_MAX) -> str:
     present = int.from_bytes(masks, "little") & ((1 << blocks_count) - 1)
     edges = [blocks_count * column // columns for column in range(columns + 1)] if columns else [0]
     digits = []
-    for first, end in zip(edges, edges[1:], strict=False):
+    for first, end in pairwise(edges):
         here = ((present >> first) & ((1 << (end - first)) - 1)).bit_count()
         digits.append(_digit(here, end - first))
     return "".join(digits)

@@ -293,7 +293,7 @@ class ResidencyTables:
             )  # fmt: skip
 
     def resident(self) -> Iterator[tuple[str, int, int, bool]]:
-        """(cache_id, bytes on SSD, last use in seconds since the epoch, pinned) of each object with anything resident."""
+        """(cache_id, bytes on SSD, last use in seconds since the epoch, pinned) of objects with anything resident."""
         found = self._snapshot()
         sizes, uses = found.per_object(), found.last_uses()
         for row in np.flatnonzero(sizes > 0).tolist():

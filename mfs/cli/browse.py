@@ -28,11 +28,11 @@ root and the user who mounted can read it. Browsers do not send what stands behi
 def page(path: str, as_json: bool) -> None:
     """Print the address of the page that shows the mount PATH lies in, with its token.
 
-    The page shows tiers, models, what is fetched, what readers wait for, and the last load; it prefetches, pins, evicts and
-    refreshes. The daemon serves it where it was mounted with --page-addr.
+    The page shows tiers, models, what is fetched, what readers wait for, and the last load; it prefetches, pins,
+    evicts and refreshes. The daemon serves it where it was mounted with --page-addr.
     """
     from mfs.cli.targets import targets
-    from mfs.page.site import page_url
+    from mfs.page.where import page_url
 
     (target,) = targets([path])
     try:

@@ -82,7 +82,7 @@ class Watched:
         if seconds is None:
             return 0.0
         for name in names:
-            before, after = (before or {}).get(name), (after or {}).get(name)  # type: ignore[assignment]
+            before, after = (before or {}).get(name), (after or {}).get(name)
         return max(0.0, (after - before) / seconds) if before is not None and after is not None else 0.0  # type: ignore[operator]
 
     def rates(self) -> dict[str, float]:
@@ -132,7 +132,10 @@ def render(
     if fetches:
         parts += [Text(), _fetches(fetches, is_one=len(mounts) == 1)]
     if warnings:
-        parts += [Text(), *(Text(f"! {clean(text)}", style="yellow", no_wrap=True, overflow="ellipsis") for text in warnings)]
+        parts += [
+            Text(),
+            *(Text(f"! {clean(text)}", style="yellow", no_wrap=True, overflow="ellipsis") for text in warnings),
+        ]
     if size is not None:
         parts += [Text(), Text(_HELP, style="dim")]
     return Group(*parts)
@@ -141,7 +144,9 @@ def render(
 def _head(mounts: Sequence[Watched], sort: str) -> Text:
     models = sum(mount.seen["models"]["count"] for mount in mounts if mount.seen)
     text = Text("mfs top", style="bold")
-    what = f"{time.strftime('%H:%M:%S')}   {count(len(mounts), 'mount')}, {count(models, 'model')}, {_ORDER_WORDS[sort]}"
+    what = (
+        f"{time.strftime('%H:%M:%S')}   {count(len(mounts), 'mount')}, {count(models, 'model')}, {_ORDER_WORDS[sort]}"
+    )
     return text.append(f"   {what}", style="not bold dim")
 
 
@@ -149,7 +154,7 @@ def _mounts_table(mounts: Sequence[Watched], wide: bool) -> Table:
     columns = ["MOUNT", "SSD", "RAM", ">FROM ORIGIN", ">FROM SSD", ">FROM RAM", ">WAITING", ">OPEN", "UP"]
     if wide:
         columns.insert(4, f"{'LAST ' + str(_SPARKS_COUNT) + ' S':<{_SPARKS_COUNT}}")
-    rows = []
+    rows: list[list[str | Text]] = []
     for mount in mounts:
         name = clean(mount.served.mountpoint)
         if mount.seen is None:
@@ -214,7 +219,9 @@ def _models(mounts: Sequence[Watched], sort: str, rows_max: int, wide: bool) -> 
     columns = [">SIZE", "RESIDENT", ">SSD", ">RAM", ">FETCHED", ">NOW", ">WAITING", ">OPEN", "USED", "MODEL"]
     shown = [_model_cells(row, wide) for row in rows[:rows_max]]
     made = table(columns, shown)
-    made.columns[-1].overflow, made.columns[-1].no_wrap = "ellipsis", True
+    for column in made.columns:
+        column.no_wrap = True
+    made.columns[-1].overflow = "ellipsis"
     left = sum(m.seen["models"]["matched_count"] for m in mounts if m.seen) - len(shown)
     return Group(made, Text(f"{left:,} more", style="dim")) if left > 0 else made
 

@@ -36,7 +36,8 @@ class DaemonApi(Protocol):
         models: {count: all there are, matched_count: with `match` in their path, rows: the first `count` of these by
         `sort`, each {path, is_model: False for the files beside the models, size: None where nobody has looked yet,
         files_count, ssd_bytes, ram_bytes, origin_bytes: fetched for it since the start, pinned_count, open_count,
-        fetching_count, last_used_at, waited_s: that its readers have waited since somebody looks}}. Of the SSD tier they may be some seconds old where there are many.
+        fetching_count, last_used_at, waited_s: that its readers have waited since somebody looks}}. Of the SSD tier
+        they may be some seconds old where there are many.
         fetches: {count, queued_count, rows: the oldest, each {path, start, stop, since_s, ahead: nobody waits for it,
         from: 'origin' | 'ssd'}}. waits: {cause: {count, seconds}} of readers, likewise.
         """

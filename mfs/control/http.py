@@ -57,9 +57,7 @@ class ClientGone(Exception):
 class HttpConnection:
     """Receives requests and sends responses; not for concurrent use, but for `cancel_when_gone` beside an operation."""
 
-    def __init__(
-        self, stream: trio.SocketStream, limits: Limits, headers: Sequence[tuple[str, str]] = ()
-    ) -> None:
+    def __init__(self, stream: trio.SocketStream, limits: Limits, headers: Sequence[tuple[str, str]] = ()) -> None:
         """headers: of every response."""
         self._headers = list(headers)
         self._stream = stream

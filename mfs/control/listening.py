@@ -58,7 +58,9 @@ def tcp(host: str, port: int) -> Iterator[trio.socket.SocketType]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an earlier daemon's clients left is no hindrance
+        sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # what an earlier daemon's clients left is no hindrance
         sock.bind((host, port))
         sock.listen(_BACKLOG)
     except OSError:

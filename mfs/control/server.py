@@ -70,8 +70,8 @@ async def serve(
 class Server:
     """One door: its connections, and what is asked for on them.
 
-    This one is a Unix socket's, and knows its clients by their uid. A door of another kind says by `identify` and `admit`
-    who may do what, and by `answer_other` what else it has.
+    This one is a Unix socket's, and knows its clients by their uid. A door of another kind says by `identify` and
+    `admit` who may do what, and by `answer_other` what else it has.
     """
 
     headers: tuple[tuple[str, str], ...] = ()

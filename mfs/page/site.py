@@ -18,16 +18,13 @@ The token outlives the daemon: who goes on with the mount goes on with it, and o
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import re
 import secrets
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import trio
 
@@ -35,10 +32,9 @@ from mfs.control import listening, wire
 from mfs.control.api import DaemonApi
 from mfs.control.http import HttpConnection, Limits, Request
 from mfs.control.server import Server, ServerConfig
-from mfs.errors import AccessError, NotFoundError, StoreError, UsageError
-from mfs.page import gpus
+from mfs.errors import AccessError, NotFoundError, UsageError
+from mfs.page import gpus, where
 from mfs.page.timeline import STYLE, timeline_svg
-from mfs.units import LOCAL_HOSTS
 
 log = logging.getLogger(__name__)
 
@@ -72,28 +68,9 @@ _FILES = {
     "/vendor/uplot.css": ("vendor/uplot.css", "text/css; charset=utf-8"),
 }
 """All there are: no path of a client's is ever one of the file system's."""
-_TOKEN_BYTES = 32
-_TOKEN_LENGTH_MAX = 128
-_FILE_BYTES_MAX = 4096
+_LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
+"""A `Host` of this machine, by any port: who comes through `ssh -L` may have another one than ours."""
 _AGAIN_S = 1.0
-
-
-def page_file(control_socket: Path) -> Path:
-    """Where address and token of a mount's page stand."""
-    return control_socket.with_suffix(".page")
-
-
-def page_url(control_socket: Path) -> str:
-    """What to open in a browser, the token behind its '#'. Raises: NotFoundError, AccessError."""
-    try:
-        known = json.loads(_read_own(page_file(control_socket)))
-        return f"{known['url']}#token={known['token']}"
-    except FileNotFoundError:
-        raise NotFoundError("this mount serves no page") from None
-    except PermissionError as error:
-        raise AccessError("the page is for root and the user who mounted") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{page_file(control_socket)} cannot be read: {error}") from error
 
 
 async def serve(
@@ -112,15 +89,18 @@ async def serve(
     mount: on_fault is told why it is not there, and '' once it is.
     stays: asked at the end, whether the token is to stay for who goes on with the mount.
     """
-    fault, is_first = "", True
+    fault, is_told = "", False
     while True:
         try:
-            with listening.tcp(*address) as listener, _announced(listener, control_socket, stays) as token:
+            with (
+                listening.tcp(*address) as listener,
+                where.announced(_url(listener), control_socket, stays) as token,
+            ):
                 if fault:
                     on_fault("")
-                if is_first:
+                if not is_told:
                     task_status.started()
-                is_first = False
+                is_told = True
                 await Site(api, config, token).run(listener)
         except OSError as error:
             said = f"{address[0]}:{address[1]}: {error.strerror or error}"
@@ -128,10 +108,15 @@ async def serve(
                 log.warning("the page cannot be served at %s; trying again", said)
                 on_fault(said)
             fault = said
-        if is_first:
+        if not is_told:
             task_status.started()
-        is_first = False
+        is_told = True
         await trio.sleep(_AGAIN_S)
+
+
+def _url(listener: trio.socket.SocketType) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 class Site(Server):
@@ -153,7 +138,9 @@ class Site(Server):
         if path in _FILES or path == "/timeline.css":
             if request.method not in ("GET", "HEAD"):
                 raise UsageError(f"{path} is asked for with GET, not {request.method}")
-            await connection.send_whole(200, _FILES.get(path, ("", "text/css; charset=utf-8"))[1], await self._file(path))
+            await connection.send_whole(
+                200, _FILES.get(path, ("", "text/css; charset=utf-8"))[1], await self._file(path)
+            )
             return True
         self._check_token(request)
         if path not in ("/timeline", "/gpus"):
@@ -173,7 +160,7 @@ class Site(Server):
 
     def _check_token(self, request: Request) -> None:
         kind, _, given = (request.header("authorization") or "").partition(" ")
-        known = given.strip().encode("latin-1", "replace")[:_TOKEN_LENGTH_MAX]
+        known = given.strip().encode("latin-1", "replace")
         if kind.lower() != "bearer" or not secrets.compare_digest(known, self._token):
             raise AccessError("no token, or not this mount's: open the address that 'mfs page PATH' prints")
 
@@ -202,61 +189,10 @@ class Site(Server):
 def check_where_from(request: Request) -> None:
     """Raises: AccessError unless a request was meant for this machine, by the page itself or by no page at all."""
     host = request.header("host") or ""
-    try:
-        name = urlsplit(f"//{host}").hostname
-    except ValueError:
-        name = None
-    if name not in LOCAL_HOSTS:
+    if not _LOCAL_HOST.fullmatch(host):
         raise AccessError(f"Host is {host[:100]!r}: expected 127.0.0.1, [::1] or localhost")
     origin = request.header("origin")
     if origin is not None and origin != f"http://{host}":
         raise AccessError(f"a page of {origin[:100]!r} may not ask here")
     if request.header("sec-fetch-site") not in (None, "same-origin", "none"):
         raise AccessError("a page of another site may not ask here")
-
-
-# -- where the token stands
-
-
-@contextmanager
-def _announced(
-    listener: trio.socket.SocketType, control_socket: Path, stays: Callable[[], bool]
-) -> Iterator[str]:
-    """Write down where the page is and with which token; yields the token. Raises: OSError."""
-    file = page_file(control_socket)
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    token = _known_token(file) or secrets.token_urlsafe(_TOKEN_BYTES)
-    text = json.dumps({"url": url, "token": token})
-    temporary = file.with_suffix(f".{os.getpid()}.ptmp")
-    temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "w") as written:
-        written.write(text)
-    temporary.replace(file)
-    try:
-        yield token
-    finally:
-        with suppress(OSError):
-            if not stays() and file.read_text() == text:
-                file.unlink()
-
-
-def _known_token(file: Path) -> str | None:
-    """The token that an earlier daemon of the mount has left, if nobody else can have read or written it."""
-    try:
-        token = json.loads(_read_own(file))["token"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return token if isinstance(token, str) and _TOKEN_BYTES <= len(token) < _TOKEN_LENGTH_MAX else None
-
-
-def _read_own(file: Path) -> bytes:
-    """A small file that only its owner could read: ours, or of the user whose mount it is. Raises: OSError."""
-    fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as opened:
-        status = os.fstat(fd)
-        is_private = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o077
-        if not is_private or status.st_uid not in (os.geteuid(), os.stat(file.parent).st_uid):
-            raise PermissionError(f"{file} is of uid {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}")
-        return opened.read(_FILE_BYTES_MAX)

@@ -251,7 +251,9 @@ class Jobs:
                 continue
             tables = parts[1]
             masks = tables.masks(obj.cache_id)
-            rows.append([strip(masks.tobytes(), obj.size), tables.resident_bytes(obj.cache_id), tables.pinned(obj.cache_id)])
+            rows.append(
+                [strip(masks.tobytes(), obj.size), tables.resident_bytes(obj.cache_id), tables.pinned(obj.cache_id)]
+            )
         return {"rows": rows}
 
     def masks(self, *, obj: list[Any], emit: Emit) -> Frame:

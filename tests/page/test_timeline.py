@@ -35,7 +35,9 @@ def drawn(load: dict[str, Any], **options: bool) -> ElementTree.Element:
 
 def rects(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
     """The bars of a class that say something: not what explains them."""
-    return [r for r in root.iter(f"{SVG}rect") if name in r.attrib["class"].split() and r.find(f"{SVG}title") is not None]
+    return [
+        r for r in root.iter(f"{SVG}rect") if name in r.attrib["class"].split() and r.find(f"{SVG}title") is not None
+    ]
 
 
 def width(rect: ElementTree.Element) -> float:

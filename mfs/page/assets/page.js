@@ -8,14 +8,15 @@ const EVERY_MS = 1000;
 const SLOWER_MS = 5000; // strips, GPUs and loads change slowly
 const PATIENCE_MS = 10_000;
 const HISTORY_S = 120;
-const ROWS = 100;
+const ROWS_FIRST = 20;
+const ROWS_MORE = 200;
 const ROW_COUNTERS = ["origin_bytes", "waited_s"];
 
 /** What is asked of the daemon over and over, and what was made of its answers. */
 class Watch {
   constructor(show) {
     this.show = show;
-    this.choice = { sort: "recent", match: "" };
+    this.choice = { sort: "recent", match: "", count: ROWS_FIRST };
     this.opened = null;
     this.load = 0;
     this.history = [];
@@ -45,7 +46,7 @@ class Watch {
   }
 
   async look(round) {
-    const query = new URLSearchParams({ ...this.choice, count: ROWS });
+    const query = new URLSearchParams(this.choice);
     const seen = await ask(`/v1/overview?${query}`);
     if (round !== this.round) return; // somebody has asked for something else meanwhile
     this.show({ isLive: true, fault: null, seen, ...this.compared(seen) });
@@ -125,7 +126,7 @@ class Watch {
 function Page() {
   const [state, setState] = useState({
     isLive: false, fault: null, seen: null, rates: null, rowRates: {}, waitRates: null, history: [], gpus: null, svg: null,
-    load: 0, opened: null, heat: null, choice: { sort: "recent", match: "" }, said: null, question: null,
+    load: 0, opened: null, heat: null, choice: { sort: "recent", match: "", count: ROWS_FIRST }, said: null, question: null,
   });
   const show = useCallback((change) => setState((before) => ({ ...before, ...change })), []);
   const watch = useRef(null);
@@ -169,7 +170,7 @@ function Page() {
       <${Tiers} status=${status} rates=${state.rates} />
       <${Throughput} history=${state.history} rates=${state.rates} waits=${state.waitRates} />
       <${Models} models=${models} rates=${state.rowRates} choice=${state.choice} choose=${(c) => watch.current.choose(c)}
-        opened=${state.opened} open=${(path) => watch.current.open(path)} heat=${state.heat} act=${act} confirm=${confirm} />
+        more=${() => watch.current.choose({ count: ROWS_MORE })} opened=${state.opened} open=${(path) => watch.current.open(path)} heat=${state.heat} act=${act} confirm=${confirm} />
       <${Fetches} fetches=${fetches} />
       <${Gpus} gpus=${state.gpus} />
       <${ColdStart} svg=${state.svg} number=${state.load} choose=${(number) => watch.current.chooseLoad(number)} />

@@ -160,7 +160,7 @@ const SORTS = {
   recent: "what is going on", name: "name", size: "size", ssd: "most on SSD", ram: "most in RAM", origin: "most fetched",
 };
 
-export function Models({ models, rates, choice, choose, opened, open, heat, act, confirm }) {
+export function Models({ models, rates, choice, choose, more, opened, open, heat, act, confirm }) {
   const left = models.matched_count - models.rows.length;
   return html`<section aria-labelledby="models">
     <div class="bench">
@@ -185,7 +185,9 @@ export function Models({ models, rates, choice, choose, opened, open, heat, act,
             isOpen=${opened === row.path} open=${open} heat=${opened === row.path ? heat : null} act=${act}
             confirm=${confirm} isOnly=${models.count === 1} />`)}</tbody>
         </table></div>`}
-    ${left > 0 ? html`<p class="quiet">${left.toLocaleString("en")} more: find them by name.</p>` : null}
+    ${left > 0 ? html`<p class="more">${models.rows.length < 100
+      ? html`<button type="button" onClick=${more}>Show ${Math.min(left, 180).toLocaleString("en")} more</button> `
+      : null}<span class="quiet">${left.toLocaleString("en")} are not shown: find them by name.</span></p>` : null}
   </section>`;
 }
 
