@@ -13,7 +13,7 @@ from mfs.page import where
 from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
 from mfs.units import format_size
-from tests.mount import origins, touching
+from tests.mount import origins
 from tests.page.demo import BusyDaemon
 from tests.page.test_site import served
 
@@ -94,8 +94,7 @@ class TestWhatItShows:
     def test_the_tiers_and_models_as_the_daemon_says(
         self, mount: TestMount, url: str, opened: Callable[..., tuple[Page, Seen]]
     ) -> None:
-        mount.call(touching.read, str(mount.path / "beta/model.safetensors"))
-        mount.wait_saved("beta/model.safetensors")
+        list(mount.client.prefetch(["beta"], "ssd", wait=True))
         page, seen = opened(url)
         rows = mount.client.overview()["models"]["rows"]
         for row in rows:
@@ -159,7 +158,7 @@ class TestByKeyboard:
         page.get_by_label("Find").focus()
         tab_to(page, "alpha")
         page.keyboard.press("Enter")
-        page.get_by_role("img", name=re.compile(r"^alpha/model\.safetensors: 100 % on SSD")).wait_for()
+        page.get_by_role("img", name="alpha/model.safetensors: 100 % on SSD").wait_for()
         assert page.get_by_role("button", name="alpha", exact=True).get_attribute("aria-expanded") == "true"
 
     def test_evicting_asks_back(self, mount: TestMount, url: str, opened: Callable[..., tuple[Page, Seen]]) -> None:

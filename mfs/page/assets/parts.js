@@ -174,7 +174,7 @@ export function Models({ models, rates, choice, choose, more, opened, open, heat
     </div>
     ${models.rows.length === 0
       ? html`<p class="quiet">${models.count ? "No model has that in its name." : "No source has listed a model yet."}</p>`
-      : html`<div class="scroll" role="region" aria-labelledby="models" tabindex="0"><table>
+      : html`<div class="scroll" role="region" aria-label="Table of models" tabindex="0"><table>
           <thead><tr>
             <th scope="col">Model</th><th scope="col" class="number">Size</th>
             <th scope="col">SSD <span class="quiet">and</span> RAM</th><th scope="col" class="number">SSD</th>
@@ -352,11 +352,10 @@ export function Question({ question, answer }) {
   }, [question]);
   if (!question) return null;
   const end = (isYes) => {
-    dialog.current.close();
-    answer();
+    dialog.current.close(); // which gives the focus back, and then tells `answer`
     if (isYes) question.go();
   };
-  return html`<dialog ref=${dialog} aria-labelledby="question" onCancel=${() => answer()}>
+  return html`<dialog ref=${dialog} aria-labelledby="question" onClose=${() => answer()}>
     <h2 id="question">${question.title}</h2>
     <p>${question.words}</p>
     <p class="actions"><button type="button" onClick=${() => end(false)}>Keep</button>
