@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 import termios
 import time
 import tty
 from types import TracebackType
+
+_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|O.|.)?")
+"""What arrows and function keys send: ECMA-48, 5.4."""
 
 
 class Keys:
@@ -17,6 +21,8 @@ class Keys:
     def __init__(self) -> None:
         self._fd = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else -1
         self._before: list[object] = []
+        self._pressed = ""
+        """Read and not given yet."""
 
     def __enter__(self) -> Keys:
         if self._fd >= 0:
@@ -29,7 +35,9 @@ class Keys:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)  # type: ignore[arg-type]
 
     def wait(self, seconds: float) -> str:
-        """The next key, '' if none is pressed for so long. A key that sends several characters is its last one."""
+        """The next key, '' if none is pressed for so long; those that are no characters, arrows say, are none."""
+        if self._pressed:
+            return self._next()
         if self._fd < 0:
             time.sleep(seconds)
             return ""
@@ -38,4 +46,9 @@ class Keys:
         pressed = os.read(self._fd, 64).decode(errors="replace")
         if not pressed:  # the terminal is gone
             raise KeyboardInterrupt
-        return pressed[-1] if not pressed.startswith("\x1b") else ""
+        self._pressed = _SEQUENCE.sub("", pressed)
+        return self._next()
+
+    def _next(self) -> str:
+        key, self._pressed = self._pressed[:1], self._pressed[1:]
+        return key

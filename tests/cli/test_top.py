@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -69,26 +70,34 @@ class TestLive:
         ours, theirs = pty.openpty()
         os.set_inheritable(theirs, True)
         command = [sys.executable, "-m", "mfs", "top", str(mount.path)]
-        with subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm", "LINES": "40"}
-        ) as process:
+        environment = os.environ | {"TERM": "xterm", "LINES": "40"}
+        with (
+            subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process,
+            contextlib.ExitStack() as stack,
+        ):
             os.close(theirs)
+            stack.callback(process.kill)  # a test that fails must not wait for it
             wait_for(ours, "by what is going on")
             os.write(ours, b"z")
             wait_for(ours, "by size")
-            os.write(ours, b"\x1b[Aq")
-            os.write(ours, b"q")
+            os.write(ours, b"\x1b[A\x1bOPnq")
+            wait_for(ours, "by name", ends=True)
             assert process.wait(20) == 0
         os.close(ours)
 
 
-def wait_for(terminal: int, words: str) -> None:
+def wait_for(terminal: int, words: str, *, ends: bool = False) -> None:
+    """Read until these words are shown; and, if it ends, on to the end."""
     seen, until = "", time.monotonic() + 20
-    while words not in seen:
+    while words not in seen or ends:
         left = until - time.monotonic()
         assert left > 0, seen
         assert select.select([terminal], [], [], left)[0], seen
-        seen += os.read(terminal, 65536).decode(errors="replace")
+        try:
+            seen += os.read(terminal, 65536).decode(errors="replace")
+        except OSError:  # the other side is closed: pty(7)
+            break
+    assert words in seen
 
 
 class TestPage:
