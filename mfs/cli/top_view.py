@@ -219,9 +219,9 @@ def _models(mounts: Sequence[Watched], sort: str, rows_max: int, wide: bool) -> 
     columns = [">SIZE", "RESIDENT", ">SSD", ">RAM", ">FETCHED", ">NOW", ">WAITING", ">OPEN", "USED", "MODEL"]
     shown = [_model_cells(row, wide) for row in rows[:rows_max]]
     made = table(columns, shown)
-    for column in made.columns:
-        column.no_wrap = True
-    made.columns[-1].overflow = "ellipsis"
+    for column in made.columns[:-1]:
+        column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
+    made.columns[-1].overflow, made.columns[-1].no_wrap = "ellipsis", True
     left = sum(m.seen["models"]["matched_count"] for m in mounts if m.seen) - len(shown)
     return Group(made, Text(f"{left:,} more", style="dim")) if left > 0 else made
 

@@ -35,7 +35,7 @@ PHASES = {
     "decode": "decoding",
     "slot": "waiting for room in RAM",
     "share": "waiting for its share of RAM",
-    "page_cache": "page cache, and the reader itself",
+    "page_cache": "page cache, reader at work",
     "other": "other waits",
 }
 """Each phase in words, in the order of the bar without a strip."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 import tempfile
 from pathlib import Path
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import trio
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from mfs.page import where
@@ -19,21 +20,34 @@ from tests.page.test_site import served
 
 _FOLDER = Path(__file__).parents[2] / "mfs/page/shots"
 _LOOKS = 125
+_WIDTH, _TOP_HEIGHT = 1240, 1560
 
 
 def main(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright, launched(playwright) as browser, tempfile.TemporaryDirectory() as place:
         for scheme in ("light", "dark"):
             with served(BusyDaemon(step_s=1.0), Path(place)) as socket_path:
-                context = browser.new_context(color_scheme=scheme, viewport={"width": 1240, "height": 900})
-                page = context.new_page()
+                page = browser.new_context(color_scheme=scheme, viewport={"width": _WIDTH, "height": 900}).new_page()
                 look_long(page, where.page_url(socket_path))
-                page.screenshot(path=folder / f"page-{scheme}.png", full_page=True)
-                context.close()
-        page = browser.new_page(viewport={"width": 1180, "height": 700})
+                height = page.evaluate("document.documentElement.scrollHeight")
+                page.set_viewport_size({"width": _WIDTH, "height": height})
+                if scheme == "light":
+                    page.screenshot(path=folder / "page-light.png", clip=_part(0, _TOP_HEIGHT))
+                else:
+                    fetches = page.locator("section[aria-labelledby=fetches]").bounding_box()
+                    assert fetches is not None
+                    page.screenshot(path=folder / "page-dark.png", clip=_part(fetches["y"] - 20, height))
+                page.context.close()
+        page = browser.new_page(viewport={"width": 1240, "height": 700})
         page.set_content(top_svg())
         page.locator("svg").first.screenshot(path=folder / "top.png")
+    for file in folder.glob("*.png"):  # a third of the size, and no eye sees it
+        Image.open(file).convert("RGB").quantize(160).save(file, optimize=True)
+
+
+def _part(top: float, bottom: float) -> dict[str, float]:
+    return {"x": 0, "y": top, "width": _WIDTH, "height": bottom - top}
 
 
 def look_long(page: Page, url: str) -> None:
@@ -62,7 +76,7 @@ def top_svg() -> str:
         if busy._before is not None:
             busy.history.append(busy.rates()["origin"])
     dead.state = "not answering"
-    console = Console(record=True, width=150, file=open(os.devnull, "w"), markup=False, highlight=False)
+    console = Console(record=True, width=150, file=io.StringIO(), markup=False, highlight=False)
     console.print(render([busy, dead], "recent", rows_max=200, size=SimpleNamespace(width=150, height=44)))  # type: ignore[arg-type]
     return console.export_svg(title="mfs top")
 

@@ -1,4 +1,4 @@
-"""The page in a real browser, on a real mount: it shows what the daemon says, by keyboard alone, and asks nobody else."""
+"""The page in a real browser, on a real mount: shows what the daemon says, obeys the keyboard, asks nobody else."""
 
 from __future__ import annotations
 

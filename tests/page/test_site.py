@@ -227,8 +227,8 @@ class TestWhatIsServed:
 
     @pytest.mark.parametrize(
         "target",
-        ["/../site.py", "/vendor/../../site.py", "/%2e%2e/site.py", "//etc/passwd", "/assets/page.js", "/page.js/", "/vendor/",
-         "/vendor/..%2f..%2fsite.py", "/page.js%00", "/.", "*"],
+        ["/../site.py", "/vendor/../../site.py", "/%2e%2e/site.py", "//etc/passwd", "/assets/page.js", "/page.js/",
+         "/vendor/", "/vendor/..%2f..%2fsite.py", "/page.js%00", "/.", "*"],
     )  # fmt: skip
     def test_there_is_nothing_else(self, door: Door, target: str) -> None:
         status, _, body = door.ask(target)
@@ -332,8 +332,8 @@ class TestWhereItIs:
                 assert changed.wait(20)
                 assert faults[1:] == [""]
 
-    @pytest.mark.parametrize("text", ["0.0.0.0:80", "10.0.0.1:80", "example.org:80", ":80", "127.0.0.1", "127.0.0.1:x", "::1:80",
-                                      "127.0.0.1:70000", "[::]:80"])  # fmt: skip
+    @pytest.mark.parametrize("text", ["0.0.0.0:80", "10.0.0.1:80", "example.org:80", ":80", "127.0.0.1", "127.0.0.1:x",
+                                      "::1:80", "127.0.0.1:70000", "[::]:80"])  # fmt: skip
     def test_an_address_others_can_reach_is_refused(self, tmp_path: Path, text: str) -> None:
         from mfs.config import MountConfig, SourceConfig
 

@@ -1,6 +1,7 @@
 // Numbers as a person reads them, the same as the shell commands write (mfs/units.py, mfs/cli/text.py).
 
 const UNITS = ["B", "K", "M", "G", "T"];
+const NARROW = "\u00a0"; // number and unit stay on one line
 
 export function size(bytes) {
   let value = bytes;
@@ -9,16 +10,16 @@ export function size(bytes) {
     value /= 1024;
     unit += 1;
   }
-  return `${value.toFixed(unit === 0 || value >= 99.95 ? 0 : 1)} ${UNITS[unit]}`;
+  return `${value.toFixed(unit === 0 || value >= 99.95 ? 0 : 1)}${NARROW}${UNITS[unit]}`;
 }
 
 export const rate = (bytesPerSecond) => `${size(Math.round(bytesPerSecond))}/s`;
 
 /** Never 0 % for something nor 100 % for less than all. */
 export function share(part, whole) {
-  if (!part || !whole) return "0 %";
-  if (part >= whole) return "100 %";
-  return `${Math.min(99, Math.max(1, Math.round((100 * part) / whole)))} %`;
+  if (!part || !whole) return `0${NARROW}%`;
+  if (part >= whole) return `100${NARROW}%`;
+  return `${Math.min(99, Math.max(1, Math.round((100 * part) / whole)))}${NARROW}%`;
 }
 
 export function duration(seconds) {

@@ -7,6 +7,7 @@ import { ColdStart, Fetches, Gpus, Head, Models, Question, Remarks, Throughput, 
 const EVERY_MS = 1000;
 const SLOWER_MS = 5000; // strips, GPUs and loads change slowly
 const PATIENCE_MS = 10_000;
+const SAID_MS = 10_000;
 const HISTORY_S = 120;
 const ROWS_FIRST = 20;
 const ROWS_MORE = 200;
@@ -154,6 +155,8 @@ function Page() {
     } catch (error) {
       show({ said: { isBad: true, words: error.message } });
     }
+    clearTimeout(watch.current.saidTimer);
+    watch.current.saidTimer = setTimeout(() => show({ said: null }), SAID_MS);
     watch.current.slowAt = 0;
     watch.current.run();
   }, []);

@@ -86,6 +86,7 @@ function Bar({ kind, part, whole, label }) {
 // -- throughput
 
 const SERIES = [["origin", "from the origin"], ["ssd", "from SSD"], ["ram", "from RAM"]];
+const STEPS = Array.from({ length: 30 }, (_, power) => 2 ** (power + 16)); // round in binary units, as all sizes here
 
 export function Throughput({ history, rates, waits }) {
   const place = useRef(null);
@@ -99,8 +100,8 @@ export function Throughput({ history, rates, waits }) {
       cursor: { y: false, points: { size: 6 } },
       scales: { x: { time: false, range: [-119, 0] }, y: { range: (_, __, most) => [0, Math.max(most, 1 << 20) * 1.1] } },
       axes: [
-        { ...axis, values: (_, ticks) => ticks.map((tick) => (tick ? `${-tick} s ago` : "now")), space: 80 },
-        { ...axis, values: (_, ticks) => ticks.map((tick) => (tick ? rate(tick) : "0")), size: 76 },
+        { ...axis, values: (_, ticks) => ticks.map((tick) => (tick ? `${-tick} s ago` : "now")), space: 90, size: 28 },
+        { ...axis, values: (_, ticks) => ticks.map((tick) => (tick ? rate(tick) : "0")), size: 76, space: 28, incrs: STEPS },
       ],
       series: [{}, ...SERIES.map(([name]) => ({
         stroke: colour(`--${name}`), fill: `${colour(`--${name}`)}22`, width: 2, points: { show: false },
@@ -207,7 +208,7 @@ function Model({ row, rate: now, isOpen, open, heat, act, confirm, isOnly }) {
       </th>
       <td class="number">${row.size === null ? html`<span class="quiet" title="nobody has looked into it yet">?</span>` : size(whole)}</td>
       <td><${Resident} row=${row} whole=${whole} /></td>
-      <td class="number">${row.ssd_bytes ? share(row.ssd_bytes, whole) : html`<span class="quiet">–</span>`}</td>
+      <td class="number">${row.ssd_bytes && whole ? share(row.ssd_bytes, whole) : html`<span class="quiet">–</span>`}</td>
       <td class="number">${row.ram_bytes ? size(row.ram_bytes) : html`<span class="quiet">–</span>`}</td>
       <td class="number">${row.origin_bytes ? size(row.origin_bytes) : html`<span class="quiet">–</span>`}</td>
       <td class="now">${going(row, now)}</td>
@@ -223,7 +224,7 @@ function going(row, now) {
   else if (row.fetching_count) parts.push(count(row.fetching_count, "fetch", "fetches"));
   if (now.waited_s >= 0.05) parts.push(`${now.waited_s.toFixed(1)} waiting`);
   if (row.open_count) parts.push(`${row.open_count.toLocaleString("en")} open`);
-  if (parts.length) return parts.map((part, place) => html`${place ? ", " : ""}${part}`);
+  if (parts.length) return parts.map((part, place) => html`<span class="part">${part}${place < parts.length - 1 ? ", " : ""}</span>`);
   return html`<span class="quiet">${row.last_used_at ? `used ${ago(row.last_used_at)}` : ""}</span>`;
 }
 
@@ -299,7 +300,7 @@ export function Fetches({ fetches }) {
       fetches.queued_count ? `, ${fetches.queued_count.toLocaleString("en")} queued` : ""}</span></h2>
     ${shown.length === 0 ? html`<p class="quiet">Nothing is being brought.</p>` : html`<ul class="fetches">
       ${shown.map((row) => html`<li key=${`${row.path} ${row.start}`}>
-        <i class=${row.from} title=${`from ${row.from === "ssd" ? "SSD" : "the origin"}`} />
+        <span class="quiet"><i class=${row.from} />${row.from === "ssd" ? "SSD" : "origin"}</span>
         <span class="file">${row.path}</span>
         <span class="quiet">${size(row.stop - row.start)} at ${size(row.start)}</span>
         <span class=${row.since_s > 5 ? "bad" : "quiet"}>${row.since_s.toFixed(1)} s</span>
