@@ -1,0 +1,170 @@
+"""Loads of a real mount explain themselves: which reads waited, on what, and phases that add up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mfs.loads import PHASES
+from mfs.testing import ramp
+from mfs.testing.mounting import TestMount
+from tests.mount import origins, touching
+from tests.mount.conftest import Mounted
+from tests.servers.chaos import ChaosProxy, Weather
+from tests.servers.liar import LiarServer, Lie
+from tests.servers.nginx import NginxServer
+from tests.servers.swift import SwiftServer
+
+MIB = 1 << 20
+CONTENT = ramp(33 * MIB + 5)
+DELAY_S = 0.3
+
+
+def the_load(mount: TestMount, path: str = "m") -> dict[str, Any]:
+    """The last load of a model, whose phases add up."""
+    found: dict[str, Any] = mount.client.loads(path)["loads"][-1]
+    assert tuple(found["phases"]) == PHASES
+    assert sum(found["phases"].values()) == pytest.approx(found["seconds"], abs=1e-6)
+    assert all(seconds >= 0 for seconds in found["phases"].values())
+    assert set(found["strip"]["phases"]) <= set(PHASES)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["nginx", "swift"])
+def test_a_slow_origin_is_named_with_the_reads_that_waited_for_it(
+    kind: str, nginx: NginxServer, swift: SwiftServer, s3_bucket: str, tmp_path: Path
+) -> None:
+    made = origins.WebOrigin(nginx) if kind == "nginx" else origins.S3Origin(swift, s3_bucket)
+    made.put_all({"m/w.bin": CONTENT})
+    where = nginx.url if kind == "nginx" else made.source["endpoint_url"]
+    with ChaosProxy(where, tmp_path) as proxy:
+        source = dict(made.source)
+        url = made.url
+        if kind == "nginx":
+            url = made.url.replace(nginx.url, proxy.url)
+        else:
+            source["endpoint_url"] = proxy.url
+        with TestMount(tmp_path / "m", url, source=source, env=made.env) as mount:
+            mount.call(touching.hold, "w", str(mount.path / "m/w.bin"))
+            assert mount.call(touching.held_read, "w", 100, 0) == CONTENT[:100]
+            proxy.change(Weather(rtt_ms=1000 * DELAY_S))
+            assert mount.call(touching.pread_direct, str(mount.path / "m/w.bin"), 4096, 16 * MIB) == CONTENT[
+                16 * MIB : 16 * MIB + 4096
+            ]
+            proxy.change(Weather())
+            mount.call(touching.release, "w")
+            found = the_load(mount)
+    assert found["model"] == "m"
+    longest = max(found["reads"], key=lambda read: read["waited_s"])
+    assert (longest["on"], longest["path"]) == ("origin", "m/w.bin")
+    assert longest["start"] <= 16 * MIB < longest["stop"]
+    assert longest["waited_s"] >= DELAY_S
+    assert DELAY_S <= found["phases"]["origin"] <= found["seconds"]
+    assert "origin" in found["strip"]["phases"]
+    assert (found["phases"]["ssd"], found["bytes"]["ssd"]) == (0, 0)
+    assert found["bytes"]["origin"] >= 2 * 4096
+
+
+def test_time_in_which_nobody_waits_is_the_page_caches(folder: origins.FolderOrigin, mounted: Mounted) -> None:
+    folder.put_all({"m/w.bin": CONTENT})
+    mount = mounted(folder)
+    path = str(mount.path / "m/w.bin")
+    mount.call(touching.pread_direct, path, 4096, 0)
+    time.sleep(DELAY_S)
+    mount.call(touching.pread_direct, path, 4096, 0)
+    found = the_load(mount)
+    assert found["phases"]["page_cache"] >= DELAY_S
+    assert found["files_count"] == 2
+    assert found["bytes"]["ram"] >= 4096
+
+
+def test_what_came_from_ssd_is_told_from_the_origin(folder: origins.FolderOrigin, tmp_path: Path) -> None:
+    folder.put_all({"m/w.bin": CONTENT})
+    for cause in ("origin", "ssd"):
+        with TestMount(tmp_path / "m", folder.url) as mount:
+            mount.call(touching.pread_direct, str(mount.path / "m/w.bin"), 4096, 8 * MIB)
+            found = the_load(mount)
+            assert {read["on"] for read in found["reads"] if read["stop"]} - {"ssd"} == {cause} - {"ssd"}
+            assert found["phases"][cause] > 0
+            assert found["bytes"][cause] >= 4096
+    assert (found["phases"]["origin"], found["bytes"]["origin"]) == (0, 0)
+
+
+def test_a_load_through_a_registry_shows_what_unpacking_took(tmp_path: Path, mounted: Mounted) -> None:
+    origin = origins.RegistryOrigin(tmp_path / "registry")
+    origin.put_all({"m/w.bin": CONTENT})
+    mount = mounted(origin)
+    mount.call(touching.pread_direct, str(mount.path / "m/w.bin"), 4096, 8 * MIB)
+    found = the_load(mount)
+    assert found["phases"]["decode"] > 0
+    assert "decode" in {read["on"] for read in found["reads"]}
+
+
+def test_a_header_that_comes_late_is_told_from_the_reads(liar: LiarServer, mounted: Mounted) -> None:
+    header = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
+    (liar.files / "m").mkdir()
+    (liar.files / "m/w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"abcd")
+    mount = mounted(liar.url, cache_dir=None)
+    liar.lie(Lie.SILENCE, pattern="/m/*.safetensors")
+    reader = mount.outside()
+    reader.start(touching.read, str(mount.path / "m/w.safetensors"))
+    assert mount.wait_for(lambda: liar.lies_told() > 0)
+    time.sleep(DELAY_S)
+    liar.tell_truth()
+    reader.finish()
+    found = the_load(mount)
+    assert found["phases"]["header"] >= DELAY_S
+    assert found["phases"]["origin"] < found["phases"]["header"]
+    assert max(found["reads"], key=lambda read: (read["waited_s"], read["on"] == "header"))["path"] == "m/w.safetensors"
+
+
+class TestCommand:
+    def explain(self, mount: TestMount, *arguments: object, status: int = 0) -> str:
+        argv = [sys.executable, "-m", "mfs", "explain", *map(str, arguments)]
+        env = os.environ | {"MFS_RUNTIME_DIR": str(mount.folder / "run")}
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, env=env)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout if not status else done.stderr
+
+    def test_a_load_as_people_and_programs_read_it(self, folder: origins.FolderOrigin, mounted: Mounted) -> None:
+        folder.put_all({"m/w.bin": CONTENT, "n/w.bin": b"x"})
+        mount = mounted(folder)
+        assert self.explain(mount, mount.path, status=1).count("\n") == 1
+        for name in ("n/w.bin", "m/w.bin"):
+            mount.call(touching.pread_direct, str(mount.path / name), 4096, 0)
+        lines = self.explain(mount, mount.path / "m").splitlines()
+        assert lines[0].startswith("m  ")
+        assert any(line.split() == ["PHASE", "SECONDS", "SHARE"] for line in lines)
+        assert any(line.startswith("origin ") for line in lines)
+        assert any(line.startswith("in all ") for line in lines)
+        assert any("m/w.bin" in line and " origin " in line for line in lines)
+        assert any(set(line) <= set("onhsd·rm?") and len(line) == 72 for line in lines), "the strip"
+        [found] = json.loads(self.explain(mount, mount.path / "m/w.bin", "--json"))["loads"]
+        assert found | {"is_over": True} == the_load(mount) | {"is_over": True}
+        assert [one["model"] for one in json.loads(self.explain(mount, mount.path, "--json", "--last", 9))["loads"]] == [
+            "n", "m",
+        ]  # fmt: skip
+        assert self.explain(mount, mount.path, "--json", "--html", "x", status=2).count("\n") == 1
+
+    def test_one_file_that_needs_no_other(self, folder: origins.FolderOrigin, mounted: Mounted, tmp_path: Path) -> None:
+        pytest.importorskip("mfs.page.timeline")
+        folder.put_all({"m<b>/w.bin": CONTENT})
+        mount = mounted(folder)
+        mount.call(touching.pread_direct, str(mount.path / "m<b>/w.bin"), 4096, 0)
+        self.explain(mount, mount.path, "--html", tmp_path / "e.html")
+        page = (tmp_path / "e.html").read_text()
+        assert "<svg" in page
+        assert "m&lt;b&gt;" in page
+        assert "m<b>" not in page
+        assert "http://" not in page.replace("http://www.w3.org/", "")
+        assert "https://" not in page
+        nowhere = self.explain(mount, mount.path, "--html", tmp_path / "no/e.html", status=1)
+        assert nowhere.count("\n") == 1
