@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,7 @@ def divided_by_hand(given: list[Interval]) -> list[str]:
 def test_each_instant_goes_to_what_most_wait_for(given: list[Interval]) -> None:
     found = divide(given, 0, SPAN, order=ORDER, idle=IDLE)
     assert [cause for start, stop, cause in found for _ in range(int(start), int(stop))] == divided_by_hand(given)
-    assert all(one.stop_s == two.start_s and one.cause != two.cause for one, two in zip(found, found[1:], strict=False))
+    assert all(one.stop_s == two.start_s and one.cause != two.cause for one, two in pairwise(found))
 
 
 @given(waits)
@@ -56,7 +57,8 @@ def test_a_ledger_keeps_a_bounded_number_of_waits_and_its_sum() -> None:
     assert len(ledger._waits) <= 2048
     phases, step_s, steps = ledger.look(310.0)
     assert sum(phases.values()) == pytest.approx(210.0)
-    assert {cause: phases[cause] for cause in ORDER} == pytest.approx(dict.fromkeys(ORDER, 20_000 * 0.004 / 3), rel=0.01)
+    for cause in ORDER:
+        assert phases[cause] == pytest.approx(20_000 * 0.004 / 3, rel=0.01)
     assert STEPS_COUNT // 2 <= len(steps) <= STEPS_COUNT
     assert (len(steps) - 1) * step_s < 210.0 <= len(steps) * step_s
 

@@ -1,12 +1,12 @@
 """What a load's time went to, from the command's start to the server's answer: gpuload's phases, and the mount's below.
 
-While gpuload opens or reads, a mount may say why that takes time: then the instant is the mount's (origin, ssd, …); where
-the mount had the bytes, it stays gpuload's. The sum is the command's own time. Pure, but for asking the mount.
+While gpuload opens or reads, a mount may say why that takes time: then the instant is the mount's (origin, ssd, …);
+where the mount had the bytes, it stays gpuload's. The sum is the command's own time. Pure, but for asking the mount.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from mfs.errors import MfsError
@@ -32,10 +32,10 @@ def combine(began_s: float, ended_s: float, server: Json, mount: Json | None) ->
     at = [began_s + (number + 0.5) * step_s for number in range(STEPS_COUNT)]
     ours = [_ours(moment, server) for moment in at]
     both = [_with_mount(cause, moment, mount) for cause, moment in zip(ours, at, strict=True)]
-    phases = Counter(server["phases"])
+    phases: dict[str, float] = dict(server["phases"])
     phases["open"] += server["began_s"] - began_s
     phases["other"] += ended_s - server["began_s"] - server["seconds"]
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     for cause, seconds in phases.items():
         mine = [then for own, then in zip(ours, both, strict=True) if own == cause]
         if cause not in _DIVIDED or not mine:

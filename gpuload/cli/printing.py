@@ -48,8 +48,8 @@ def _show_explained(found: dict[str, Any]) -> None:
     from mfs.cli.explained import phases_table, strip
     from mfs.cli.output import console, print_plain
 
-    out = console()
-    for part in (phases_table(found["phases"], found["seconds"]), *strip(found["strip"]["phases"], 72, found["seconds"])):
+    out, seconds = console(), found["seconds"]
+    for part in (phases_table(found["phases"], seconds), *strip(found["strip"]["phases"], 72, seconds)):
         if sys.stdout.isatty():
             out.print(part)
         else:

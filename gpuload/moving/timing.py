@@ -1,7 +1,7 @@
-"""What the time of one load went to, for who asks why it took so long: `gpuload load --explain`. Otherwise none is made.
+"""What the time of one load went to, for who asks why it took so long: `gpuload load --explain`. Else none is made.
 
     open, turn     files and tables; other loads of the same devices
-    read           threads wait for bytes of the source; where the CPU reaches the device, that brings them to their place
+    read           threads wait for the source's bytes; where the CPU reaches the device, that brings them there
     hash, copy     they look at the bytes; nobody does either, and copies to the device are waited for
     other          planning, publishing
 

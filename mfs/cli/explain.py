@@ -41,7 +41,7 @@ the time of the load, however many threads read.""",
     },
 )
 @click.argument("path", metavar="PATH", type=TREE_PATH)
-@click.option("--last", "count", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="So many loads.")
+@click.option("--last", "count", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="How many.")
 @click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write a page with the time line there.")
 @json_option
 def explain(path: str, count: int, html: Path | None, as_json: bool) -> None:

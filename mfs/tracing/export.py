@@ -35,6 +35,8 @@ class Exporter:
         """Send spans that have ended. Raises: StoreError if they were not taken, within OTEL_EXPORTER_OTLP_TIMEOUT."""
         from opentelemetry.sdk.trace.export import SpanExportResult
 
+        if not rows:
+            return
         try:
             result = self._exporter.export([self._span(row) for row in rows])
         except Exception as error:  # of requests, or what a proxy answered
@@ -65,4 +67,4 @@ class Exporter:
         )
 
     def close(self) -> None:
-        self._exporter.shutdown()
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]

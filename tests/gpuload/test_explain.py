@@ -38,7 +38,10 @@ def test_what_is_read_is_divided_as_the_mount_says_and_adds_up() -> None:
 
 
 def test_a_load_from_a_mount_is_explained_down_to_the_origin(
-    nginx: NginxServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, socket_path: Path  # noqa: F811
+    nginx: NginxServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    socket_path: Path,  # noqa: F811
 ) -> None:
     monkeypatch.setenv("MFS_RUNTIME_DIR", str(tmp_path / "m" / "run"))
     origin = origins.WebOrigin(nginx)
@@ -64,7 +67,8 @@ def test_a_swap_and_what_the_mount_does_for_it_are_one_tree(
     monkeypatch.setenv("TRACEPARENT", f"00-{TRACE}-{SPAN}-01")
     origin = origins.WebOrigin(nginx)
     for name in ("a", "b"):
-        made = write(tmp_path / f"{name}.safetensors", random_tensors(ord(name), {f"l.{i}": (8, 2048) for i in range(6)}))
+        tensors = random_tensors(ord(name), {f"l.{i}": (8, 2048) for i in range(6)})
+        made = write(tmp_path / f"{name}.safetensors", tensors)
         (origin.root / name).mkdir()
         (origin.root / name / "w.safetensors").write_bytes(made.read_bytes())
     with receiving() as receiver:

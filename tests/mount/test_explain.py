@@ -17,7 +17,7 @@ from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
 from tests.mount import origins, touching
 from tests.mount.conftest import Mounted
-from tests.servers.chaos import ChaosProxy, Weather
+from tests.servers.chaos import ChaosProxy
 from tests.servers.liar import LiarServer, Lie
 from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
@@ -53,12 +53,11 @@ def test_a_slow_origin_is_named_with_the_reads_that_waited_for_it(
             source["endpoint_url"] = proxy.url
         with TestMount(tmp_path / "m", url, source=source, env=made.env) as mount:
             mount.call(touching.hold, "w", str(mount.path / "m/w.bin"))
-            assert mount.call(touching.held_read, "w", 100, 0) == CONTENT[:100]
-            proxy.change(Weather(rtt_ms=1000 * DELAY_S))
-            assert mount.call(touching.pread_direct, str(mount.path / "m/w.bin"), 4096, 16 * MIB) == CONTENT[
-                16 * MIB : 16 * MIB + 4096
-            ]
-            proxy.change(Weather())
+            assert mount.call(touching.held_read, "w", 0, 100) == CONTENT[:100]
+            proxy.set(rtt_ms=1000 * DELAY_S)
+            found = mount.call(touching.pread_direct, str(mount.path / "m/w.bin"), 4096, 16 * MIB)
+            assert found == CONTENT[16 * MIB :][:4096]
+            proxy.clear()
             mount.call(touching.release, "w")
             found = the_load(mount)
     assert found["model"] == "m"
@@ -149,9 +148,8 @@ class TestCommand:
         assert any(set(line) <= set("onhsd·rm?") and len(line) == 72 for line in lines), "the strip"
         [found] = json.loads(self.explain(mount, mount.path / "m/w.bin", "--json"))["loads"]
         assert found | {"is_over": True} == the_load(mount) | {"is_over": True}
-        assert [one["model"] for one in json.loads(self.explain(mount, mount.path, "--json", "--last", 9))["loads"]] == [
-            "n", "m",
-        ]  # fmt: skip
+        all_of = json.loads(self.explain(mount, mount.path, "--json", "--last", 9))["loads"]
+        assert [one["model"] for one in all_of] == ["n", "m"]
         assert self.explain(mount, mount.path, "--json", "--html", "x", status=2).count("\n") == 1
 
     def test_one_file_that_needs_no_other(self, folder: origins.FolderOrigin, mounted: Mounted, tmp_path: Path) -> None:
