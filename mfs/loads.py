@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +35,8 @@ _ORDER = ("header", "open", "slot", "share", "decode", "ssd", "origin", "other")
 """Of causes with as many who wait: an open waits for a header, not for the origin that has it."""
 
 LOADS_MAX = 32
-"""That ended and are kept."""
+"""That ended and are kept: the latest, but those that moved little go first."""
+_SMALL_BYTES = 16 << 20
 ACTIVE_MAX = 256
 """Models under way at once; one more ends the one that was quiet longest."""
 READS_MAX = 64
@@ -95,6 +95,11 @@ class Load:
             self.span.child("open" if phase in ("open", "header") else "read", at_s).end(at_s + waited_s, attributes={
                 "mfs.waited_for": phase, "mfs.file": path, "mfs.start": start, "mfs.stop": stop})  # fmt: skip
 
+    @property
+    def moved_bytes(self) -> int:
+        """From wherever."""
+        return self.origin_bytes + self.ssd_bytes + self.ram_bytes
+
     def is_quiet(self, now_s: float) -> bool:
         """Whether nothing of it has been seen for so long that it is over."""
         return not self.waiting and now_s - self.last_s > (_QUIET_S if self.handles else _CLOSED_S)
@@ -147,7 +152,7 @@ class Loads:
         self._names = names
         self._begin_trace = begin_trace
         self._active: dict[Group, Load] = {}
-        self._ended: deque[Load] = deque(maxlen=LOADS_MAX)
+        self._ended: list[Load] = []
         self._some = trio.Event()
         """Set while there is one under way."""
 
@@ -232,6 +237,8 @@ class Loads:
             return
         load.end()
         self._ended.append(load)
+        if len(self._ended) > LOADS_MAX:  # a look at the headers of all models must not push out what took minutes
+            self._ended.remove(next((old for old in self._ended if old.moved_bytes < _SMALL_BYTES), self._ended[0]))
 
     # -- what others ask
 

@@ -119,6 +119,16 @@ def test_the_last_loads_are_kept_and_the_longest_waits_of_each(loads: Loads, clo
     assert sum(read["waited_s"] == 1 / 64 for read in found[0]["reads"]) == (READS_MAX + 20) // 2
 
 
+def test_a_look_at_many_headers_pushes_out_no_load_of_weights(loads: Loads, clock: Clock) -> None:
+    for number in range(LOADS_MAX + 3):
+        load = loads.opened((0, f"m{number}"))
+        wait(loads, clock, 1.0, path=f"m{number}/w")
+        loads.filled((0, f"m{number}"), origin_bytes=100 << 20 if number < 3 else 4096, ssd_bytes=0)
+        close(loads, load, clock)
+    kept = [found["model"] for found in loads.describe("")]
+    assert kept == ["m0", "m1", "m2", *(f"m{number}" for number in range(6, LOADS_MAX + 3))]
+
+
 def test_models_under_way_are_bounded(loads: Loads, clock: Clock) -> None:
     for number in range(ACTIVE_MAX + 10):
         loads.opened((0, f"m{number}"))

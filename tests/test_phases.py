@@ -54,7 +54,7 @@ def test_a_ledger_keeps_a_bounded_number_of_waits_and_its_sum() -> None:
     for number in range(20_000):
         at_s = 100.0 + number * 0.01
         ledger.add(at_s, at_s + 0.004, ORDER[number % 3])
-    assert len(ledger._waits) <= 2048
+    assert len(ledger._waits) <= 1024
     phases, step_s, steps = ledger.look(310.0)
     assert sum(phases.values()) == pytest.approx(210.0)
     for cause in ORDER:

@@ -78,7 +78,8 @@ def cli(**_: Any) -> None:
 for _command in (
     mount.mount, umount.umount, look.ls, look.stat, status.status, watch.watch, explain.explain, tiers.prefetch,
     tiers.evict, tiers.pin, tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push, sign.sign, diff.diff,
-    registry.tag, registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck, settings.config, triton.triton,
+    registry.tag, registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck, settings.config,
+    triton.triton,
     shell.completion, shell.version,
 ):  # fmt: skip
     cli.add_command(_command)

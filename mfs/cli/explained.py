@@ -104,7 +104,8 @@ def as_html(loads: Sequence[Json]) -> str:
 
 _PAGE_HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>mfs explain</title><style>
-:root{color-scheme:light dark}body{font:14px/1.4 system-ui,sans-serif;margin:2em;max-width:70em}svg{max-width:100%;height:auto}
+:root{color-scheme:light dark}
+body{font:14px/1.4 system-ui,sans-serif;margin:2em;max-width:70em}svg{max-width:100%;height:auto}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.1em .8em .1em 0;text-align:left}
 td:nth-child(-n+2){font-variant-numeric:tabular-nums}
 </style></head><body>

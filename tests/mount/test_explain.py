@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mfs.config import SourceConfig
 from mfs.loads import PHASES
 from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
@@ -122,6 +123,34 @@ def test_a_header_that_comes_late_is_told_from_the_reads(liar: LiarServer, mount
     assert found["phases"]["header"] >= DELAY_S
     assert found["phases"]["origin"] < found["phases"]["header"]
     assert max(found["reads"], key=lambda read: (read["waited_s"], read["on"] == "header"))["path"] == "m/w.safetensors"
+
+
+def test_a_load_that_finds_no_room_in_ram_says_so(liar: LiarServer, tmp_path: Path) -> None:
+    """All 16 slots are held by models of three sources that hang: another, which SSD has, waits for nothing else."""
+    hung = [f"{source}/m{number}/w.bin" for source in "xyz" for number in range(6)]
+    for path in ("x/e/w.bin", *hung):
+        (liar.files / path).parent.mkdir(parents=True)
+        (liar.files / path).write_bytes(CONTENT[: 9 * MIB])
+    sources = [SourceConfig(f"{liar.url}{name}/", name) for name in "xyz"]
+    settings: dict[str, Any] = {"sources": sources, "ram_bytes": 64 * MIB, "timeout_s": 60.0}
+    with TestMount(tmp_path / "m", **settings) as mount:
+        mount.call(touching.pread_direct, str(mount.path / "x/e/w.bin"), 4096, 0)
+    with TestMount(tmp_path / "m", **settings) as mount:
+        mount.call(touching.tree, str(mount.path))
+        liar.lie(Lie.SILENCE, pattern="/?/m?/*.bin")
+        hanging, reader = mount.outside(), mount.outside()
+        hanging.start(touching.read_failures_together, [str(mount.path / path) for path in hung])
+        assert mount.wait_for(lambda: mount.client.status()["ram"]["slots_free"] == 0)
+        reader.start(touching.pread_direct, str(mount.path / "x/e/w.bin"), 4096, 0)
+        assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] > len(hung))
+        time.sleep(DELAY_S)
+        liar.tell_truth()
+        assert reader.finish() == CONTENT[:4096]
+        assert hanging.finish() == [""] * len(hung)
+        found = the_load(mount, "x/e")
+    assert found["phases"]["slot"] >= DELAY_S
+    assert found["phases"]["origin"] == 0
+    assert "slot" in {read["on"] for read in found["reads"]}
 
 
 class TestCommand:
