@@ -117,7 +117,7 @@ class RamLender:
             load.last_s = time.monotonic()
         for chunk in loan.chunks:
             self._mount.cache.note_use(chunk)  # not delivered: no page cache has it, RAM's is all there is in memory
-        return loan, [chunk.slot for chunk in sorted(loan.chunks, key=lambda chunk: chunk.index)]
+        return loan, [chunk.place.slot for chunk in sorted(loan.chunks, key=lambda chunk: chunk.index)]
 
     async def _lease(self, file: LentFile, start: int, stop: int, *, here: bool) -> Loan:
         cache, state, group = self._mount.cache, file.handle.state, file.handle.group
@@ -165,7 +165,7 @@ class RamLender:
 
         async def take(index: int, mask: int) -> None:
             try:
-                loan.chunks.append(await self._mount.cache.lease(state, index, mask))
+                loan.chunks.append(await self._mount.cache.lease_in_file(state, index, mask))
             except MfsError as error:
                 errors.append(error)
                 nursery.cancel_scope.cancel()
