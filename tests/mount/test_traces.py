@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mfs.config import SourceConfig
 from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
 from tests.mount import origins, touching
@@ -110,36 +110,53 @@ def test_without_the_variables_nothing_is_sent(nginx: NginxServer, mounted: Moun
     assert mount.client.status()["warnings"] == []
 
 
-@pytest.mark.parametrize("kind", ["s3", "hub", "registry", "private"])
-def test_signed_requests_hold_and_no_secret_is_told(
-    kind: str, swift: SwiftServer, s3_bucket: str, hub: HubServer, nginx: NginxServer, tmp_path: Path,
-    receiver: Receiver,
-) -> None:  # fmt: skip
-    """Through S3's signatures, a Hub's redirect to a signed address, a registry's chunks, and a user in the URL."""
-    secrets = list[str]()
-    match kind:
-        case "s3":
-            made: origins.Origin = origins.S3Origin(swift, s3_bucket)
-            secrets = [made.env["AWS_SECRET_ACCESS_KEY"], made.env["AWS_ACCESS_KEY_ID"]]
-        case "hub":
-            made, secrets = origins.HubOrigin(hub), [hub.token]
-        case "registry":
-            made = origins.RegistryOrigin(tmp_path / "registry")
-        case _:
-            made, secrets = origins.WebOrigin(nginx), [f"{nginx.user}:{nginx.password}", "cmVhZGVyOnNlY3JldA"]
-    made.put_all({"m/a.bin": CONTENT})
-    source, env = SourceConfig(made.url, **made.source), made.env
-    if kind == "private":
-        private = made.url.replace(nginx.url, f"{nginx.url}~private/").replace("://", f"://{secrets[0]}@")
-        source = SourceConfig(private)
-    with TestMount(tmp_path / "m", sources=[source], env=env | environment(receiver)) as mount:
+def told_of(origin: origins.Origin, receiver: Receiver, folder: Path) -> bytes:
+    """All that was sent of one load, which is a tree; its bytes were read aright."""
+    with TestMount(folder, origin.url, source=origin.source, env=origin.env | environment(receiver)) as mount:
         assert mount.call(touching.read, str(mount.path / "m/a.bin")) == CONTENT
     assert_is_tree(receiver)
     assert named(receiver, "fetch")
-    assert bool(named(receiver, "GET")) is (kind != "registry")  # that one's files are read, not asked for
-    sent = b"".join(receiver.bodies)
-    for secret in [*secrets, "X-Amz-Signature", "Signature=", "Authorization", "token="]:
+    return b"".join(receiver.bodies)
+
+
+def assert_tells_no_secret(sent: bytes, *secrets: str) -> None:
+    for secret in (*secrets, "X-Amz-Signature", "Signature=", "Authorization", "token="):
         assert secret.encode() not in sent, secret
+
+
+def test_s3s_signatures_hold_and_no_key_is_told(
+    swift: SwiftServer, s3_bucket: str, tmp_path: Path, receiver: Receiver
+) -> None:
+    origin = origins.S3Origin(swift, s3_bucket)
+    origin.put_all({"m/a.bin": CONTENT})
+    sent = told_of(origin, receiver, tmp_path / "m")
+    assert named(receiver, "GET")
+    assert_tells_no_secret(sent, origin.env["AWS_SECRET_ACCESS_KEY"], origin.env["AWS_ACCESS_KEY_ID"])
+
+
+def test_a_hubs_signed_addresses_hold_and_no_token_is_told(hub: HubServer, tmp_path: Path, receiver: Receiver) -> None:
+    origin = origins.HubOrigin(hub)
+    origin.put_all({"m/a.bin": CONTENT})
+    sent = told_of(origin, receiver, tmp_path / "m")
+    assert named(receiver, "GET")
+    assert_tells_no_secret(sent, hub.token)
+
+
+def test_a_user_in_the_url_is_not_told(nginx: NginxServer, tmp_path: Path, receiver: Receiver) -> None:
+    origin = origins.WebOrigin(nginx)
+    origin.put_all({"m/a.bin": CONTENT})
+    user = f"{nginx.user}:{nginx.password}"
+    origin.url = origin.url.replace(nginx.url, f"{nginx.url}~private/").replace("://", f"://{user}@")
+    sent = told_of(origin, receiver, tmp_path / "m")
+    assert named(receiver, "GET")
+    assert_tells_no_secret(sent, user, base64.b64encode(user.encode()).decode())
+
+
+def test_a_folder_is_read_and_not_asked(tmp_path: Path, receiver: Receiver) -> None:
+    origin = origins.RegistryOrigin(tmp_path / "registry")
+    origin.put_all({"m/a.bin": CONTENT})
+    told_of(origin, receiver, tmp_path / "m")
+    assert not named(receiver, "GET")
 
 
 def test_a_collector_that_is_away_delays_and_fails_nothing(

@@ -27,13 +27,13 @@ class _Cache:
         self.hanging: set[int] = set()
         self.broken: set[int] = set()
 
-    async def lease(self, state: Any, index: int, mask: int) -> Any:
+    async def lease_in_file(self, state: Any, index: int, mask: int) -> Any:
         if index in self.broken:
             raise StoreError("the origin is dead")
         if index in self.hanging:
             await trio.sleep_forever()
         self.held += 1
-        return SimpleNamespace(index=index, slot=1000 + index)
+        return SimpleNamespace(index=index, place=SimpleNamespace(slot=1000 + index))
 
     def note_use(self, chunk: Any) -> None:
         return None
