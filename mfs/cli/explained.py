@@ -88,7 +88,7 @@ def _where(read: Json) -> str:
 
 def as_html(loads: Sequence[Json]) -> str:
     """One page that needs nothing else."""
-    from mfs.page.timeline import timeline_svg  # type: ignore[import-untyped, unused-ignore]
+    from mfs.page.timeline import timeline_svg
 
     parts = [_PAGE_HEAD]
     for load in loads:

@@ -81,6 +81,8 @@ def test_a_swap_and_what_the_mount_does_for_it_are_one_tree(
             for name in ("a", "b"):
                 path = mount.path / name / "w.safetensors"
                 load_resident(path, "m", "cpu", is_swap=name == "b", socket_path=server.socket_path)
+            for service in ("mfs", "gpuload"):  # both can send by now, and send the rest when they end
+                assert mount.wait_for(lambda: any(s.resource["service.name"] == service for s in receiver.spans))  # noqa: B023
         asked = [request for request in nginx.requests() if request.path.endswith(".safetensors")]
     roots = {span.name: span for span in receiver.spans if span.parent_id == SPAN}
     assert set(roots) == {"load", "swap"}

@@ -31,6 +31,14 @@ def environment(receiver: Receiver) -> dict[str, str]:
     return {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, "OTEL_SERVICE_NAME": "weights"}
 
 
+def stop(mount: TestMount, receiver: Receiver) -> None:
+    """End the mount, which has sent all spans then: once the first have come, for what sends them takes its time to
+    start on a busy machine, and an end waits for it some seconds only.
+    """
+    assert mount.wait_for(lambda: bool(receiver.spans))
+    mount.stop()
+
+
 def named(receiver: Receiver, name: str) -> list[Received]:
     return [span for span in receiver.spans if span.name == name]
 
@@ -50,7 +58,7 @@ def test_each_request_of_a_load_is_a_span_below_it(nginx: NginxServer, mounted: 
     nginx.forget_requests()
     for name in ("m/a.bin", "n/b.bin"):
         assert mount.call(touching.read, str(mount.path / name)) == CONTENT
-    mount.stop()
+    stop(mount, receiver)
     asked = [request for request in nginx.requests() if request.path.endswith(".bin")]
     gets = {span.span_id: span for span in named(receiver, "GET")}
     assert sum(request.sent_bytes for request in asked) >= 2 * len(CONTENT)
@@ -87,7 +95,7 @@ def test_chunks_that_a_registry_is_asked_for_side_by_side_are_below_their_order(
     mount = mounted(origin)
     found = mount.call(touching.pread_direct, str(mount.path / "m/a.bin"), 4 * MIB, 8 * MIB)
     assert found == CONTENT[8 * MIB : 12 * MIB]
-    mount.stop()
+    stop(mount, receiver)
     asked = [request for request in nginx.requests() if "/chunks/" in request.path and request.range]
     spans = receiver.by_id()
     assert len(asked) > 1
@@ -114,6 +122,7 @@ def told_of(origin: origins.Origin, receiver: Receiver, folder: Path) -> bytes:
     """All that was sent of one load, which is a tree; its bytes were read aright."""
     with TestMount(folder, origin.url, source=origin.source, env=origin.env | environment(receiver)) as mount:
         assert mount.call(touching.read, str(mount.path / "m/a.bin")) == CONTENT
+        stop(mount, receiver)
     assert_is_tree(receiver)
     assert named(receiver, "fetch")
     return b"".join(receiver.bodies)
@@ -180,7 +189,7 @@ def test_an_origin_that_fails_shows_in_the_tree(nginx: NginxServer, mounted: Mou
     assert mount.call(touching.tree, str(mount.path)) == {"m/a.bin": len(CONTENT)}
     (origin.root / "m/a.bin").write_bytes(b"another")
     assert mount.call(touching.read_failure, str(mount.path / "m/a.bin")) == "ESTALE"
-    mount.stop()
+    stop(mount, receiver)
     assert_is_tree(receiver)
     failed = [span for span in named(receiver, "fetch") if span.error]
     assert failed
