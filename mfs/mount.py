@@ -30,6 +30,7 @@ from mfs.fuse import kernel, session
 from mfs.fuse.device import Agreement
 from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.fuse.session import Session
+from mfs.loads import Loads
 from mfs.materialize import Keeper, KeeperConfig
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
@@ -37,6 +38,8 @@ from mfs.reader import ObjectReader
 from mfs.registry.layout import names_revision
 from mfs.several import for_each
 from mfs.shown import mask_url
+from mfs.tracing.spans import Row
+from mfs.tracing.tracer import Tracer
 from mfs.tree.listing import Drafts
 from mfs.tree.namespace import Namespace
 from mfs.tree.nodes import Changes, Directory
@@ -61,6 +64,7 @@ _MAINTENANCE_S = 5.0
 _SAVE_PARTIAL_AFTER_S = 2.0
 _HIGH_WATERMARK, _LOW_WATERMARK = 0.95, 0.90  # of the SSD budget; the gap keeps evictions rare and large
 _CLOSING_S = 5.0
+_EXPORT_S = 15.0  # for a batch of spans; the exporter itself gives up after 10, unless told otherwise
 _SILENCE_MIN_S, _SILENCE_MAX_S = 2.0, 10.0  # of a worker, between them a quarter of a reader's time
 _REFRESH_SOON_S = 2.0
 _SOURCES_AT_ONCE = 16
@@ -137,6 +141,10 @@ class Mount:
                 SmallFiles(SmallFilesConfig(), self.cache, self.pool), timeout_s=config.timeout_s,
             )  # fmt: skip
         self.oplog = OpLog([source.name for source in config.sources])
+        self.tracer = Tracer()
+        self.loads = Loads([source.name for source in config.sources], self.tracer.begin)
+        self.cache.waits.listeners.append(self.loads.note)
+        self.cache.span_of = self.loads.span_of
         self.cache.on_filled = self._filled
         self.pool.on_tier_back = self.cache.saver.resume
         self.whole_files = WholeFiles(self.cache, self.pool, _sealed_files(config))
@@ -144,7 +152,7 @@ class Mount:
             _keeper_config(config, self.memory.slots_count), self.cache, self.pool, self.whole_files
         )  # fmt: skip
         self.reader = ObjectReader(
-            self.cache, self.prefetcher, self.whole_files, self.pool, self.oplog, self.keeper
+            self.cache, self.prefetcher, self.whole_files, self.pool, self.oplog, self.loads, self.keeper
         )  # fmt: skip
         owner = OwnerConfig(
             os.getuid() if config.uid is None else config.uid,
@@ -195,7 +203,8 @@ class Mount:
         without = [f"serving without the SSD tier: {fault}"] if fault else []
         unheld = [f"should this daemon be killed, the mount ends: {self.unheld}"] if self.unheld else []
         pageless = [f"the page is not served: {self._page_fault}"] if self._page_fault else []
-        return [*self.warnings, *self._away.values(), *without, *unheld, *pageless]
+        untraced = [self.tracer.fault] if self.tracer.fault else []
+        return [*self.warnings, *self._away.values(), *without, *unheld, *pageless, *untraced]
 
     # -- serving
 
@@ -224,6 +233,8 @@ class Mount:
                     self.on_connected()
                     self.session.start()
                     nursery.start_soon(self._maintain)
+                    nursery.start_soon(self.loads.run)
+                    nursery.start_soon(self.tracer.run, self._export_spans)
                     nursery.start_soon(self.keeper.run)
                     nursery.start_soon(self.operations.files.passthrough.run)
                     nursery.start_soon(self.whole_files.run)
@@ -354,6 +365,7 @@ class Mount:
             if self.publication is not None and self.session.is_ours:  # else the next daemon writes, and knows better
                 await self.publication.write_record()
             await self.cache.saver.wait_saved()
+        await self.tracer.flush(self._export_spans)
 
     # -- from time to time
 
@@ -438,7 +450,13 @@ class Mount:
 
     # -- what the parts ask each other
 
+    async def _export_spans(self, rows: list[Row]) -> None:
+        await self.pool.call("export_spans", rows=rows, timeout_s=_EXPORT_S)
+
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
+        self.loads.filled(
+            chunk.state.group, origin_bytes=result["origin_bytes"], ssd_bytes=result["ssd_bytes"]
+        )  # fmt: skip
         self.arrived[chunk.state.group] += result["origin_bytes"]
         if self.oplog.watched:
             state, ahead = chunk.state, fill.job is not None and fill.job.priority is Priority.BACKGROUND

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--rank", default=0, show_default=True, help="Tensor-parallel rank to hold, alone."),
             click.option("--world", default=1, show_default=True, help="Tensor-parallel size."),
             rule_option,
+            click.option("--explain", "is_explained", is_flag=True, help="Say where the time went, the mount's too."),
             json_option,
             socket_option,
         ]
@@ -165,6 +167,7 @@ def _load(
     rank: int,
     world: int,
     rules: tuple[str, ...],
+    is_explained: bool,
     as_json: bool,
     socket_path: str | None,
 ) -> None:
@@ -181,7 +184,13 @@ def _load(
     options |= {"pinned": pin, "rank": rank, "world": world, "rules": cut if world > 1 or ranks else {}}
     options |= {"device_map": parse_device_map(device_map), "ranks": ranks.split(",") if ranks else []}
     name = name or Path(os.path.abspath(model)).name.removesuffix(".safetensors")
+    options |= {"explain": True} if is_explained else {}
+    began_s = time.monotonic()
     reply = load_resident(model, name, device, is_swap=is_swap, options=options, socket_path=socket_path)
+    if is_explained:
+        from gpuload.cli.explaining import explain
+
+        reply["explained"] = explain(os.path.abspath(model), began_s, time.monotonic(), reply["explained"])
     printing.show_report(reply, as_json)
 
 

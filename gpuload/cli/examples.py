@@ -12,6 +12,7 @@ gpuload serve --arena cuda:0=70G --mode 660         the socket's group may attac
     "load": """\
 gpuload load /mnt/models/llama --device cuda:0
 gpuload load /mnt/models/llama --name chat --pin
+gpuload load /mnt/models/llama --explain    where the time went
 gpuload load /mnt/models/llama --ranks cuda:0,cuda:1
 gpuload load /mnt/models/llama --device-map model=cuda:0 --device-map =cuda:1""",
     "swap": """\

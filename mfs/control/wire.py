@@ -1,7 +1,7 @@
 """What server and client agree on: where each operation lives in HTTP, and how errors travel.
 
     GET  /v1/status /v1/config /v1/ls?path= /v1/stat?path=      one JSON value
-    GET  /v1/overview?sort=&match=&count= /v1/heat?path=        one JSON value
+    GET  /v1/overview?sort=&match=&count= /v1/heat?path= /v1/loads?path=    one JSON value
     POST /v1/pin /v1/unpin /v1/evict /v1/refresh /v1/shutdown   one JSON value
     POST /v1/prefetch /v1/verify /v1/watch                      a stream: one JSON value per line
 
@@ -61,6 +61,7 @@ OPERATIONS = {
     "config": Operation("GET"),
     "ls": Operation("GET", takes_path=True),
     "stat": Operation("GET", takes_path=True),
+    "loads": Operation("GET", takes_path=True),
     "overview": Operation("GET", takes_rows=True),
     "heat": Operation("GET", takes_path=True),
     "prefetch": Operation("POST", changes=True, streams=True, takes_paths=True, tiers=("ssd", "ram"), takes_wait=True),

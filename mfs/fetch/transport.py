@@ -25,6 +25,7 @@ from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, Stor
 from mfs.fetch.connections import Connection, ConnectionPool, Origin
 from mfs.fetch.environment import CaBundle, Proxy, proxy_for
 from mfs.fetch.wire import TunnelRefusedError, read_head
+from mfs.tracing.requests import Request
 from mfs.types import ByteRange
 
 if TYPE_CHECKING:
@@ -119,24 +120,32 @@ class Transport:
         Raises: StoreError if the body is longer than body_bytes_max; TransientStoreError on reset, timeout, bad HTTP.
         """
         target = parse_target(url)
+        with _traced(method, target) as trace:
+            return self._request(target, method, trace, headers or {}, body, body_bytes_max, deadline_s)
+
+    def _request(
+        self, target: Target, method: str, trace: Request, headers: Mapping[str, str], body: Buffer | None,
+        body_bytes_max: int, deadline_s: float,
+    ) -> Reply:  # fmt: skip
         try:
-            connection, response = self._exchange(method, target, headers or {}, deadline_s, body)
+            connection, response = self._exchange(method, target, trace.headers(headers), deadline_s, body)
         except Exception as e:
             raise self._translate(e, target, deadline_s) from e
+        trace.status = response.status
         try:
             if response.status >= 400 and method != "HEAD":
                 return self._finish_error(connection, response, deadline_s)
-            body = response.read(body_bytes_max + 1)
-            if len(body) > body_bytes_max:
+            answer = response.read(body_bytes_max + 1)
+            if len(answer) > body_bytes_max:
                 raise StoreError(f"{target.shown}: the answer is longer than the {body_bytes_max} bytes allowed for it")
             if response.length:  # http.client counts down what a Content-Length promised
                 raise TransientStoreError(f"{target.shown}: the answer ended {response.length} bytes early")
-            body = _unpacked(body, response, body_bytes_max, target)
+            answer = _unpacked(answer, response, body_bytes_max, target)
         except BaseException as e:
             self._pool.drop(connection)
             raise self._translate(e, target, deadline_s) from e
         self._release(connection, response)
-        return Reply(response.status, response.headers, body)
+        return Reply(response.status, response.headers, answer)
 
     def read_range(
         self,
@@ -169,10 +178,18 @@ class Transport:
         if name:
             target = target._replace(shown=f"{name} at {target.origin}")
         wanted = {**(headers or {}), "Range": f"bytes={span.start}-{span.stop - 1}"}
+        with _traced("GET", target) as trace:
+            return self._read_range(target, span, trace, wanted, out, size, check, deadline_s)
+
+    def _read_range(
+        self, target: Target, span: ByteRange, trace: Request, headers: Mapping[str, str], out: memoryview, size: int,
+        check: Callable[[http.client.HTTPMessage], None] | None, deadline_s: float,
+    ) -> Reply:  # fmt: skip
         try:
-            connection, response = self._exchange("GET", target, wanted, deadline_s)
+            connection, response = self._exchange("GET", target, trace.headers(headers), deadline_s)
         except Exception as e:
             raise self._translate(e, target, deadline_s) from e
+        trace.status = response.status
         try:
             if response.status not in (200, 206):
                 return self._finish_error(connection, response, deadline_s)
@@ -269,6 +286,10 @@ class Transport:
         if isinstance(error, TimeoutError) and time.monotonic() >= deadline_s:
             return TransientStoreError(f"{target.shown}: no complete answer before the deadline")
         return translate(error, target)
+
+
+def _traced(method: str, target: Target) -> Request:
+    return Request(method, target.shown, target.origin.host, target.origin.port)
 
 
 def translate(error: Exception, target: Target) -> MfsError:

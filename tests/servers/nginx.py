@@ -29,7 +29,8 @@ events {{ worker_connections 1024; }}
 http {{
   default_type application/octet-stream;
   log_format facts escape=json '{{"method":"$request_method","path":"$uri","status":$status,'
-    '"range":"$http_range","sent_bytes":$body_bytes_sent,"scheme":"$scheme"}}';
+    '"range":"$http_range","sent_bytes":$body_bytes_sent,"scheme":"$scheme",'
+    '"traceparent":"$http_traceparent"}}';
   access_log {root}/access.log facts;
   client_body_temp_path {root}/tmp/body;
   proxy_temp_path {root}/tmp/proxy;
@@ -80,6 +81,8 @@ class Request(NamedTuple):
     """Body bytes."""
     scheme: str
     """'http' or 'https'."""
+    traceparent: str = ""
+    """That header, '' without one."""
 
 
 class NginxServer:
