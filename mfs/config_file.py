@@ -212,6 +212,8 @@ _MOUNT_KEYS: dict[str, _Key] = {
     "umask": ("umask", parse_umask),
     "log_file": ("log_file", _path),
     "log_level": ("log_level", _text),
+    "log_format": ("log_format", _text),
+    "metrics_addr": ("metrics_addr", _text),
     "foreground": ("foreground", _flag),
 }
 _SOURCE_KEYS: dict[str, _Key] = {

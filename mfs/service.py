@@ -16,6 +16,9 @@ from mfs.cache.chunk_state import ObjectState
 from mfs.cache.chunks import full_mask
 from mfs.control.api import EvictTier, Json, Tier
 from mfs.errors import MfsError, StoreError
+from mfs.metrics.families import Families, Text
+from mfs.metrics.mounted import gathered, processes
+from mfs.metrics.processes import add_processes
 from mfs.mount import Mount
 from mfs.shown import mask_url
 from mfs.tree.nodes import Node
@@ -93,6 +96,7 @@ class Service:
             "prefetch": {
                 "queued_bytes": mount.prefetcher.queued_bytes, "active_objects": mount.prefetcher.active_count,
             },
+            "metrics_addr": mount.metrics_at,
             "workers": mount.pool.describe(),
             "kernel": {
                 "read_ahead_kb": mount.kernel.read_ahead_kb,
@@ -160,6 +164,10 @@ class Service:
 
     async def config(self) -> Json:
         return self._mount.config.masked()
+
+    async def metrics(self, accept: str) -> Text:
+        families = gathered(self._mount, await self._ssd_status())
+        return await trio.to_thread.run_sync(_exposed, families, processes(self._mount), accept)
 
     # -- moving bytes
 
@@ -249,6 +257,13 @@ class Service:
                 if len(found) > _FILES_MAX:
                     raise StoreError(f"{path}: more than {_FILES_MAX} files; name a part of it")
         return list(found.values())
+
+
+def _exposed(families: Families, pids: dict[str, int], accept: str) -> Text:
+    from mfs.metrics.exposition import exposed  # a hundred modules: only where somebody asks
+
+    add_processes(families, "mfs", pids)
+    return exposed(families.found, accept)
 
 
 def _model_revision(obj: ObjectId) -> str | None:

@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them, to bytes and seconds and back. Pure."""
+"""Sizes, durations and addresses as people write them, to bytes and seconds and back. Pure."""
 
 from __future__ import annotations
 
@@ -72,3 +72,18 @@ def format_duration(seconds: float) -> str:
             rest = left % size // lower_size
             return f"{left // size}{unit} {rest}{lower}" if rest else f"{left // size}{unit}"
     return f"{left}s"
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port meant by '127.0.0.1:9400', '[::1]:9400', 'node7:9400' or ':9400' (every address of the machine).
+
+    Raises: ValueError saying what was expected.
+    """
+    host, colon, port = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"not an address: {text!r}; write an IPv6 address in brackets, as in [::1]:9400")
+    if not colon or not port.isascii() or not port.isdecimal() or int(port) > 65_535:
+        raise ValueError(f"not an address: {text!r}; expected HOST:PORT, such as 127.0.0.1:9400")
+    return host, int(port)

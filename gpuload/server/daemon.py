@@ -37,6 +37,7 @@ from gpuload.server.operations import Answer, Operations, Peer
 from gpuload.server.site import Site
 from gpuload.wire import Channel, close_all, encode
 from mfs.errors import ConfigError, MfsError
+from mfs.metrics import door
 from mfs.units import format_size
 
 log = logging.getLogger("gpuload.server")
@@ -74,6 +75,8 @@ class ServerConfig:
     digests_folder: str | None = None
     """Where digests outlive the process; None: nowhere. See `digest_files`."""
     limits: Limits = field(default_factory=Limits)
+    metrics_addr: str | None = None
+    """HOST:PORT to answer Prometheus on; None: nowhere but through the socket."""
 
 
 async def serve(
@@ -95,6 +98,9 @@ async def serve(
     with one_error():
         async with contextlib.AsyncExitStack() as stack:
             sock, lock = stack.enter_context(_listening(config))
+            doors = await door.listen(config.metrics_addr) if config.metrics_addr is not None else []
+            for listener in doors:
+                stack.push_async_callback(listener.aclose)
             devices: dict[str, Device] = {}
             for name in config.arena_bytes:
                 devices[name] = open_one(name)
@@ -112,6 +118,9 @@ async def serve(
             places, strangers = trio.Semaphore(config.connections_max), trio.Semaphore(config.connections_max // 2)
             shares = Shares(REQUESTS_MAX)
             async with trio.open_nursery() as nursery:
+                if doors:
+                    log.info("metrics are at port %d of %s", door.port_of(doors), config.metrics_addr)
+                    nursery.start_soon(door.serve, doors, operations.metrics)
                 task_status.started(sites)
                 listener = trio.socket.from_stdlib_socket(sock)
                 while True:

@@ -10,6 +10,7 @@ from mfs.cli import (
     apply,
     diff,
     look,
+    metrics,
     mount,
     push,
     registry,
@@ -26,7 +27,7 @@ from mfs.cli.page import EXIT_STATUS, Front
 
 _GROUPS = (
     ("Mount", ("mount", "umount")),
-    ("Look", ("ls", "stat", "status", "watch")),
+    ("Look", ("ls", "stat", "status", "watch", "metrics")),
     ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify", "apply")),
     ("Registry", ("push", "sign", "tag", "rollback", "log", "diff", "rm", "gc", "fsck")),
     ("Set up", ("config", "triton", "completion", "version")),
@@ -74,9 +75,9 @@ def cli(**_: Any) -> None:
 
 
 for _command in (
-    mount.mount, umount.umount, look.ls, look.stat, status.status, watch.watch, tiers.prefetch, tiers.evict, tiers.pin,
-    tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push, sign.sign, diff.diff, registry.tag,
-    registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck, settings.config, triton.triton,
-    shell.completion, shell.version,
+    mount.mount, umount.umount, look.ls, look.stat, status.status, watch.watch, metrics.metrics, tiers.prefetch,
+    tiers.evict, tiers.pin, tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push, sign.sign, diff.diff,
+    registry.tag, registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck, settings.config,
+    triton.triton, shell.completion, shell.version,
 ):  # fmt: skip
     cli.add_command(_command)

@@ -36,6 +36,8 @@ class Request:
     method: str
     target: str
     body: bytes
+    accept: str = ""
+    """The header of that name."""
 
 
 class ClientGone(Exception):
@@ -92,7 +94,8 @@ class HttpConnection:
                     raise UsageError(f"the request's body is longer than {self._limits.body_bytes} bytes")
             elif isinstance(event, h11.EndOfMessage):
                 assert head is not None
-                return Request(head.method.decode("ascii"), head.target.decode("ascii"), bytes(body))
+                accept = b",".join(value for name, value in head.headers if name == b"accept").decode("latin-1")
+                return Request(head.method.decode("ascii"), head.target.decode("ascii"), bytes(body), accept)
 
     async def _receive_more(self) -> None:
         data = self._early.pop(0) if self._early else await self._stream.receive_some(16 << 10)
@@ -133,8 +136,14 @@ class HttpConnection:
 
     async def send_json(self, status: int, value: Any) -> None:
         """A whole response."""
-        body = json.dumps(value).encode() + b"\n"
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        await self._send_whole(status, "application/json", json.dumps(value).encode() + b"\n")
+
+    async def send_text(self, content_type: str, body: bytes) -> None:
+        """A whole response that is no JSON."""
+        await self._send_whole(200, content_type, body)
+
+    async def _send_whole(self, status: int, content_type: str, body: bytes) -> None:
+        headers = [("Content-Type", content_type), ("Content-Length", str(len(body)))]
         await self._send(h11.Response(status_code=status, headers=headers))
         if not self._is_head:
             await self._send(h11.Data(data=body))

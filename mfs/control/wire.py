@@ -1,6 +1,7 @@
 """What server and client agree on: where each operation lives in HTTP, and how errors travel.
 
     GET  /v1/status /v1/config /v1/ls?path= /v1/stat?path=      one JSON value
+    GET  /v1/metrics                                            text for Prometheus, by the Accept header OpenMetrics
     POST /v1/pin /v1/unpin /v1/evict /v1/refresh /v1/shutdown   one JSON value
     POST /v1/prefetch /v1/verify /v1/watch                      a stream: one JSON value per line
 
@@ -47,11 +48,14 @@ class Operation:
     takes_path: bool = False
     tiers: tuple[str, ...] = ()
     takes_wait: bool = False
+    says_text: bool = False
+    """It is told what is accepted, and its answer is no JSON."""
 
 
 OPERATIONS = {
     "status": Operation("GET"),
     "config": Operation("GET"),
+    "metrics": Operation("GET", says_text=True),
     "ls": Operation("GET", takes_path=True),
     "stat": Operation("GET", takes_path=True),
     "prefetch": Operation("POST", changes=True, streams=True, takes_paths=True, tiers=("ssd", "ram"), takes_wait=True),
