@@ -26,6 +26,7 @@ from gpuload.cli.options import (
 from gpuload.paths import SOCKET_VARIABLE, default_digests, default_socket
 from mfs.cli.page import EXIT_STATUS, Front, Page, json_option
 from mfs.cli.run import Failed, say
+from mfs.cli.text import print_json
 from mfs.errors import UsageError
 from mfs.logs import set_up_logging
 from mfs.units import parse_address
@@ -270,7 +271,7 @@ def metrics(openmetrics: bool, as_json: bool, socket_path: str | None) -> None:
     if as_json:
         from mfs.metrics.exposition import parsed
 
-        printing.show(parsed(text, openmetrics=openmetrics), True, "")
+        print_json(parsed(text, openmetrics=openmetrics))
     else:
         click.echo(text, nl=False)
 

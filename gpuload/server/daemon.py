@@ -99,8 +99,8 @@ async def serve(
         async with contextlib.AsyncExitStack() as stack:
             sock, lock = stack.enter_context(_listening(config))
             doors = await door.listen(config.metrics_addr) if config.metrics_addr is not None else []
-            for listener in doors:
-                stack.push_async_callback(listener.aclose)
+            for one in doors:
+                stack.push_async_callback(one.aclose)
             devices: dict[str, Device] = {}
             for name in config.arena_bytes:
                 devices[name] = open_one(name)

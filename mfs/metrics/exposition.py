@@ -34,7 +34,7 @@ def exposed(families: Iterable[Family], accept: str = "") -> Text:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Given(families))
     if accepts_openmetrics(accept):
-        return Text(OPENMETRICS, openmetrics_text(registry))
+        return Text(OPENMETRICS, openmetrics_text(registry))  # type: ignore[no-untyped-call]
     return Text(PROMETHEUS, prometheus_text(registry))
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mfs.durations import Durations
 
+ByLabels = Mapping[Any, float]
+"""Values by those of the labels, tuples of as many texts (`Any`: a mapping is not covariant in its keys)."""
 Kind = Literal["counter", "gauge", "histogram", "info"]
 Values = tuple[str, ...]
 """Of the labels, in their order."""
@@ -65,15 +67,15 @@ class Families:
     def __init__(self) -> None:
         self.found: list[Family] = []
 
-    def counter(self, name: str, help: str, value: float | Mapping[Values, float], labels: Sequence[str] = ()) -> None:
+    def counter(self, name: str, help: str, value: float | ByLabels, labels: Sequence[str] = ()) -> None:
         """Something that only grows. value: by the labels' values, or one alone."""
         self._add(name, "counter", help, value, labels)
 
-    def gauge(self, name: str, help: str, value: float | Mapping[Values, float], labels: Sequence[str] = ()) -> None:
+    def gauge(self, name: str, help: str, value: float | ByLabels, labels: Sequence[str] = ()) -> None:
         """Something as it is now."""
         self._add(name, "gauge", help, value, labels)
 
-    def histogram(self, name: str, help: str, durations: Mapping[Values, Durations], labels: Sequence[str]) -> None:
+    def histogram(self, name: str, help: str, durations: Mapping[Any, Durations], labels: Sequence[str]) -> None:
         """How long something took; copied."""
         samples = {values: Distribution.of(each) for values, each in durations.items()}
         self.found.append(Family(name, "histogram", help, tuple(labels), samples))
@@ -82,8 +84,6 @@ class Families:
         """What is always so. The sample's name gets `_info`."""
         self.found.append(Family(name, "info", help, tuple(facts), {tuple(facts.values()): 1.0}))
 
-    def _add(
-        self, name: str, kind: Kind, help: str, value: float | Mapping[Values, float], labels: Sequence[str]
-    ) -> None:
-        samples = value if isinstance(value, Mapping) else {(): value}
-        self.found.append(Family(name, kind, help, tuple(labels), dict(samples)))
+    def _add(self, name: str, kind: Kind, help: str, value: float | ByLabels, labels: Sequence[str]) -> None:
+        samples: dict[Values, Sample] = dict(value) if isinstance(value, Mapping) else {(): value}
+        self.found.append(Family(name, kind, help, tuple(labels), samples))

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from mfs.durations import Durations
 from mfs.errors import AccessError, StoreError
@@ -24,8 +26,8 @@ from mfs.types import CHUNK_BYTES
 from mfs.waits import Cause, Waited
 from mfs.workers.job import WorkerEndedError
 from tests.mount.conftest import Mounted
-from tests.mount.origins import FolderOrigin, RegistryOrigin
-from tests.observe.readers import read_chunks, read_first
+from tests.mount.origins import FolderOrigin
+from tests.observe.readers import error_of, read_chunks, read_first
 from tests.servers.hub import HubServer
 from tests.servers.process import free_port
 
@@ -137,7 +139,7 @@ def test_what_happens_is_counted_where_it_happens(folder: FolderOrigin, mounted:
     before = samples_of(mount.client.metrics())
     assert value(before, "mfs_tier_misses_total", tier="ram") == 0
     path = str(mount.path / "llama" / "model.bin")
-    assert mount.call(read_chunks, path, [0, 1, 2]) == 0
+    assert mount.call(error_of, path) == ""
     mount.wait_quiet()
     mount.wait_saved("llama/model.bin")
     samples, status = samples_of(mount.client.metrics()), mount.client.status()
@@ -190,16 +192,21 @@ def test_waste_evictions_and_hits_are_counted(folder: FolderOrigin, mounted: Mou
 
 
 def test_what_compression_and_sharing_save_can_be_told(tmp_path: Path, mounted: Mounted) -> None:
-    origin = RegistryOrigin(tmp_path / "registry")
-    origin.put_all({"model.bin": bytes(4 * CHUNK_BYTES)})
-    mount = mounted(origin)
-    assert mount.call(read_chunks, str(mount.path / "model.bin"), [0, 1, 2, 3]) == 0
+    registry, model = f"mfs+file://{tmp_path}/registry", tmp_path / "model"
+    model.mkdir()
+    save_file({"w": np.zeros(4 << 20, np.float32)}, model / "model.safetensors")
+    for tag in ("first", "second"):
+        (model / "card.json").write_text(tag)
+        argv = [sys.executable, "-m", "mfs", "push", str(model), f"{registry}/llama:{tag}"]
+        subprocess.run(argv, check=True, capture_output=True)
+    mount = mounted(registry)
+    assert mount.call(error_of, str(mount.path / "llama" / "first" / "model.safetensors")) == ""
     mount.wait_quiet()
     samples = samples_of(mount.client.metrics())
-    received, shared = value(samples, "mfs_origin_received_bytes_total"), value(samples, "mfs_shared_bytes_total")
-    assert value(samples, "mfs_brought_bytes_total") > 10 * received
-    assert received + shared > 0
+    received = value(samples, "mfs_origin_received_bytes_total")
+    assert value(samples, "mfs_brought_bytes_total") > 10 * received > 0
     assert value(samples, "mfs_demand_wait_seconds_count", cause="decode") > 0
+    assert value(samples, "mfs_model_received_bytes_total", source="", model="llama") == received
 
 
 def test_being_asked_to_wait_is_counted_apart_from_failing(hub: HubServer, mounted: Mounted) -> None:
