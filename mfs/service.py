@@ -28,6 +28,7 @@ from mfs.workers.frames import object_to_wire
 _PROGRESS_S = 0.1
 _FILES_MAX = 1_000_000  # of one order; more is a mistake, and would be a list in memory
 _USAGE_S = 2.0
+_SCRAPE_USAGE_S = 0.2  # else what was known last is told: scrapes of a mount whose workers die must not fail
 _WATCH_S = 0.1
 _WATCH_BATCH = 500  # records turned into JSON without giving way to readers
 _BATCH = 500  # objects per question to a worker
@@ -106,13 +107,13 @@ class Service:
             "warnings": mount.all_warnings,
         }  # fmt: skip
 
-    async def _ssd_status(self) -> Json:
+    async def _ssd_status(self, patience_s: float = _USAGE_S) -> Json:
         cache, config = self._mount.cache, self._mount.config
         if config.cache_dir is None:
             return {"state": "off", "used_bytes": 0, "budget_bytes": 0, "free_disk_bytes": 0, "objects_count": 0,
                     "hits_bytes": 0, "note": None}  # fmt: skip
         # Whoever asks for the status may want to know why nothing works: it must not wait for a worker that hangs.
-        with trio.move_on_after(_USAGE_S), suppress(MfsError):
+        with trio.move_on_after(patience_s), suppress(MfsError):
             self._usage = await self._mount.pool.call("usage")
         state = "not writing" if time.monotonic() < cache.saver.suspended_until else "ok"
         fault = self._mount.pool.tier_fault
@@ -166,7 +167,7 @@ class Service:
         return self._mount.config.masked()
 
     async def metrics(self, accept: str) -> Text:
-        families = gathered(self._mount, await self._ssd_status())
+        families = gathered(self._mount, await self._ssd_status(_SCRAPE_USAGE_S))
         return await trio.to_thread.run_sync(_exposed, families, processes(self._mount), accept)
 
     # -- moving bytes

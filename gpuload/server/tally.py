@@ -23,6 +23,11 @@ CONTENT = "content:*"
 """All models that were opened without a name: they are called by what they hold, which is another name each time."""
 
 BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
+KINDS = {
+    "FitError": "fit", "BusyError": "busy", "UsageError": "usage", "NotFoundError": "not_found",
+    "AccessError": "access", "ChangedError": "changed", "IntegrityError": "integrity", "DeviceError": "device",
+}  # fmt: skip
+"""By the class of an error; all others are 'failed'."""
 _VERBS = ("load", "swap", "open")
 _WAYS = {
     "copied": "bytes_copied", "kept": "bytes_kept", "moved_inside": "bytes_moved_inside", "hashed": "bytes_hashed",
@@ -38,7 +43,10 @@ class LoadTally:
         self.durations = {verb: Durations(BOUNDS_S) for verb in _VERBS}
         self.bytes = Counter[str](dict.fromkeys(_WAYS, 0))
         self.evictions = self.gaps = 0
-        self.errors: Counter[tuple[str, str]] = Counter()
+        self.errors = Counter[tuple[str, str]](
+            {(verb, kind): 0 for verb in _VERBS for kind in (*KINDS.values(), "failed")}
+        )
+        """By (verb, kind); all are there from the start, else the first of a kind would be no increase."""
 
     @contextmanager
     def timed(self, verb: str) -> Iterator[None]:
@@ -47,7 +55,7 @@ class LoadTally:
         try:
             yield
         except MfsError as error:
-            self.errors[verb, type(error).__name__.removesuffix("Error").lower()] += 1
+            self.errors[verb, KINDS.get(type(error).__name__, "failed")] += 1
             raise
         self.durations[verb].note(time.monotonic() - since_s)
 
