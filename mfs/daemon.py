@@ -26,9 +26,11 @@ from mfs.lending import RamLender
 from mfs.logs import set_up_logging
 from mfs.metrics import door
 from mfs.mount import Mount
+from mfs.page import site
 from mfs.service import Service
 from mfs.shown import mask_url
 from mfs.succession import Remains
+from mfs.units import parse_local_address
 
 logger = logging.getLogger(__name__)
 Signals = AsyncIterator[int]
@@ -212,6 +214,11 @@ async def _answer(
         metrics = trio.CancelScope()
         if mount.config.metrics_addr is not None:
             nursery.start_soon(_serve_metrics, mount, service, listeners, metrics)
+        if mount.config.page_addr is not None:
+            address = parse_local_address(mount.config.page_addr)
+            await nursery.start(
+                site.serve, service, address, socket_path, lambda: not mount.is_ours, mount.note_page_fault
+            )
         nursery.start_soon(_end_after_handover, mount, giver, lender, metrics, ended)
         nursery.start_soon(_watch_holder, mount, start.holder)
         on_registered()

@@ -53,6 +53,35 @@ def exact_size(size: int) -> str:
     return str(size)
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port meant by '127.0.0.1:9400', '[::1]:9400', 'node7:9400' or ':9400' (every address of the machine).
+
+    Raises: ValueError saying what was expected.
+    """
+    host, colon, port = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"not an address: {text!r}; write an IPv6 address in brackets, as in [::1]:9400")
+    if not colon or not port.isascii() or not port.isdecimal() or int(port) > 65_535:
+        raise ValueError(f"not an address: {text!r}; expected HOST:PORT, such as 127.0.0.1:9400")
+    return host, int(port)
+
+
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
+
+
+def parse_local_address(text: str) -> tuple[str, int]:
+    """As `parse_address`, of an address that only this machine can reach. Raises: ValueError."""
+    host, port = parse_address(text)
+    if host not in LOCAL_HOSTS:
+        raise ValueError(
+            f"{text!r} can be reached from elsewhere: expected 127.0.0.1:PORT, [::1]:PORT or localhost:PORT; "
+            f"to come from elsewhere, use 'ssh -L' or 'kubectl port-forward'"
+        )
+    return ("127.0.0.1" if host == "localhost" else host), port
+
+
 def parse_duration(text: str) -> float:
     """Seconds meant by '30s', '5m', '1.5h', '250ms', '1d' or a plain number. Raises: ValueError."""
     match = _DURATION.fullmatch(text.strip())
@@ -72,18 +101,3 @@ def format_duration(seconds: float) -> str:
             rest = left % size // lower_size
             return f"{left // size}{unit} {rest}{lower}" if rest else f"{left // size}{unit}"
     return f"{left}s"
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Host and port meant by '127.0.0.1:9400', '[::1]:9400', 'node7:9400' or ':9400' (every address of the machine).
-
-    Raises: ValueError saying what was expected.
-    """
-    host, colon, port = text.strip().rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ValueError(f"not an address: {text!r}; write an IPv6 address in brackets, as in [::1]:9400")
-    if not colon or not port.isascii() or not port.isdecimal() or int(port) > 65_535:
-        raise ValueError(f"not an address: {text!r}; expected HOST:PORT, such as 127.0.0.1:9400")
-    return host, int(port)

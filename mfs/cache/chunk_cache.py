@@ -26,6 +26,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from mfs.waits import Cause, Waited, Waits
 from mfs.workers.frames import Frame, object_to_wire
 from mfs.workers.job import ATTEMPTS_OVER_DEAD_WORKERS, Job, Priority, WorkerEndedError
 from mfs.workers.pool import WorkerPool
+from mfs.workers.shares import Group
 
 logger = logging.getLogger(__name__)
 
@@ -551,6 +553,22 @@ class ChunkCache:
         if state is None:
             return 0
         return sum(mask_bytes(c.valid, c.length) for c in state.chunks.values())
+
+    def valid_masks(self, obj: ObjectId, source: int) -> dict[int, int]:
+        """Blocks of an object that stand in RAM, by chunk; chunks with none may be left out."""
+        state = self._states.get((obj.cache_id, source))
+        return {index: chunk.valid for index, chunk in state.chunks.items()} if state is not None else {}
+
+    def ram_bytes_by_group(self) -> Counter[Group]:
+        """Bytes in RAM of each model that has any."""
+        held = Counter[Group]()
+        for state in self._states.values():
+            if state.chunks:
+                held[state.group] += sum(
+                    chunk.length if chunk.complete else mask_bytes(chunk.valid, chunk.length)
+                    for chunk in state.chunks.values()
+                )
+        return held
 
     def evict(self, obj: ObjectId, source: int) -> int:
         """Drop an object's idle chunks from RAM; returns the bytes freed."""

@@ -58,7 +58,7 @@ def mask_bytes(mask: int, length: int) -> int:
 
 
 def mask_span(index: int, mask: int, size: int) -> ByteRange:
-    """The range of an object of `size` bytes from the first to the last block of a chunk's `mask`; empty for none."""
+    """The range of an object of `size` bytes from the first to the last block of `mask` in a chunk; empty without."""
     first, end = (mask & -mask).bit_length() - 1, mask.bit_length()
     start = min(index * CHUNK_BYTES + max(first, 0) * BLOCK_BYTES, size)
     return ByteRange(start, max(start, min(index * CHUNK_BYTES + end * BLOCK_BYTES, size)))

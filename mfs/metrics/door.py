@@ -100,7 +100,7 @@ class _Door:
             logger.exception("a scrape failed")
             await connection.refuse(StoreError(f"internal error, see the log: {type(error).__name__}"))
             return connection.can_continue()
-        await connection.send_text(text.content_type, text.body)
+        await connection.send_whole(200, *text)
         return connection.can_continue()
 
 
