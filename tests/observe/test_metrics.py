@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import socket
 import subprocess
 import sys
@@ -225,7 +226,7 @@ def test_generations_are_counted_and_the_address_goes_from_daemon_to_daemon(
 ) -> None:
     folder.put("w.bin", ramp(10))
     address = f"127.0.0.1:{free_port()}"
-    mount = mounted(folder, metrics_addr=address)
+    mount = mounted(folder, metrics_addr=address, log_format="json")
 
     def counts() -> tuple[float, float, float]:
         samples = samples_of(scrape(address)[2])
@@ -244,6 +245,9 @@ def test_generations_are_counted_and_the_address_goes_from_daemon_to_daemon(
     assert mount.wait_for(lambda: counts_are(2, 1, 0))
     mount.wait_successor(mount.crash())
     assert mount.wait_for(lambda: counts_are(3, 1, 1))
+    said = [json.loads(line) for line in mount.log.splitlines()]
+    assert {line["logger"] for line in said} >= {"__main__", "mfs.handover", "mfs.holder"}
+    assert any("starting the next one" in line["message"] for line in said)
     refused = pytest.raises(MountFailedError, match=r"metrics address .* cannot be listened on")
     with socket.create_server(("127.0.0.1", 0)) as taken, refused:
         mounted(folder, name="n", metrics_addr=f"127.0.0.1:{taken.getsockname()[1]}")
