@@ -23,7 +23,7 @@ from mfs.sources.base import name_fault
 from mfs.sources.folder import folder_path
 from mfs.sources.hf_cache import directory_name
 from mfs.types import CHUNK_BYTES
-from mfs.units import exact_size, parse_local_address
+from mfs.units import exact_size, parse_address, parse_local_address
 
 RAM_SLOTS_COUNT_MIN = 16
 """The RAM tier refuses fewer (`mfs.cache.ram`, whose test keeps the two equal); said here before anything starts."""
@@ -32,6 +32,7 @@ LAYOUTS = ("plain", "hub-cache")
 SIGNED_SCHEMES = ("mfs+s3", "mfs+file", "mfs+http", "mfs+https")
 """Sources whose revisions can be signed (`registry.layout.SCHEMES`, whose test keeps the two equal)."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("auto", "text", "json")
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,10 @@ class MountConfig:
     """Where the daemon logs; None: its standard error."""
     log_level: str = "info"
     """One of LOG_LEVELS."""
+    log_format: str = "auto"
+    """One of LOG_FORMATS. Default: a person's on a terminal, JSON lines everywhere else."""
+    metrics_addr: str | None = None
+    """HOST:PORT to answer Prometheus on; None: metrics come through the control socket alone."""
     page_addr: str | None = None
     """HOST:PORT of this machine alone, where the daemon serves a page for a browser. None: it serves none."""
     foreground: bool = False
@@ -179,6 +184,13 @@ class MountConfig:
                 raise ConfigError(f"page address: {error}") from None
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}: expected one of {', '.join(LOG_LEVELS)}")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format is {self.log_format!r}: expected one of {', '.join(LOG_FORMATS)}")
+        if self.metrics_addr is not None:
+            try:
+                parse_address(self.metrics_addr)
+            except ValueError as error:
+                raise ConfigError(f"metrics_addr: {error}") from error
 
     def to_json(self) -> str:
         """One line of JSON with everything, secrets too: for the daemon's standard input, not for eyes."""

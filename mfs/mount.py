@@ -32,6 +32,7 @@ from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.fuse.session import Session
 from mfs.loads import Loads
 from mfs.materialize import Keeper, KeeperConfig
+from mfs.metrics.tally import Tally
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
 from mfs.reader import ObjectReader
@@ -145,6 +146,9 @@ class Mount:
         self.loads = Loads([source.name for source in config.sources], self.tracer.begin)
         self.cache.waits.listeners.append(self.loads.note)
         self.cache.span_of = self.loads.span_of
+        self.tally = Tally([source.name for source in config.sources])
+        self.cache.waits.listeners.append(self.tally.waited)
+        self.cache.on_failed = lambda state, error: self.tally.failed(state.group, error)
         self.cache.on_filled = self._filled
         self.pool.on_tier_back = self.cache.saver.resume
         self.whole_files = WholeFiles(self.cache, self.pool, _sealed_files(config))
@@ -187,6 +191,8 @@ class Mount:
         """Told when the mount ends in an orderly way; not when it was handed over."""
         self.is_held: Callable[[], bool] = lambda: False
         """Whether another daemon goes on with the mount, should we fail."""
+        self.metrics_at: str | None = None
+        """HOST:PORT where Prometheus is answered now."""
         self._follows, self._is_gone = follows, False
         self.unheld = ""
         """Why the mount would not outlive a daemon that is killed, '' if it would."""
@@ -228,7 +234,9 @@ class Mount:
                     if predecessor is not None:
                         self.session.is_held = self.is_held
                         await predecessor.hand_over(self)
-                    self.operations.note_agreement(self.session.agreement, self.pool.identities)
+                    self.operations.note_agreement(
+                        self.session.agreement, self.pool.identities, after_crash=self._follows
+                    )
                     self.session.on_closing = self.on_closing
                     self.on_connected()
                     self.session.start()
@@ -397,6 +405,8 @@ class Mount:
             spare=self.whole_files.given,
         )  # fmt: skip
         self.cache.note_evicted(found["dropped"])
+        self.cache.counters.ssd_evictions += sum(map(len, found["dropped"].values()))
+        self.cache.counters.ssd_evicted_bytes += found["evicted_bytes"]
         if found["evicted_bytes"]:
             logger.info("evicted %d bytes from SSD, %d stay", found["evicted_bytes"], found["used_bytes"])
 
@@ -454,8 +464,10 @@ class Mount:
         await self.pool.call("export_spans", rows=rows, timeout_s=_EXPORT_S)
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
-        self.loads.filled(
-            chunk.state.group, origin_bytes=result["origin_bytes"], ssd_bytes=result["ssd_bytes"]
+        self.loads.filled(chunk.state.group, origin_bytes=result["origin_bytes"], ssd_bytes=result["ssd_bytes"])
+        self.tally.filled(
+            chunk.state.group, origin_bytes=result["origin_bytes"], ssd_bytes=result["ssd_bytes"],
+            shared_bytes=result["shared_bytes"],
         )  # fmt: skip
         self.arrived[chunk.state.group] += result["origin_bytes"]
         if self.oplog.watched:
@@ -483,6 +495,9 @@ class Mount:
             await self.pool.call(
                 "list_directory", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part
             )
+        except MfsError as error:
+            self.tally.list_failed(error)
+            raise
         finally:
             asked.is_answered = True
 
@@ -519,6 +534,7 @@ def _pool_config(config: MountConfig) -> PoolConfig:
         "cache_fsync": config.cache_fsync,
         "cache_shared": config.cache_shared,
         "log_level": config.log_level.upper(),
+        "log_format": config.log_format,
     }
     limit = config.connections_count
     silence_s = min(max(_SILENCE_MIN_S, config.timeout_s / 4), _SILENCE_MAX_S)

@@ -28,6 +28,10 @@ gpuload pin llama --off""",
     "status": """\
 gpuload status
 gpuload status --json | jq '.devices[].models[].model'""",
+    "metrics": """\
+gpuload metrics
+gpuload metrics --json | jq '.[] | select(.name == "gpuload_load_seconds")'
+gpuload serve --metrics-addr 127.0.0.1:9401 …    the same for Prometheus, at /metrics""",
     "plan": """\
 gpuload plan /mnt/models/llama
 gpuload plan /mnt/models/llama --kv-cache 32768 --device cuda:0

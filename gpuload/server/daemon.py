@@ -37,6 +37,7 @@ from gpuload.server.operations import Answer, Operations, Peer
 from gpuload.server.site import Site
 from gpuload.wire import Channel, close_all, encode
 from mfs.errors import ConfigError, MfsError
+from mfs.metrics import door
 from mfs.tracing.export import Exporter
 from mfs.tracing.spans import Row
 from mfs.tracing.tracer import Tracer
@@ -77,6 +78,8 @@ class ServerConfig:
     digests_folder: str | None = None
     """Where digests outlive the process; None: nowhere. See `digest_files`."""
     limits: Limits = field(default_factory=Limits)
+    metrics_addr: str | None = None
+    """HOST:PORT to answer Prometheus on; None: nowhere but through the socket."""
 
 
 async def serve(
@@ -98,6 +101,9 @@ async def serve(
     with one_error():
         async with contextlib.AsyncExitStack() as stack:
             sock, lock = stack.enter_context(_listening(config))
+            doors = await door.listen(config.metrics_addr) if config.metrics_addr is not None else []
+            for one in doors:
+                stack.push_async_callback(one.aclose)
             devices: dict[str, Device] = {}
             for name in config.arena_bytes:
                 devices[name] = open_one(name)
@@ -122,6 +128,9 @@ async def serve(
                 if tracer.fault:
                     log.warning("%s", tracer.fault)
                 nursery.start_soon(tracer.run, exporting.export)
+                if doors:
+                    log.info("metrics are at port %d of %s", door.port_of(doors), config.metrics_addr)
+                    nursery.start_soon(door.serve, doors, operations.metrics)
                 task_status.started(sites)
                 listener = trio.socket.from_stdlib_socket(sock)
                 while True:

@@ -26,10 +26,13 @@ from gpuload.server.client_files import ClientFiles
 from gpuload.server.loader import CONTENT_PREFIX, Loader
 from gpuload.server.site import Site
 from gpuload.server.tables import TENSORS_MAX, read_table
+from gpuload.server.tally import LoadTally, gathered, processes
 from gpuload.server.versions import Version, look
 from gpuload.server.work import Job, Report
 from gpuload.wire import close_all
 from mfs.errors import AccessError, NotFoundError, UsageError
+from mfs.metrics.families import Families, Text
+from mfs.metrics.processes import add_processes
 from mfs.tracing.spans import parse_traceparent
 from mfs.tracing.tracer import Tracer
 
@@ -73,6 +76,12 @@ class Operations:
         self._loader, self._sites = loader, loader.sites
         self._catalogs = [site.catalog for site in loader.sites.values()]
         self._version = version
+        self._tally = LoadTally()
+
+    async def metrics(self, accept: str) -> Text:
+        """What Prometheus is told; see `mfs.metrics`."""
+        families = gathered(self._sites, self._tally, self._version)
+        return await trio.to_thread.run_sync(_exposed, families, accept)
 
     async def answer(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
         """Raises: MfsError with the reason of a refusal. `files`, if some came, stay the caller's."""
@@ -84,6 +93,9 @@ class Operations:
                 return Answer({"protocol": PROTOCOL, "version": self._version, "pid": os.getpid()})
             case "status":
                 return Answer(self._status())
+            case "metrics":
+                text = await self.metrics(str(request.get("accept", ""))[:1000])
+                return Answer({"content_type": text.content_type, "text": text.body.decode()})
             case "load" | "swap":
                 return await self._load(request, files)
             case "open":
@@ -120,7 +132,9 @@ class Operations:
         try:
             with timing.within("open") if timing is not None else nullcontext():
                 job = await self._job(name, request, files)
-            model, report = await self._loader.load(replace(job, timing=timing, span=span))
+            with self._tally.timed(str(request["op"])):
+                model, report = await self._loader.load(replace(job, timing=timing, span=span))
+            self._tally.note(report)
             seen = {f"gpuload.{key}": value for key, value in report.as_dict().items() if key.startswith("bytes_")}
         except BaseException as failure:
             error = type(failure).__name__
@@ -288,6 +302,13 @@ class Operations:
             where = " and ".join("+".join(m.devices) for m in found)
             raise UsageError(f"{found[0].name!r} stands on {where}, each for itself: say which with 'device'")
         return self._find(request)
+
+
+def _exposed(families: Families, accept: str) -> Text:
+    from mfs.metrics.exposition import exposed  # only where somebody asks
+
+    add_processes(families, "gpuload", processes())
+    return exposed(families.found, accept)
 
 
 def _missing(name: str, catalogs: Sequence[Catalog]) -> Model:

@@ -12,6 +12,7 @@ from mfs.cli import (
     diff,
     explain,
     look,
+    metrics,
     mount,
     push,
     registry,
@@ -29,7 +30,7 @@ from mfs.cli.page import EXIT_STATUS, Front
 
 _GROUPS = (
     ("Mount", ("mount", "umount")),
-    ("Look", ("ls", "stat", "status", "top", "page", "watch", "explain")),
+    ("Look", ("ls", "stat", "status", "top", "page", "watch", "explain", "metrics")),
     ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify", "apply")),
     ("Registry", ("push", "sign", "tag", "rollback", "log", "diff", "rm", "gc", "fsck")),
     ("Set up", ("config", "triton", "completion", "version")),
@@ -79,6 +80,7 @@ def cli(**_: Any) -> None:
 
 for _command in (
     mount.mount, umount.umount, look.ls, look.stat, status.status, top.top, browse.page, watch.watch, explain.explain,
+    metrics.metrics,
     tiers.prefetch, tiers.evict, tiers.pin, tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push,
     sign.sign, diff.diff, registry.tag, registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck,
     settings.config, triton.triton, shell.completion, shell.version,

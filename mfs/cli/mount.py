@@ -128,6 +128,16 @@ _MOUNT_OPTIONS = [
     ),
     _Setting(["--log-file"], type=TREE_PATH, help="Append the daemon's log here."),
     _Setting(["--log-level"], type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."),
+    _Setting(
+        ["--log-format"],
+        type=click.Choice(["auto", "text", "json"]),
+        help="Lines for people or JSON; auto: by whether it is a terminal.",
+    ),
+    _Setting(
+        ["metrics_addr", "--metrics-addr"],
+        metavar="HOST:PORT",
+        help="Answer Prometheus there, at /metrics; whoever can connect is told.",
+    ),
     _flag("foreground", "--foreground", "Stay in the foreground (systemd, containers)."),
 ]
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal, Protocol
 
+from mfs.metrics.families import Text
+
 Json = dict[str, Any]
 Tier = Literal["ssd", "ram"]
 EvictTier = Literal["ssd", "ram", "all"]
@@ -25,8 +27,8 @@ class DaemonApi(Protocol):
         last_error}], cache_dir, ssd: {used_bytes, budget_bytes, free_disk_bytes, objects_count, state, hits_bytes},
         ram: {used_bytes, budget_bytes, slots_count, slots_free, slots_leased, hits_bytes, note},
         origin: {fetched_bytes, shared_bytes, requests_count, errors_count, inflight}, reads: {count, bytes,
-        errors_count, waiting}, open_files, prefetch: {queued_bytes, active_objects}, workers: [{pid, inflight,
-        restarts}], kernel: {read_ahead_kb, max_background, notes: [str]}, warnings: [str]}
+        errors_count, waiting}, open_files, prefetch: {queued_bytes, active_objects}, metrics_addr, workers: [{pid,
+        inflight, restarts}], kernel: {read_ahead_kb, max_background, notes: [str]}, warnings: [str]}
         """
         ...
 
@@ -106,6 +108,10 @@ class DaemonApi(Protocol):
 
     async def config(self) -> Json:
         """The effective settings, secrets masked."""
+        ...
+
+    async def metrics(self, accept: str) -> Text:
+        """What Prometheus is told: version 0.0.4, or OpenMetrics 1.0 where `accept` says so (RFC 9110 §12.5.1)."""
         ...
 
     async def shutdown(self) -> Json:

@@ -30,6 +30,21 @@ _RATE_LIMIT_REMAINING = re.compile(r";\s*r=(\d+)")
 
 
 _told = threading.local()
+_count_lock = threading.Lock()
+_counts: dict[str, int] = {}
+"""Of the process, since they were last taken."""
+
+
+def taken_counts() -> dict[str, int]:
+    """How often this process has tried again since the last call: 'throttled' where the server had asked for a pause,
+    else 'failed'. Empty, and costs nothing, where it has not.
+    """
+    global _counts
+    if not _counts:
+        return {}
+    with _count_lock:
+        found, _counts = _counts, {}
+    return found
 
 
 @contextlib.contextmanager
@@ -43,7 +58,10 @@ def telling(tell: Callable[[TransientStoreError], None]) -> Iterator[None]:
 
 
 def tell(error: TransientStoreError) -> None:
-    """Tell why something is about to be tried again. For those that do so without `with_retries`."""
+    """Tell why something is about to be tried again, and count it. For those that do so without `with_retries`."""
+    reason = "failed" if error.retry_after_s is None else "throttled"
+    with _count_lock:
+        _counts[reason] = _counts.get(reason, 0) + 1
     listener: Callable[[TransientStoreError], None] | None = getattr(_told, "tell", None)
     if listener is not None:
         listener(error)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class PoolConfig:
     """Bounds of the worker pool."""
 
     setup: Frame
-    """What each worker is told first: sources, cache_dir, cache_fsync, cache_shared, log_level."""
+    """What each worker is told first: sources, cache_dir, cache_fsync, cache_shared, log_level, log_format."""
     workers_count: int = 2
     """Processes. Two keep two cores busy with TLS; the socket copies dominate, not Python."""
     origin_limit: int = 16
@@ -92,6 +93,8 @@ class WorkerPool:
         """Of each source, known once a worker runs."""
         self._restarts = [0] * config.workers_count
         """How often each worker was started anew."""
+        self.retries = Counter[str]({"failed": 0, "throttled": 0})
+        """How often workers have asked an origin again, by why; see `fetch.retry.taken_counts`."""
         self.closing = False
         self.tier_fault: str | None = None
         """Why workers serve without the SSD tier, None while they have it or none is wanted."""
@@ -190,6 +193,11 @@ class WorkerPool:
     def restarts_count(self) -> int:
         """Workers started anew since the start."""
         return sum(self._restarts)
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The process that is each worker now, by its number."""
+        return {worker.number: worker.pid for worker in self._workers}
 
     def describe(self) -> list[Frame]:
         """[{pid, inflight, restarts}] for status."""
@@ -312,6 +320,8 @@ class WorkerPool:
 
     def _take(self, worker: Worker, frame: Frame) -> None:
         worker.silent_since_s = None
+        if "retries" in frame:
+            self.retries.update(frame["retries"])
         if frame["id"] == 0:
             if "pong" in frame:
                 return

@@ -25,7 +25,8 @@ from mfs.cache.chunk_places import ChunkPlaces
 from mfs.cache.ram import Piece, mapped
 from mfs.cache.ssd import SsdConfig
 from mfs.errors import MfsError, to_wire
-from mfs.shown import set_up_logging
+from mfs.fetch.retry import taken_counts
+from mfs.logs import set_up_logging
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Moved, Page, Source
 from mfs.tracing.requests import recording
@@ -61,7 +62,7 @@ def main() -> None:
         setup = next(frames, None)
         if setup is None:
             return
-        set_up_logging(setup["log_level"], "worker")
+        set_up_logging(setup["log_level"], "worker", setup.get("log_format", "text"))
         logging.getLogger("botocore").setLevel(logging.WARNING)  # it names where each credential came from, at INFO
         send = _Sender(channel)
         try:
@@ -185,7 +186,8 @@ class _Sender:
         self._lock = threading.Lock()
 
     def __call__(self, frame: Frame) -> None:
-        data = encode(frame)
+        retries = taken_counts()
+        data = encode({**frame, "retries": retries} if retries else frame)
         with self._lock:
             try:
                 self._channel.sendall(data)
