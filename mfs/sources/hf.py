@@ -128,7 +128,8 @@ class HfSource:
 
         def send(hop: Hop) -> Reply:
             headers = self._headers(hop, is_file=True)
-            shared = None if headers else Shared(obj.cache_id, hop.url, {})  # our token is for the Hub alone
+            # Our token is for the Hub alone; and what the Hub sends itself is small, and counted by it.
+            shared = None if headers or hop.is_home else Shared(obj.cache_id, hop.url, {})
             return self._route.read_range(
                 hop.url, span, out=out, size=obj.size, headers=headers, name=where, shared=shared, deadline_s=deadline_s
             )
