@@ -137,7 +137,8 @@ class TestThroughACache:
                     obj = object_of(source, "w.bin", list_tree(source)["w.bin"])
                     assert read(source, obj, 0, 1000) == ramp(1000)
                     source.close()
-                assert cache.answers()[before:] == (["MISS", "HIT"] if goes_through else [])
+                expected = ["MISS", "HIT"] if goes_through else []
+                assert cache.answers(at_least=before + len(expected))[before:] == expected
             assert any(token.startswith("Bearer ") for token in tokens_seen)
             assert any(token.startswith("Basic ") for token in tokens_seen)
             traces = cache.traces()

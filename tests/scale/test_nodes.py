@@ -105,7 +105,7 @@ def test_the_origin_sends_a_model_once(site: Site, kind: str) -> None:
     assert site.on_all(lambda node: node.call(sha256_of, node.path / path)) == [digest] * NODES
     assert MODEL_BYTES <= site.egress(path) <= 1.1 * MODEL_BYTES
     if kind == "nginx":
-        asked_by = {line.split()[0] for line in (site.nginx.root / "access.log").read_text().splitlines()}
+        asked_by = {line.split()[0] for line in site.nginx.lines()}
         assert asked_by == {site.network.address_of(node) for node in range(NODES)}
 
 
@@ -139,13 +139,13 @@ def test_a_cache_that_dies_in_the_middle_is_no_error_and_is_used_again(site: Sit
     site.nginx.stop()
     assert site.egress(path) < 4 * MODEL_BYTES, "the rest can only come from the origin"
     assert site.on_all(lambda node: node.call(read_on, node.path / path, 4 * MODEL_BYTES)) == [digest] * NODES
-    sent_before = len(site.nginx.answers())
     site.nginx.start()
+    before = len(site.nginx.lines())
     later = {f"nginx/later{number}/w.bin": site.put(f"nginx/later{number}/w.bin", 100_000) for number in range(40)}
     site.refresh()
     for later_path, expected in later.items():
         assert site.on_all(lambda node: node.call(sha256_of, node.path / later_path)) == [expected] * NODES  # noqa: B023
-        asked_by = {line.split()[0] for line in (site.nginx.root / "access.log").read_text().splitlines()[sent_before:]}
+        asked_by = {line.split()[0] for line in site.nginx.lines()[before:]}
         if asked_by == {site.network.address_of(node) for node in range(NODES)}:
             return
         TestMount.wait_for(lambda: False, timeout_s=0.5)  # until the pauses are over, of some seconds

@@ -20,6 +20,7 @@ from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
 from tests.oci import artifacts
 from tests.registry import made
 from tests.registry.places import S3Place
+from tests.servers.chaos import ChaosProxy
 from tests.servers.dfdaemon import DfdaemonServer
 from tests.servers.docker_registry import DockerRegistry
 from tests.servers.hub import HubServer
@@ -201,8 +202,7 @@ def test_nodes_share_one_download_through_nginx(origin: Origin, nginx_cache: Ngi
     assert read_whole(*opened(origin, via=nginx_cache.url)) == OLD
     origin.put(CONTENT)
     read_by_all([opened(origin, via=nginx_cache.url) for _ in range(NODES)])
-    answers = nginx_cache.answers()
-    assert len(answers) >= 2 * (NODES + 1), "every node asked the cache"
+    answers = nginx_cache.answers(at_least=2 * (NODES + 1))  # each node asked it
     assert answers.count("MISS") <= len(keys_of(nginx_cache)), "which asked once for each slice of each version"
     has_none(nginx_cache.traces(), origin.canaries)
 
@@ -256,7 +256,7 @@ def test_a_cache_of_another_version_is_not_believed(
     assert read_whole(*opened(origin, via=stale_cache.url)) == OLD
     origin.put(CONTENT)
     assert read_whole(*opened(origin, via=stale_cache.url)) == CONTENT
-    assert stale_cache.answers()[2:] == ["HIT"], "asked once, and not for the rest"
+    assert stale_cache.answers(at_least=3)[2:] == ["HIT"], "asked once, and not for the rest"
 
 
 def test_a_registry_finds_a_cache_out_that_lies(
@@ -280,6 +280,36 @@ def test_dragonfly_that_fails_is_passed_by(how: str, nginx: NginxServer, dfdaemo
     assert dfdaemon.stats()["requests"] == 1
 
 
+@pytest.mark.parametrize(
+    "weather",
+    [
+        {"reset_after_bytes": 100_000},
+        {"truncate_after_bytes": 100_000},
+        {"stall_after_bytes": 100_000},
+        {"rate_mb_s": 0.2},
+    ],
+    ids=["reset", "end", "stall", "slow"],
+)
+def test_whatever_happens_on_the_way_to_the_cache(
+    weather: dict[str, Any], nginx: NginxServer, nginx_cache: NginxCache, chaos: Callable[[str], ChaosProxy],
+    opened: Any,
+) -> None:  # fmt: skip
+    origin = Web(nginx)
+    origin.put(CONTENT)
+    proxy = chaos(nginx_cache.url)
+    source, obj = opened(origin, via=proxy.url.rstrip("/"))
+    out = bytearray(9)
+    source.get_range(obj, ByteRange(0, 9), out=memoryview(out), deadline_s=deadline())
+    assert out == CONTENT[:9]
+    before = proxy.stats().down_bytes
+    assert before > 0
+    proxy.set(**weather)
+    whole = bytearray(CHUNK_BYTES)
+    source.get_range(obj, ByteRange(0, CHUNK_BYTES), out=memoryview(whole), deadline_s=deadline(5.0))
+    assert whole == CONTENT[:CHUNK_BYTES]
+    assert proxy.stats().down_bytes > before, "it was asked, and gave too little in time"
+
+
 def test_a_password_reaches_no_cache(nginx: NginxServer, nginx_cache: NginxCache, opened: Any) -> None:
     origin = Web(nginx)
     origin.put(CONTENT)
@@ -297,7 +327,7 @@ def test_a_registry_on_the_web_is_shared_as_well(nginx: NginxServer, nginx_cache
         source = open_source(f"mfs+{nginx.url}{name}/llama:prod", SourceOptions(via=nginx_cache.url))
         assert read_whole(source, object_of(source, PATH, list_tree(source)[PATH])) == CONTENT
         source.close()
-    assert set(nginx_cache.answers()) == {"HIT", "MISS"}
+    assert set(nginx_cache.answers(at_least=4)) == {"HIT", "MISS"}
 
 
 def test_the_cdn_is_asked_again_once_for_all_nodes(hub: HubServer, nginx_cache: NginxCache, opened: Any) -> None:

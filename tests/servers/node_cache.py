@@ -5,8 +5,10 @@ The configuration is read out of the recipe, so what operators copy is what is t
 
 from __future__ import annotations
 
+import http.client
 import re
 import shutil
+import uuid
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -103,10 +105,30 @@ class NginxCache(NodeCache):
             text = text.replace(old, new)
         (root / "nginx.conf").write_text(_NGINX.format(root=root, recipe=text))
 
-    def answers(self) -> list[str]:
-        """What became of each request: HIT, MISS, EXPIRED, …"""
+    def answers(self, *, at_least: int = 0) -> list[str]:
+        """What became of each request that has ended: HIT, MISS, EXPIRED, …; as of `lines`."""
+        return [line.rsplit(" ", 1)[1] for line in self.lines(at_least=at_least)]
+
+    def lines(self, *, at_least: int = 0) -> list[str]:
+        """The access log. It must be running. at_least: requests that are waited for: what a client has, whole, may not
+        have ended yet, since the rest of its slice is fetched too.
+        """
+        assert self._process is not None
+        self._process.wait_until(lambda: len(self._lines()) >= at_least, timeout_s=20)
+        return self._lines()
+
+    def _lines(self) -> list[str]:
+        # It is one process: once a request of ours stands there, all that ended before it do; nobody listens where that
+        # one leads.
+        mark = f"/~mark/{uuid.uuid4().hex}"
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
+        connection.request("GET", f"http://127.0.0.1:1{mark}")
+        connection.getresponse().read()
+        connection.close()
         log = self.root / "access.log"
-        return [line.rsplit(" ", 1)[1] for line in log.read_text().splitlines()] if log.exists() else []
+        assert self._process is not None
+        self._process.wait_until(lambda: mark in log.read_text(), timeout_s=10)
+        return [line for line in log.read_text().splitlines() if "/~mark/" not in line]
 
     def _argv(self) -> list[str]:
         binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
