@@ -561,7 +561,7 @@ def _options(source: SourceConfig, config: MountConfig) -> Frame:
         "mountpoint": str(config.mountpoint), "cache_directory": str(config.cache_dir or ""),
         "endpoint_url": source.endpoint_url, "profile": source.profile, "region": source.region,
         "unsigned": source.unsigned, "requester_pays": source.requester_pays, "token": source.token,
-        "layout": source.layout,
+        "layout": source.layout, "via": source.via, "dragonfly": source.dragonfly,
         "require_signature": os.fspath(source.require_signature) if source.require_signature else None,
     }  # fmt: skip
 

@@ -71,6 +71,13 @@ class Target(NamedTuple):
     """Path and query, percent-encoded."""
     shown: str
     """The URL without what might be secret: no userinfo, no query. For messages."""
+    authority: str = ""
+    """What Host says, where that is not `origin`'s name."""
+
+    def through(self, cache: Origin) -> Target:
+        """The same address in absolute form, for a cache to ask for it. Source: RFC 9112 §3.2.2."""
+        host = str(self.origin).partition("://")[2]
+        return Target(cache, f"{self.origin}{self.request_target}", f"{self.shown} through {cache}", host)
 
 
 def parse_target(url: str) -> Target:
@@ -95,11 +102,14 @@ def without_userinfo(url: str) -> str:
 class Transport:
     """A pool of connections and the two requests made over them. Thread-safe; construction does no I/O."""
 
-    def __init__(self, *, connections_max: int = 32, ca_bundle: CaBundle | None = None) -> None:
+    def __init__(
+        self, *, connections_max: int = 32, ca_bundle: CaBundle | None = None, uses_proxy: bool = True
+    ) -> None:
         """connections_max: per origin; callers beyond it wait inside their deadline.
         ca_bundle: certificates to trust as well; None for what the environment names.
+        uses_proxy: that the environment names.
         """
-        self._pool = ConnectionPool(connections_max, ca_bundle)
+        self._pool = ConnectionPool(connections_max, ca_bundle, uses_proxy=uses_proxy)
 
     def request(
         self,
@@ -157,6 +167,7 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         name: str | None = None,
         check: Callable[[http.client.HTTPMessage], None] | None = None,
+        through: Origin | None = None,
         deadline_s: float,
     ) -> Reply:
         """Fill `out` with bytes [span.start, span.stop) of an object of `size` bytes.
@@ -164,6 +175,7 @@ class Transport:
         A Content-Encoding says what the stored bytes are: they are taken as they come, if length and range are right.
         name: what error messages call the object where its URL would say little (a signed address, say).
         check: looks at the headers of a 200 or 206 before its body is read; what it raises ends the request.
+        through: a cache to ask for the URL, instead of its own host.
         Returns the 206 (or 200, where the answer is the whole object and that is small) after `out` was filled; any
         other status comes back with the start of its body, `out` untouched, for the caller to make sense of.
         Raises: IntegrityError for an answer with other bytes than asked for; ChangedError if the object has another
@@ -177,6 +189,8 @@ class Transport:
         target = parse_target(url)
         if name:
             target = target._replace(shown=f"{name} at {target.origin}")
+        if through:
+            target = target.through(through)
         wanted = {**(headers or {}), "Range": f"bytes={span.start}-{span.stop - 1}"}
         with _traced("GET", target) as trace:
             return self._read_range(target, span, trace, wanted, out, size, check, deadline_s)
@@ -294,7 +308,7 @@ def _traced(method: str, target: Target) -> Request:
 
 def translate(error: Exception, target: Target) -> MfsError:
     """Our error for one of sockets, TLS or HTTP; the cause's text is kept, nothing of the URL's secrets is."""
-    proxy = proxy_for(*target.origin)
+    proxy = None if target.authority else proxy_for(*target.origin)
     via = f" through the proxy {proxy.host}:{proxy.port}" if proxy else ""
     where = f"{target.shown}{via}"
     match error:
@@ -320,7 +334,7 @@ def _request_message(method: str, target: Target, headers: Mapping[str, str], pr
     origin = target.origin
     lines = [
         f"{method} {target.request_target} HTTP/1.1",
-        f"Host: {str(origin).partition('://')[2]}",
+        f"Host: {target.authority or str(origin).partition('://')[2]}",
         f"User-Agent: {_USER_AGENT}",
         "Accept-Encoding: identity",
         *(f"{name}: {value}" for name, value in headers.items()),
