@@ -114,6 +114,13 @@ def test_a_card_that_is_off_is_turned_on_sooner_than_work_is_pushed_out() -> Non
     assert (outcome.drains, outcome.cold_starts) == (0, 2)
 
 
+def test_shared_cards_begin_with_as_many_models_as_fit() -> None:
+    services = [_service(name, family=family) for family, name in enumerate("abc")]
+    outcome = _run(services, made.shared(2, is_preloaded=True), [0.0, 50.0, 100.0], [0, 1, 2], memory_bytes=10 * GB)
+    assert outcome.whole_s.tolist() == pytest.approx([1.0, 1.0, 11.5])
+    assert outcome.swaps == 1
+
+
 MODELS = st.lists(
     st.tuples(st.integers(1, 40), st.integers(0, 2), st.floats(0.05, 1.0)), min_size=1, max_size=6
 )  # size in GB, family, what differs

@@ -109,12 +109,14 @@ class Cluster:
                 self._keep(node, _pieces(index, service))
 
     def _preload(self) -> None:
+        """Every home of a service where that is its own; else one copy each, spread over cards, while there is room."""
+        is_static = self._setup.placement == "static"
         for line in self.lines:
-            for gpu in line.homes:
-                if gpu.missing_bytes(line.service) <= gpu.free_bytes and not (
-                    self._setup.is_exclusive and gpu.residents
-                ):
-                    self._hold(line, gpu).is_ready = True
+            able = [gpu for gpu in line.homes if gpu.is_on and gpu.missing_bytes(line.service) <= gpu.free_bytes]
+            able = [gpu for gpu in able if not (self._setup.is_exclusive and gpu.residents)]
+            able.sort(key=lambda gpu: -gpu.free_bytes)
+            for gpu in able if is_static else able[:1]:
+                self._hold(line, gpu).is_ready = True
 
     # --- requests ---
 

@@ -61,15 +61,15 @@ def compare(scenario: Scenario, say: Say, names: Sequence[str] = setups.NAMES) -
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of traffic. Fleets are the fewest cards whose mean share of requests in time reaches the target."""
+    """One kind of traffic. Fleets are, seed by seed, the fewest cards with enough requests in time."""
 
     utilisation: float
     burstiness: float
-    dedicated_gpus: int | None
-    """None: not with the most cards that were tried."""
-    shared_gpus: int | None
-    fixed_saving: float | None
-    """Of GPU-hours of fleets that are always on."""
+    dedicated_gpus: Estimate | None
+    """None: for some seed not with the most cards that were tried."""
+    shared_gpus: Estimate | None
+    fixed_saving: Estimate | None
+    """Of fleets that are always on."""
     elastic_saving: Estimate
     """Of GPU-hours, shared and elastic against single-model servers that go to zero on mfs: same keep-alive."""
     always_on_saving: Estimate
@@ -96,9 +96,10 @@ def traffic_map(
 def _cell(scenario: Scenario) -> Cell:
     drawn = [scenario.requests(seed) for seed in scenario.seeds]
     count = scenario.services_count
-    dedicated = fewest_gpus(scenario, drawn, SINGLE, range(count, _FLEET_MAX_FACTOR * count + 1, count))
-    most = dedicated or _FLEET_MAX_FACTOR * count
-    shared = fewest_gpus(scenario, drawn, SHARED, range(1, _FLEET_MAX_FACTOR * count + 1))
+    largest = _FLEET_MAX_FACTOR * count
+    dedicated = fewest_gpus(scenario, drawn, SINGLE, range(count, largest + 1, count))
+    shared = fewest_gpus(scenario, drawn, SHARED, range(1, largest + 1))
+    most = max(dedicated) if dedicated else largest
     elastic, lazy = Series(ELASTIC), Series(LAZY)
     for requests in drawn:
         for series in (elastic, lazy):
@@ -107,9 +108,9 @@ def _cell(scenario: Scenario) -> Cell:
     return Cell(
         utilisation=scenario.utilisation,
         burstiness=scenario.traffic.burstiness if scenario.traffic.kind == "bursty" else 1.0,
-        dedicated_gpus=dedicated,
-        shared_gpus=shared,
-        fixed_saving=1 - shared / dedicated if shared and dedicated else None,
+        dedicated_gpus=estimate(dedicated) if dedicated else None,
+        shared_gpus=estimate(shared) if shared else None,
+        fixed_saving=saving(shared, dedicated) if shared and dedicated else None,
         elastic_saving=elastic.saves(lazy),
         always_on_saving=elastic.saves(always_on),
         in_time={ELASTIC: elastic.of("in_time").mean, LAZY: lazy.of("in_time").mean},
@@ -117,26 +118,24 @@ def _cell(scenario: Scenario) -> Cell:
     )
 
 
-def fewest_gpus(scenario: Scenario, drawn: Sequence[Requests], name: str, sizes: range) -> int | None:
-    """By bisection: more cards are taken to serve no fewer requests in time. None if the most are not enough."""
-    low, high = 0, len(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        if _is_enough(scenario, drawn, _sized(scenario, name, sizes[middle])):
-            high = middle
-        else:
-            low = middle + 1
-    return sizes[low] if low < len(sizes) else None
+def fewest_gpus(scenario: Scenario, drawn: Sequence[Requests], name: str, sizes: range) -> list[int] | None:
+    """For each seed, by bisection: more cards are taken to serve no fewer requests in time.
 
-
-def _is_enough(scenario: Scenario, drawn: Sequence[Requests], setup: Setup) -> bool:
-    """Stops as soon as the seeds that are left cannot change it."""
-    missing = (1 - scenario.in_time_target) * len(drawn)
+    None if the most are not enough for one of them.
+    """
+    found = []
     for requests in drawn:
-        missing -= 1 - _run(scenario, setup, requests)["in_time"]
-        if missing < 0:
-            return False
-    return True
+        low, high = 0, len(sizes)
+        while low < high:
+            middle = (low + high) // 2
+            if _run(scenario, _sized(scenario, name, sizes[middle]), requests)["in_time"] >= scenario.in_time_target:
+                high = middle
+            else:
+                low = middle + 1
+        if low == len(sizes):
+            return None
+        found.append(sizes[low])
+    return found
 
 
 def _sized(scenario: Scenario, name: str, gpus: int) -> Setup:
@@ -155,7 +154,7 @@ class Step:
     services: int
     gpus: int
     shared: Series
-    fewest: int | None
+    fewest: Estimate | None
     seconds: float
     """That one run of it took, on average."""
 
@@ -171,7 +170,7 @@ def growth(scenario: Scenario, steps: Sequence[tuple[int, int]], say: Say, *, ha
             shared.add(_run(sized, _sized(sized, SHARED, gpus), requests))
         seconds = (time.monotonic() - began_s) / len(drawn)
         fewest = fewest_gpus(sized, drawn, SHARED, range(1, services + 1)) if has_fewest else None
-        grown.append(Step(services, gpus, shared, fewest, seconds))
+        grown.append(Step(services, gpus, shared, estimate(fewest) if fewest else None, seconds))
         say(f"{services} services on {gpus} GPUs: {len(drawn[0]):,} requests in {seconds:.1f} s; fewest {fewest}")
     return grown
 
@@ -185,8 +184,9 @@ def _run(scenario: Scenario, setup: Setup, requests: Requests) -> dict[str, floa
 
 def _told(cell: Cell) -> str:
     return (
-        f"utilisation {cell.utilisation:g}, burstiness {cell.burstiness:g}: {cell.dedicated_gpus} dedicated, "
-        f"{cell.shared_gpus} shared; elastic saves {cell.elastic_saving.mean:.0%}"
+        f"utilisation {cell.utilisation:g}, burstiness {cell.burstiness:g}: "
+        f"fixed saves {cell.fixed_saving.mean if cell.fixed_saving else float('nan'):.0%}, "
+        f"elastic {cell.elastic_saving.mean:.0%}"
     )
 
 

@@ -48,11 +48,11 @@ def draw_map(path: Path, cells: Sequence[Cell], title: str) -> None:
         grid = [[float("nan") for _ in utilisations] for _ in burstinesses]
         for cell in cells:
             x, y = utilisations.index(cell.utilisation), burstinesses.index(cell.burstiness)
-            saved = cell.fixed_saving if is_fixed else cell.elastic_saving.mean
-            grid[y][x] = float("nan") if saved is None else 100 * saved
-            text = "–" if saved is None else f"{100 * saved:.0f}"
+            saved = cell.fixed_saving if is_fixed else cell.elastic_saving
+            grid[y][x] = 100 * saved.mean if saved else float("nan")
+            text = f"{100 * saved.mean:.0f}" if saved else "–"
             is_late = not is_fixed and cell.in_time[ELASTIC] < cell.target
-            weight = "bold" if saved is not None and saved >= _CLAIM and not is_late else "normal"
+            weight = "bold" if saved and saved.mean >= _CLAIM and not is_late else "normal"
             axes.text(x, y, f"({text})" if is_late else text, ha="center", va="center", fontweight=weight)
         image = axes.imshow(grid, origin="lower", aspect="auto", cmap="RdYlGn", vmin=100 * _CLAIM - 60, vmax=100)
         axes.set_xticks(range(len(utilisations)), [f"{100 * each:g}" for each in utilisations])
@@ -67,8 +67,12 @@ def draw_growth(path: Path, steps: Sequence[Step], title: str) -> None:
     """Left: cards that keep the SLO, for each service. Right: waiting for the first token."""
     figure, (cards, waits) = _pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
     services = [step.services for step in steps]
-    found = [(step.services, step.fewest / step.services) for step in steps if step.fewest]
-    cards.plot([each for each, _ in found], [share for _, share in found], "o-", label="fewest that keep the SLO")
+    found = [(step.services, step.fewest) for step in steps if step.fewest]
+    cards.errorbar(
+        [each for each, _ in found], [fewest.mean / each for each, fewest in found],
+        yerr=[_width(fewest.half_width / each) for each, fewest in found], fmt="o-", capsize=3,
+        label="fewest that keep the SLO",
+    )  # fmt: skip
     cards.plot(services, [step.gpus / step.services for step in steps], "--", color="grey", label="given on the right")
     cards.set(xscale="log", xlabel="services", ylabel="shared GPUs for each service", ylim=(0, None))
     for key, name in (("first_token_p50_s", "median"), ("first_token_p99_s", "99th percentile")):

@@ -82,7 +82,7 @@ def print_systems(console: Console, all_series: Sequence[Series]) -> None:
 
 
 def print_map(console: Console, cells: Sequence[Cell]) -> None:
-    table = _table(f"GPUs that keep the SLO for {cells[0].target:.0%} of the requests, and GPU-hours saved")
+    table = _table(f"GPUs that keep the SLO for {cells[0].target:.0%}, and GPU-hours saved")
     for name in (
         "utilisation", "burstiness", "dedicated", "shared", "saved, %", "elastic saves, %", "of always on, %",
         "in time: elastic, %", "to zero, %",
@@ -92,9 +92,9 @@ def print_map(console: Console, cells: Sequence[Cell]) -> None:
         table.add_row(
             f"{cell.utilisation:g}",
             f"{cell.burstiness:g}",
-            str(cell.dedicated_gpus or "none"),
-            str(cell.shared_gpus or "none"),
-            "" if cell.fixed_saving is None else number(100 * cell.fixed_saving),
+            told(cell.dedicated_gpus),
+            told(cell.shared_gpus),
+            told(cell.fixed_saving, 100),
             told(cell.elastic_saving, 100),
             told(cell.always_on_saving, 100),
             *(number(100 * share) for share in cell.in_time.values()),
@@ -114,7 +114,7 @@ def print_growth(console: Console, steps: Sequence[Step]) -> None:
         of = step.shared.of
         table.add_row(
             str(step.services), str(step.gpus), told(of("in_time"), 100), told(of("first_token_p50_s")),
-            told(of("first_token_p99_s")), told(of("swaps")), told(of("busy"), 100), str(step.fewest or ""),
+            told(of("first_token_p99_s")), told(of("swaps")), told(of("busy"), 100), told(step.fewest),
             told(of("requests")), number(step.seconds),
         )  # fmt: skip
     console.print()
@@ -143,9 +143,9 @@ def print_ways(console: Console, ways: dict[str, Way], title: str) -> None:
     console.print(table)
 
 
-def told(found: Estimate, factor: float = 1) -> str:
+def told(found: Estimate | None, factor: float = 1) -> str:
     """Mean ± half of its confidence interval."""
-    if not math.isfinite(found.mean):
+    if found is None or not math.isfinite(found.mean):
         return "none"
     width = "" if not math.isfinite(found.half_width) else f" ±{number(found.half_width * factor)}"
     return f"{number(found.mean * factor)}{width}"

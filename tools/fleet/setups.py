@@ -23,7 +23,7 @@ class Setup:
     is_exclusive: bool = False
     """A card holds one model at a time: single-model servers."""
     is_preloaded: bool = False
-    """With static placement: every model stands on its cards from the beginning."""
+    """Cards that are on hold models from the beginning: by static placement their own, else what fits."""
     placement: str = "least-loaded"
     eviction: str = "lru"
     keep_alive_s: float = 300.0
@@ -60,10 +60,6 @@ class Setup:
         ):
             if not is_right:
                 raise UsageError(f"{self.name}: expected {expected}, got {given!r}")
-        if self.is_preloaded and self.placement != "static":
-            raise UsageError(
-                f"{self.name}: expected static placement where models are preloaded, got {self.placement!r}"
-            )
 
 
 SINGLE, COLD, LAZY, SHARED, ELASTIC = "dedicated", "zero-download", "zero-mfs", "shared", "elastic"
@@ -71,7 +67,7 @@ NAMES = (SINGLE, COLD, LAZY, SHARED, ELASTIC)
 DESCRIPTIONS = {
     SINGLE: "a server and a GPU for each service, always on: no cold starts",
     COLD: "a server and a GPU for each service while it is used, else off; weights are downloaded at each start",
-    LAZY: "as zero-download, but from an mfs mount with the node's SSD and RAM behind it, loaded by gpuload",
+    LAZY: "as zero-download, but from an mfs mount over the node's SSD and RAM, loaded by gpuload",
     SHARED: "GPUs that are always on and hold several models each; others are swapped in by gpuload",
     ELASTIC: "as shared, and a GPU that nobody used for the keep-alive is off",
 }
@@ -110,8 +106,8 @@ def standard(
             replicas_max=replicas_max,
         ),
         SHARED: Setup(
-            SHARED, ways["gpuload"], shared_gpus, shared_gpus, placement=placement, eviction=eviction,
-            replicas_max=shared_gpus,
+            SHARED, ways["gpuload"], shared_gpus, shared_gpus, is_preloaded=True, placement=placement,
+            eviction=eviction, replicas_max=shared_gpus,
         ),
         ELASTIC: Setup(
             ELASTIC, ways["gpuload"], shared_gpus, placement=placement, eviction=eviction, keep_alive_s=keep_alive_s,
