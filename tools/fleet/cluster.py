@@ -241,22 +241,33 @@ class Cluster:
         self._watch_idle(gpu)
 
     def _load(self, line: Line, gpus: Iterable[Gpu], step_max: int) -> bool:
-        """Bring a copy to the best of these cards, by no worse a step than this. False: none can take it."""
+        """Bring a copy to the best of these cards, by no worse a step than this. False: none can take it.
+
+        Who would have to go is asked only of cards that would beat the best so far if nobody had to.
+        """
         best: tuple[tuple[float, ...], Candidate] | None = None
+        loads_s: dict[tuple[int, bool, bool], float] = {}
         for gpu in gpus:
-            found = self._candidate(line, gpu, step_max)
-            if found is not None:
-                key = self._placement(found)
-                if best is None or key < best[0]:
-                    best = key, found
+            if line.index in gpu.residents or gpu.waits_for_drains is not None:
+                continue
+            alike = id(gpu.node), gpu.is_on, line.service.family in gpu.families
+            if alike not in loads_s:
+                loads_s[alike] = self._load_s(line, gpu)
+            has_room = gpu.missing_bytes(line.service) <= gpu.free_bytes
+            step = policies.FREE if has_room else policies.EVICTS
+            hoped = Candidate(step, gpu.index, gpu.batch.running, loads_s[alike], 0.0, 0.0, None)
+            if best is None or self._placement(hoped) < best[0]:
+                found = self._candidate(line, gpu, step_max, loads_s[alike])
+                if found is not None:
+                    key = self._placement(found)
+                    if best is None or key < best[0]:
+                        best = key, found
         if best is None:
             return False
         self._bring(line, best[1])
         return True
 
-    def _candidate(self, line: Line, gpu: Gpu, step_max: int) -> Candidate | None:
-        if line.index in gpu.residents or gpu.waits_for_drains is not None:
-            return None
+    def _candidate(self, line: Line, gpu: Gpu, step_max: int, load_s: float) -> Candidate | None:
         going = self._victims(line, gpu, may_drain=step_max >= policies.DRAINS)
         if going is None:
             return None
@@ -274,8 +285,7 @@ class Cluster:
             return None
         rates = {index: self.lines[index].rate_per_s(self._env.now) for index in gpu.residents}
         lost = sum(rates[replica.index] for replica in going)
-        running = gpu.batch.running
-        return Candidate(step, gpu.index, running, self._load_s(line, gpu), lost, sum(rates.values()), going)
+        return Candidate(step, gpu.index, gpu.batch.running, load_s, lost, sum(rates.values()), going)
 
     def _victims(self, line: Line, gpu: Gpu, *, may_drain: bool) -> list[Replica] | None:
         """Who has to go for this model to fit; None if that is not to be had."""

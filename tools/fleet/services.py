@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from mfs.errors import UsageError
 
@@ -58,11 +59,11 @@ class Service:
     prompt_token_s: float
     """One token of a prompt, alone on the card."""
 
-    @property
+    @cached_property
     def own_bytes(self) -> int:
         return round(self.weights_bytes * self.different_share)
 
-    @property
+    @cached_property
     def common_bytes(self) -> int:
         return self.weights_bytes - self.own_bytes
 
