@@ -40,6 +40,22 @@ def test_a_better_step_comes_before_any_policy(name: str) -> None:
     assert min(Candidate(DRAINS, 0, 0, 0.0, 0.0, 0.0, None), worst, key=PLACEMENTS[name]) is worst
 
 
+FLOATS = st.floats(0, 1e6)
+
+
+@given(
+    st.sampled_from(sorted(PLACEMENTS)), st.integers(FREE, DRAINS), st.integers(FREE, DRAINS), st.integers(0, 9),
+    FLOATS, FLOATS, FLOATS,
+)  # fmt: skip
+def test_what_is_hoped_of_a_card_is_no_worse_than_what_is_found(
+    name: str, step: int, hoped_step: int, running: int, load_s: float, lost: float, there: float
+) -> None:
+    """Why `Choice.best` may leave out cards whose hope does not beat the best: it would find nothing better."""
+    found = Candidate(max(step, hoped_step), 3, running, load_s, lost, there, None)
+    hoped = Candidate(min(step, hoped_step), 3, running, load_s, 0.0, 0.0, None)
+    assert PLACEMENTS[name](hoped) <= PLACEMENTS[name](found)
+
+
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_homes_cover_every_card_and_are_shared_only_where_they_must_be(services: int, gpus: int) -> None:
     homes = [set(home_gpus(service, services, gpus)) for service in range(services)]

@@ -8,6 +8,8 @@
     policies     where a model goes, and who makes room
     setups       the systems compared
     batch, gpu   the sequences of one card; its memory and its hours
+    loads        what bringing a model to a card takes
+    choice       which card takes a model, and who has to go there
     cluster      the conductor
     simulate     one run, and what must be true of it
     stats        means and intervals over seeds

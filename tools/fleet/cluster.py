@@ -10,47 +10,22 @@ starved by small ones. More copies come only where many wait and room is free or
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import simpy
 
 from tools.fleet import policies
+from tools.fleet.choice import Choice, Line
 from tools.fleet.gpu import IDLE, Gpu, Node, Replica
-from tools.fleet.policies import Candidate, Resident
+from tools.fleet.loads import Loads
+from tools.fleet.policies import Candidate
 from tools.fleet.services import Card, Service
 from tools.fleet.setups import Setup
-from tools.fleet.tiers import Piece
 from tools.fleet.traffic import Requests
 
 _RETRY_S = 1.0
 """A wanting service that only time can help (quantum_s), or a line that wants another copy, looks again so often."""
-
-_RATE_WINDOW_S = 600.0
-"""Over which a service's request rate is averaged, exponentially, for policies."""
-
-
-class Line:
-    """A service as it stands now: who waits, where it is, how often it was asked for of late."""
-
-    def __init__(self, index: int, service: Service, homes: Sequence[Gpu]) -> None:
-        self.index, self.service, self.homes = index, service, homes
-        self.waiting: deque[int] = deque()
-        self.replicas: list[Replica] = []
-        self.grown_at_s = -math.inf
-        self._rate_per_s = 0.0
-        self._rated_at_s = 0.0
-
-    def rate_per_s(self, now_s: float) -> float:
-        return self._rate_per_s * math.exp((self._rated_at_s - now_s) / _RATE_WINDOW_S)
-
-    def note(self, now_s: float) -> None:
-        self._rate_per_s = self.rate_per_s(now_s) + 1 / _RATE_WINDOW_S
-        self._rated_at_s = now_s
-
-    def staying(self) -> list[Replica]:
-        return [replica for replica in self.replicas if not replica.is_draining]
 
 
 class Cluster:
@@ -60,8 +35,7 @@ class Cluster:
         self, env: simpy.Environment, services: Sequence[Service], card: Card, setup: Setup, requests: Requests
     ) -> None:
         self._env, self._setup, self._card = env, setup, card
-        self._placement = policies.PLACEMENTS[setup.placement]
-        self._eviction = policies.EVICTIONS[setup.eviction]
+        self.loads = Loads(setup)
         self._packs = setup.gpus_min < setup.gpus_max
         nodes = [Node(setup.ssd_bytes, setup.ram_bytes) for _ in range(-(-setup.gpus_max // setup.gpus_per_node))]
         self.gpus = [
@@ -69,6 +43,7 @@ class Cluster:
             for index in range(setup.gpus_max)
         ]
         self.lines = [Line(index, service, self._homes(index, services)) for index, service in enumerate(services)]
+        self._choice = Choice(env, card, setup, self.lines, self.loads)
         self._wanting: dict[int, Line] = {}
         self._is_retrying = False
         self._service_of = requests.service.tolist()
@@ -87,12 +62,11 @@ class Cluster:
         self._left = count
         self.done = env.event()
         self.cold_starts = self.swaps = self.drains = 0
-        self.moved_bytes = {"origin": 0, "ssd": 0, "ram": 0}
         for gpu in self.gpus[: setup.gpus_min]:
             gpu.is_on = True
             gpu.settle()
         if setup.is_warm:
-            self._warm(nodes, services)
+            self.loads.warm(nodes, services)
         if setup.is_preloaded:
             self._preload()
         if not count:
@@ -102,11 +76,6 @@ class Cluster:
         if self._setup.placement != "static":
             return self.gpus
         return [self.gpus[i] for i in policies.home_gpus(index, len(services), len(self.gpus))]
-
-    def _warm(self, nodes: Sequence[Node], services: Sequence[Service]) -> None:
-        for node in nodes:
-            for service, index in zip(reversed(services), reversed(range(len(services))), strict=True):
-                self._keep(node, _pieces(index, service))
 
     def _preload(self) -> None:
         """Every home of a service where that is its own; else one copy each, spread over cards, while there is room."""
@@ -241,87 +210,15 @@ class Cluster:
         self._watch_idle(gpu)
 
     def _load(self, line: Line, gpus: Iterable[Gpu], step_max: int) -> bool:
-        """Bring a copy to the best of these cards, by no worse a step than this. False: none can take it.
-
-        Who would have to go is asked only of cards that would beat the best so far if nobody had to.
-        """
-        best: tuple[tuple[float, ...], Candidate] | None = None
-        loads_s: dict[tuple[int, bool, bool], float] = {}
-        for gpu in gpus:
-            if line.index in gpu.residents or gpu.waits_for_drains is not None:
-                continue
-            alike = id(gpu.node), gpu.is_on, line.service.family in gpu.families
-            if alike not in loads_s:
-                loads_s[alike] = self._load_s(line, gpu)
-            has_room = gpu.missing_bytes(line.service) <= gpu.free_bytes
-            step = policies.FREE if has_room else policies.EVICTS
-            hoped = Candidate(step, gpu.index, gpu.batch.running, loads_s[alike], 0.0, 0.0, None)
-            if best is None or self._placement(hoped) < best[0]:
-                found = self._candidate(line, gpu, step_max, loads_s[alike])
-                if found is not None:
-                    key = self._placement(found)
-                    if best is None or key < best[0]:
-                        best = key, found
-        if best is None:
-            return False
-        self._bring(line, best[1])
-        return True
-
-    def _candidate(self, line: Line, gpu: Gpu, step_max: int, load_s: float) -> Candidate | None:
-        going = self._victims(line, gpu, may_drain=step_max >= policies.DRAINS)
-        if going is None:
-            return None
-        if any(replica.running or not replica.is_ready for replica in going):
-            step = policies.DRAINS
-        elif not gpu.is_on:
-            step = policies.OFF
-        elif gpu.batch.running >= self._card.sequences_max:
-            step = policies.CROWDED
-        elif going:
-            step = policies.CROWDED if self._setup.is_exclusive else policies.EVICTS
-        else:
-            step = policies.FREE
-        if step > step_max:
-            return None
-        rates = {index: self.lines[index].rate_per_s(self._env.now) for index in gpu.residents}
-        lost = sum(rates[replica.index] for replica in going)
-        return Candidate(step, gpu.index, gpu.batch.running, load_s, lost, sum(rates.values()), going)
-
-    def _victims(self, line: Line, gpu: Gpu, *, may_drain: bool) -> list[Replica] | None:
-        """Who has to go for this model to fit; None if that is not to be had."""
-        if self._setup.is_exclusive:
-            going = list(gpu.residents.values())
-            return going if all(self._may_go(replica, may_drain) for replica in going) else None
-        if gpu.missing_bytes(line.service) <= gpu.free_bytes:
-            return []
-        able = [replica for replica in gpu.residents.values() if self._may_go(replica, may_drain)]
-        able.sort(key=lambda replica: (replica.running > 0, self._eviction(self._as_resident(replica))))
-        going = []
-        for replica in able:
-            going.append(replica)
-            if gpu.freed_bytes(going, line.service) >= 0:
-                return going
-        return None
-
-    def _may_go(self, replica: Replica, may_drain: bool) -> bool:
-        if not replica.is_ready or replica.is_draining:
-            return False
-        if not replica.running and not self.lines[replica.index].waiting:
-            return True
-        return may_drain and self._env.now >= replica.ready_at_s + self._setup.quantum_s
-
-    def _as_resident(self, replica: Replica) -> Resident:
-        line, service = self.lines[replica.index], replica.service
-        is_last = replica.gpu.families[service.family] == 1
-        freed_bytes = service.weights_bytes if is_last else service.own_bytes
-        way = self._setup.way
-        reload_s = way.swap_s.value + freed_bytes / (way.ram or way.ssd or way.origin).value
-        rate = line.rate_per_s(self._env.now)
-        return Resident(replica.last_used_s, replica.uses_count, rate, reload_s, freed_bytes)
+        """Bring a copy to the best of these cards, by no worse a step than this. False: none can take it."""
+        found = self._choice.best(line, gpus, step_max)
+        if found is not None:
+            self._bring(line, found)
+        return found is not None
 
     def _bring(self, line: Line, found: Candidate) -> None:
         gpu, going = self.gpus[found.gpu], found.plan
-        seconds = self._load_s(line, gpu)
+        seconds = self.loads.seconds(line.index, line.service, gpu)
         if self._setup.is_exclusive or not gpu.is_on:
             self.cold_starts += 1
         else:
@@ -329,10 +226,7 @@ class Cluster:
         if not gpu.is_on:
             gpu.is_on = True
             seconds += self._setup.boot_s
-        missing = self._missing_pieces(line, gpu)
-        for piece, size_bytes in missing:
-            self.moved_bytes[self._tier(gpu.node, piece)] += size_bytes
-        self._keep(gpu.node, missing)
+        self.loads.book(line.index, line.service, gpu)
         replica = self._hold(line, gpu)
         draining = [victim for victim in going if victim.running]
         for victim in draining:
@@ -406,41 +300,6 @@ class Cluster:
             self._evict(replica)
         gpu.is_on = False
         gpu.settle()
-
-    # --- where bytes are ---
-
-    def _load_s(self, line: Line, gpu: Gpu) -> float:
-        way = self._setup.way
-        rates = {"origin": way.origin, "ssd": way.ssd, "ram": way.ram}
-        fixed_s = way.swap_s if gpu.is_on and not self._setup.is_exclusive else way.start_s
-        seconds = fixed_s.value
-        for piece, size_bytes in self._missing_pieces(line, gpu):
-            rate = rates[self._tier(gpu.node, piece)]
-            assert rate is not None  # a tier that has the piece has a rate
-            seconds += size_bytes / rate.value
-        return seconds
-
-    def _missing_pieces(self, line: Line, gpu: Gpu) -> list[tuple[Piece, int]]:
-        """A server of one model is a new process, which finds nothing on its card."""
-        is_there = line.service.family in gpu.families and not self._setup.is_exclusive
-        return [each for each in _pieces(line.index, line.service) if each[0][0] == "own" or not is_there]
-
-    def _tier(self, node: Node, piece: Piece) -> str:
-        if piece in node.ram:
-            return "ram"
-        return "ssd" if piece in node.ssd else "origin"
-
-    def _keep(self, node: Node, pieces: Iterable[tuple[Piece, int]]) -> None:
-        for piece, size_bytes in pieces:
-            if self._setup.way.ssd is not None:
-                node.ssd.use(piece, size_bytes)
-            if self._setup.way.ram is not None:
-                node.ram.use(piece, size_bytes)
-
-
-def _pieces(index: int, service: Service) -> list[tuple[Piece, int]]:
-    both = [(("own", index), service.own_bytes), (("common", service.family), service.common_bytes)]
-    return [(piece, size_bytes) for piece, size_bytes in both if size_bytes]
 
 
 def _after(env: simpy.Environment, seconds: float, then: Any) -> None:

@@ -112,7 +112,7 @@ def simulate(
         cold_starts=cluster.cold_starts,
         swaps=cluster.swaps,
         drains=cluster.drains,
-        moved_bytes=cluster.moved_bytes,
+        moved_bytes=cluster.loads.moved_bytes,
     )
 
 
