@@ -88,6 +88,13 @@ def test_a_model_at_work_goes_when_it_has_finished_after_its_quantum() -> None:
     assert outcome.whole_s.tolist() == pytest.approx([110.5, 110.5 + 10.5 + 1 - 20])
 
 
+def test_within_its_quantum_a_model_goes_on_taking_work() -> None:
+    services = [_service("a"), _service("b", family=1)]
+    at_s, of = [0.0, 20.0, 30.0], [0, 1, 0]
+    outcome = _run(services, made.shared(quantum_s=30.0), at_s, of, [100.0, 1.0, 1.0], memory_bytes=10 * GB)
+    assert outcome.whole_s[2] == pytest.approx(1.0)
+
+
 def test_a_model_asked_to_go_takes_nothing_new() -> None:
     services = [_service("a"), _service("b", family=1)]
     at_s, of = [0.0, 20.0, 60.0], [0, 1, 0]

@@ -11,7 +11,7 @@ import simpy
 
 from mfs.errors import MfsError
 from tools.fleet.cluster import Cluster
-from tools.fleet.gpu import BUSY, OFF, STATES
+from tools.fleet.gpu import BUSY, OFF, STATES, Gpu
 from tools.fleet.services import Card, Service
 from tools.fleet.setups import Setup
 from tools.fleet.traffic import Floats, Requests
@@ -95,7 +95,7 @@ def simulate(
         env.run(until=requests.duration_s)  # cards that turn themselves off do so
     for gpu in cluster.gpus:
         gpu.settle()
-    _check(cluster, setup, env.now)
+    _check(cluster, setup, card.weights_bytes, env.now)
     slo = slo or Slo()
     at_s, first_s, ended_s = requests.at_s, np.array(cluster.first_s), np.array(cluster.ended_s)
     counted = at_s >= settled_s
@@ -116,7 +116,7 @@ def simulate(
     )
 
 
-def _check(cluster: Cluster, setup: Setup, now_s: float) -> None:
+def _check(cluster: Cluster, setup: Setup, weights_bytes: int, now_s: float) -> None:
     """No request lost; each begins and ends in order; Little's law; every card's hours; its memory."""
     at_s, first_s, ended_s = np.array(cluster.at_s), np.array(cluster.first_s), np.array(cluster.ended_s)
     sojourns_s = float((ended_s - at_s).sum())
@@ -131,10 +131,19 @@ def _check(cluster: Cluster, setup: Setup, now_s: float) -> None:
             (f"hours of GPU {gpu.index}", _is_near(sum(gpu.seconds.values()), now_s, max(1.0, now_s))),
             (f"nothing runs on GPU {gpu.index}", gpu.batch.running == 0),
             (f"memory of GPU {gpu.index}", gpu.waits_for_drains is not None or gpu.free_bytes >= 0),
+            (f"bytes on GPU {gpu.index}", gpu.free_bytes + _held_bytes(gpu) == weights_bytes),
         ]
     broken = [what for what, holds in claims if not holds]
     if broken:
         raise SimulationError(f"{setup.name}: does not hold: {', '.join(broken)}")
+
+
+def _held_bytes(gpu: Gpu) -> int:
+    """Counted anew: what each model has alone, and what a family shares, once."""
+    services = [replica.service for replica in gpu.residents.values()]
+    return sum(each.own_bytes for each in services) + sum(
+        {each.family: each.common_bytes for each in services}.values()
+    )
 
 
 def _is_near(one: float, other: float, scale: float) -> bool:
