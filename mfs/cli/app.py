@@ -9,6 +9,8 @@ import click
 from mfs.cli import (
     apply,
     diff,
+    doctor,
+    estimate,
     look,
     mount,
     push,
@@ -29,6 +31,7 @@ _GROUPS = (
     ("Look", ("ls", "stat", "status", "watch")),
     ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify", "apply")),
     ("Registry", ("push", "sign", "tag", "rollback", "log", "diff", "rm", "gc", "fsck")),
+    ("Plan", ("doctor", "estimate")),
     ("Set up", ("config", "triton", "completion", "version")),
 )
 _SECTIONS = {
@@ -76,7 +79,8 @@ def cli(**_: Any) -> None:
 for _command in (
     mount.mount, umount.umount, look.ls, look.stat, status.status, watch.watch, tiers.prefetch, tiers.evict, tiers.pin,
     tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push, sign.sign, diff.diff, registry.tag,
-    registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck, settings.config, triton.triton,
+    registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck, doctor.doctor,
+    estimate.estimate, settings.config, triton.triton,
     shell.completion, shell.version,
 ):  # fmt: skip
     cli.add_command(_command)
