@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -73,6 +75,8 @@ def examine(found: Compatibility, wanted: Sequence[str]) -> Iterator[Finding]:
     found.wheel = wheel()
     wants_cuda = any(name.startswith("cuda") for name in wanted)
     yield _torch(found.wheel, wants_cuda)
+    if runtime := _runtime():
+        yield ok("CUDA runtime", runtime)
     found.driver_release = look_at.driver_release()
     try:
         driver = cu.load_driver()
@@ -119,6 +123,16 @@ def _torch(wheel: Wheel, wants_cuda: bool) -> Finding:
     if wants_cuda:
         return fault("torch", value, "install a build with CUDA: https://pytorch.org/get-started/locally")
     return ok("torch", value)
+
+
+def _runtime() -> str:
+    """'12.6.77, of nvidia-cuda-runtime-cu12': the wheels that torch loads its runtime from; '' without one."""
+    names = ("nvidia-cuda-runtime", *(f"nvidia-cuda-runtime-cu{major}" for major in compat.DRIVERS))
+    there = []
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            there.append(f"{importlib.metadata.version(name)}, of {name}")
+    return "; ".join(there)
 
 
 def _pairing(found: Compatibility, toolkit: compat.Version, runs: compat.Runs) -> Finding:

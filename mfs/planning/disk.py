@@ -33,6 +33,10 @@ SPEED_SECONDS_MAX = 2.0
 SLOW_BYTES_S = 400e6
 """Below it a disk is slower than a link of 4 Gbit/s, and than what an origin usually gives."""
 
+_FLAGS = (
+    (os.ST_NOSUID, "nosuid"), (os.ST_NODEV, "nodev"), (os.ST_NOEXEC, "noexec"), (os.ST_SYNCHRONOUS, "sync"),
+    (os.ST_NOATIME, "noatime"), (os.ST_RELATIME, "relatime"),
+)  # fmt: skip
 _PIECES_AT_ONCE = 4  # as workers write
 _FICLONE = 0x40049409  # linux/fs.h
 _AWAY = ("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "lustre", "gpfs", "beegfs", "afs", "glusterfs")
@@ -97,7 +101,11 @@ def _file_system(directory: Path) -> Finding:
     mount, what = mount_of(directory), "cache: file system"
     if mount is None:
         return note(what, "not in the table of mounts")
-    value = f"{mount.fstype} at {mount.mountpoint} ({mount.source}; {mount.options})"
+    flags = os.statvfs(directory).f_flag
+    options = ",".join([*(name for bit, name in _FLAGS if flags & bit), mount.options])
+    value = f"{mount.fstype} at {mount.mountpoint} ({mount.source}; {options})"
+    if flags & os.ST_SYNCHRONOUS:
+        return warning(what, value, "every write waits for the disk: mount it without 'sync'")
     if mount.fstype == "overlay":
         return warning(
             what, value, "a container's own layer ends with it, and is slow: put the cache on a volume of the node"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import pwd
 import re
 import shutil
 from collections.abc import Iterator
@@ -96,6 +97,10 @@ def _may_mount(root: Path) -> Finding:
         if _capabilities(root / "proc/self/status") >> _CAP_SYS_ADMIN & 1:
             return ok("mounting", "root, with CAP_SYS_ADMIN; fusermount3 is not needed")
         return fault("mounting", "root without CAP_SYS_ADMIN", "in a container: --cap-add SYS_ADMIN")
+    if not _has_name(os.geteuid()):
+        return fault(
+            "mounting", f"uid {os.geteuid()} has no name", "fusermount3 mounts for users in /etc/passwd: add one there"
+        )
     program = shutil.which("fusermount3")
     if program is None:
         return fault("mounting", "fusermount3 is not installed", "install it (Debian: fuse3), or mount as root")
@@ -103,6 +108,13 @@ def _may_mount(root: Path) -> Finding:
     if not (status.st_mode & 0o4000 and status.st_uid == 0):
         return fault("mounting", f"{program} is not setuid root", f"as root: chown root {program}; chmod u+s {program}")
     return ok("mounting", f"by {program}")
+
+
+def _has_name(uid: int) -> bool:
+    try:
+        return bool(pwd.getpwuid(uid))
+    except KeyError:
+        return False
 
 
 def _capabilities(status: Path) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from mfs.config import SourceConfig
-from mfs.errors import AccessError, MfsError, NotFoundError
+from mfs.errors import AccessError, MfsError, NotFoundError, TransientStoreError
 from mfs.fetch.dates import epoch_s
 from mfs.fetch.environment import Proxy, proxy_for, trust_store
 from mfs.fetch.transport import Target, Transport, parse_target, translate
@@ -173,6 +173,9 @@ def _use(name: str, source: Source, wanted: Wanted) -> Iterator[Finding]:
             yield note(f"{name}: speed", "no file with anything in it was found to read")
             return
         link = probe.measure(source, obj, connections=wanted.connections_count, deadline_s=deadline_s)
+    except TransientStoreError as error:
+        yield warning(f"{name}: reading", str(error), "what is listed came too slowly, or not at all: try again")
+        return
     except MfsError as error:
         yield fault(f"{name}: reading", str(error), "what is listed cannot be read: check the rights to read objects")
         return

@@ -21,6 +21,8 @@ BYTES_MAX = 64 << 20
 """Fetched to measure bandwidth; whole chunks of the largest file."""
 SECONDS_MAX = 3.0
 """What is under way then is finished, and counted."""
+PIECE_S = 0.25
+"""That one range should take, so that a slow link is measured in the time of a fast one."""
 DIRECTORIES_MAX = 50
 """Looked into for a file to read."""
 
@@ -104,16 +106,16 @@ def latency(source: Source, obj: ObjectId, *, deadline_s: float) -> float:
 
 
 def _bandwidth(source: Source, obj: ObjectId, connections: int, deadline_s: float) -> tuple[float, int]:
-    until = time.monotonic() + SECONDS_MAX
-    count = max(1, min(obj.size, BYTES_MAX) // CHUNK_BYTES)
-    left = iter(range(count))
-    lanes = max(1, min(connections, count))
+    nbytes = min(obj.size, BYTES_MAX)
+    piece_bytes = _piece_bytes(source, obj, deadline_s)
+    spans = [ByteRange(at, min(at + piece_bytes, nbytes)) for at in range(0, nbytes, piece_bytes)]
+    until, left = time.monotonic() + SECONDS_MAX, iter(spans)
+    lanes = min(connections, len(spans))
 
     def lane(_: int) -> int:
         moved = 0
         with mmap.mmap(-1, CHUNK_BYTES) as memory, memoryview(memory) as view:
-            for index in left:
-                span = obj.chunk_range(index)
+            for span in left:
                 with view[: len(span)] as out:
                     cost = source.get_range(obj, span, out=out, deadline_s=deadline_s)
                 moved += len(span) if cost is None else cost.origin_bytes
@@ -125,3 +127,12 @@ def _bandwidth(source: Source, obj: ObjectId, connections: int, deadline_s: floa
     with ThreadPoolExecutor(lanes, thread_name_prefix="probe") as pool:
         moved = sum(pool.map(lane, range(lanes)))
     return moved / max(time.monotonic() - began, 1e-9), moved
+
+
+def _piece_bytes(source: Source, obj: ObjectId, deadline_s: float) -> int:
+    """How long a range may be to come within PIECE_S over one connection: whole blocks, a chunk at most."""
+    first = ByteRange(0, min(obj.size, 4 * BLOCK_BYTES))
+    began = time.monotonic()
+    source.get_range(obj, first, out=memoryview(bytearray(len(first))), deadline_s=deadline_s)
+    wanted = len(first) / max(time.monotonic() - began, 1e-9) * PIECE_S
+    return max(BLOCK_BYTES, min(CHUNK_BYTES, int(wanted) // BLOCK_BYTES * BLOCK_BYTES))

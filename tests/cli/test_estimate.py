@@ -24,6 +24,9 @@ from mfs.planning import prices
 from mfs.testing.mounting import TestMount
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES
 from tests.cli.conftest import DEADLINE_S, Mfs
+from tests.mount import origins
+from tests.servers.docker_registry import DockerRegistry
+from tests.servers.hub import HubServer
 from tests.servers.nginx import NginxServer
 from tests.servers.relay import Relay
 from tests.servers.swift import SwiftServer
@@ -104,15 +107,15 @@ def s3(swift: SwiftServer, s3_bucket: str, model: Path) -> Iterator[Place]:
         yield Place(f"s3://{s3_bucket}/prod", sent, relay.passed.clear, {"endpoint_url": relay.url}, env, "llama")
 
 
-@pytest.fixture
-def registry(nginx: NginxServer, model: Path, mfs: Mfs) -> Place:
+@pytest.fixture(scope="module")
+def pushed(nginx: NginxServer, model: Path) -> Place:
     """In a folder; a web server stands before it and counts."""
     name = uuid.uuid4().hex[:12]
-    mfs("push", model, f"mfs+file://{nginx.files}/{name}/reg/llama:prod")
+    Mfs()("push", model, f"mfs+file://{nginx.files}/{name}/reg/llama:prod")
     return of_nginx(nginx, f"mfs+{nginx.url}{name}/reg/llama:prod", "", f"/{name}/reg/chunks/")
 
 
-@pytest.fixture(params=["web", "s3", "registry"])
+@pytest.fixture(params=["web", "s3", "pushed"])
 def place(request: pytest.FixtureRequest, nginx: NginxServer, swift: SwiftServer) -> Place:
     # The servers are asked for by name: one started within a test would count as left behind by it.
     found: Place = request.getfixturevalue(request.param)
@@ -229,26 +232,26 @@ def test_paths_inside_a_source(mfs: Mfs, web: Place, nginx: NginxServer, model: 
 
 
 def test_what_other_models_brought_is_taken_off(
-    mfs: Mfs, registry: Place, nginx: NginxServer, model: Path, mounted: Callable[[Place], TestMount], tmp_path: Path
+    mfs: Mfs, pushed: Place, nginx: NginxServer, model: Path, mounted: Callable[[Place], TestMount], tmp_path: Path
 ) -> None:
     """Half of a model is on SSD; then comes another one that shares a tensor with it, and has it in two files."""
     cache = tmp_path / "m" / "cache"
-    mount = mounted(registry)
+    mount = mounted(pushed)
     for _ in mount.client.prefetch(["model-00001-of-00002.safetensors"], "ssd", wait=True):
         pass
     mount.stop()
-    found = estimate(mfs, registry, "--cache-dir", cache, *GIVEN)
+    found = estimate(mfs, pushed, "--cache-dir", cache, *GIVEN)
     missing = (model / "model-00002-of-00002.safetensors").stat().st_size
     assert found["cached_bytes"] == total_of(model) - missing, "small files came by themselves"
     assert found["origin_bytes"] < 5_500_000
-    name = registry.url.split("/")[-3]
+    name = pushed.url.split("/")[-3]
     tied = tmp_path / "tied"
     tied.mkdir()
     shared = weights(1, 4001)["layer.0"]
     save_file({"tied": shared, **weights(3, 3000)}, tied / "model.safetensors")
     save_file({"tied": shared}, tied / "twin.safetensors")
     mfs("push", tied, f"mfs+file://{nginx.files}/{name}/reg/tied:prod")
-    other = of_nginx(nginx, registry.url.replace("llama:", "tied:"), "", f"/{name}/reg/chunks/")
+    other = of_nginx(nginx, pushed.url.replace("llama:", "tied:"), "", f"/{name}/reg/chunks/")
     assert estimate(mfs, other, *GIVEN)["shared_bytes"] == 0
     fresh = estimate(mfs, other, "--cache-dir", tmp_path / "none", *GIVEN)
     assert fresh["shared_bytes"] == shared.nbytes
@@ -262,16 +265,14 @@ def test_what_other_models_brought_is_taken_off(
     assert other.sent()[1] == pytest.approx(found["origin_bytes"], rel=0.01)
 
 
-def test_differences_to_a_base(mfs: Mfs, nginx: NginxServer, model: Path, tmp_path: Path) -> None:
+def test_differences_to_a_base(mfs: Mfs, nginx: NginxServer, pushed: Place, tmp_path: Path) -> None:
     """A fine-tune comes with what it stands on, unless the node has that already."""
-    name = uuid.uuid4().hex[:12]
+    name = pushed.url.split("/")[-3]
     tuned = tmp_path / "tuned"
-    shutil.copytree(model, tuned)
+    tuned.mkdir()
     moved = {key: (value.view(np.uint16) + np.uint16(1)).view(value.dtype) for key, value in weights(2, 3333).items()}
     save_file(moved, tuned / "model-00002-of-00002.safetensors")
-    at = f"mfs+file://{nginx.files}/{name}/reg"
-    mfs("push", model, f"{at}/llama:prod")
-    mfs("push", tuned, f"{at}/tuned:v1", "--base", "llama:prod")
+    mfs("push", tuned, f"mfs+file://{nginx.files}/{name}/reg/tuned:v1", "--base", "llama:prod")
     place = of_nginx(nginx, f"mfs+{nginx.url}{name}/reg/tuned:v1", "", f"/{name}/reg/chunks/")
     path = "model-00002-of-00002.safetensors"
     found = estimate(mfs, place, path, "--cache-dir", tmp_path / "m" / "cache", *GIVEN)
@@ -282,6 +283,23 @@ def test_differences_to_a_base(mfs: Mfs, nginx: NginxServer, model: Path, tmp_pa
     requests, nbytes = place.sent()
     assert nbytes == pytest.approx(found["origin_bytes"], rel=0.01)
     assert requests <= found["requests_most"]
+    assert nbytes > 4_521_776, "more than the base alone"
+
+
+@pytest.mark.parametrize("kind", ["oci", "hub"])
+def test_other_origins(mfs: Mfs, hub: HubServer, registry: DockerRegistry, tmp_path: Path, kind: str) -> None:
+    """As the daemon counts it: ranges of raw layers, and of files behind a Hub's redirects."""
+    there = origins.OciOrigin(registry) if kind == "oci" else origins.HubOrigin(hub)
+    there.put_all({"w.bin": os.urandom(9 << 20), "config.json": b"{}" * 500})
+    place = Place(there.url, lambda: (0, 0), lambda: None, env=there.env)
+    found = estimate(mfs, place, "--cache-dir", tmp_path / "m" / "cache", *GIVEN)
+    assert (found["files_count"], found["total_bytes"]) == (2, (9 << 20) + 1000)
+    with TestMount(tmp_path / "m", there.url, env=there.env) as mount:
+        for _ in mount.client.prefetch([""], "ssd", wait=True):
+            pass
+        origin = mount.client.status()["origin"]
+    assert origin["fetched_bytes"] == found["origin_bytes"]
+    assert found["requests"] <= origin["requests_count"] <= found["requests_most"]
 
 
 def test_time_and_egress(mfs: Mfs, web: Place, model: Path) -> None:
