@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from mfs.cache.chunk_state import Chunk, Fill, ObjectState
 from mfs.cache.ram import PROCESS_BYTES, RamConfig, RamTier
 from mfs.cache.sealing import open_sealed
 from mfs.cache.ssd import SsdConfig, SsdTier
+from mfs.cache.warming import keep_warm
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import detach, mountinfo
 from mfs.errors import ConfigError, MfsError, StoreError
@@ -47,6 +49,7 @@ from mfs.whole import OpenSealed, WholeFiles
 from mfs.workers.frames import Frame
 from mfs.workers.job import Priority
 from mfs.workers.pool import PoolConfig, WorkerPool
+from mfs.workers.shares import Group
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +151,7 @@ class Mount:
         )
         self.operations = Operations(self.namespace, self.reader, owner, timeout_s=config.timeout_s)
         self.whole_files.on_sealed = lambda state: self.session.invalidate_names(self.operations.files.renew(state))
+        self.whole_files.reads_count = lambda: self.operations.files.counters.count
         self.whole_files.on_dropped = self.operations.files.passthrough.drop_all
         self.whole_files.on_lost = lambda state: self.session.invalidate_names(self.operations.files.disown(state))
         self.kernel = kernel.KernelSettings()
@@ -159,6 +163,9 @@ class Mount:
         """Called in a thread when all that can fail before mounting is done: takes away what stands there."""
         self._away: dict[int, str] = {}
         """Sources that have not answered since the mount began, and what is to be said of that."""
+        self.arrived: Counter[Group] = Counter()
+        """Bytes that came from the origins, by model."""
+        self._page_fault = ""
         self.asked: dict[int, Asked] = {}
         """The last listing of each source."""
         self._refresh_soon = [trio.Event() for _ in config.sources]
@@ -185,7 +192,8 @@ class Mount:
         fault = self.pool.tier_fault
         without = [f"serving without the SSD tier: {fault}"] if fault else []
         unheld = [f"should this daemon be killed, the mount ends: {self.unheld}"] if self.unheld else []
-        return [*self.warnings, *self._away.values(), *without, *unheld]
+        pageless = [f"the page is not served: {self._page_fault}"] if self._page_fault else []
+        return [*self.warnings, *self._away.values(), *without, *unheld, *pageless]
 
     # -- serving
 
@@ -217,6 +225,7 @@ class Mount:
                     nursery.start_soon(self.keeper.run)
                     nursery.start_soon(self.operations.files.passthrough.run)
                     nursery.start_soon(self.whole_files.run)
+                    nursery.start_soon(keep_warm, self.memory, self.cache.slots, self.pool)
                     if self.config.cache_dir is not None:
                         nursery.start_soon(self.whole_files.scrub)
                     for source in range(len(self.config.sources)):
@@ -270,6 +279,10 @@ class Mount:
     def note_gone(self) -> None:
         """Nobody goes on with the mount: what is known of it may go."""
         self._is_gone = True
+
+    def note_page_fault(self, fault: str) -> None:
+        """The page in a browser is not there for this reason, '' if it is."""
+        self._page_fault = fault
 
     async def show_last(self) -> None:
         """Show what a daemon that was killed has shown, as far as the SSD tier knows; the rest when somebody looks."""
@@ -424,6 +437,7 @@ class Mount:
     # -- what the parts ask each other
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
+        self.arrived[chunk.state.group] += result["origin_bytes"]
         if self.oplog.watched:
             state, ahead = chunk.state, fill.job is not None and fill.job.priority is Priority.BACKGROUND
             span = state.object.chunk_range(chunk.index)
