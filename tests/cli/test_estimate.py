@@ -16,8 +16,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import save_file
 
+from mfs.cli.app import cli
 from mfs.cli.estimate import parse_rate
 from mfs.errors import UsageError
 from mfs.planning import prices
@@ -122,9 +124,12 @@ def place(request: pytest.FixtureRequest, nginx: NginxServer, swift: SwiftServer
     return found
 
 
-def estimate(mfs: Mfs, place: Place, *args: str | Path, **options: Any) -> dict[str, Any]:
-    command = ["estimate", place.url, *args, *place.options, "--json"]
-    found: dict[str, Any] = json.loads(mfs(*command, env=os.environ | place.env, **options).stdout)
+def estimate(place: Place, *args: str | Path) -> dict[str, Any]:
+    """In this process: what is counted is the same, and each start costs a second."""
+    command = ["estimate", place.url, *map(str, args), *place.options, "--json"]
+    done = CliRunner().invoke(cli, command, env=place.env)
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -148,11 +153,11 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[Place], TestMount]]:
 
 
 def test_a_whole_load_costs_what_was_said(
-    mfs: Mfs, place: Place, model: Path, mounted: Callable[[Place], TestMount], tmp_path: Path
+    place: Place, model: Path, mounted: Callable[[Place], TestMount], tmp_path: Path
 ) -> None:
     """Bytes within 1 %, ranges between what is expected less a tenth and the most that was said."""
     cache = tmp_path / "m" / "cache"
-    found = estimate(mfs, place, "--cache-dir", cache, *GIVEN)
+    found = estimate(place, "--cache-dir", cache, *GIVEN)
     assert (found["files_count"], found["total_bytes"]) == (4, total_of(model))
     assert (found["cached_bytes"], found["is_measured"]) == (0, False)
     place.forget()
@@ -167,15 +172,15 @@ def test_a_whole_load_costs_what_was_said(
     else:
         assert found["origin_bytes"] < 0.75 * found["total_bytes"], "compressed"
     mount.stop()
-    again = estimate(mfs, place, "--cache-dir", cache, *GIVEN)
+    again = estimate(place, "--cache-dir", cache, *GIVEN)
     assert again["origin_bytes"] == again["requests"] == 0
     assert again["cached_bytes"] == again["total_bytes"] == found["total_bytes"]
 
 
 def test_looking_at_headers_costs_what_was_said(
-    mfs: Mfs, web: Place, mounted: Callable[[Place], TestMount], tmp_path: Path
+    web: Place, mounted: Callable[[Place], TestMount], tmp_path: Path
 ) -> None:
-    found = estimate(mfs, web, "--read", "headers", "--cache-dir", tmp_path / "m" / "cache", *GIVEN)
+    found = estimate(web, "--read", "headers", "--cache-dir", tmp_path / "m" / "cache", *GIVEN)
     small = 302_000 + len(json.dumps({"a": ""}))
     assert found["origin_bytes"] == 2 * BLOCK_BYTES + small
     web.forget()
@@ -192,9 +197,9 @@ def test_looking_at_headers_costs_what_was_said(
 
 
 def test_a_load_by_a_framework_stays_within_the_bound(
-    mfs: Mfs, web: Place, mounted: Callable[[Place], TestMount], tmp_path: Path
+    web: Place, mounted: Callable[[Place], TestMount], tmp_path: Path
 ) -> None:
-    found = estimate(mfs, web, "--cache-dir", tmp_path / "m" / "cache", *GIVEN)
+    found = estimate(web, "--cache-dir", tmp_path / "m" / "cache", *GIVEN)
     web.forget()
     mount = mounted(web)
     program = (
@@ -209,8 +214,8 @@ def test_a_load_by_a_framework_stays_within_the_bound(
     assert requests <= found["requests_most"]
 
 
-def test_what_comes_before_a_load_can_begin(mfs: Mfs, web: Place, model: Path) -> None:
-    found = estimate(mfs, web, "--read", "first", *GIVEN)
+def test_what_comes_before_a_load_can_begin(web: Place, model: Path) -> None:
+    found = estimate(web, "--read", "first", *GIVEN)
     first = (model / "model-00001-of-00002.safetensors").stat().st_size
     small = (model / "config.json").stat().st_size + (model / "tokenizer.json").stat().st_size
     assert found["origin_bytes"] == first + BLOCK_BYTES + small
@@ -223,7 +228,7 @@ def test_paths_inside_a_source(mfs: Mfs, web: Place, nginx: NginxServer, model: 
     other.mkdir()
     (other / "w.bin").write_bytes(b"x")
     nginx.forget_requests()
-    found = estimate(mfs, web, one, *GIVEN)
+    found = estimate(web, one, *GIVEN)
     assert found["total_bytes"] == found["origin_bytes"] == (model / one.removeprefix("llama/")).stat().st_size
     listed = {r.path for r in nginx.requests() if not r.range}
     assert listed == {f"/{other.parent.name}/", f"/{other.parent.name}/llama/"}, "nothing beside the way"
@@ -240,7 +245,7 @@ def test_what_other_models_brought_is_taken_off(
     for _ in mount.client.prefetch(["model-00001-of-00002.safetensors"], "ssd", wait=True):
         pass
     mount.stop()
-    found = estimate(mfs, pushed, "--cache-dir", cache, *GIVEN)
+    found = estimate(pushed, "--cache-dir", cache, *GIVEN)
     missing = (model / "model-00002-of-00002.safetensors").stat().st_size
     assert found["cached_bytes"] == total_of(model) - missing, "small files came by themselves"
     assert found["origin_bytes"] < 5_500_000
@@ -252,11 +257,11 @@ def test_what_other_models_brought_is_taken_off(
     save_file({"tied": shared}, tied / "twin.safetensors")
     mfs("push", tied, f"mfs+file://{nginx.files}/{name}/reg/tied:prod")
     other = of_nginx(nginx, pushed.url.replace("llama:", "tied:"), "", f"/{name}/reg/chunks/")
-    assert estimate(mfs, other, *GIVEN)["shared_bytes"] == 0
-    fresh = estimate(mfs, other, "--cache-dir", tmp_path / "none", *GIVEN)
+    assert estimate(other, *GIVEN)["shared_bytes"] == 0
+    fresh = estimate(other, "--cache-dir", tmp_path / "none", *GIVEN)
     assert fresh["shared_bytes"] == shared.nbytes
     assert "counted once" in fresh["notes"][0]
-    found = estimate(mfs, other, "--cache-dir", cache, *GIVEN)
+    found = estimate(other, "--cache-dir", cache, *GIVEN)
     assert found["shared_bytes"] == 2 * shared.nbytes
     other.forget()
     with TestMount(tmp_path / "m", other.url, workers_count=2) as mount:
@@ -275,7 +280,7 @@ def test_differences_to_a_base(mfs: Mfs, nginx: NginxServer, pushed: Place, tmp_
     mfs("push", tuned, f"mfs+file://{nginx.files}/{name}/reg/tuned:v1", "--base", "llama:prod")
     place = of_nginx(nginx, f"mfs+{nginx.url}{name}/reg/tuned:v1", "", f"/{name}/reg/chunks/")
     path = "model-00002-of-00002.safetensors"
-    found = estimate(mfs, place, path, "--cache-dir", tmp_path / "m" / "cache", *GIVEN)
+    found = estimate(place, path, "--cache-dir", tmp_path / "m" / "cache", *GIVEN)
     nginx.forget_requests()
     with TestMount(tmp_path / "m", place.url, workers_count=2) as mount:
         for _ in mount.client.prefetch([path], "ssd", wait=True):
@@ -287,12 +292,12 @@ def test_differences_to_a_base(mfs: Mfs, nginx: NginxServer, pushed: Place, tmp_
 
 
 @pytest.mark.parametrize("kind", ["oci", "hub"])
-def test_other_origins(mfs: Mfs, hub: HubServer, registry: DockerRegistry, tmp_path: Path, kind: str) -> None:
+def test_other_origins(hub: HubServer, registry: DockerRegistry, tmp_path: Path, kind: str) -> None:
     """As the daemon counts it: ranges of raw layers, and of files behind a Hub's redirects."""
     there = origins.OciOrigin(registry) if kind == "oci" else origins.HubOrigin(hub)
     there.put_all({"w.bin": os.urandom(9 << 20), "config.json": b"{}" * 500})
     place = Place(there.url, lambda: (0, 0), lambda: None, env=there.env)
-    found = estimate(mfs, place, "--cache-dir", tmp_path / "m" / "cache", *GIVEN)
+    found = estimate(place, "--cache-dir", tmp_path / "m" / "cache", *GIVEN)
     assert (found["files_count"], found["total_bytes"]) == (2, (9 << 20) + 1000)
     with TestMount(tmp_path / "m", there.url, env=there.env) as mount:
         for _ in mount.client.prefetch([""], "ssd", wait=True):
@@ -302,19 +307,19 @@ def test_other_origins(mfs: Mfs, hub: HubServer, registry: DockerRegistry, tmp_p
     assert found["requests"] <= origin["requests_count"] <= found["requests_most"]
 
 
-def test_time_and_egress(mfs: Mfs, web: Place, model: Path) -> None:
-    found = estimate(mfs, web, "--link", "100Mbit/s", "--latency", "50ms", "--egress", "0.5")
+def test_time_and_egress(web: Place, model: Path) -> None:
+    found = estimate(web, "--link", "100Mbit/s", "--latency", "50ms", "--egress", "0.5")
     total = total_of(model)
     assert found["egress_dollars"] == pytest.approx(total / 2**30 * 0.5)
     assert found["seconds"] == pytest.approx(total * 8 / 100e6 + 0.05 + found["listing_s"])
-    far = estimate(mfs, web, "--link", "100Gbit/s", "--latency", "10s", "--connections", "1")
+    far = estimate(web, "--link", "100Gbit/s", "--latency", "10s", "--connections", "1")
     assert far["seconds"] == pytest.approx(10 * far["requests"], rel=0.1)
-    assert estimate(mfs, web, "--egress", "aws", *GIVEN)["price"]["source"].startswith("AWS")
+    assert estimate(web, "--egress", "aws", *GIVEN)["price"]["source"].startswith("AWS")
 
 
-def test_a_link_that_is_measured_is_measured_within_its_bounds(mfs: Mfs, web: Place, nginx: NginxServer) -> None:
+def test_a_link_that_is_measured_is_measured_within_its_bounds(web: Place, nginx: NginxServer) -> None:
     nginx.forget_requests()
-    found = estimate(mfs, web)
+    found = estimate(web)
     assert found["is_measured"]
     assert found["link_bytes_s"] > 0
     assert found["latency_s"] > 0

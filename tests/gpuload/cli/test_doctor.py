@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from gpuload.cli import doctor, doctor_cuda
+from gpuload.cli.app import cli
 from gpuload.cli.doctor_cuda import Compatibility, Wheel
 from gpuload.device import cards
 from gpuload.device import driver as cu
@@ -170,11 +172,17 @@ def test_the_whole_command_with_a_driver(library: Path) -> None:
     found = run("--device", "cuda:0", LD_LIBRARY_PATH=str(library.parent), STANDIN_CUDA="13000")
     assert found["compatibility"]["driver_cuda"] == "13.0"
     assert "cuda:0: copies" in found["by"]
-    command = [sys.executable, "-m", "gpuload", "doctor"]
-    env = os.environ | {"LD_LIBRARY_PATH": str(library.parent)}
-    text = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False).stdout
-    assert "What this driver (CUDA 12.4) can run" in text
-    assert "does not run" in text
+
+
+def test_the_tables_for_people(driver: cu.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_cuda, "wheel", lambda: Wheel("2.9.0", "12.6", ("sm_80",)))
+    monkeypatch.setattr(doctor_cuda, "COPY_BYTES", 1 << 20)
+    text = CliRunner().invoke(cli, ["doctor"]).output
+    assert "What this driver (CUDA 12.4) can run; torch here was built with CUDA 12.6:" in text
+    rows = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert rows["12.6"].rstrip().endswith("<- torch")
+    assert "driver 580.65.06 or newer" in rows["13.0"]
+    assert rows["cuda:0"].split() == ["cuda:0", "stand-in", "8.0", "yes", "sm_80"]
 
 
 # -- bus, nodes, NVML
