@@ -19,7 +19,7 @@ import trio
 
 from mfs.cache.chunk_cache import CacheConfig, ChunkCache
 from mfs.cache.chunk_state import Chunk, Fill, ObjectState
-from mfs.cache.ram import RamConfig, RamTier
+from mfs.cache.ram import PROCESS_BYTES, RamConfig, RamTier
 from mfs.cache.sealing import open_sealed
 from mfs.cache.ssd import SsdConfig, SsdTier
 from mfs.cache.warming import keep_warm
@@ -57,8 +57,6 @@ from mfs.workers.shares import Group
 
 logger = logging.getLogger(__name__)
 
-_PROCESS_BYTES = 64 << 20
-"""What a daemon or a worker takes beside the slots: 27 MB at rest, 55 with botocore, and what is under way."""
 _TELL_S = 5.0  # the kernel may be held up by a request about the same directory that waits for its origin
 
 _MAINTENANCE_S = 5.0
@@ -120,7 +118,7 @@ class Mount:
         follows = identities is not None
         self.config = config
         self.started_at = time.time()
-        beside_bytes = _PROCESS_BYTES * (1 + config.workers_count)
+        beside_bytes = PROCESS_BYTES * (1 + config.workers_count)
         self.memory = RamTier(RamConfig(config.ram_bytes, beside_bytes, coming_bytes, serves=follows))
         self.pool = WorkerPool(replace(_pool_config(config), identities=tuple(identities or ())))
         ssd = config.cache_dir is not None

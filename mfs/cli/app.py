@@ -10,6 +10,8 @@ from mfs.cli import (
     apply,
     browse,
     diff,
+    doctor,
+    estimate,
     explain,
     look,
     metrics,
@@ -33,6 +35,7 @@ _GROUPS = (
     ("Look", ("ls", "stat", "status", "top", "page", "watch", "explain", "metrics")),
     ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify", "apply")),
     ("Registry", ("push", "sign", "tag", "rollback", "log", "diff", "rm", "gc", "fsck")),
+    ("Plan", ("doctor", "estimate")),
     ("Set up", ("config", "triton", "completion", "version")),
 )
 _SECTIONS = {
@@ -83,6 +86,6 @@ for _command in (
     metrics.metrics,
     tiers.prefetch, tiers.evict, tiers.pin, tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push,
     sign.sign, diff.diff, registry.tag, registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck,
-    settings.config, triton.triton, shell.completion, shell.version,
+    doctor.doctor, estimate.estimate, settings.config, triton.triton, shell.completion, shell.version,
 ):  # fmt: skip
     cli.add_command(_command)

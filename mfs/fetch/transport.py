@@ -16,7 +16,8 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
@@ -97,6 +98,32 @@ def parse_target(url: str) -> Target:
 def without_userinfo(url: str) -> str:
     """The URL without user and password, which no request of ours sends: what is left may be kept and shown."""
     return _USERINFO.sub("", url)
+
+
+class Tally:
+    """How many requests were sent while somebody counted."""
+
+    def __init__(self) -> None:
+        self.requests_count = 0
+        self._lock = threading.Lock()
+
+    def note(self) -> None:
+        with self._lock:
+            self.requests_count += 1
+
+
+_tallies: list[Tally] = []
+
+
+@contextmanager
+def counting() -> Iterator[Tally]:
+    """Count the requests of all transports of this process, for who wants to know what something costs an origin."""
+    tally = Tally()
+    _tallies.append(tally)
+    try:
+        yield tally
+    finally:
+        _tallies.remove(tally)
 
 
 class Transport:
@@ -351,6 +378,8 @@ def _request_message(method: str, target: Target, headers: Mapping[str, str], pr
 def _send(
     connection: Connection, method: str, target: Target, headers: Mapping[str, str], body: Buffer | None = None
 ) -> http.client.HTTPResponse:
+    for tally in _tallies:
+        tally.note()
     view = memoryview(b"" if body is None else body).cast("B")
     if body is not None:
         headers = {**headers, "Content-Length": str(len(view))}

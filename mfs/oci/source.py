@@ -61,6 +61,11 @@ class OciSource:
         self._guard = threading.Lock()
         self._is_warm = False
 
+    @property
+    def address(self) -> str:
+        """The registry's API; see `Source.address`."""
+        return f"{self._reference.base_url}/v2/"
+
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Resolve the tag once and yield all directories of its manifest at `path` and below; see `Source.list`."""
         if not self._is_warm:

@@ -81,6 +81,11 @@ class HfSource:
         if self._is_cache:
             self.identity += "#hub-cache"  # another tree, with other paths
 
+    @property
+    def address(self) -> str:
+        """The repository's page; see `Source.address`."""
+        return f"{self._endpoint}/{self._repo}"
+
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Pin the revision and yield all directories at `path` and below; see `Source.list`."""
         where = f"hf://{self._repo}@{self._revision}"

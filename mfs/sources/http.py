@@ -67,6 +67,11 @@ class HttpSource:
         )
         self._is_warm = False
 
+    @property
+    def address(self) -> str:
+        """The folder; see `Source.address`."""
+        return self.identity
+
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Yield one directory, or with a manifest all of it at once; see `Source.list`."""
         if not self._is_warm:

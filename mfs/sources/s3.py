@@ -62,6 +62,11 @@ class S3Source:
         if self._access.endpoint:
             self.identity += f"@{self._access.endpoint}"
 
+    @property
+    def address(self) -> str:
+        """The bucket; see `Source.address`. Raises: ConfigError where no region is known."""
+        return self._access.object_url("")
+
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Yield one directory, and all below it where one request says it all; see `Source.list`."""
         if not self._is_warm:

@@ -167,6 +167,10 @@ class _LaterSource:
     def take_from(self, chunks: NodeChunks) -> None:
         self._chunks = chunks
 
+    @property
+    def address(self) -> str:
+        return self._opened().address
+
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         return self._opened().list(path, deadline_s=deadline_s)
 
