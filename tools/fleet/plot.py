@@ -83,7 +83,7 @@ def draw_growth(path: Path, steps: Sequence[Step], title: str) -> None:
     for axes in (cards, waits):
         axes.set_xticks(services, [str(each) for each in services])
         axes.minorticks_off()
-        axes.legend()
+        axes.legend(loc="upper right")
     figure.suptitle(title)
     _save(figure, path)
 
