@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ RAM_SLOTS_COUNT_MIN = 16
 LAYOUTS = ("plain", "hub-cache")
 SIGNED_SCHEMES = ("mfs+s3", "mfs+file", "mfs+http", "mfs+https")
 """Sources whose revisions can be signed (`registry.layout.SCHEMES`, whose test keeps the two equal)."""
+_CACHE_ADDRESS = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?/?")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "text", "json")
 
@@ -61,6 +63,11 @@ class SourceConfig:
     layout: str = "plain"
     """One of LAYOUTS. 'hub-cache' shows an hf:// source as huggingface_hub's cache would; its directory of the mount is
     then called 'models--org--name', whatever `name` says."""
+    via: str | None = None
+    """A caching HTTP proxy that many nodes share, 'http://host:port': ranges of files are asked of it first. None: each
+    node asks the origin."""
+    dragonfly: str | None = None
+    """The same, where it is Dragonfly's dfdaemon."""
     require_signature: Path | None = None
     """File with a public key: of a registry, show only what was signed with it. None: show everything."""
 
@@ -84,6 +91,7 @@ class SourceConfig:
                     f"got {mask_url(self.url)}"
                 )
             _check_path(f"{label}: require_signature", self.require_signature)
+        _check_caches(label, self.via, self.dragonfly)
         fault = name_fault(self.name) if self.name else None
         if fault:
             raise ConfigError(f"source name {self.name!r} cannot be a directory of the mount: {fault}")
@@ -312,6 +320,17 @@ def _check_sources(sources: Iterable[SourceConfig]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"two sources are named {twice!r}: each needs its own directory of the mount")
+
+
+def _check_caches(label: str, via: str | None, dragonfly: str | None) -> None:
+    if via is not None and dragonfly is not None:
+        raise ConfigError(f"{label}: via and dragonfly are both set: expected one cache")
+    for key, address in (("via", via), ("dragonfly", dragonfly)):
+        found = _CACHE_ADDRESS.fullmatch(address) if address is not None else None
+        if address is not None and (found is None or int(found[1] or 1) not in range(1, 1 << 16)):
+            raise ConfigError(
+                f"{label}: {key} is {mask_url(address)!r}: expected http://host:port or https://host:port"
+            )
 
 
 def _check_path(what: str, path: Path) -> None:

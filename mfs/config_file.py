@@ -226,5 +226,7 @@ _SOURCE_KEYS: dict[str, _Key] = {
     "requester_pays": ("requester_pays", _flag),
     "token": ("token", _secret),
     "layout": ("layout", _text),
+    "via": ("via", _text),
+    "dragonfly": ("dragonfly", _text),
     "require_signature": ("require_signature", _path),
 }

@@ -165,6 +165,9 @@ class Service:
             "open_handles": self._mount.prefetcher.handles_count(obj) if obj else 0,
         }  # fmt: skip
 
+    async def loads(self, path: str) -> Json:
+        return {"loads": self._mount.loads.describe(path)}
+
     async def watch(self) -> AsyncIterator[Json]:
         with self._mount.oplog.watching() as watcher:
             while True:

@@ -39,6 +39,7 @@ from mfs.cache.ram import Place, RamTier
 from mfs.cache.saving import Saver
 from mfs.cache.slots import Slots
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
+from mfs.tracing.spans import Span
 from mfs.types import ByteRange, ObjectId
 from mfs.waits import Cause, Waited, Waits
 from mfs.workers.frames import Frame, object_to_wire
@@ -88,6 +89,8 @@ class ChunkCache:
         """Told of each fill that failed for good."""
         self.waits = Waits()
         """Told of whatever a reader waits for here."""
+        self.span_of: Callable[[Group], Span | None] = lambda group: None
+        """Below what a model's fills are traced, if they are."""
 
     # -- objects
 
@@ -349,6 +352,9 @@ class ChunkCache:
             priority,
             timeout_s,
         )
+        above = self.span_of(state.group)
+        if above is not None:
+            fill.job.span = _fill_span(above, chunk, fill)
         self._pool.submit(fill.job)
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame | None, error: MfsError | None) -> None:
@@ -627,3 +633,14 @@ class ChunkCache:
     @property
     def fills_count(self) -> int:
         return sum(len(chunk.fills) for chunk in self.slots.chunks)
+
+
+def _fill_span(above: Span, chunk: Chunk, fill: Fill) -> Span:
+    assert fill.job is not None
+    path, span = chunk.state.object.path, mask_span(chunk.index, fill.mask, chunk.state.object.size)
+    made = above.child("fetch")
+    made.attributes = {
+        "mfs.from": fill.cause, "mfs.file": path, "mfs.start": span.start, "mfs.stop": span.stop,
+        "mfs.ahead": fill.job.priority is Priority.BACKGROUND, "mfs.attempt": fill.attempts,
+    }  # fmt: skip
+    return made

@@ -61,6 +61,17 @@ class DaemonApi(Protocol):
         registry, a Hub's commit, else None; ssd_bytes, ram_bytes, pinned, chunks_count, open_handles}"""
         ...
 
+    async def loads(self, path: str) -> Json:
+        """The last loads of the models at, below or around a path, oldest first; see `mfs.loads`.
+
+        {loads: [{model, began_at, began_s: the same on the machine's monotonic clock, seconds, is_over, files_count,
+        phases: {open, header, origin, ssd, decode, slot, share, page_cache, other}: seconds, which add up to `seconds`;
+        reads: [{at: seconds after the beginning, waited_s, on: a phase, path, start, stop}]: of those that waited the
+        longest, in order; waits_count, left_out: how many more there were; strip: {step_s, phases: [what most of each
+        step went to]}; bytes: {origin, ssd, ram}}]}
+        """
+        ...
+
     def prefetch(self, paths: Sequence[str], tier: Tier, *, wait: bool) -> AsyncIterator[Json]:
         """Bring files (directories: all below) into a tier. Yields {total_bytes, done_bytes, files_count, path} at most
         ten times a second and lastly {done: true, total_bytes, done_bytes, files_count, failed: [{path, error}]}.

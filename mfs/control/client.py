@@ -69,6 +69,9 @@ class Client:
     def stat(self, path: str) -> Json:
         return self._object("stat", {"path": path}, _LONG_S)
 
+    def loads(self, path: str) -> Json:
+        return self._object("loads", {"path": path}, self._timeout_s)
+
     def pin(self, paths: Sequence[str]) -> Json:
         return self._object("pin", {"paths": list(paths)}, _LONG_S)
 

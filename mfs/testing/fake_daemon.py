@@ -161,6 +161,9 @@ class FakeDaemon:
             "open_handles": 0,
         }
 
+    async def loads(self, path: str) -> Json:
+        return {"loads": []}
+
     async def prefetch(self, paths: Sequence[str], tier: Tier, *, wait: bool) -> AsyncIterator[Json]:
         chosen = self._below(paths)
         total_bytes = sum(self.files[path].size for path in chosen)

@@ -226,12 +226,17 @@ class WorkerPool:
         arguments = job.arguments
         if job.operation in _WITH_DEADLINE:
             arguments = {**arguments, "deadline_s": job.deadline_s}
+        if job.span is not None:
+            arguments = {**arguments, "trace": job.span.context.traceparent}
+            job.span.attributes["mfs.queued_s"] = time.monotonic() - job.span.since_s
         worker.send({"id": job.serial, "op": job.operation, **arguments})
 
     def _finished(self, worker: Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
         del worker.jobs[job.serial]
         line = self._line(job)
         line.shares.give(job.group)
+        if job.span is not None:
+            job.span.end(error=str(error) if error is not None else "")
         job.finish(result, error)
         self._dispatch(line)
 
@@ -335,6 +340,8 @@ class WorkerPool:
             self._notify()
             return
         job = worker.jobs[frame["id"]]
+        if "spans" in frame and job.span is not None:
+            job.span.take_in(frame["spans"])
         if "part" in frame:
             if job.on_part is not None:
                 job.on_part(frame["part"])

@@ -29,6 +29,7 @@ from mfs.fetch.retry import taken_counts
 from mfs.logs import set_up_logging
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Moved, Page, Source
+from mfs.tracing.requests import recording
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Decoder, Frame, encode
 from mfs.workers.jobs import Jobs
@@ -116,16 +117,19 @@ def _serve(frames: Iterator[Frame], jobs: Jobs, send: _Sender) -> None:
 def _run(work: queue.SimpleQueue[Frame], idle: threading.Semaphore, jobs: Jobs, send: _Sender) -> None:
     while True:
         frame = work.get()
-        serial, operation = frame.pop("id"), frame.pop("op")
+        serial, operation, trace = frame.pop("id"), frame.pop("op"), frame.pop("trace", None)
 
         def emit(part: Frame, serial: int = serial) -> None:
             send({"id": serial, "part": part})
 
-        try:
-            answer: Frame = {"id": serial, "result": _do(jobs, operation, frame, emit)}
-        except Exception as error:
-            answer = {"id": serial, "error": to_wire(error)}
-            logger.debug("%s failed", operation, exc_info=True)
+        with recording(trace) as spans:
+            try:
+                answer: Frame = {"id": serial, "result": _do(jobs, operation, frame, emit)}
+            except Exception as error:
+                answer = {"id": serial, "error": to_wire(error)}
+                logger.debug("%s failed", operation, exc_info=True)
+        if spans:
+            answer["spans"] = spans
         idle.release()
         send(answer)
 
@@ -162,6 +166,10 @@ class _LaterSource:
 
     def take_from(self, chunks: NodeChunks) -> None:
         self._chunks = chunks
+
+    @property
+    def address(self) -> str:
+        return self._opened().address
 
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         return self._opened().list(path, deadline_s=deadline_s)
