@@ -1,15 +1,15 @@
-"""What `mfs top` and the page ask of a real mount: models with what is where, what is being brought, who waits for what."""
+"""What `mfs top` and the page ask of a real mount: what is where of which model, what is brought, and who waits."""
 
 from __future__ import annotations
 
-from mfs.control.api import Json
 from mfs.config import SourceConfig
+from mfs.control.api import Json
 from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES
 from tests.mount import origins, touching
 from tests.mount.conftest import Mounted
-from tests.servers.liar import Lie, LiarServer
+from tests.servers.liar import LiarServer, Lie
 
 MIB = 1 << 20
 FILES = {
@@ -66,6 +66,7 @@ class TestModels:
         mount = mounted(folder)
         assert set(models(mount)) == {"m", "n"}
         folder.put_all({"n/b.bin": b"22", "o/c.bin": b"333"})
+        folder.remove_empty_folders()
         mount.client.refresh()
         assert mount.wait_for(lambda: set(models(mount)) == {"n", "o"})
 
