@@ -11,7 +11,7 @@ from mfs.errors import NotFoundError
 from mfs.page import where
 from mfs.testing.mounting import TestMount
 from tests.mount import origins
-from tests.mount.conftest import Mounted, folder, mounted  # noqa: F401: fixtures
+from tests.mount.conftest import Mounted
 from tests.page.test_site import Door, known
 
 
@@ -32,7 +32,7 @@ def serving_pid(door: Door) -> int | None:
 
 
 @pytest.fixture
-def mount(folder: origins.FolderOrigin, mounted: Mounted) -> TestMount:  # noqa: F811
+def mount(folder: origins.FolderOrigin, mounted: Mounted) -> TestMount:
     folder.put_all({"m/a.bin": b"1"})
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = free.getsockname()
@@ -62,7 +62,7 @@ def test_a_mount_that_ends_leaves_no_token(mount: TestMount) -> None:
         where.page_url(socket_path)
 
 
-def test_a_taken_address_is_a_warning_and_no_failure(folder: origins.FolderOrigin, mounted: Mounted) -> None:  # noqa: F811
+def test_a_taken_address_is_a_warning_and_no_failure(folder: origins.FolderOrigin, mounted: Mounted) -> None:
     folder.put_all({"m/a.bin": b"1"})
     with socket.create_server(("127.0.0.1", 0)) as taken:
         mount = mounted(folder, page_addr=f"127.0.0.1:{taken.getsockname()[1]}")
