@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ from gpuload.kv_cache import ITEM_BYTES
 from gpuload.paths import SOCKET_VARIABLE, default_digests, default_socket
 from mfs.cli.page import EXIT_STATUS, Front, Page, json_option
 from mfs.cli.run import Failed, say
+from mfs.cli.text import print_json
 from mfs.errors import UsageError
-from mfs.shown import set_up_logging
+from mfs.logs import set_up_logging
+from mfs.units import parse_address
 
 
 class _Front(Front):
     groups = (
         ("Serve", ("serve", "load", "swap", "pin", "unload", "evict")),
-        ("Look", ("status", "plan", "doctor", "bench")),
+        ("Look", ("status", "metrics", "plan", "doctor", "bench")),
         ("Ahead of need", ("digest",)),
         ("Programs that know nothing of gpuload", ("run", "hook")),
     )
@@ -80,8 +83,25 @@ def cli(**_: Any) -> None:
 )
 @click.option("--mode", default="600", show_default=True, metavar="OCTAL", help="Of the socket: who may attach.")
 @digests_option
+@click.option(
+    "--metrics-addr", metavar="HOST:PORT", help="Answer Prometheus there, at /metrics; whoever can connect is told."
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["auto", "text", "json"]),
+    default="auto",
+    show_default=True,
+    help="Lines for people or JSON; auto: by whether it is a terminal.",
+)
 @socket_option
-def serve(arenas: tuple[str, ...], mode: str, digests: str | None, socket_path: str | None) -> None:
+def serve(
+    arenas: tuple[str, ...],
+    mode: str,
+    digests: str | None,
+    metrics_addr: str | None,
+    log_format: str,
+    socket_path: str | None,
+) -> None:
     """Hold weights for every process of this node, until SIGTERM or Ctrl-C.
 
     The arenas are taken at once and reused for ever: nothing is allocated later, nothing fragments. Users that the
@@ -96,8 +116,19 @@ def serve(arenas: tuple[str, ...], mode: str, digests: str | None, socket_path: 
         raise UsageError(f"--mode {mode!r}: expected an octal mode such as 660")
     path = socket_path or default_socket()
     folder = os.path.abspath(digests or default_digests())
-    config = ServerConfig(socket_path=path, socket_mode=int(mode, 8), arena_bytes=budget, digests_folder=folder)
-    set_up_logging("WARNING", "gpuload")
+    if metrics_addr is not None:
+        try:
+            parse_address(metrics_addr)
+        except ValueError as error:
+            raise UsageError(f"--metrics-addr: {error}") from None
+    config = ServerConfig(
+        socket_path=path,
+        socket_mode=int(mode, 8),
+        arena_bytes=budget,
+        digests_folder=folder,
+        metrics_addr=metrics_addr,
+    )
+    set_up_logging("WARNING", "gpuload", log_format)
     run(config, open_device, lambda: say(f"serving at {path}", "gpuload"))
 
 
@@ -118,6 +149,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--rank", default=0, show_default=True, help="Tensor-parallel rank to hold, alone."),
             click.option("--world", default=1, show_default=True, help="Tensor-parallel size."),
             rule_option,
+            click.option("--explain", "is_explained", is_flag=True, help="Say where the time went, the mount's too."),
             json_option,
             socket_option,
         ]
@@ -166,6 +198,7 @@ def _load(
     rank: int,
     world: int,
     rules: tuple[str, ...],
+    is_explained: bool,
     as_json: bool,
     socket_path: str | None,
 ) -> None:
@@ -182,7 +215,13 @@ def _load(
     options |= {"pinned": pin, "rank": rank, "world": world, "rules": cut if world > 1 or ranks else {}}
     options |= {"device_map": parse_device_map(device_map), "ranks": ranks.split(",") if ranks else []}
     name = name or Path(os.path.abspath(model)).name.removesuffix(".safetensors")
+    options |= {"explain": True} if is_explained else {}
+    began_s = time.monotonic()
     reply = load_resident(model, name, device, is_swap=is_swap, options=options, socket_path=socket_path)
+    if is_explained:
+        from gpuload.cli.explaining import explain
+
+        reply["explained"] = explain(os.path.abspath(model), began_s, time.monotonic(), reply["explained"])
     printing.show_report(reply, as_json)
 
 
@@ -224,6 +263,27 @@ def status(as_json: bool, socket_path: str | None) -> None:
     from gpuload.client.asking import ask
 
     printing.show_status(ask({"op": "status"}, socket_path=socket_path), as_json)
+
+
+@cli.command(short_help="Print metrics for Prometheus.", cls=Page, sections={"Examples": EXAMPLES["metrics"]})
+@click.option("--openmetrics", is_flag=True, help="In OpenMetrics 1.0 instead of Prometheus' text format 0.0.4.")
+@json_option
+@socket_option
+def metrics(openmetrics: bool, as_json: bool, socket_path: str | None) -> None:
+    """Print what Prometheus is told of the server: arenas, models, leases, loads and swaps.
+
+    --json: a list of families, each with its samples.
+    """
+    from gpuload.client.asking import ask
+
+    accept = "application/openmetrics-text" if openmetrics else "text/plain"
+    text = ask({"op": "metrics", "accept": accept}, socket_path=socket_path)["text"]
+    if as_json:
+        from mfs.metrics.exposition import parsed
+
+        print_json(parsed(text, openmetrics=openmetrics))
+    else:
+        click.echo(text, nl=False)
 
 
 @cli.command(short_help="Say whether models fit; loads nothing.", cls=Page, sections={"Examples": EXAMPLES["plan"]})

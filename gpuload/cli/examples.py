@@ -12,6 +12,7 @@ gpuload serve --arena cuda:0=70G --mode 660         the socket's group may attac
     "load": """\
 gpuload load /mnt/models/llama --device cuda:0
 gpuload load /mnt/models/llama --name chat --pin
+gpuload load /mnt/models/llama --explain    where the time went
 gpuload load /mnt/models/llama --ranks cuda:0,cuda:1
 gpuload load /mnt/models/llama --device-map model=cuda:0 --device-map =cuda:1""",
     "swap": """\
@@ -27,6 +28,10 @@ gpuload pin llama --off""",
     "status": """\
 gpuload status
 gpuload status --json | jq '.devices[].models[].model'""",
+    "metrics": """\
+gpuload metrics
+gpuload metrics --json | jq '.[] | select(.name == "gpuload_load_seconds")'
+gpuload serve --metrics-addr 127.0.0.1:9401 …    the same for Prometheus, at /metrics""",
     "plan": """\
 gpuload plan /mnt/models/llama
 gpuload plan /mnt/models/llama --kv-cache 32768 --device cuda:0

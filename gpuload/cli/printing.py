@@ -41,6 +41,20 @@ def show_report(reply: dict[str, Any], as_json: bool) -> None:
     if report["evicted"]:
         lines.append(f"  evicted: {', '.join(report['evicted'])}")
     show(reply, as_json, *lines)
+    if "explained" in reply and not as_json:
+        _show_explained(reply["explained"])
+
+
+def _show_explained(found: dict[str, Any]) -> None:
+    from mfs.cli.explained import phases_table, strip
+    from mfs.cli.output import console, print_plain
+
+    out, seconds = console(), found["seconds"]
+    for part in (phases_table(found["phases"], seconds), *strip(found["strip"]["phases"], 72, seconds)):
+        if sys.stdout.isatty():
+            out.print(part)
+        else:
+            print_plain(out, part)
 
 
 @contextlib.contextmanager

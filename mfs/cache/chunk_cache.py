@@ -39,6 +39,7 @@ from mfs.cache.ram import Place, RamTier
 from mfs.cache.saving import Saver
 from mfs.cache.slots import Slots
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
+from mfs.tracing.spans import Span
 from mfs.types import ByteRange, ObjectId
 from mfs.waits import Cause, Waited, Waits
 from mfs.workers.frames import Frame, object_to_wire
@@ -84,8 +85,12 @@ class ChunkCache:
         """Told when the origin turns out to hold another version."""
         self.on_filled: Callable[[Chunk, Fill, Frame], None] | None = None
         """Told of each fill that ended well, with what the worker said of it."""
+        self.on_failed: Callable[[ObjectState, MfsError], None] | None = None
+        """Told of each fill that failed for good."""
         self.waits = Waits()
         """Told of whatever a reader waits for here."""
+        self.span_of: Callable[[Group], Span | None] = lambda group: None
+        """Below what a model's fills are traced, if they are."""
 
     # -- objects
 
@@ -172,6 +177,7 @@ class ChunkCache:
                 return None
             hits.append((chunk, part))
         self.counters.ram_hit_bytes += len(span)
+        self.counters.ram_hits += len(hits)
         for chunk, part in hits:
             self.note_delivery(chunk, block_mask(part.start, part.stop))
         views = [chunk.view(part.start, part.stop) for chunk, part in hits]
@@ -190,8 +196,10 @@ class ChunkCache:
         chunk = self._hit(state, index, part)
         if chunk is not None:
             self.counters.ram_hit_bytes += len(part)
+            self.counters.ram_hits += 1
             chunk.leases += 1
         else:
+            self.counters.ram_misses += 1
             length = len(state.object.chunk_range(index))
             chunk = await self.lease(state, index, mask, extra=full_mask(length) if whole_chunk else 0)
         # no checkpoint until the caller's reply
@@ -344,6 +352,9 @@ class ChunkCache:
             priority,
             timeout_s,
         )
+        above = self.span_of(state.group)
+        if above is not None:
+            fill.job.span = _fill_span(above, chunk, fill)
         self._pool.submit(fill.job)
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame | None, error: MfsError | None) -> None:
@@ -375,6 +386,8 @@ class ChunkCache:
         if error is not None:
             self.counters.origin_errors += 1
             fill.error = error
+            if self.on_failed is not None:
+                self.on_failed(chunk.state, error)
             if isinstance(error, ChangedError) and self.on_changed is not None:
                 self.on_changed(chunk.state)
         else:
@@ -389,6 +402,10 @@ class ChunkCache:
             if not result["requests"]:  # the files of SSD had it after all, or others there the same bytes
                 fill.cause = Cause.SSD
             self.counters.ssd_hit_bytes += result["ssd_bytes"]
+            self.counters.ssd_hits += bool(result["ssd_bytes"])
+            if result["requests"] or result["shared_bytes"]:
+                self.counters.ssd_misses += 1
+                self.counters.brought_bytes += mask_bytes(fill.mask, chunk.length) - result["ssd_bytes"]
             self.counters.origin_bytes += result["origin_bytes"]
             self.counters.shared_bytes += result["shared_bytes"]
             self.counters.origin_requests += result["requests"]
@@ -435,10 +452,17 @@ class ChunkCache:
 
     def _drop(self, chunk: Chunk) -> None:
         """Take the slot away. The chunk is idle."""
+        self._count_dropped(chunk)
         if chunk.delivered == full_mask(chunk.length):
             chunk.state.taken.add(chunk.index)
         self.slots.drop(chunk)
         self._forget_if_unused(chunk.state)
+
+    def _count_dropped(self, chunk: Chunk) -> None:
+        self.counters.ram_evictions += bool(chunk.valid)
+        self.counters.ram_evicted_bytes += mask_bytes(chunk.valid, chunk.length)
+        if chunk.unread:
+            self.counters.wasted_bytes += mask_bytes(chunk.valid, chunk.length)
 
     def drop_whole(self, state: ObjectState) -> int:
         """Drop an object from RAM whose file was given to others, who go on reading it; returns the bytes freed here.
@@ -449,6 +473,8 @@ class ChunkCache:
         if ram is None or not ram.given or ram.holders or not all(chunk.idle for chunk in state.chunks.values()):
             return 0
         dropped = sum(mask_bytes(chunk.valid, chunk.length) for chunk in state.chunks.values())
+        for chunk in state.chunks.values():
+            self._count_dropped(chunk)
         self.slots.drop_whole(state)
         self._forget_if_unused(state)
         return dropped
@@ -480,6 +506,7 @@ class ChunkCache:
             if ahead and fresh and not chunk.delivered and not chunk.unread:
                 chunk.unread = True
                 self.slots.unread.take(state.group)
+                self.counters.ahead_bytes += chunk.length
             if to_ssd:
                 chunk.saved &= state.on_ssd(index)
                 chunk.written = 0
@@ -606,3 +633,14 @@ class ChunkCache:
     @property
     def fills_count(self) -> int:
         return sum(len(chunk.fills) for chunk in self.slots.chunks)
+
+
+def _fill_span(above: Span, chunk: Chunk, fill: Fill) -> Span:
+    assert fill.job is not None
+    path, span = chunk.state.object.path, mask_span(chunk.index, fill.mask, chunk.state.object.size)
+    made = above.child("fetch")
+    made.attributes = {
+        "mfs.from": fill.cause, "mfs.file": path, "mfs.start": span.start, "mfs.stop": span.stop,
+        "mfs.ahead": fill.job.priority is Priority.BACKGROUND, "mfs.attempt": fill.attempts,
+    }  # fmt: skip
+    return made

@@ -91,9 +91,11 @@ class FrameReader:
                 except IntegrityError:
                     if is_last:
                         raise
-                # Somebody may have stored a chunk anew, otherwise: then what is known of it is another object's.
+                # Somebody may have stored a chunk anew, otherwise: then what is known of it is another object's. Or a
+                # cache between has others than its own bytes.
                 for wanted_id in asked:
                     self._tables.forget(wanted_id)
+                    self._store(deadline_s).doubt(layout.chunk_key(wanted_id))
         raise AssertionError
 
     def table(self, chunk: Chunk, *, deadline_s: float) -> Table:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
 from pathlib import Path
 
 from mfs.cache.chunk_places import Content
@@ -138,7 +139,10 @@ class RegistrySource:
             for part, view in zip(parts, views, strict=True):
                 moved += read(part, view)
             return moved
-        others = [self._pool.submit(read, part, view) for part, view in zip(parts[1:], views[1:], strict=True)]
+        others = [
+            self._pool.submit(copy_context().run, read, part, view)  # in the order's trace
+            for part, view in zip(parts[1:], views[1:], strict=True)
+        ]
         try:
             moved += read(parts[0], views[0])
         finally:
