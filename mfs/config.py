@@ -71,6 +71,19 @@ class SourceConfig:
     require_signature: Path | None = None
     """File with a public key: of a registry, show only what was signed with it. None: show everything."""
 
+    def options(self, mountpoint: str = "", cache_directory: str = "") -> dict[str, Any]:
+        """How it is reached, as `sources.SourceOptions` takes it, and plain values can cross to a worker.
+
+        mountpoint, cache_directory: of the mount, '' without one.
+        """
+        return {
+            "mountpoint": mountpoint, "cache_directory": cache_directory,
+            "endpoint_url": self.endpoint_url, "profile": self.profile, "region": self.region,
+            "unsigned": self.unsigned, "requester_pays": self.requester_pays, "token": self.token,
+            "layout": self.layout, "via": self.via, "dragonfly": self.dragonfly,
+            "require_signature": os.fspath(self.require_signature) if self.require_signature else None,
+        }  # fmt: skip
+
     def __post_init__(self) -> None:
         label = f"source {self.name!r}" if self.name else "source"
         if not self.url:
