@@ -19,10 +19,11 @@ import trio
 from mfs.config import MountConfig, check_cache_dir, check_mountpoint, check_paths
 from mfs.control import leftovers, lending_door, mountinfo, runtime, server
 from mfs.control.holding import HolderLink, listen_to_signals
-from mfs.control.ready import DaemonStart, notify
+from mfs.control.ready import DaemonStart, ping
 from mfs.errors import MfsError, StoreError
 from mfs.handover import Giver, Heir, door_path
 from mfs.lending import RamLender
+from mfs.manager import notify
 from mfs.mount import Mount
 from mfs.service import Service
 from mfs.shown import mask_url, set_up_logging
@@ -205,6 +206,7 @@ async def _answer(
         await nursery.start(server.serve, service, socket_path)  # last: who is answered there finds the others
         nursery.start_soon(_end_after_handover, mount, giver, lender, ended)
         nursery.start_soon(_watch_holder, mount, start.holder)
+        nursery.start_soon(ping)
         on_registered()
         gc.collect()
         gc.freeze()  # as workers do

@@ -8,7 +8,9 @@ import click
 
 from mfs.cli import (
     apply,
+    csi,
     diff,
+    kserve,
     look,
     mount,
     push,
@@ -29,7 +31,7 @@ _GROUPS = (
     ("Look", ("ls", "stat", "status", "watch")),
     ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify", "apply")),
     ("Registry", ("push", "sign", "tag", "rollback", "log", "diff", "rm", "gc", "fsck")),
-    ("Set up", ("config", "triton", "completion", "version")),
+    ("Set up", ("config", "csi", "keep", "kserve-init", "triton", "completion", "version")),
 )
 _SECTIONS = {
     "Examples": """\
@@ -77,6 +79,6 @@ for _command in (
     mount.mount, umount.umount, look.ls, look.stat, status.status, watch.watch, tiers.prefetch, tiers.evict, tiers.pin,
     tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push, sign.sign, diff.diff, registry.tag,
     registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck, settings.config, triton.triton,
-    shell.completion, shell.version,
+    csi.csi, csi.keep, kserve.kserve_init, shell.completion, shell.version,
 ):  # fmt: skip
     cli.add_command(_command)

@@ -45,9 +45,6 @@ def _umask(text: str) -> int:
     return parse_umask(text)
 
 
-_SIZE, _DURATION = _Parsed("size", parse_size), _Parsed("duration", parse_duration)
-
-
 class _Setting(click.Option):
     """An option that sets one field of MountConfig; unset, it leaves the field to the file or to its default there."""
 
@@ -74,7 +71,11 @@ def _default_text(field: str) -> str:
     return f"{value:03o}" if field == "umask" else str(value)
 
 
-_SIZE, _DURATION, _UMASK = _Parsed("size", parse_size), _Parsed("duration", parse_duration), _Parsed("octal", _umask)
+SIZE = _Parsed("size", parse_size)
+"""A size as people write it."""
+DURATION = _Parsed("duration", parse_duration)
+"""Seconds as people write them."""
+_UMASK = _Parsed("octal", _umask)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -98,11 +99,11 @@ _SOURCE_OPTIONS = [
 ]
 _MOUNT_OPTIONS = [
     _Setting(["--cache-dir"], type=TREE_PATH, help="Where the SSD tier lives; several mounts may share it."),
-    _Setting(["cache_bytes", "--cache-size"], type=_SIZE, help="Budget of the SSD tier."),
-    _Setting(["ram_bytes", "--ram-size"], type=_SIZE, help="Budget of the RAM tier."),
-    _Setting(["timeout_s", "--timeout"], type=_DURATION, help="Until a read that the origin does not answer fails."),
+    _Setting(["cache_bytes", "--cache-size"], type=SIZE, help="Budget of the SSD tier."),
+    _Setting(["ram_bytes", "--ram-size"], type=SIZE, help="Budget of the RAM tier."),
+    _Setting(["timeout_s", "--timeout"], type=DURATION, help="Until a read that the origin does not answer fails."),
     _Setting(
-        ["refresh_s", "--refresh"], type=_DURATION, help="Look for changes this often, not only on 'mfs refresh'."
+        ["refresh_s", "--refresh"], type=DURATION, help="Look for changes this often, not only on 'mfs refresh'."
     ),
     _Setting(
         ["connections_count", "--connections"],
@@ -184,7 +185,10 @@ HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_ENDPOINT
 DOCKER_CONFIG    the directory of docker's config.json, instead of ~/.docker
 HTTPS_PROXY, HTTP_PROXY, NO_PROXY (names, addresses, ranges)
 SSL_CERT_FILE, REQUESTS_CA_BUNDLE; for S3 AWS_CA_BUNDLE or its ca_bundle
-NOTIFY_SOCKET    told READY=1 when the mount can be used (systemd Type=notify)""",
+NOTIFY_SOCKET    told READY=1 when the mount can be used (systemd Type=notify), and given the
+                 mount's descriptors to keep (FileDescriptorStoreMax=)
+WATCHDOG_USEC    told WATCHDOG=1 three times as often, as long as the daemon answers
+LISTEN_FDS       the descriptors again, with --foreground: the mount goes on""",
     },
 )
 @click.argument("source", required=False)
@@ -203,27 +207,30 @@ def mount(source: str | None, mountpoint: str | None, config_file: Path | None, 
     than the options given; sources, owner and access stay as they are. Readers wait for milliseconds; whatever fails
     leaves the old daemon serving. Needs Linux 6.9.
     """
-    from mfs.cli.launch import become_daemon, start_daemon
     from mfs.config import check_paths
+    from mfs.control import fdstore
+    from mfs.launch import become_daemon, start_daemon, store_name
 
     if handover:
         _take_over(source, mountpoint, config_file, options)
         return
     settings = _settings(source, mountpoint, config_file, options)
+    if settings.foreground and (held := fdstore.received(store_name(settings))):
+        become_daemon(settings, held=held)
     check_paths(settings, is_replacing=_is_dead(str(settings.mountpoint)))
     if settings.foreground:
         become_daemon(settings)
-    for warning in start_daemon(settings, deadline_s=2 * settings.timeout_s + _START_GRACE_S):
+    for warning in start_daemon(settings, deadline_s=2 * settings.timeout_s + _START_GRACE_S, told=warn):
         warn(warning)
     print(_success(settings))
 
 
 def _take_over(source: str | None, mountpoint: str | None, config_file: Path | None, options: dict[str, Any]) -> None:
-    from mfs.cli.launch import become_daemon, start_daemon
     from mfs.cli.targets import connect
     from mfs.control import mountinfo
     from mfs.control.runtime import find_mount
     from mfs.handover import Heir, door_path
+    from mfs.launch import become_daemon, start_daemon
 
     settings = None
     if config_file is not None or mountpoint is not None:
@@ -246,7 +253,7 @@ def _take_over(source: str | None, mountpoint: str | None, config_file: Path | N
         heir.check_same(settings)
         if settings.foreground:
             become_daemon(settings, heir=heir)
-        for warning in start_daemon(settings, deadline_s=_TAKE_OVER_S, heir=heir):
+        for warning in start_daemon(settings, deadline_s=_TAKE_OVER_S, heir=heir, told=warn):
             warn(warning)
         print(clean(f"{place} taken over from pid {heir.pid} (mfs {heir.version})"))
 

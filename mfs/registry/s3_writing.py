@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,7 @@ class S3Writer:
                 reply = _reply_of(e)
                 if may_renew and is_refused(reply):
                     may_renew = False
-                    if self._access.renew(signed, deadline_s=0.0):
+                    if self._access.renew(signed, deadline_s=time.monotonic() + ANSWER_S):
                         continue
                 if reply.status in expected:
                     return reply.status

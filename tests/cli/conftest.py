@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mfs.cli.launch import start_daemon
+from mfs.launch import start_daemon
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import detach, mountinfo, runtime
 from mfs.control.runtime import Record

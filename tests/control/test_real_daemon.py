@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mfs.cli.launch import start_daemon
+from mfs.launch import start_daemon
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import detach, runtime
 from mfs.control.client import Client
