@@ -55,13 +55,14 @@ def start_daemon(
     else:
         config, log = _with_log_file(config)
     log_start = os.fstat(log).st_size
+    environment = _environment(heir, is_main=False) if environment is None else {**environment, **_UTF8}
     answer, answer_write = os.pipe()
     config_fd = _memory_file(config.to_json())
     try:
         process = subprocess.Popen(
             [*_command(module), *_arguments(module, config, 0, answer_write, heir, held)],
             stdin=config_fd, stdout=log, stderr=log, pass_fds=[answer_write, *held], start_new_session=True,
-            cwd=children.CWD, env=_environment(heir, is_main=False) if environment is None else {**environment, **_UTF8},
+            cwd=children.CWD, env=environment,
         )  # fmt: skip
     finally:
         for fd in (config_fd, answer_write, log):

@@ -11,7 +11,6 @@ from mfs.cli.mount import SIZE
 from mfs.cli.page import Page
 from mfs.errors import ConfigError
 
-
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 

@@ -102,9 +102,7 @@ _MOUNT_OPTIONS = [
     _Setting(["cache_bytes", "--cache-size"], type=SIZE, help="Budget of the SSD tier."),
     _Setting(["ram_bytes", "--ram-size"], type=SIZE, help="Budget of the RAM tier."),
     _Setting(["timeout_s", "--timeout"], type=DURATION, help="Until a read that the origin does not answer fails."),
-    _Setting(
-        ["refresh_s", "--refresh"], type=DURATION, help="Look for changes this often, not only on 'mfs refresh'."
-    ),
+    _Setting(["refresh_s", "--refresh"], type=DURATION, help="Look for changes this often, not only on 'mfs refresh'."),
     _Setting(
         ["connections_count", "--connections"],
         type=int,

@@ -33,8 +33,8 @@ def name_of(identity: str) -> str:
 def received(name: str) -> list[int]:
     """/dev/fuse, lock and journal of the mount of this name, from the service manager that started us.
 
-    Empty if there are none, or the mount has ended. What else of ours it kept, of another mount or other settings, it is
-    told to keep no more: readers of that get ENOTCONN, and its lock is free when this returns.
+    Empty if there are none, or the mount has ended. What else of ours it kept, of another mount or other settings, it
+    is told to keep no more: readers of that get ENOTCONN, and its lock is free when this returns.
     """
     found: dict[str, int] = {}
     others = set[str]()

@@ -103,7 +103,7 @@ class Daemons:
             log.warning("daemon %s: %s", key, warning)
 
     def end(self, key: str) -> None:
-        """End a daemon that no volume needs, and forget all of it but its cache. Raises: MfsError if it does not end."""
+        """End a daemon that no volume needs, and forget all but its cache. Raises: MfsError if it does not end."""
         place = str(self._state.mountpoint(key))
         record = runtime.read_record(place)
         if record is not None and runtime.serves(record, runtime.directory(), os.geteuid()):

@@ -6,8 +6,8 @@
       the daemon is noted, and serves             the volume is forgotten
       the target is bound                         a daemon that nobody needs is ended
 
-What is noted and not bound is no volume: `recover` forgets it, and whoever wants it publishes it again. What is bound was
-noted before.
+What is noted and not bound is no volume: `recover` forgets it, and whoever wants it publishes it again. What is bound
+was noted before.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Node:
 
     def _show(self, key: str, target: str) -> None:
         source = self._state.mountpoint(key)
-        # Over a mount that is dead, not in its place: only so does it show in containers that have the dead one already.
+        # Over a mount that is dead, not in its place: only so does it show in containers that have the dead one.
         if binding.device_at(target) != binding.device_at(str(source)):
             binding.bind(source, target)
 
@@ -149,7 +149,7 @@ class Node:
             log.warning("volume %s: %s", clean(volume_id), error)
 
     def unpublish(self, volume_id: str, target: str) -> None:
-        """Have the volume seen there no more; one that is not is no fault. Raises: UsageError, BusyError, StoreError."""
+        """Have the volume seen there no more, should it be. Raises: UsageError, BusyError, StoreError."""
         volume.check_target(volume_id, target)
         with self._names.alone(target):
             published = self._state.volume(volume_id, target)

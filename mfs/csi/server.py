@@ -172,7 +172,9 @@ def _answered(name: str, volume_id: str, context: grpc.ServicerContext, *, is_qu
         _refuse(context, code, str(error))
     except Exception as error:
         log.exception("%s of volume %s failed", name, shown)
-        _refuse(context, grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}; the driver's log says more")
+        _refuse(
+            context, grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}; the driver's log says more"
+        )
     else:
         if not is_quiet:
             log.info("%s of volume %s: done in %.2f s", name, shown, time.monotonic() - began_s)

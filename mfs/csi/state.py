@@ -67,7 +67,9 @@ class State:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(self._lock)
-                raise ConfigError(f"state directory {directory} is another driver's, which runs: end it first") from None
+                raise ConfigError(
+                    f"state directory {directory} is another driver's, which runs: end it first"
+                ) from None
             self.salt = self._salt()
         except OSError as error:
             raise ConfigError(f"state directory {directory} cannot be written: {error.strerror}") from error
@@ -117,7 +119,7 @@ class State:
     def daemons(self) -> list[str]:
         """The keys of all daemons that were started and not ended, also of such as nothing else is known of."""
         noted = {file.stem for file in (self.directory / "daemons").glob("*.json")}
-        return sorted(noted | {name for name in os.listdir(self.directory / "mounts")})
+        return sorted(noted | set(os.listdir(self.directory / "mounts")))
 
     def served(self, key: str) -> Served | None:
         """What the daemon of a key is started with."""

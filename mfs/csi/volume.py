@@ -1,7 +1,7 @@
 """What a volume is to be, read from what a pod's or a PersistentVolume's author wrote. Pure.
 
-Authors of pods are strangers to the node: they choose a source and some sizes within the node's limits, and nothing that
-names a file of the node or another's credentials.
+Authors of pods are strangers to the node: they choose a source and some sizes within the node's limits, and nothing
+that names a file of the node or another's credentials.
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def parse(context: Mapping[str, str], secrets: Mapping[str, str], limits: Limits
 
 def _check_url(url: str, limits: Limits) -> None:
     if not url:
-        raise UsageError("volume attribute source is missing: expected a URL such as s3://bucket/prefix or hf://org/name")
+        raise UsageError(
+            "volume attribute source is missing: expected a URL such as s3://bucket/prefix or hf://org/name"
+        )
     try:
         parts = urlsplit(url)
     except ValueError as error:

@@ -152,7 +152,7 @@ class Authenticator:
             return f"Bearer {token.value}"
 
     def _look_again(self, refused: Credentials | None, deadline_s: float) -> bool:
-        """Whether there are other credentials than those that were refused; looks where they are kept, see LOOK_PAUSES."""
+        """Whether there are other credentials than those refused; looks where they are kept, see LOOK_PAUSES."""
         with self._locked(deadline_s):
             if self._credentials != refused:
                 return True  # somebody else has found them already

@@ -48,7 +48,8 @@ def ask(
             may_move = False
             if _find_bucket(access, transport, reply, signed, deadline_s):
                 continue
-        if may_renew and is_refused(reply):
+        # The answer to a HEAD has no body to say that a token has expired.
+        if may_renew and (is_refused(reply) or (method == "HEAD" and reply.status == 400)):
             may_renew = False
             if access.renew(signed, deadline_s=deadline_s):
                 continue

@@ -1,4 +1,4 @@
-"""A driver as a process, asked over its socket by a client made from the same specification; workloads in containers."""
+"""A driver as a process, asked over its socket by a client made from the same specification; and workloads."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Driver:
     # -- life
 
     def start(self, *, program: str | None = None, own_pids: bool = False) -> Driver:
-        """Start it and wait until it is ready. program: Python to run before it. own_pids: all die with it, as in a pod."""
+        """Start it; wait until it is ready. program: Python run before it. own_pids: all die with it, as a pod's."""
         arguments = [
             "csi", "--endpoint", f"unix://{self.place}/csi.sock", "--node-id", "node-1",
             "--state-dir", str(self.place / "state"), "--secrets-dir", str(self.memory / "secrets"),

@@ -1,4 +1,4 @@
-"""Whoever is killed, whenever: the driver between two steps, a daemon, its holder, or the driver's pod with all of them."""
+"""Whoever is killed, whenever: the driver between two steps, a daemon, its holder, or the driver's whole pod."""
 
 from __future__ import annotations
 

@@ -170,9 +170,7 @@ def test_many_volumes_at_once(driver: Driver, models: Path) -> None:
     assert {call.code() for call in calls} == {grpc.StatusCode.OK}
     assert driver.pod_mounts == sorted(names)
     assert len(driver.pids) == 1
-    requests = [
-        csi.NodeUnpublishVolumeRequest(volume_id=name, target_path=str(driver.pods / name)) for name in names
-    ]
+    requests = [csi.NodeUnpublishVolumeRequest(volume_id=name, target_path=str(driver.pods / name)) for name in names]
     ends = [driver.node.NodeUnpublishVolume.future(request, timeout=60) for request in requests]
     assert {call.code() for call in ends} == {grpc.StatusCode.OK}
     assert driver.keys == []

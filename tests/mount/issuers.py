@@ -1,7 +1,7 @@
 """Who issues credentials that live for half a second: one of each kind, with an origin that takes nothing older.
 
-An issuer gives a new one before the last has expired, as STS, a Hub and a kubelet do; a reader that keeps what it has is
-refused.
+An issuer gives a new one before the last has expired, as STS, a Hub and a kubelet do; a reader that keeps what it has
+is refused.
 """
 
 from __future__ import annotations

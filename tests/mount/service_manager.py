@@ -1,4 +1,4 @@
-"""A stand-in for systemd that speaks its real protocols: NOTIFY_SOCKET datagrams with descriptors, LISTEN_FDS, KillMode=mixed."""
+"""A stand-in for systemd with its real protocols: NOTIFY_SOCKET with descriptors, LISTEN_FDS, KillMode=mixed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from tests.mount.conftest import Mounted
 from tests.servers.scripted import Answer, Request, ScriptedServer, s3_bucket, s3_error
 
 
-
 def read_anew(path: str, offset: int, length: int) -> bytes:
     touching.drop_pages(path)
     return touching.pread(path, length, offset)
@@ -63,8 +62,8 @@ def test_reads_and_refreshes_go_on_with_the_keys_of_the_day(mounted: Mounted, tm
 
 
 def test_readers_go_on_while_everything_expires_within_a_second(mounted: Mounted, tmp_path: Path) -> None:
-    """Keys in a file, by a program, from STS for a web identity; the Hub's token, ~/.netrc and docker's config.json: each
-    lives for 0.6 s, and six readers read what nobody has cached, through several of each.
+    """Keys in a file, by a program, from STS for a web identity; the Hub's token, ~/.netrc and docker's config.json:
+    each lives for 0.6 s, and six readers read what nobody has cached, through several of each.
     """
     by_file, by_program, by_sts = issuers.Bucket(), issuers.Bucket(), issuers.Bucket()
     hub, folder, registry = issuers.Hub(), issuers.Folder(), issuers.Registry()

@@ -1,6 +1,4 @@
-"""A mount as a systemd service: its descriptors outlive the service's main process in the manager's store; watchdog, stop,
-reload.
-"""
+"""A mount as a systemd service: its descriptors outlive the main process in the manager's store; watchdog, reload."""
 
 from __future__ import annotations
 
@@ -39,7 +37,12 @@ class Service:
         self.write()
 
     def write(self, **more: str) -> None:
-        settings = {"mountpoint": str(self.mountpoint), "cache_dir": str(self._folder / "cache"), "ram_size": "64M", **more}
+        settings = {
+            "mountpoint": str(self.mountpoint),
+            "cache_dir": str(self._folder / "cache"),
+            "ram_size": "64M",
+            **more,
+        }
         lines = ["[mount]", "workers = 1", *(f'{name} = "{value}"' for name, value in settings.items())]
         self.config.write_text("\n".join([*lines, "[sources.m]", f'url = "{self._folder}/models"', ""]))
 

@@ -50,9 +50,7 @@ def bucket() -> Iterator[tuple[Bucket, str]]:
         yield bucket, server.url
 
 
-def test_a_push_outlives_its_keys(
-    bucket: tuple[Bucket, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_push_outlives_its_keys(bucket: tuple[Bucket, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     issuer, url = bucket
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     keys = "[default]\naws_access_key_id = {}\naws_secret_access_key = s\naws_session_token = t\n"
