@@ -120,7 +120,7 @@ class RamLender:
             raise
         for chunk in loan.chunks:
             cache.note_use(chunk)  # not delivered: no page cache has it now, what RAM has is all there is in memory
-        return loan, [chunk.slot for chunk in sorted(loan.chunks, key=lambda chunk: chunk.index)]
+        return loan, [chunk.place.slot for chunk in sorted(loan.chunks, key=lambda chunk: chunk.index)]
 
     def _take(self, group: Group, count: int) -> bool:
         """All or nothing: two borrowers that each hold half of what both need would wait for ever."""
@@ -145,7 +145,7 @@ class RamLender:
 
         async def take(index: int, mask: int) -> None:
             try:
-                loan.chunks.append(await self._mount.cache.lease(state, index, mask))
+                loan.chunks.append(await self._mount.cache.lease_in_file(state, index, mask))
             except MfsError as error:
                 errors.append(error)
                 nursery.cancel_scope.cancel()

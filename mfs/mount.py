@@ -21,6 +21,7 @@ from mfs.cache.chunk_state import Chunk, Fill, ObjectState
 from mfs.cache.ram import RamConfig, RamTier
 from mfs.cache.sealing import open_sealed
 from mfs.cache.ssd import SsdConfig, SsdTier
+from mfs.cache.warming import keep_warm
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import detach, mountinfo
 from mfs.errors import ConfigError, MfsError, StoreError
@@ -150,6 +151,7 @@ class Mount:
         )
         self.operations = Operations(self.namespace, self.reader, owner, timeout_s=config.timeout_s)
         self.whole_files.on_sealed = lambda state: self.session.invalidate_names(self.operations.files.renew(state))
+        self.whole_files.reads_count = lambda: self.operations.files.counters.count
         self.whole_files.on_dropped = self.operations.files.passthrough.drop_all
         self.whole_files.on_lost = lambda state: self.session.invalidate_names(self.operations.files.disown(state))
         self.kernel = kernel.KernelSettings()
@@ -219,6 +221,7 @@ class Mount:
                     nursery.start_soon(self.keeper.run)
                     nursery.start_soon(self.operations.files.passthrough.run)
                     nursery.start_soon(self.whole_files.run)
+                    nursery.start_soon(keep_warm, self.memory, self.cache.slots, self.pool)
                     if self.config.cache_dir is not None:
                         nursery.start_soon(self.whole_files.scrub)
                     for source in range(len(self.config.sources)):

@@ -169,6 +169,7 @@ class ObjectReader:
         found = self._handle(self._cache.open(object_from_wire(fields), source), self._keeper if is_held else None)
         if is_held:
             found.inherit()
+        self._whole_files.note(found.state)  # a daemon that was killed may not have come to seal it
         return found
 
     def _handle(self, state: ObjectState, keeper: Keeper | None) -> OpenObject:

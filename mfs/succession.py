@@ -35,12 +35,13 @@ class Remains:
     async def hand_over(self, mount: Mount) -> None:
         """Have `mount` show what was shown, know what the kernel knows, and answer it."""
         await mount.show_last()
-        mount.operations.inherit(self._journal)
+        renewed = mount.operations.inherit(self._journal)
         mount.operations.settled = trio.Event()
         if not is_connected(self._device):
             mount.note_gone()
             raise StoreError("the mount was taken away while nobody served it")
         mount.session.connect(self._device, self.agreement)
+        mount.session.invalidate_names(renewed)
         os.close(self._device)
 
     async def wait_ended(self) -> None:

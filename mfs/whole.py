@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
 _QUIET_S, _PATIENCE_S = 1.0, 15.0
-"""Since the last block of an object was written; longer while anything is fetched: a load has the disk for itself."""
+"""Since the last block of an object was written; longer while anything is fetched or read through us: a load has disk
+and cores for itself."""
 _SCRUB_RATE = 20e6  # bytes a second, on average
 _SCRUB_PAUSE_S, _SCRUBBED_S = 10.0, 3600.0  # between objects, and after the last
 _OPEN_S = 2.0  # that an open waits for the file; then it is read through us, as any other
@@ -63,6 +64,8 @@ class WholeFiles:
         """Told of an object whose sealed file turned out damaged; None if it is not in use."""
         self.on_dropped: Callable[[], None] = lambda: None
         """Told that a file in RAM was given up: what lingers of it would hold its memory."""
+        self.reads_count: Callable[[], int] = lambda: 0
+        """How often the kernel has asked us for bytes."""
         self.sealed_count = 0
         cache.saver.on_saved = self.note
         cache.on_full = self._make_room
@@ -118,11 +121,14 @@ class WholeFiles:
 
     async def run(self) -> None:
         """Seal what is complete and quiet, one after the other, until cancelled."""
+        seen_count = self.reads_count()
         try:
             while True:
                 await trio.sleep(_LOOK_S)
                 now = time.monotonic()
-                patience_s = _QUIET_S if not self._pool.inflight("origin") else _PATIENCE_S
+                last_count, seen_count = seen_count, self.reads_count()
+                is_loading = self._pool.inflight("origin") or seen_count > last_count
+                patience_s = _PATIENCE_S if is_loading else _QUIET_S
                 for state in [state for state, at in self._coming.items() if at <= now - patience_s]:
                     del self._coming[state]
                     try:

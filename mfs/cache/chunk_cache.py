@@ -33,7 +33,7 @@ import trio
 
 from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState
 from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes
-from mfs.cache.ram import RamTier
+from mfs.cache.ram import Place, RamTier
 from mfs.cache.saving import Saver
 from mfs.cache.slots import Slots
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
@@ -44,6 +44,7 @@ from mfs.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
+_LOOK_AGAIN_S = 0.01  # whether a worker still reads a chunk that is to be moved
 _GIVEN_IDLE_S = 10.0  # after which a file given from RAM goes before chunks that are read through us
 _SLOTS_FOR_READERS = 2  # that a model's chunks brought ahead of need leave to its readers
 
@@ -167,7 +168,8 @@ class ChunkCache:
         self.counters.ram_hit_bytes += len(span)
         for chunk, part in hits:
             self.note_delivery(chunk, block_mask(part.start, part.stop))
-        return state.view(span)
+        views = [chunk.view(part.start, part.stop) for chunk, part in hits]
+        return views[0] if len(views) == 1 else memoryview(b"".join(views))
 
     @staticmethod
     def _hit(state: ObjectState, index: int, part: ByteRange) -> Chunk | None:
@@ -189,7 +191,7 @@ class ChunkCache:
         # no checkpoint until the caller's reply
         self.note_delivery(chunk, mask)
         self.release(chunk)
-        return state.view(ByteRange(chunk.start + part.start, chunk.start + part.stop))
+        return chunk.view(part.start, part.stop)
 
     def note_delivery(self, chunk: Chunk, mask: int) -> None:
         """Blocks of a leased chunk go to a reader, by way of the kernel's page cache."""
@@ -210,11 +212,13 @@ class ChunkCache:
             self.slots.demote_if_done(chunk)
 
     async def lease(
-        self, state: ObjectState, index: int, mask: int, *, extra: int = 0, priority: Priority = Priority.DEMAND
-    ) -> Chunk:
+        self, state: ObjectState, index: int, mask: int, *, extra: int = 0,
+        priority: Priority = Priority.DEMAND, own: bool = False,
+    ) -> Chunk:  # fmt: skip
         """Hold a chunk with the blocks of `mask` valid; the caller must `release` it.
 
         extra: further blocks to bring in the same request if they are missing; not waited for by themselves.
+        own: in the object's own file, if it has no slot yet.
         Raises: MfsError within `timeout_s` for DEMAND; background leases wait as long as their turn takes.
         Cancellation: safe, nothing is held then.
         """
@@ -230,11 +234,15 @@ class ChunkCache:
                     await self.slots.wait(state.group)
                     continue  # from the top: another reader may have brought this very chunk meanwhile
                 if chunk is None:
-                    slot = self._take_slot_nowait(state, allow_loss=demand)
-                    if slot is None:
+                    if demand and index in state.taken:  # the kernel has dropped it, and hardly that alone
+                        state.taken.clear()
+                    place = self._take_slot_nowait(
+                        state, index, own=own or self._goes_into_file(state), allow_loss=demand
+                    )
+                    if place is None:
                         await self.slots.wait(None)
                         continue
-                    chunk = state.chunks[index] = Chunk(state, index, slot)
+                    chunk = state.chunks[index] = Chunk(state, index, place)
                     self.slots.enter(chunk)
                 chunk.leases += 1
                 try:
@@ -259,7 +267,7 @@ class ChunkCache:
 
     def view(self, chunk: Chunk) -> memoryview:
         """The bytes of a leased chunk; only its valid blocks mean anything."""
-        return chunk.state.view(chunk.state.object.chunk_range(chunk.index))
+        return chunk.view(0, chunk.length)
 
     def release(self, chunk: Chunk) -> None:
         """End a lease."""
@@ -313,6 +321,7 @@ class ChunkCache:
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame | None, error: MfsError | None) -> None:
         ended = isinstance(error, WorkerEndedError)
+        chunk.is_clean = chunk.is_clean and not ended  # one that hangs in the kernel may still write there
         attempts_max = ATTEMPTS_OVER_DEAD_WORKERS if ended else 2
         if isinstance(error, TransientStoreError) and fill.attempts < attempts_max and not self._pool.closing:
             assert fill.job is not None
@@ -367,16 +376,18 @@ class ChunkCache:
 
     # -- slots
 
-    def _take_slot_nowait(self, state: ObjectState, *, allow_loss: bool) -> int | None:
+    def _goes_into_file(self, state: ObjectState) -> bool:
+        """Whether new chunks of an object stand in a file of its own: where others have that, or may be given it."""
+        return not self._config.ssd or (state.ram is not None and (state.ram.holders > 0 or state.ram.given))
+
+    def _take_slot_nowait(self, state: ObjectState, index: int, *, own: bool, allow_loss: bool) -> Place | None:
         """A slot for a chunk of an object, taken from the coldest idle ones if need be; None if all are held.
 
         allow_loss: a chunk the SSD does not have yet may go too, if there is no other.
         """
         if (superfluous := self.slots.superfluous()) is not None:
-            # Also where there is room: its memory is warm. What was not in use yet costs a first touch, 0.15 CPU s/GB,
-            # or 1.5 where a hypervisor took it away and has to find it again (free page reporting).
-            self._drop(superfluous)
-        while (slot := self.slots.take(state)) is None:
+            self._drop(superfluous)  # also where there is room: its memory is near
+        while (place := self.slots.take(state, index, own=own)) is None:
             if self.on_full(idle_s=_GIVEN_IDLE_S):
                 continue
             victim = self.slots.victim(self.saver.is_safe)
@@ -390,10 +401,12 @@ class ChunkCache:
                     return None
                 self.counters.lost_bytes += victim.length
             self._drop(victim)
-        return slot
+        return place
 
     def _drop(self, chunk: Chunk) -> None:
         """Take the slot away. The chunk is idle."""
+        if chunk.delivered == full_mask(chunk.length):
+            chunk.state.taken.add(chunk.index)
         self.slots.drop(chunk)
         self._forget_if_unused(chunk.state)
 
@@ -414,6 +427,7 @@ class ChunkCache:
         """Drop all that nobody uses: the mount is another daemon's."""
         for state in list(self._states.values()):
             self._evict(state)
+        self.slots.cool_down()
 
     # -- ahead of need
 
@@ -428,9 +442,11 @@ class ChunkCache:
         """
         mask = full_mask(len(state.object.chunk_range(index)))
         fresh = index not in state.chunks
-        chunk = await self.lease(state, index, mask, priority=Priority.BACKGROUND)
+        chunk = await self.lease(state, index, mask, priority=Priority.BACKGROUND, own=keep)
         try:
-            chunk.keep = chunk.keep or keep
+            if keep:
+                await self._move_into_file(chunk)
+                chunk.keep = True
             if ahead and fresh and not chunk.delivered and not chunk.unread:
                 chunk.unread = True
                 self.slots.unread.take(state.group)
@@ -441,6 +457,42 @@ class ChunkCache:
             return not chunk.valid & ~(chunk.saved | chunk.written)
         finally:
             self.release(chunk)
+
+    async def lease_in_file(self, state: ObjectState, index: int, mask: int) -> Chunk:
+        """As `lease`, of a chunk that stands in its object's own file, for who has that mapped."""
+        chunk = await self.lease(state, index, mask, own=True)
+        try:
+            await self._move_into_file(chunk)
+        except BaseException:
+            self.release(chunk)
+            raise
+        return chunk
+
+    async def _move_into_file(self, chunk: Chunk) -> None:
+        """Have a chunk that the caller has leased stand in its object's own file. Who else has leased it does not mind:
+        no view of it is kept over a checkpoint, but by who has it there already.
+
+        Raises: StoreError.
+        """
+        with trio.move_on_after(self._config.timeout_s):
+            while not chunk.is_own:
+                if chunk.saving is not None:
+                    await chunk.saving.wait()
+                elif chunk.fills:
+                    await chunk.fills[0].done.wait()
+                elif chunk.looks:
+                    await trio.sleep(_LOOK_AGAIN_S)
+                elif (place := self._take_slot_nowait(chunk.state, chunk.index, own=True, allow_loss=True)) is None:
+                    await self.slots.wait(None)
+                else:
+                    self.slots.move(chunk, place)
+            return
+        raise StoreError(f"{chunk.state.object}: no room in its file within {self._config.timeout_s:g} s")
+
+    def leave(self, state: ObjectState) -> None:
+        """Nobody is expected any more: what was brought ahead and not read is no more than what was read."""
+        for chunk in state.chunks.values():
+            self.slots.note_read(chunk)
 
     # -- residency
 

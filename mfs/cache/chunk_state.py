@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import trio
 
 from mfs.cache.chunks import full_mask
-from mfs.cache.ram import Piece, RamObject
+from mfs.cache.ram import Piece, Place, RamFile
 from mfs.errors import MfsError
-from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
+from mfs.types import CHUNK_BYTES, ObjectId
 from mfs.workers.frames import object_to_wire
 from mfs.workers.job import Job
 from mfs.workers.shares import group_of_file
@@ -57,15 +57,17 @@ class Chunk:
     """A chunk that has a slot."""
 
     __slots__ = (
-        "changed_at", "coming", "delivered", "file_lost", "fills", "index", "keep", "leases", "length", "saved",
-        "saving", "slot", "state", "sums", "unread", "valid", "written",
+        "changed_at", "coming", "delivered", "file_lost", "fills", "index", "is_clean", "keep", "leases", "length",
+        "looks", "place", "saved", "saving", "state", "sums", "unread", "valid", "written",
     )  # fmt: skip
 
-    def __init__(self, state: ObjectState, index: int, slot: int) -> None:
+    def __init__(self, state: ObjectState, index: int, place: Place) -> None:
         self.state = state
         self.index = index
-        self.slot = slot
-        """Its number, no other's ever: the memory is another, where the number is."""
+        self.place = place
+        """Where its slot is."""
+        self.is_clean = True
+        """No worker that was given up may still write there."""
         self.length = len(state.object.chunk_range(index))
         self.valid = 0
         """Blocks whose bytes may be handed out."""
@@ -86,23 +88,29 @@ class Chunk:
         self.coming = False
         """Something of it is asked of the origin: it counts against its model's share of the slots."""
         self.leases = 0
+        self.looks = 0
+        """Workers that read it now, beside the one that saves it."""
         self.saving: trio.Event | None = None
         self.changed_at = 0.0
 
     @property
     def start(self) -> int:
-        """Where it begins in its object, so also in the file."""
+        """Where it begins in its object."""
         return self.index * CHUNK_BYTES
 
     @property
-    def file(self) -> RamObject:
-        assert self.state.ram is not None
-        return self.state.ram
+    def is_own(self) -> bool:
+        """Whether it stands in its object's own file."""
+        return self.place.file is self.state.ram
 
     @property
     def piece(self) -> Piece:
         """What a worker needs to read or fill it."""
-        return Piece(self.file.fd, self.start)
+        return Piece(self.place.file.fd, self.place.start, self.length)
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """Its bytes [start, stop); only its valid blocks mean anything."""
+        return self.place.file.view(self.place.start + start, self.place.start + stop)
 
     @property
     def complete(self) -> bool:
@@ -126,7 +134,9 @@ class Chunk:
 class ObjectState:
     """An object version somebody uses: its chunks in RAM and its place among the sources."""
 
-    __slots__ = ("chunks", "group", "object", "ram", "source", "ssd_known", "ssd_masks", "users", "whole", "wire")
+    __slots__ = (
+        "chunks", "group", "object", "ram", "source", "ssd_known", "ssd_masks", "taken", "users", "whole", "wire",
+    )  # fmt: skip
 
     def __init__(self, obj: ObjectId, source: int) -> None:
         self.object = obj
@@ -134,8 +144,10 @@ class ObjectState:
         self.group = group_of_file(source, obj.path)
         """Whose share of the common bounds it uses."""
         self.chunks: dict[int, Chunk] = {}
-        self.ram: RamObject | None = None
-        """Its file, while a chunk has a slot or somebody holds it; `slots` opens and closes it."""
+        self.taken: set[int] = set()
+        """Chunks that lost their slot after all of them was handed out: the kernel has them, for all we know."""
+        self.ram: RamFile | None = None
+        """Its own file, while a chunk has a slot there or somebody holds it; `slots` opens and closes it."""
         self.users = 0
         """Open handles and others that hold it."""
         self.wire = object_to_wire(obj)
@@ -148,14 +160,9 @@ class ObjectState:
 
     @property
     def complete_in_ram(self) -> bool:
-        """Whether RAM has all blocks."""
+        """Whether the object's own file in RAM has all blocks."""
         is_there = self.ram is not None and self.ram.slots_count == self.object.chunks_count
         return is_there and all(chunk.complete for chunk in self.chunks.values())
-
-    def view(self, span: ByteRange) -> memoryview:
-        """The bytes of a range whose chunks have slots; only their valid blocks mean anything."""
-        assert self.ram is not None
-        return self.ram.view(span.start, span.stop)
 
     def on_ssd(self, index: int) -> int:
         """Blocks of a chunk that SSD very likely has."""

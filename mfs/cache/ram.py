@@ -1,11 +1,15 @@
-"""The RAM tier's memory: one sparse file per object version, on a tmpfs of our own or, without root, a memfd.
+"""The RAM tier's memory: sparse files on a tmpfs of our own or, without root, memfds.
 
-A file is exactly its object: its bytes stand at their own offsets, for workers, who are sent its descriptor with each
-order, for borrowers, and for the kernel. A *slot* is room for one chunk: a chunk has its slot while its piece of the
-file may hold memory, and gives it back when that is punched out. Nothing is touched ahead; which bytes of a piece mean
-anything is `chunk_cache`'s business. Nothing here does I/O, and nothing blocks.
+A *slot* is room for one chunk, and stands in one of two kinds of files. The *common* file is nobody's: pieces of it go
+from one chunk to the next with their memory, since memory that is new, or was free for a moment, is zeroed first and
+may have to be found by a hypervisor, at up to ten times the price of the bytes that are to be there. Chunks that others
+shall have as a file, borrowers or the kernel, stand in their object's *own* file, which is exactly the object: its
+bytes at their own offsets. From there a chunk's memory goes when its piece is punched out.
 
-Memory that goes with a whole file (see `RamObject.given`) is there until its last reader elsewhere is gone, so it
+Workers are sent a piece's descriptor with each order. Which bytes of a piece mean anything is `chunk_cache`'s business.
+Nothing here does I/O, and nothing blocks.
+
+Memory that goes with a whole file (see `RamFile.given`) is there until its last reader elsewhere is gone, so it
 counts against the budget until the tmpfs says that it is.
 """
 
@@ -32,6 +36,7 @@ from mfs.types import CHUNK_BYTES
 SLOTS_COUNT_MIN = 16
 """Fewer cannot hold the readers, fills and SSD writes of even one stream."""
 
+_WARM_MAX = 256  # pieces touched ahead: what a load takes before its first chunks are on SSD and give theirs up
 _SLACK_BYTES = 64 << 20  # of the tmpfs beyond the budget: a borrower who touches what he was not lent takes memory
 _OTHER_DESCRIPTORS = 512  # of the daemon: sockets, workers, logs
 _MAPPINGS_MAX = 65530  # vm.max_map_count's default
@@ -52,14 +57,25 @@ class RamConfig:
 
 
 class Piece(NamedTuple):
-    """A chunk's part of its object's file, for a worker: the descriptor travels beside the order, as SCM_RIGHTS."""
+    """A chunk's part of a file, for a worker: the descriptor travels beside the order, as SCM_RIGHTS."""
 
     fd: int
     start: int
+    length: int
+    """Of the chunk. The file has memory, or room for it, up to the end of that page."""
 
 
-class RamObject:
-    """The file of one object version, and this process's mapping of it. Made by `RamTier.open`."""
+class Place(NamedTuple):
+    """Where a chunk's slot is."""
+
+    file: RamFile
+    start: int
+    slot: int
+    """Its number, no other's ever: where the number is another, so is the memory or whoever used it."""
+
+
+class RamFile:
+    """A file in memory, and this process's mapping of it. Made by `RamTier.open`."""
 
     def __init__(self, fd: int, name: str | None, size: int) -> None:
         """Raises: OSError if it cannot be mapped."""
@@ -74,7 +90,7 @@ class RamObject:
         self._view = map_file(fd, size, writable=True) if size else memoryview(b"")  # only address space
 
     def view(self, start: int, stop: int) -> memoryview:
-        """The bytes [start, stop) of the object, writable; valid while their chunks have slots."""
+        """The bytes [start, stop) of the file, writable; valid while their chunks have slots."""
         return self._view[start:stop]
 
     def forget(self) -> None:
@@ -124,12 +140,19 @@ class RamTier:
             self.note = "may be swapped out: Linux 6.4 or newer can forbid that"
         self.slots_used = 0
         self._serials = itertools.count(1)
-        self._objects: set[RamObject] = set()
+        self._objects: set[RamFile] = set()
         self._held_bytes = 0
+        self._common: RamFile | None = None
+        self._warm: list[int] = []
+        """Pieces of the common file that have memory and no user, the last used last: where each begins."""
+        self._cold: list[int] = []
+        """Those that had memory once and have none."""
+        self._touched = 0
+        """Where the part of the common file begins that was never used."""
 
     # -- files
 
-    def open(self, size: int) -> RamObject:
+    def open(self, size: int) -> RamFile:
         """A new file for an object of that size.
 
         Raises: TransientStoreError if there are `objects_max`, StoreError if it cannot be had.
@@ -149,7 +172,7 @@ class RamTier:
                 # Who is handed the file must not be able to shrink it under us: that would be SIGBUS in the daemon.
                 # Not F_SEAL_FUTURE_WRITE: workers map it anew for each order.
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            obj = RamObject(fd, name, size)
+            obj = RamFile(fd, name, size)
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -159,23 +182,23 @@ class RamTier:
         self._objects.add(obj)
         return obj
 
-    def lend(self, obj: RamObject) -> int:
+    def lend(self, obj: RamFile) -> int:
         """A descriptor by which strangers can read an object and never write; the caller closes it. Raises: OSError."""
         if self._tmpfs is None or obj.name is None:
             return os.open(f"/proc/self/fd/{obj.fd}", os.O_RDONLY | os.O_CLOEXEC)
         return self._tmpfs.open_to_read(obj.name)
 
-    def hold(self, obj: RamObject) -> None:
+    def hold(self, obj: RamFile) -> None:
         """Keep the file, whatever stands in it, until `unhold`. Raises: TransientStoreError if too many are held."""
         if not obj.holders and sum(1 for other in self._objects if other.holders) >= self.objects_max // 2:
             raise TransientStoreError(f"{self.objects_max // 2} files of the RAM tier are lent already")
         obj.holders += 1
 
-    def unhold(self, obj: RamObject) -> None:
+    def unhold(self, obj: RamFile) -> None:
         """End a `hold`."""
         obj.holders -= 1
 
-    def close_if_unused(self, obj: RamObject) -> bool:
+    def close_if_unused(self, obj: RamFile) -> bool:
         """Remove the file if nothing stands in it and nobody holds it; whether it is gone."""
         if obj.slots_count or obj.holders:
             return False
@@ -187,27 +210,45 @@ class RamTier:
 
     # -- slots
 
-    def has_room(self, obj: RamObject | None) -> bool:
+    def has_room(self, obj: RamFile | None) -> bool:
         """Whether there is a slot, in that file or, with None, in a new one."""
         if obj is None and len(self._objects) >= self.objects_max:
             return False
         room_bytes = self.size_bytes - (self.slots_used + 1) * CHUNK_BYTES
         return room_bytes >= self._held_bytes or room_bytes >= self.held_bytes
 
-    def take(self, obj: RamObject) -> int:
-        """A slot in an object's file: its number, no other's ever."""
+    def take(self, obj: RamFile, start: int) -> Place:
+        """A slot in an object's own file, for the chunk that begins at `start`."""
         self.slots_used += 1
         obj.slots_count += 1
-        return next(self._serials)
+        self._cool(self.slots_free)
+        return Place(obj, start, next(self._serials))
 
-    def give(self, obj: RamObject, start: int) -> None:
-        """The slot of the piece that begins at `start` is free, and its memory with it."""
-        assert not obj.given
-        with suppress(OSError):
-            punch_hole(obj.fd, start, CHUNK_BYTES)  # 12 us of 4 MiB
-        self._leave(obj, 1)
+    def take_common(self) -> Place:
+        """A slot in the common file. Raises: StoreError if that cannot be had."""
+        return self._in_common(self._warm.pop() if self._warm else self._cold_piece())
 
-    def give_whole(self, obj: RamObject) -> None:
+    def _in_common(self, start: int) -> Place:
+        if self._common is None:
+            self._common = self.open(self.size_bytes)
+        self.slots_used += 1
+        self._common.slots_count += 1
+        return Place(self._common, start, next(self._serials))
+
+    def give(self, place: Place, *, is_clean: bool = True) -> None:
+        """A slot is free. is_clean: nobody can write there any more; else the memory goes, and whoever writes on does
+        so into pages that are in no file.
+        """
+        assert not place.file.given
+        self._leave(place.file, 1)
+        if place.file is self._common and is_clean and len(self._warm) < self.slots_free:
+            self._warm.append(place.start)
+            return
+        _punch(place.file, place.start)
+        if place.file is self._common:
+            self._cold.append(place.start)
+
+    def give_whole(self, obj: RamFile) -> None:
         """All slots of a given object are free, and its file is removed. Nothing is punched: who reads it elsewhere
         goes on, and its memory counts until the last of them has gone.
         """
@@ -215,7 +256,7 @@ class RamTier:
             self._held_bytes = self.held_bytes + os.fstat(obj.fd).st_blocks * 512
         self._leave(obj, obj.slots_count)
 
-    def _leave(self, obj: RamObject, count: int) -> None:
+    def _leave(self, obj: RamFile, count: int) -> None:
         self.slots_used -= count
         obj.slots_count -= count
 
@@ -235,6 +276,34 @@ class RamTier:
     def slots_free(self) -> int:
         return max(0, (self.size_bytes - self.used_bytes) // CHUNK_BYTES)
 
+    # -- memory without a user
+
+    def warm_up(self) -> Place | None:
+        """A piece of the common file to be touched for whoever takes a slot next; None if there are enough of them.
+
+        It is to be given back by `give`. Raises: StoreError if that file cannot be had.
+        """
+        used_count = self._common.slots_count if self._common is not None else 0
+        if len(self._warm) >= min(_WARM_MAX - used_count, self.slots_free):
+            return None
+        return self._in_common(self._cold_piece())
+
+    def cool_down(self) -> None:
+        """Give back the memory that nobody uses."""
+        self._cool(0)
+
+    def _cool(self, kept_count: int) -> None:
+        while len(self._warm) > kept_count:
+            assert self._common is not None
+            self._cold.append(self._warm.pop(0))
+            _punch(self._common, self._cold[-1])
+
+    def _cold_piece(self) -> int:
+        if self._cold:
+            return self._cold.pop()
+        self._touched += CHUNK_BYTES
+        return self._touched - CHUNK_BYTES
+
     def close(self) -> None:
         """Give the memory back, as far as nobody has a view of it."""
         for obj in self._objects:
@@ -242,6 +311,11 @@ class RamTier:
         self._objects.clear()
         if self._tmpfs is not None:
             self._tmpfs.close()
+
+
+def _punch(file: RamFile, start: int) -> None:
+    with suppress(OSError):
+        punch_hole(file.fd, start, CHUNK_BYTES)  # 12 us of 4 MiB
 
 
 def _objects_max() -> int:
@@ -256,9 +330,20 @@ def _objects_max() -> int:
     return max(SLOTS_COUNT_MIN, min(mappings // 2, descriptors))
 
 
+def write(place: Place, content: memoryview) -> None:
+    """Put bytes where a slot is, from its beginning. Raises: StoreError."""
+    position = place.start
+    while content:
+        try:
+            count = os.pwrite(place.file.fd, content, position)
+        except OSError as error:
+            raise StoreError(f"RAM tier: no memory for a chunk: {error.strerror}") from error
+        content, position = content[count:], position + count
+
+
 @contextmanager
 def mapped(piece: Piece, *, to_fill: int) -> Iterator[memoryview]:
-    """A worker's view of a piece, page-aligned: up to 4 MiB, and to the end of the page where the object ends earlier.
+    """A worker's view of a piece, page-aligned: up to 4 MiB, and to the end of the page where the chunk ends earlier.
     Unmapped afterwards, so that no worker keeps memory alive that the daemon drops. Closes the descriptor.
 
     to_fill: mask of the blocks that will be written. If those are all, the memory is taken first, in huge pages, so
@@ -267,7 +352,7 @@ def mapped(piece: Piece, *, to_fill: int) -> Iterator[memoryview]:
     Raises: StoreError.
     """
     try:
-        length = min(CHUNK_BYTES, os.fstat(piece.fd).st_size - piece.start)
+        length = piece.length
         everything = full_mask(length)
         is_whole = to_fill & everything == everything
         if is_whole:

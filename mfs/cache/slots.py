@@ -15,8 +15,9 @@ import trio
 
 from mfs.cache.chunk_state import Chunk, ObjectState
 from mfs.cache.chunks import full_mask
-from mfs.cache.ram import RamObject, RamTier
+from mfs.cache.ram import Place, RamFile, RamTier, write
 from mfs.errors import StoreError, TransientStoreError
+from mfs.types import CHUNK_BYTES
 from mfs.workers.shares import Group, Shares
 
 _HELD_LOOK_S = 0.5  # between two looks whether readers elsewhere have let go of memory that is not ours any more
@@ -39,13 +40,16 @@ class Slots:
         self.unread = Shares(count, hard=count)
         """Slots of chunks brought ahead of need that nobody has read yet, and of those that `prefetch` has ordered."""
 
-    def take(self, state: ObjectState) -> int | None:
-        """A free slot for a chunk of an object, if there is one. Raises: StoreError if its file cannot be had."""
-        if not self._memory.has_room(state.ram):
-            return None
-        return self._memory.take(self._file(state))
+    def take(self, state: ObjectState, index: int, *, own: bool) -> Place | None:
+        """A free slot for a chunk of an object, if there is one; own: in the object's own file.
 
-    def _file(self, state: ObjectState) -> RamObject:
+        Raises: StoreError if the file cannot be had.
+        """
+        if not self._memory.has_room(state.ram if own else None):
+            return None
+        return self._memory.take(self._file(state), index * CHUNK_BYTES) if own else self._memory.take_common()
+
+    def _file(self, state: ObjectState) -> RamFile:
         if state.ram is None:
             state.ram = self._memory.open(state.object.size)
         return state.ram
@@ -56,10 +60,28 @@ class Slots:
 
     def drop(self, chunk: Chunk) -> None:
         """Take an idle chunk's slot away."""
-        self._memory.give(chunk.file, chunk.start)
+        self._memory.give(chunk.place, is_clean=chunk.is_clean)
         self._forget(chunk)
         self._close_if_unused(chunk.state)
         self.wake()
+
+    def move(self, chunk: Chunk, place: Place) -> None:
+        """Have an idle chunk stand in its object's own file, at a slot that was taken there. Copies: a millisecond.
+
+        Raises: StoreError if there is no memory for it; then it stands where it stood, and the slot is free again.
+        """
+        try:
+            write(place, chunk.view(0, chunk.length))
+        except StoreError:
+            self._memory.give(place)
+            raise
+        self._memory.give(chunk.place, is_clean=chunk.is_clean)
+        chunk.place, chunk.is_clean = place, True
+        self.wake()
+
+    def cool_down(self) -> None:
+        """Give memory without a user back."""
+        self._memory.cool_down()
 
     def give_whole(self, state: ObjectState) -> int | None:
         """A descriptor to read an object's file by, the caller's, if RAM has all of it and it may be given to others.
@@ -125,7 +147,7 @@ class Slots:
         unsafe: Chunk | None = None
         looked = 0
         for chunk in self.chunks:
-            if not chunk.idle or chunk.file.given:
+            if not chunk.idle or chunk.place.file.given:
                 continue
             if is_safe(chunk):
                 return chunk
@@ -138,9 +160,10 @@ class Slots:
     def superfluous(self) -> Chunk | None:
         """The chunk that has a slot and needs none, by `demote_if_done`, if there is one; the last read first."""
         first = next(iter(self.chunks), None)
-        if first is None or not first.idle or not self._is_done(first) or first.file.given or first.file.holders:
+        if first is None or not first.idle or not self._is_done(first):
             return None
-        return first
+        file = first.place.file
+        return None if file.given or file.holders else first
 
     # -- use
 

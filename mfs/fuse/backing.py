@@ -157,9 +157,10 @@ class NodeIds:
         return self._renewals.get(inode, 0)
 
     def adopt(self, node: int, renewals: int) -> None:
-        """Another daemon has told of a node, and has renewed its inode so often."""
-        if renewals:
-            self._renewals[self.inode_of(node)] = renewals
+        """Another daemon has told of a node, and had renewed its inode so often by then, or more often."""
+        inode = self.inode_of(node)
+        if renewals > self._renewals.get(inode, 0):
+            self._renewals[inode] = renewals
 
     def forget(self, inode: int) -> None:
         """The kernel knows none of its nodes any more."""

@@ -247,8 +247,12 @@ class FileOperations:
         """Go on with what `export` said."""
         self._headed = set(state)
 
-    def inherit(self, journal: Journal) -> None:
-        """Go on where the daemon stopped whose journal this is."""
+    def inherit(self, journal: Journal) -> list[tuple[int, str]]:
+        """Go on where the daemon stopped whose journal this is.
+
+        Returns the names that lead to other nodes by now, as `renew` does: a daemon that was killed may not have come
+        to tell the kernel, which would go on opening the old ones for as long as anybody has them open.
+        """
         self._open = OpenFiles(journal, self._reader.reopen, self._all_closed)
         self.passthrough.on_closed = self._open.forget_backing
         for node, row in journal.rows():
@@ -263,6 +267,12 @@ class FileOperations:
                 self._open.inherit(node, file)
             else:
                 self.passthrough.linger(node, file.backing)
+        files = [(node, FileRow(*row)) for node, row in journal.rows() if row[0] != EntryKind.DIRECTORY]
+        return [
+            self._namespace.adopted_name(file.entry(node))
+            for node, file in files
+            if node != self._node_ids.node_of(self._node_ids.inode_of(node))
+        ]
 
     def close_all(self) -> None:
         """Give back what the kernel will not release any more: the mount is gone."""

@@ -244,16 +244,20 @@ class Operations:
                 self._open_directories[handle] = _OpenDirectory(directory, listing)
         self.files.restore(state["files"])
 
-    def inherit(self, journal: Journal) -> None:
-        """Go on where the daemon stopped whose journal this is, before anything is answered."""
+    def inherit(self, journal: Journal) -> list[tuple[int, str]]:
+        """Go on where the daemon stopped whose journal this is, before anything is answered.
+
+        Returns the names that the kernel may have to be told of: (inode of the directory, name).
+        """
         self.journal.close()
         self.journal = journal
         for _, row in journal.rows():
             if row[0] == EntryKind.DIRECTORY:
                 self._namespace.adopt_directory(*row[1:])
-        self.files.inherit(journal)
+        renewed = self.files.inherit(journal)
         for opcode, handler in self.handlers.items():
             self.handlers[opcode] = patient(handler, lambda: self.settled, self._timeout_s)
+        return renewed
 
     def note_agreement(self, agreement: Agreement, identities: Sequence[str]) -> None:
         """Write down what was said at INIT, and of which sources the tree is, for whoever comes next."""

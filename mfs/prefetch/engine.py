@@ -173,7 +173,7 @@ class Prefetcher:
     def _want(self, track: _Track, span: ByteRange) -> None:
         urgent = self._urgent.setdefault(track.state.group, OrderedDict())
         for index in range(span.start // CHUNK_BYTES, -(-span.stop // CHUNK_BYTES)):
-            if not self._in_ram(track, index):
+            if not self._is_there(track, index):
                 urgent[track, index] = None
         while len(urgent) > _URGENT_MAX:
             urgent.popitem(last=False)
@@ -187,9 +187,10 @@ class Prefetcher:
             self._go()
 
     @staticmethod
-    def _in_ram(track: _Track, index: int) -> bool:
+    def _is_there(track: _Track, index: int) -> bool:
+        """Whether RAM has a chunk, or the kernel."""
         chunk = track.state.chunks.get(index)
-        return chunk is not None and chunk.valid == full_mask(chunk.length)
+        return chunk.valid == full_mask(chunk.length) if chunk is not None else index in track.state.taken
 
     def _next(self) -> tuple[_Track, int, bool] | None:
         """(track, chunk, to SSD alone) of the next order; None if there is nothing to do now."""
@@ -197,7 +198,7 @@ class Prefetcher:
         for group, urgent in list(self._urgent.items()):
             while urgent and self._orders.may_take(group) and not self._ram_is_full(group):
                 (track, index), _ = urgent.popitem(last=False)
-                if not track.dead and track.paused_until <= now and not self._in_ram(track, index):
+                if not track.dead and track.paused_until <= now and not self._is_there(track, index):
                     return track, index, False
             if not urgent:
                 del self._urgent[group]
@@ -221,7 +222,7 @@ class Prefetcher:
             while not track.finished:
                 index = track.cursor
                 track.cursor += 1
-                if not self._in_ram(track, index):
+                if not self._is_there(track, index):
                     return track, index, False
             del self._streams[track]
             self._begin_sibling(track)
@@ -232,7 +233,7 @@ class Prefetcher:
                 index = track.staged
                 track.staged += 1
                 whole = full_mask(len(track.state.object.chunk_range(index)))
-                if track.state.on_ssd(index) != whole and not self._in_ram(track, index):
+                if track.state.on_ssd(index) != whole and not self._is_there(track, index):
                     return track, index, True
             self._begin_sibling(track)
         return None
@@ -317,11 +318,13 @@ class Prefetcher:
             if needed > min(CHUNK_BYTES, state.object.size):
                 return
             chunk = await self._cache.lease(state, 0, block_mask(0, needed))
+            chunk.looks += 1
             try:
                 track.header_bytes = needed
                 heading.set()
                 found = await self._pool.call("tensor_boundaries", piece=chunk.piece, file_bytes=state.object.size)
             finally:
+                chunk.looks -= 1
                 self._cache.release(chunk)
             track.pattern.set_table(array("Q", found["boundaries"]))
         except MfsError as error:  # a foreign file with this suffix, or a read that its reader will hear of
@@ -342,5 +345,9 @@ class Prefetcher:
 
     def _drop(self, track: _Track) -> None:
         self._streams.pop(track, None)
+        urgent = self._urgent.get(track.state.group, OrderedDict())
+        for key in [key for key in urgent if key[0] is track]:
+            del urgent[key]
         if self._tracks.pop(track.state, None) is not None:
+            self._cache.leave(track.state)
             self._cache.close(track.state)

@@ -241,8 +241,10 @@ class Namespace:
 
         mtime_ns: as it was shown, for want of anything newer.
         """
-        top = next(top for top in self.tops() if top.source == source)
-        current = top
+        self._places.adopt(self._adopted(source, path, mtime_ns).inode, None)
+
+    def _adopted(self, source: int, path: str, mtime_ns: int) -> Directory:
+        current = next(top for top in self.tops() if top.source == source)
         for name in filter(None, path.split("/")):
             inode = inode_of(entry_key(name.encode("utf-8", "surrogatepass"), b""), self._seed(current))
             below = f"{current.path}/{name}" if current.path else name
@@ -251,11 +253,16 @@ class Namespace:
                 time_ns = self._times.of(source, below, mtime_ns if below == path else 0)
                 known = self._directories[inode] = Directory(inode, current, name, source, below, time_ns)
             current = known
-        self._places.adopt(current.inode, None)
+        return current
 
     def adopt_file(self, node: Node) -> None:
         """The kernel knows a file from another daemon, which the tree need not show any more."""
         self._places.adopt(node.inode, None if self._places.place(node.inode) else node)
+
+    def adopted_name(self, node: Node) -> tuple[int, str]:
+        """Where such a file was looked up: (inode of the directory, name)."""
+        directory, _, name = node.path.rpartition("/")
+        return self._adopted(node.source, directory, 0).inode, name
 
     # -- what the kernel knows
 

@@ -46,7 +46,7 @@ class TakesChunks(Protocol):
         ...
 
 
-_FILLS = ("fill", "load")  # operations that write into a piece
+_FILLS = ("fill", "load", "warm")  # operations that write into a piece
 
 
 def main() -> None:
@@ -202,7 +202,7 @@ def _receive(channel: socket.socket) -> Iterator[Frame]:
         came.extend(fds)  # with the first byte of its order, and never two in one message
         for frame in decoder.feed(data):
             if "piece" in frame:
-                frame["piece"] = Piece(came.popleft(), frame["piece"][1])
+                frame["piece"] = Piece(came.popleft(), *frame["piece"][1:])
             yield frame
 
 

@@ -509,9 +509,7 @@ async def test_what_was_given_whole_is_no_victim_and_goes_at_once(tmp_path: Path
         given, other = rig.put_ramp("m/given.bin", 6 * CHUNK_BYTES - 5), rig.put_ramp("m/other.bin", 30 * CHUNK_BYTES)
         state = rig.cache.open(given, 0)
         for index in range(6):
-            chunk = await rig.cache.lease(state, index, full_mask(len(given.chunk_range(index))))
-            chunk.keep = True  # as who asks for it in RAM does
-            rig.cache.release(chunk)
+            await rig.cache.bring(state, index, to_ssd=False, keep=True)  # as who asks for it in RAM does
         assert state.ram is not None
         assert rig.cache.drop_whole(state) == 0, "it was not given"
         state.ram.given = True
@@ -543,6 +541,61 @@ async def test_what_the_kernel_and_the_disk_have_goes_before_memory_that_was_not
             await rig.cache.read(state, obj.chunk_range(index))
             await rig.cache.saver.wait_saved()
             assert rig.memory.slots_used == 1, "each took the memory of the one before"
+        rig.cache.close(state)
+        rig.assert_idle()
+
+
+async def test_what_stands_in_common_memory_moves_into_the_objects_file_when_others_want_that(rig: Rig) -> None:
+    """While it is read, and however many want it at once."""
+    obj = rig.put_ramp("model.bin", 3 * CHUNK_BYTES + 5000)
+    state = rig.cache.open(obj, 0)
+    whole = ByteRange(0, obj.size)
+
+    async def borrow(index: int) -> None:
+        chunk = await rig.cache.lease_in_file(state, index, 1)
+        assert chunk.is_own
+        rig.cache.release(chunk)
+
+    await rig.cache.read(state, whole)
+    assert state.ram is None
+    async with trio.open_nursery() as nursery:
+        for index in (0, 0, 1, 3):
+            nursery.start_soon(borrow, index)
+        for _ in range(50):
+            assert await rig.cache.read(state, whole) == rig.contents[obj]
+    for index in range(4):
+        await rig.cache.bring(state, index, to_ssd=False, keep=True)
+    assert state.complete_in_ram
+    assert state.ram is not None
+    assert os.pread(state.ram.fd, obj.size + 1, 0) == rig.contents[obj]
+    assert rig.memory.slots_used == 4
+    rig.cache.close(state)
+
+
+async def test_no_piece_moves_while_a_worker_has_it(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", CHUNK_BYTES)
+    state = rig.cache.open(obj, 0)
+    chunk = await rig.cache.lease(state, 0, FULL)
+    chunk.looks += 1
+    before = chunk.place
+    with trio.move_on_after(0.1) as scope:
+        await rig.cache.lease_in_file(state, 0, FULL)
+    assert scope.cancelled_caught
+    assert chunk.place == before
+    chunk.looks -= 1
+    rig.cache.release(await rig.cache.lease_in_file(state, 0, FULL))
+    assert chunk.is_own
+    rig.cache.release(chunk)
+    rig.cache.close(state)
+
+
+async def test_without_a_disk_everything_stands_in_the_objects_file(tmp_path: Path) -> None:
+    """Whatever is whole there may be given to the kernel."""
+    async with running_rig(tmp_path, ssd=False) as rig:
+        obj = rig.put_ramp("model.bin", 2 * CHUNK_BYTES)
+        state = rig.cache.open(obj, 0)
+        await rig.cache.read(state, ByteRange(0, obj.size))
+        assert state.complete_in_ram
         rig.cache.close(state)
         rig.assert_idle()
 

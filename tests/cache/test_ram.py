@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mfs import limits
-from mfs.cache.ram import SLOTS_COUNT_MIN, Piece, RamConfig, RamObject, RamTier, mapped
+from mfs.cache.ram import SLOTS_COUNT_MIN, Piece, Place, RamConfig, RamFile, RamTier, mapped
 from mfs.errors import ConfigError, TransientStoreError
 from mfs.testing import ramp
 from mfs.types import CHUNK_BYTES
@@ -27,16 +27,21 @@ def memory() -> Iterator[RamTier]:
         yield memory
 
 
-def fill(memory: RamTier, obj: RamObject, size: int) -> None:
+def fill(memory: RamTier, obj: RamFile, size: int) -> list[Place]:
     """As workers do, by a descriptor of their own."""
+    places = []
     for start in range(0, size, CHUNK_BYTES):
-        memory.take(obj)
-        with mapped(Piece(os.dup(obj.fd), start), to_fill=2**32 - 1) as piece:
-            length = min(CHUNK_BYTES, size - start)
-            piece[:length] = ramp(length, start)
+        places.append(memory.take(obj, start))
+        put(places[-1], ramp(min(CHUNK_BYTES, size - start), start))
+    return places
 
 
-def memory_of(obj: RamObject) -> int:
+def put(place: Place, content: bytes) -> None:
+    with mapped(Piece(os.dup(place.file.fd), place.start, len(content)), to_fill=2**32 - 1) as piece:
+        piece[: len(content)] = content
+
+
+def memory_of(obj: RamFile) -> int:
     return os.fstat(obj.fd).st_blocks * 512
 
 
@@ -45,37 +50,90 @@ def test_a_file_is_its_object_and_its_memory_goes_piece_by_piece(memory: RamTier
     size = 2 * CHUNK_BYTES + 5000
     obj = memory.open(size)
     assert memory_of(obj) == 0, "nothing is touched ahead"
-    fill(memory, obj, size)
+    first, middle, last = fill(memory, obj, size)
     assert os.pread(obj.fd, size + 1, 0) == obj.view(0, size) == ramp(size)
     assert memory.slots_used == 3
     before = memory_of(obj)
-    memory.give(obj, CHUNK_BYTES)
+    memory.give(middle)
     assert memory_of(obj) == before - CHUNK_BYTES
     assert obj.view(2 * CHUNK_BYTES, size) == ramp(5000, 2 * CHUNK_BYTES)
     assert not memory.close_if_unused(obj)
-    memory.give(obj, 0)
-    memory.give(obj, 2 * CHUNK_BYTES)
+    memory.give(first)
+    memory.give(last)
     assert memory.close_if_unused(obj)
     assert memory.slots_free == SLOTS_COUNT_MIN
+
+
+def test_pieces_of_the_common_file_go_from_one_to_the_next_with_their_memory(memory: RamTier) -> None:
+    first, second = memory.take_common(), memory.take_common()
+    put(first, ramp(CHUNK_BYTES))
+    put(second, ramp(5000))
+    before = memory_of(first.file)
+    memory.give(first)
+    assert memory_of(first.file) == before
+    again = memory.take_common()
+    assert (again.file, again.start) == (first.file, first.start)
+    assert again.slot not in (first.slot, second.slot)
+    assert again.file.view(again.start, again.start + CHUNK_BYTES) == ramp(CHUNK_BYTES)
+    assert memory.slots_used == 2
+
+
+def test_memory_where_somebody_may_still_write_is_left_to_him(memory: RamTier) -> None:
+    """A worker that was given up and hangs in the kernel: its disk may answer yet."""
+    place = memory.take_common()
+    put(place, ramp(CHUNK_BYTES))
+    with mapped(Piece(os.dup(place.file.fd), place.start, CHUNK_BYTES), to_fill=0):
+        memory.give(place, is_clean=False)
+        assert memory_of(place.file) == 0
+    assert memory.slots_free == SLOTS_COUNT_MIN
+
+
+def test_memory_without_a_user_gives_way_to_the_files_of_objects(memory: RamTier) -> None:
+    places = [memory.take_common() for _ in range(SLOTS_COUNT_MIN)]
+    for place in places:
+        put(place, ramp(CHUNK_BYTES))
+    assert not memory.has_room(None)
+    for place in places:
+        memory.give(place)
+    common = places[0].file
+    obj = memory.open(4 * CHUNK_BYTES)
+    fill(memory, obj, 4 * CHUNK_BYTES)
+    assert memory_of(common) + memory_of(obj) == BUDGET
+    memory.cool_down()
+    assert memory_of(common) == 0
+
+
+def test_what_is_touched_ahead_fits_into_the_budget(memory: RamTier) -> None:
+    obj = memory.open(CHUNK_BYTES)
+    fill(memory, obj, CHUNK_BYTES)
+    seen = set()
+    while (place := memory.warm_up()) is not None:
+        seen.add(place.start)
+        put(place, bytes(CHUNK_BYTES))
+        memory.give(place)
+    assert len(seen) == SLOTS_COUNT_MIN - 1
+    assert memory.slots_used == 1
+    assert memory.take_common().start in seen
+    assert memory.warm_up() is None
 
 
 def test_the_page_behind_the_end_is_zeros(memory: RamTier) -> None:
     """Whoever maps the file sees it; O_DIRECT reads whole pages of a file on disk into it."""
     obj = memory.open(5000)
-    with mapped(Piece(os.dup(obj.fd), 0), to_fill=2**32 - 1) as piece:
+    with mapped(Piece(os.dup(obj.fd), 0, 5000), to_fill=2**32 - 1) as piece:
         assert len(piece) == 8192
         piece[:] = b"x" * 8192
     with mmap.mmap(obj.fd, 5000, prot=mmap.PROT_READ) as peer:
         assert peer[:] == b"x" * 5000
-    with mapped(Piece(os.dup(obj.fd), 0), to_fill=0) as piece:
+    with mapped(Piece(os.dup(obj.fd), 0, 5000), to_fill=0) as piece:
         assert piece[5000:] == bytes(3192)
 
 
 def test_a_view_outlives_its_file(memory: RamTier) -> None:
     obj = memory.open(CHUNK_BYTES)
-    fill(memory, obj, CHUNK_BYTES)
+    [place] = fill(memory, obj, CHUNK_BYTES)
     view = obj.view(0, 100)
-    memory.give(obj, 0)
+    memory.give(place)
     assert memory.close_if_unused(obj)
     assert view == bytes(100)
 
@@ -84,7 +142,7 @@ def test_a_worker_keeps_nothing_mapped_and_no_descriptor(memory: RamTier) -> Non
     obj = memory.open(CHUNK_BYTES)
     before = os.listdir("/proc/self/fd"), Path("/proc/self/maps").read_text().count("\n")
     for _ in range(3):
-        with mapped(Piece(os.dup(obj.fd), 0), to_fill=2**32 - 1) as piece:
+        with mapped(Piece(os.dup(obj.fd), 0, CHUNK_BYTES), to_fill=2**32 - 1) as piece:
             piece[0] = 1
         del piece
     assert (os.listdir("/proc/self/fd"), Path("/proc/self/maps").read_text().count("\n")) == before
@@ -121,7 +179,7 @@ def test_what_was_given_whole_counts_until_its_last_reader_has_gone(memory: RamT
         assert memory.slots_free == SLOTS_COUNT_MIN - 4
         other = memory.open(BUDGET)
         while memory.has_room(other):
-            memory.take(other)
+            memory.take(other, 0)
         assert memory.slots_used == SLOTS_COUNT_MIN - 4
         reader.stdin.write("\n")
         reader.stdin.flush()
@@ -167,14 +225,15 @@ if {uid}:
 memory = RamTier(RamConfig(SLOTS_COUNT_MIN * CHUNK_BYTES))
 assert bool({uid}) == bool(memory.note)
 obj = memory.open(CHUNK_BYTES)
-with mapped(Piece(os.dup(obj.fd), 0), to_fill=2**32 - 1) as piece:
+place = memory.take(obj, 0)
+with mapped(Piece(os.dup(obj.fd), 0, CHUNK_BYTES), to_fill=2**32 - 1) as piece:
     piece[:4] = b"true"
 fd = memory.lend(obj)
-place = f"/proc/self/fd/{{fd}}"
+path = f"/proc/self/fd/{{fd}}"
 attempts = dict(
     map=lambda: mmap.mmap(fd, 4096), write=lambda: os.pwrite(fd, b"x", 0), cut=lambda: os.ftruncate(fd, 0),
-    cut_by_path=lambda: os.truncate(place, 0), open_again=lambda: os.open(place, os.O_RDWR),
-    append=lambda: os.open(place, os.O_WRONLY | os.O_APPEND), empty=lambda: os.open(place, os.O_RDONLY | os.O_TRUNC),
+    cut_by_path=lambda: os.truncate(path, 0), open_again=lambda: os.open(path, os.O_RDWR),
+    append=lambda: os.open(path, os.O_WRONLY | os.O_APPEND), empty=lambda: os.open(path, os.O_RDONLY | os.O_TRUNC),
 )
 if {uid}:
     attempts |= dict(shrink=lambda: os.ftruncate(obj.fd, 0), grow=lambda: os.ftruncate(obj.fd, 2 * CHUNK_BYTES))
@@ -187,7 +246,7 @@ for name, attempt in attempts.items():
         continue
     raise SystemExit(f"{{name}} worked")
 assert mmap.mmap(fd, CHUNK_BYTES, prot=mmap.PROT_READ)[:4] == b"true"
-memory.give(obj, 0)
+memory.give(place)
 assert os.pread(fd, 4, 0) == bytes(4)
 assert "mfs-ram" not in open("/proc/self/mountinfo").read()
 """

@@ -152,6 +152,33 @@ async def test_a_file_without_a_table_is_streamed_too_and_its_reads_stay_cheap(t
         assert model.unread_seen <= UNREAD_MAX
 
 
+async def test_what_the_kernel_has_taken_is_not_fetched_ahead_again(tmp_path: Path) -> None:
+    """Until a reader asks for it: then the kernel has dropped it."""
+    async with running_model(tmp_path) as model:
+        obj = model.add("model.safetensors", 8, 8 * MIB)
+        cache = model.rig.cache
+
+        async def read_all(state: ObjectState) -> None:
+            for start in range(0, obj.size, MIB):
+                await model.read(state, start, min(start + MIB, obj.size))
+
+        async with model.open(obj) as state:
+            await read_all(state)
+            await cache.saver.wait_saved()
+            await until(lambda: not cache.fills_count and not cache.unread_count, "rest")
+            cache.evict(obj, 0)
+            assert len(state.taken) == obj.chunks_count
+            before = cache.counters.ssd_hit_bytes
+            model.prefetcher._want(model.prefetcher._tracks[state], ByteRange(0, obj.size))
+            assert model.prefetcher.queued_bytes == 0
+            await trio.sleep(0.2)
+            assert cache.counters.ssd_hit_bytes == before
+            await model.read(state, 0, MIB)
+            assert not state.taken
+            await read_all(state)
+            assert cache.counters.ssd_hit_bytes >= before + obj.size
+
+
 async def test_a_slice_brings_about_that_slice(tmp_path: Path) -> None:
     async with running_model(tmp_path) as model:
         obj = model.add("model.safetensors", 3, 30 * MIB)

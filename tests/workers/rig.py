@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from mfs.cache.chunk_cache import CacheConfig, ChunkCache
-from mfs.cache.ram import SLOTS_COUNT_MIN, Piece, RamConfig, RamObject, RamTier
+from mfs.cache.ram import SLOTS_COUNT_MIN, Piece, RamConfig, RamFile, RamTier
 from mfs.cache.ssd import SsdConfig, SsdTier
 from mfs.errors import MfsError
 from mfs.testing import ramp
@@ -33,7 +33,7 @@ class Rig:
     pool: WorkerPool
     cache: ChunkCache
     contents: dict[ObjectId, bytes] = field(default_factory=dict)
-    files: dict[ObjectId, RamObject] = field(default_factory=dict)
+    files: dict[ObjectId, RamFile] = field(default_factory=dict)
     """In RAM, for orders that no cache gives."""
 
     def put(self, name: str, data: bytes) -> ObjectId:
@@ -56,7 +56,7 @@ class Rig:
         """A chunk's place in RAM, for an order that no cache gives."""
         if obj not in self.files:
             self.files[obj] = self.memory.open(obj.size)
-        return Piece(self.files[obj].fd, index * CHUNK_BYTES)
+        return Piece(self.files[obj].fd, index * CHUNK_BYTES, len(obj.chunk_range(index)))
 
     def in_ram(self, obj: ObjectId, index: int) -> memoryview:
         """What stands there."""
@@ -110,7 +110,8 @@ class Rig:
         assert all(chunk.idle and chunk.valid for chunk in self.cache.slots.chunks)
         assert self.cache.unread_count == sum(chunk.unread for chunk in self.cache.slots.chunks)
         held = {chunk.state for chunk in self.cache.slots.chunks}
-        assert self.memory._objects - set(self.files.values()) == {state.ram for state in held}
+        own = self.memory._objects - set(self.files.values()) - {self.memory._common}
+        assert own == {chunk.place.file for chunk in self.cache.slots.chunks if chunk.is_own}
         assert all(state in held or state.users for state in self.cache._states.values())
 
 

@@ -1,0 +1,89 @@
+"""What a daemon makes of the journal of one that was killed, before the kernel is answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+
+from mfs.errors import StoreError
+from mfs.fuse.backing import NodeIds
+from mfs.fuse.files import FileOperations
+from mfs.fuse.handles import FileRow
+from mfs.fuse.journal import Journal
+from mfs.fuse.waiting import Waiting
+from mfs.tree.listing import Drafts
+from mfs.tree.namespace import Namespace
+from mfs.types import EntryKind, ObjectId
+from mfs.workers.frames import object_to_wire
+
+INODE = 0x1234_5600
+
+
+class Reopened:
+    """A file of which nothing is asked."""
+
+    def pass_through(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Reader:
+    def reopen(self, exported: list[Any]) -> Reopened:
+        return Reopened()
+
+
+async def never_listed(source: int, path: str, drafts: Drafts) -> None:
+    raise StoreError("the origin is away")
+
+
+def row(path: str, renewals: int, backing: int = 0) -> list[Any]:
+    obj = object_to_wire(ObjectId("test://origin", path, 7_000_000, "v1"))
+    return list(FileRow(EntryKind.FILE, 1, 5, path, [obj, 0, False], backing, renewals, False))
+
+
+@pytest.fixture
+def journal() -> Journal:
+    return Journal.create()
+
+
+def inherited(journal: Journal) -> tuple[Namespace, NodeIds, list[tuple[int, str]]]:
+    namespace = Namespace([""], never_listed, lambda source: "test://origin")
+    node_ids = NodeIds()
+
+    async def main() -> list[tuple[int, str]]:
+        files = FileOperations(namespace, Reader(), node_ids, journal, Waiting())  # type: ignore[arg-type]
+        return files.inherit(journal)
+
+    return namespace, node_ids, trio.run(main)
+
+
+def test_names_that_lead_elsewhere_are_told_again(journal: Journal) -> None:
+    """The daemon was killed after it gave a file that became whole another node, before the kernel heard of it."""
+    journal.note(INODE, row("llama/w.bin", renewals=1))
+    namespace, node_ids, names = inherited(journal)
+    [(directory, name)] = names
+    known = namespace.directory(directory)
+    assert known is not None
+    assert (known.path, name) == ("llama", "w.bin")
+    assert node_ids.node_of(INODE) == INODE | 1
+
+
+def test_nothing_is_told_of_files_that_are_open_by_their_latest_node(journal: Journal) -> None:
+    journal.note(INODE, row("w.bin", renewals=0))
+    journal.note(INODE + 0x100 | 2, row("v.bin", renewals=2, backing=7))
+    assert inherited(journal)[2] == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_latest_of_several_nodes_counts_in_whatever_order_they_were_noted(
+    journal: Journal, order: tuple[int, int]
+) -> None:
+    """Of an older node that is open as well, the row may know of fewer renewals."""
+    rows = [(INODE, row("w.bin", renewals=1)), (INODE | 1, row("w.bin", renewals=2, backing=7))]
+    for at in order:
+        journal.note(*rows[at])
+    _, node_ids, names = inherited(journal)
+    assert node_ids.node_of(INODE) == INODE | 2
+    assert {name for _, name in names} == {"w.bin"}
