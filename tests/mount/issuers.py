@@ -1,7 +1,7 @@
-"""Who issues credentials that live for half a second: one of each kind, with an origin that takes nothing older.
+"""Who issues credentials that are soon good for nothing: one of each kind, with an origin that takes nothing older.
 
-An issuer gives a new one before the last has expired, as STS, a Hub and a kubelet do; a reader that keeps what it has
-is refused.
+What was issued in this turn and the one before is taken, as STS, a Hub and a kubelet issue a new credential before the
+last has expired; a reader that keeps what it has is refused. Turns are the test's, not the clock's.
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ from __future__ import annotations
 import base64
 import json
 import threading
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mfs.testing import ramp
 from tests.oci.artifacts import ARTIFACT, CONFIG, MANIFEST, RAW, digest_of
-from tests.servers.scripted import Answer, Request, ScriptedServer, s3_bucket, s3_error
+from tests.servers.scripted import Answer, Request, s3_bucket, s3_error
 
-LIFE_S, EVERY_S = 0.6, 0.3
 SIZE = 4_000_000
 CONTENT = ramp(SIZE)
 NAME = "w.bin"
@@ -26,27 +22,24 @@ _TIME = "Fri, 02 Jan 2026 03:04:05 GMT"
 
 
 class Issuer:
-    """Credentials numbered from 1, each good for LIFE_S."""
+    """Credentials, each good for two turns."""
 
     def __init__(self) -> None:
-        self._issued: dict[str, float] = {}
+        self._issued: dict[str, int] = {}
         self._guard = threading.Lock()
+        self.turn = 0
         self.refused_count = 0
 
     def issue(self) -> str:
         with self._guard:
             word = f"AK{len(self._issued) + 1}X"
-            self._issued[word] = time.monotonic() + LIFE_S
+            self._issued[word] = self.turn
             return word
 
     def is_good(self, word: str) -> bool:
-        good = time.monotonic() < self._issued.get(word, 0.0)
+        good = self.turn - self._issued.get(word, -2) < 2
         self.refused_count += not good
         return good
-
-    @property
-    def count(self) -> int:
-        return len(self._issued)
 
 
 class Bucket(Issuer):
@@ -112,7 +105,7 @@ def password_of(request: Request) -> str:
 
 
 def sts_answer(key: str) -> Answer:
-    """An answer of AssumeRoleWithWebIdentity; keys live as long as STS's shortest, by their own word."""
+    """An answer of AssumeRoleWithWebIdentity; by their own word, keys live long."""
     body = (
         "<AssumeRoleWithWebIdentityResponse xmlns='https://sts.amazonaws.com/doc/2011-06-15/'>"
         f"<AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>{key}</AccessKeyId>"
@@ -129,33 +122,3 @@ def put(file: Path, text: str) -> None:
     new.write_text(text)
     new.chmod(0o600)
     new.rename(file)
-
-
-class Rotation:
-    """Has files say the credential of the moment, while used as a context."""
-
-    def __init__(self, writers: Mapping[Any, Any]) -> None:
-        """writers: issuer -> what writes its word down."""
-        self._writers = writers
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while not self._ended.wait(EVERY_S):
-            self.turn()
-
-    def turn(self) -> None:
-        for issuer, write in self._writers.items():
-            write(issuer.issue())
-
-    def __enter__(self) -> Rotation:
-        self.turn()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
-__all__ = ["CONTENT", "NAME", "SIZE", "Bucket", "Folder", "Hub", "Registry", "Rotation", "ScriptedServer", "put"]
