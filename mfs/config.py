@@ -24,7 +24,7 @@ from mfs.sources.base import name_fault
 from mfs.sources.folder import folder_path
 from mfs.sources.hf_cache import directory_name
 from mfs.types import CHUNK_BYTES
-from mfs.units import exact_size
+from mfs.units import exact_size, parse_local_address
 
 RAM_SLOTS_COUNT_MIN = 16
 """The RAM tier refuses fewer (`mfs.cache.ram`, whose test keeps the two equal); said here before anything starts."""
@@ -136,6 +136,8 @@ class MountConfig:
     """Where the daemon logs; None: its standard error."""
     log_level: str = "info"
     """One of LOG_LEVELS."""
+    page_addr: str | None = None
+    """HOST:PORT of this machine alone, where the daemon serves a page for a browser. None: it serves none."""
     foreground: bool = False
     """The daemon stays with the terminal or service manager that started it."""
     cache_fsync: bool = False
@@ -173,6 +175,11 @@ class MountConfig:
                     f"materialize is {pattern!r}: expected a pattern of paths in the mount, such as 'llama', "
                     f"'prod/*/1/*.safetensors' or '**'"
                 )
+        if self.page_addr is not None:
+            try:
+                parse_local_address(self.page_addr)
+            except ValueError as error:
+                raise ConfigError(f"page address: {error}") from None
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}: expected one of {', '.join(LOG_LEVELS)}")
 

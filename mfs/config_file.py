@@ -210,6 +210,7 @@ _MOUNT_KEYS: dict[str, _Key] = {
     "uid": ("uid", _integer),
     "gid": ("gid", _integer),
     "umask": ("umask", parse_umask),
+    "page_addr": ("page_addr", _text),
     "log_file": ("log_file", _path),
     "log_level": ("log_level", _text),
     "foreground": ("foreground", _flag),

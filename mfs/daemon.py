@@ -25,9 +25,11 @@ from mfs.handover import Giver, Heir, door_path
 from mfs.lending import RamLender
 from mfs.manager import notify
 from mfs.mount import Mount
+from mfs.page import site
 from mfs.service import Service
 from mfs.shown import mask_url, set_up_logging
 from mfs.succession import Remains
+from mfs.units import parse_local_address
 
 logger = logging.getLogger(__name__)
 Signals = AsyncIterator[int]
@@ -204,6 +206,11 @@ async def _answer(
         await nursery.start(giver.serve, door_path(socket_path))
         await nursery.start(lending_door.serve, lender, lending_door.door_path(socket_path))
         await nursery.start(server.serve, service, socket_path)  # last: who is answered there finds the others
+        if mount.config.page_addr is not None:
+            address = parse_local_address(mount.config.page_addr)
+            await nursery.start(
+                site.serve, service, address, socket_path, lambda: not mount.is_ours, mount.note_page_fault
+            )
         nursery.start_soon(_end_after_handover, mount, giver, lender, ended)
         nursery.start_soon(_watch_holder, mount, start.holder)
         nursery.start_soon(ping)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,7 @@ from mfs.whole import OpenSealed, WholeFiles
 from mfs.workers.frames import Frame
 from mfs.workers.job import Priority
 from mfs.workers.pool import PoolConfig, WorkerPool
+from mfs.workers.shares import Group
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +165,9 @@ class Mount:
         """Called in a thread when all that can fail before mounting is done: takes away what stands there."""
         self._away: dict[int, str] = {}
         """Sources that have not answered since the mount began, and what is to be said of that."""
+        self.arrived: Counter[Group] = Counter()
+        """Bytes that came from the origins, by model."""
+        self._page_fault = ""
         self.asked: dict[int, Asked] = {}
         """The last listing of each source."""
         self._refresh_soon = [trio.Event() for _ in config.sources]
@@ -189,7 +194,8 @@ class Mount:
         fault = self.pool.tier_fault
         without = [f"serving without the SSD tier: {fault}"] if fault else []
         unheld = [f"should this daemon be killed, the mount ends: {self.unheld}"] if self.unheld else []
-        return [*self.warnings, *self._away.values(), *without, *unheld]
+        pageless = [f"the page is not served: {self._page_fault}"] if self._page_fault else []
+        return [*self.warnings, *self._away.values(), *without, *unheld, *pageless]
 
     # -- serving
 
@@ -275,6 +281,10 @@ class Mount:
     def note_gone(self) -> None:
         """Nobody goes on with the mount: what is known of it may go."""
         self._is_gone = True
+
+    def note_page_fault(self, fault: str) -> None:
+        """The page in a browser is not there for this reason, '' if it is."""
+        self._page_fault = fault
 
     async def show_last(self) -> None:
         """Show what a daemon that was killed has shown, as far as the SSD tier knows; the rest when somebody looks."""
@@ -429,6 +439,7 @@ class Mount:
     # -- what the parts ask each other
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
+        self.arrived[chunk.state.group] += result["origin_bytes"]
         if self.oplog.watched:
             state, ahead = chunk.state, fill.job is not None and fill.job.priority is Priority.BACKGROUND
             span = state.object.chunk_range(chunk.index)

@@ -17,6 +17,7 @@ from mfs.cache.chunks import full_mask
 from mfs.control.api import EvictTier, Json, Tier
 from mfs.errors import MfsError, StoreError
 from mfs.mount import Mount
+from mfs.overview import Overview
 from mfs.shown import mask_url
 from mfs.tree.nodes import Node
 from mfs.types import EntryKind, ObjectId
@@ -39,6 +40,7 @@ class Service:
         self._mount = mount
         self._stop = stop
         self._nursery = nursery
+        self._overview = Overview(mount, nursery)
         self._usage: Json = {"used_bytes": 0, "objects_count": 0, "free_disk_bytes": 0}
         """Of the SSD tier, as far as is known."""
 
@@ -117,6 +119,14 @@ class Service:
             **self._usage, "budget_bytes": config.cache_bytes, "state": state if fault is None else "away",
             "note": fault, "hits_bytes": cache.counters.ssd_hit_bytes,
         }  # fmt: skip
+
+    async def overview(self, *, sort: str, match: str, count: int) -> Json:
+        models = await self._overview.models(sort=sort, match=match, count=count)
+        return {"status": await self.status(), "models": models, "fetches": self._overview.fetches(),
+                "waits": self._overview.waits()}  # fmt: skip
+
+    async def heat(self, path: str) -> Json:
+        return await self._overview.heat(path)
 
     async def ls(self, path: str) -> list[Json]:
         node = await self._mount.namespace.resolve(path)

@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them, to bytes and seconds and back. Pure."""
+"""Sizes, durations and addresses as people write them, to bytes and seconds and back. Pure."""
 
 from __future__ import annotations
 
@@ -51,6 +51,32 @@ def exact_size(size: int) -> str:
         if size and size % _FACTORS[unit] == 0:
             return f"{size // _FACTORS[unit]}{unit}"
     return str(size)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """(host, port) meant by '127.0.0.1:8650', 'localhost:8650' or '[::1]:8650'. Raises: ValueError."""
+    host, colon, port = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or not colon or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise ValueError(f"not an address: {text!r}; expected HOST:PORT, such as 127.0.0.1:8650")
+    return host, int(port)
+
+
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
+
+
+def parse_local_address(text: str) -> tuple[str, int]:
+    """As `parse_address`, of an address that only this machine can reach. Raises: ValueError."""
+    host, port = parse_address(text)
+    if host not in LOCAL_HOSTS:
+        raise ValueError(
+            f"{text!r} can be reached from elsewhere: expected 127.0.0.1:PORT, [::1]:PORT or localhost:PORT; "
+            f"to come from elsewhere, use 'ssh -L' or 'kubectl port-forward'"
+        )
+    return ("127.0.0.1" if host == "localhost" else host), port
 
 
 def parse_duration(text: str) -> float:

@@ -26,21 +26,25 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
 
 from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState
-from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes
+from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes, mask_span
 from mfs.cache.ram import Place, RamTier
 from mfs.cache.saving import Saver
 from mfs.cache.slots import Slots
 from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
 from mfs.types import ByteRange, ObjectId
+from mfs.waits import Cause, Waited, Waits
 from mfs.workers.frames import Frame, object_to_wire
 from mfs.workers.job import ATTEMPTS_OVER_DEAD_WORKERS, Job, Priority, WorkerEndedError
 from mfs.workers.pool import WorkerPool
+from mfs.workers.shares import Group
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +84,8 @@ class ChunkCache:
         """Told when the origin turns out to hold another version."""
         self.on_filled: Callable[[Chunk, Fill, Frame], None] | None = None
         """Told of each fill that ended well, with what the worker said of it."""
+        self.waits = Waits()
+        """Told of whatever a reader waits for here."""
 
     # -- objects
 
@@ -228,10 +234,12 @@ class ChunkCache:
             while True:
                 chunk = state.chunks.get(index)
                 if not state.ssd_known.is_set():
-                    await self.learned_ssd(state)
+                    with self._waiting(Cause.SSD, state, index, mask, demand):
+                        await self.learned_ssd(state)
                     continue
                 if not self._may_lease(state, index, chunk, mask, demand):
-                    await self.slots.wait(state.group)
+                    with self._waiting(Cause.SHARE, state, index, mask, demand):
+                        await self.slots.wait(state.group)
                     continue  # from the top: another reader may have brought this very chunk meanwhile
                 if chunk is None:
                     if demand and index in state.taken:  # the kernel has dropped it, and hardly that alone
@@ -240,7 +248,8 @@ class ChunkCache:
                         state, index, own=own or self._goes_into_file(state), allow_loss=demand
                     )
                     if place is None:
-                        await self.slots.wait(None)
+                        with self._waiting(Cause.SLOT, state, index, mask, demand):
+                            await self.slots.wait(None)
                         continue
                     chunk = state.chunks[index] = Chunk(state, index, place)
                     self.slots.enter(chunk)
@@ -250,12 +259,29 @@ class ChunkCache:
                         chunk.leases += 1  # the caller's; ours goes in the finally
                         return chunk
                     fill = self._fill_for(chunk, mask, extra, priority)
-                    await fill.done.wait()
+                    with self._waiting(fill, state, index, mask, demand):
+                        await fill.done.wait()
                     if fill.error is not None:
                         raise fill.error
                 finally:
                     self.release(chunk)
         raise StoreError(f"{state.object}: no answer within {self._config.timeout_s:g} s")
+
+    @contextmanager
+    def _waiting(self, on: Cause | Fill, state: ObjectState, index: int, mask: int, demand: bool) -> Iterator[None]:
+        """Note how long a reader waits in here for blocks of a chunk, however it ends."""
+        since_s = time.monotonic()
+        try:
+            yield
+        finally:
+            if demand:
+                waited_s, span = time.monotonic() - since_s, mask_span(index, mask, state.object.size)
+                where = state.source, state.object.path, span.start, span.stop
+                cause, decode_s = (on.cause, min(on.decode_s, waited_s)) if isinstance(on, Fill) else (on, 0.0)
+                waited_s -= decode_s
+                self.waits.note(Waited(since_s, waited_s, cause, *where))
+                if decode_s:
+                    self.waits.note(Waited(since_s + waited_s, decode_s, Cause.DECODE, *where))
 
     def _may_lease(self, state: ObjectState, index: int, chunk: Chunk | None, mask: int, demand: bool) -> bool:
         """Whether nothing new must come from the origin, or the model may have one more slot for what does."""
@@ -308,6 +334,7 @@ class ChunkCache:
         state = chunk.state
         fill.attempts += 1
         from_ssd = not fill.mask & ~chunk.on_ssd
+        fill.cause = Cause.SSD if from_ssd else Cause.ORIGIN
         if not from_ssd:
             self.slots.begin_coming(chunk)
         fill.job = Job(
@@ -358,6 +385,9 @@ class ChunkCache:
                 chunk.note_ssd(chunk.on_ssd | result["resident"])
             chunk.sums.update(result["sums"])
             chunk.changed_at = time.monotonic()
+            fill.decode_s = result.get("decode_s", 0.0)
+            if not result["requests"]:  # the files of SSD had it after all, or others there the same bytes
+                fill.cause = Cause.SSD
             self.counters.ssd_hit_bytes += result["ssd_bytes"]
             self.counters.origin_bytes += result["origin_bytes"]
             self.counters.shared_bytes += result["shared_bytes"]
@@ -502,6 +532,22 @@ class ChunkCache:
         if state is None:
             return 0
         return sum(mask_bytes(c.valid, c.length) for c in state.chunks.values())
+
+    def valid_masks(self, obj: ObjectId, source: int) -> dict[int, int]:
+        """Blocks of an object that stand in RAM, by chunk; chunks with none may be left out."""
+        state = self._states.get((obj.cache_id, source))
+        return {index: chunk.valid for index, chunk in state.chunks.items()} if state is not None else {}
+
+    def ram_bytes_by_group(self) -> Counter[Group]:
+        """Bytes in RAM of each model that has any."""
+        held = Counter[Group]()
+        for state in self._states.values():
+            if state.chunks:
+                held[state.group] += sum(
+                    chunk.length if chunk.complete else mask_bytes(chunk.valid, chunk.length)
+                    for chunk in state.chunks.values()
+                )
+        return held
 
     def evict(self, obj: ObjectId, source: int) -> int:
         """Drop an object's idle chunks from RAM; returns the bytes freed."""

@@ -14,6 +14,7 @@ from mfs.cache.chunks import full_mask
 from mfs.cache.ram import Piece, Place, RamFile
 from mfs.errors import MfsError
 from mfs.types import CHUNK_BYTES, ObjectId
+from mfs.waits import Cause
 from mfs.workers.frames import object_to_wire
 from mfs.workers.job import Job
 from mfs.workers.shares import group_of_file
@@ -41,7 +42,7 @@ class CacheCounters:
 class Fill:
     """One order to bring blocks into a chunk; `done` is set when they are there or `error` says why not."""
 
-    __slots__ = ("attempts", "done", "error", "file_lost", "job", "mask")
+    __slots__ = ("attempts", "cause", "decode_s", "done", "error", "file_lost", "job", "mask")
 
     def __init__(self, mask: int) -> None:
         self.mask = mask
@@ -49,6 +50,10 @@ class Fill:
         self.error: MfsError | None = None
         self.job: Job | None = None
         self.attempts = 0
+        self.cause = Cause.ORIGIN
+        """What those wait for who wait for it."""
+        self.decode_s = 0.0
+        """Of the time that it took, what went into unpacking and verifying."""
         self.file_lost = False
         """Another fill found the chunk's SSD file bad and dropped it: what this one reads from there is not kept."""
 

@@ -55,3 +55,10 @@ def run_bytes(first: int, end: int, length: int) -> tuple[int, int]:
 def mask_bytes(mask: int, length: int) -> int:
     """How many bytes the blocks of `mask` hold in a chunk of `length` bytes."""
     return sum(stop - start for start, stop in (run_bytes(a, b, length) for a, b in mask_runs(mask)))
+
+
+def mask_span(index: int, mask: int, size: int) -> ByteRange:
+    """The range of an object of `size` bytes from the first to the last block of `mask` in a chunk; empty without."""
+    first, end = (mask & -mask).bit_length() - 1, mask.bit_length()
+    start = min(index * CHUNK_BYTES + max(first, 0) * BLOCK_BYTES, size)
+    return ByteRange(start, max(start, min(index * CHUNK_BYTES + end * BLOCK_BYTES, size)))

@@ -292,6 +292,19 @@ class ResidencyTables:
                 pinned=bool(found.rows[row, 6] & _PINNED),
             )  # fmt: skip
 
+    def resident(self) -> Iterator[tuple[str, int, int, bool]]:
+        """(cache_id, bytes on SSD, last use in seconds since the epoch, pinned) of objects with anything resident."""
+        found = self._snapshot()
+        sizes, uses = found.per_object(), found.last_uses()
+        for row in np.flatnonzero(sizes > 0).tolist():
+            yield id_of(found.rows[row]), int(sizes[row]), int(uses[row]), bool(found.rows[row, 6] & _PINNED)
+
+    def name_of(self, tier: SsdTier, cache_id: str) -> tuple[str, str]:
+        """(source, path inside it) that an object's sidecar carries; ('', '') if it is gone by now."""
+        header = tier.header(cache_id)
+        source, path, _, _, _ = _identity(header.identity) if header else _NOBODY
+        return source, path
+
     def _snapshot(self) -> Snapshot:
         """Copies that fit together, though other threads and processes go on writing."""
         self._remap_if_changed()

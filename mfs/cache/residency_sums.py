@@ -57,6 +57,17 @@ class Snapshot:
         totals: NDArray[np.int64] = edges[self.rows[:, 3] + self.rows[:, 4]] - edges[self.rows[:, 3]]
         return totals
 
+    def last_uses(self) -> NDArray[np.int64]:
+        """Per object row: when the chunk was used that was used last, in seconds since the epoch; 0 if none was."""
+        last = np.zeros(len(self.rows), np.int64)
+        live = np.flatnonzero(self.rows[:, 4] > 0)
+        if len(live):
+            starts = self.rows[live, 3]
+            edges = np.stack([starts, starts + self.rows[live, 4]], axis=1).ravel()
+            uses = np.append(self.chunks[:, 1], np.uint32(0)).astype(np.int64)  # an edge may be the end
+            last[live] = np.maximum.reduceat(uses, edges)[::2]
+        return last
+
     def coldest(self, evictable: NDArray[np.bool_], sealed: NDArray[np.bool_]) -> Iterator[tuple[int, int | None, int]]:
         """What to evict, coldest first: (object row, index of its chunk or None for all of it, bytes).
 

@@ -8,6 +8,7 @@ import click
 
 from mfs.cli import (
     apply,
+    browse,
     csi,
     diff,
     kserve,
@@ -20,6 +21,7 @@ from mfs.cli import (
     sign,
     status,
     tiers,
+    top,
     triton,
     umount,
     watch,
@@ -28,7 +30,7 @@ from mfs.cli.page import EXIT_STATUS, Front
 
 _GROUPS = (
     ("Mount", ("mount", "umount")),
-    ("Look", ("ls", "stat", "status", "watch")),
+    ("Look", ("ls", "stat", "status", "top", "page", "watch")),
     ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify", "apply")),
     ("Registry", ("push", "sign", "tag", "rollback", "log", "diff", "rm", "gc", "fsck")),
     ("Set up", ("config", "csi", "keep", "kserve-init", "triton", "completion", "version")),
@@ -76,9 +78,9 @@ def cli(**_: Any) -> None:
 
 
 for _command in (
-    mount.mount, umount.umount, look.ls, look.stat, status.status, watch.watch, tiers.prefetch, tiers.evict, tiers.pin,
-    tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push, sign.sign, diff.diff, registry.tag,
-    registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck, settings.config, triton.triton,
-    csi.csi, csi.keep, kserve.kserve_init, shell.completion, shell.version,
+    mount.mount, umount.umount, look.ls, look.stat, status.status, top.top, browse.page, watch.watch,
+    tiers.prefetch, tiers.evict, tiers.pin, tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push,
+    sign.sign, diff.diff, registry.tag, registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck,
+    settings.config, csi.csi, csi.keep, kserve.kserve_init, triton.triton, shell.completion, shell.version,
 ):  # fmt: skip
     cli.add_command(_command)

@@ -122,6 +122,9 @@ _MOUNT_OPTIONS = [
     _Setting(["--uid"], type=int, help="Owner of all files, instead of you."),
     _Setting(["--gid"], type=int, help="Group of all files, instead of yours."),
     _Setting(["--umask"], type=_UMASK, help="Permission bits taken away."),
+    _Setting(
+        ["--page-addr"], metavar="HOST:PORT", help="Serve a page for a browser there; 'mfs page' says its address."
+    ),
     _Setting(["--log-file"], type=TREE_PATH, help="Append the daemon's log here."),
     _Setting(["--log-level"], type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."),
     _flag("foreground", "--foreground", "Stay in the foreground (systemd, containers)."),

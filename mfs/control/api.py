@@ -31,6 +31,25 @@ class DaemonApi(Protocol):
         """
         ...
 
+    async def overview(self, *, sort: str, match: str, count: int) -> Json:
+        """What `mfs top` and the page show once a second: {status: as above, models, fetches, waits}.
+
+        models: {count: all there are, matched_count: with `match` in their path, rows: the first `count` of these by
+        `sort`, each {path, is_model: False for the files beside the models, size: None where nobody has looked yet,
+        files_count, ssd_bytes, ram_bytes, origin_bytes: fetched for it since the start, pinned_count, open_count,
+        fetching_count, last_used_at, waited_s: that its readers have waited since somebody looks}}. Of the SSD tier
+        they may be some seconds old where there are many.
+        fetches: {count, queued_count, rows: the oldest, each {path, start, stop, since_s, ahead: nobody waits for it,
+        from: 'origin' | 'ssd'}}. waits: {cause: {count, seconds}} of readers, likewise.
+        """
+        ...
+
+    async def heat(self, path: str) -> Json:
+        """Which parts of the files at and below a path are where: {files: [{path, size, ssd_bytes, ram_bytes, pinned,
+        open_handles, ssd: strip, ram: strip}], left_out}. A strip is a text of at most 96 digits over the length of the
+        file: '0' nothing, '9' all, between them in part."""
+        ...
+
     async def ls(self, path: str) -> list[Json]:
         """[{name, kind: 'file'|'directory'|'symlink', size, mtime, ssd_bytes, ram_bytes, pinned}] of a directory, or
         of the one file."""

@@ -43,6 +43,12 @@ class Client:
     def config(self) -> Json:
         return self._object("config", {}, self._timeout_s)
 
+    def overview(self, *, sort: str = wire.SORTS[0], match: str = "", count: int = 100) -> Json:
+        return self._object("overview", {"sort": sort, "match": match, "count": str(count)}, self._timeout_s)
+
+    def heat(self, path: str) -> Json:
+        return self._object("heat", {"path": path}, _LONG_S)
+
     def ls(self, path: str) -> list[Json]:
         rows: list[Json] = self._call("ls", {"path": path}, _LONG_S)
         return rows

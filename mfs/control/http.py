@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,17 @@ class Request:
     method: str
     target: str
     body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+    """(name in lower case, value)."""
+
+    def header(self, name: str) -> str | None:
+        """The value of a header, None if it is not there. name: in lower case. Raises: UsageError if it is there twice:
+        two who read the request could each believe another one.
+        """
+        values = [value for key, value in self.headers if key == name]
+        if len(values) > 1:
+            raise UsageError(f"the header {name} is there {len(values)} times: expected one")
+        return values[0] if values else None
 
 
 class ClientGone(Exception):
@@ -45,7 +57,9 @@ class ClientGone(Exception):
 class HttpConnection:
     """Receives requests and sends responses; not for concurrent use, but for `cancel_when_gone` beside an operation."""
 
-    def __init__(self, stream: trio.SocketStream, limits: Limits) -> None:
+    def __init__(self, stream: trio.SocketStream, limits: Limits, headers: Sequence[tuple[str, str]] = ()) -> None:
+        """headers: of every response."""
+        self._headers = list(headers)
         self._stream = stream
         self._limits = limits
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.header_bytes)
@@ -92,7 +106,8 @@ class HttpConnection:
                     raise UsageError(f"the request's body is longer than {self._limits.body_bytes} bytes")
             elif isinstance(event, h11.EndOfMessage):
                 assert head is not None
-                return Request(head.method.decode("ascii"), head.target.decode("ascii"), bytes(body))
+                headers = tuple((name.decode("ascii"), value.decode("latin-1")) for name, value in head.headers)
+                return Request(head.method.decode("ascii"), head.target.decode("ascii"), bytes(body), headers)
 
     async def _receive_more(self) -> None:
         data = self._early.pop(0) if self._early else await self._stream.receive_some(16 << 10)
@@ -133,8 +148,11 @@ class HttpConnection:
 
     async def send_json(self, status: int, value: Any) -> None:
         """A whole response."""
-        body = json.dumps(value).encode() + b"\n"
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        await self.send_whole(status, "application/json", json.dumps(value).encode() + b"\n")
+
+    async def send_whole(self, status: int, content_type: str, body: bytes) -> None:
+        """A whole response of any kind."""
+        headers = [*self._headers, ("Content-Type", content_type), ("Content-Length", str(len(body)))]
         await self._send(h11.Response(status_code=status, headers=headers))
         if not self._is_head:
             await self._send(h11.Data(data=body))
@@ -146,7 +164,8 @@ class HttpConnection:
             await self.send_json(wire.http_status(error), wire.error_body(error))
 
     async def start_stream(self) -> None:
-        await self._send(h11.Response(status_code=200, headers=[("Content-Type", wire.STREAM_TYPE)]))
+        headers = [*self._headers, ("Content-Type", wire.STREAM_TYPE)]
+        await self._send(h11.Response(status_code=200, headers=headers))
 
     async def send_line(self, line: bytes) -> None:
         await self._send(h11.Data(data=line + b"\n"))

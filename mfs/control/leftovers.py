@@ -18,7 +18,7 @@ from mfs.control import detach, mountinfo, runtime
 from mfs.errors import ConfigError
 
 _STEM = re.compile(r"[0-9a-f]{16}")
-_ENDINGS = (".sock", ".loans", ".next", ".json")
+_ENDINGS = (".sock", ".loans", ".next", ".page", ".json")
 _LOG_S = 86_400.0
 
 

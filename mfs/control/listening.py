@@ -1,4 +1,4 @@
-"""Unix sockets as the daemon's doors: how they are made, accepted from, and who is on the other side."""
+"""Sockets as the daemon's doors: how they are made, accepted from, and who is on the other side."""
 
 from __future__ import annotations
 
@@ -50,6 +50,24 @@ def _listen(path: Path, mode: int, kind: socket.SocketKind) -> trio.socket.Socke
         sock.close()
         raise ConfigError(f"control socket {path} cannot be made: {error.strerror or error}") from error
     return trio.socket.from_stdlib_socket(sock)
+
+
+@contextmanager
+def tcp(host: str, port: int) -> Iterator[trio.socket.SocketType]:
+    """A socket that listens at an address of this machine; port 0: one that is free. Raises: OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # what an earlier daemon's clients left is no hindrance
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    with trio.socket.from_stdlib_socket(sock) as listener:
+        yield listener
 
 
 async def accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:

@@ -3,6 +3,7 @@
     <directory>/<hash>.sock   the control socket
     <directory>/<hash>.loans  where the RAM tier is lent
     <directory>/<hash>.next   where the mount is handed to the next daemon
+    <directory>/<hash>.page   address of the page in a browser, and the token that lets in (`mfs.page.where`)
     <directory>/<hash>.json   who serves there (Record)
     <directory>/<hash>.lock   held by the daemon as long as it lives
     <directory>/<hash>.log    what a background daemon says, where it was given no log file

@@ -20,7 +20,7 @@ import trio
 
 from mfs.control import listening, wire
 from mfs.control.api import DaemonApi, Json
-from mfs.control.http import ClientGone, HttpConnection, Limits
+from mfs.control.http import ClientGone, HttpConnection, Limits, Request
 from mfs.errors import (
     AccessError,
     MfsError,
@@ -62,23 +62,50 @@ async def serve(
     Raises: ConfigError if the socket cannot be made. A failing operation or client never ends the server.
     Cancellation: requests under way are cancelled, except that the answer to `shutdown` is still sent.
     """
-    server = _Server(api, config)
     with listening.door(socket_path, config.socket_mode) as listener:
-        async with trio.open_nursery() as nursery:
-            task_status.started()
-            while True:
-                has_place = await server.wait_place()
-                stream = trio.SocketStream(await listening.accept(listener))
-                has_place = has_place or server.take_place_nowait()
-                nursery.start_soon(server.handle_connection if has_place else server.refuse_connection, stream)
+        task_status.started()
+        await Server(api, config).run(listener)
 
 
-class _Server:
+class Server:
+    """One door: its connections, and what is asked for on them.
+
+    This one is a Unix socket's, and knows its clients by their uid. A door of another kind says by `identify` and
+    `admit` who may do what, and by `answer_other` what else it has.
+    """
+
+    headers: tuple[tuple[str, str], ...] = ()
+    """Of every response."""
+
     def __init__(self, api: DaemonApi, config: ServerConfig) -> None:
         self._api = api
         self._config = config
         self._places = trio.Semaphore(config.connections_max)
         self._full_since_s: float | None = None
+
+    async def run(self, listener: trio.socket.SocketType) -> None:
+        """Answer who connects, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                has_place = await self.wait_place()
+                stream = trio.SocketStream(await listening.accept(listener))
+                has_place = has_place or self.take_place_nowait()
+                nursery.start_soon(self.handle_connection if has_place else self.refuse_connection, stream)
+
+    def identify(self, stream: trio.SocketStream) -> int:
+        """Who is on the other side, for `admit`."""
+        return listening.peer_uid(stream.socket)
+
+    def admit(self, request: Request, name: str, operation: wire.Operation, who: int) -> None:
+        """Raises: AccessError if this operation is not for them."""
+        if operation.changes and who not in (0, os.geteuid()):
+            raise AccessError(
+                f"uid {who} may not {name} here: only root and uid {os.geteuid()}, who mounted, may change things"
+            )
+
+    async def answer_other(self, connection: HttpConnection, request: Request) -> bool:
+        """Answer what is no operation; False if it is one, or nothing. Raises: MfsError."""
+        return False
 
     async def wait_place(self) -> bool:
         """Take a place for one more connection; False if there was none for so long that a client must be told."""
@@ -106,7 +133,7 @@ class _Server:
         busy = TransientStoreError(f"{self._config.connections_max} control connections are open: try later")
         try:
             async with stream:
-                await HttpConnection(stream, self._config.limits).refuse(busy)
+                await HttpConnection(stream, self._config.limits, self.headers).refuse(busy)
         except (ClientGone, trio.BrokenResourceError, trio.ClosedResourceError):
             pass
 
@@ -115,11 +142,11 @@ class _Server:
 
         Gives its place back.
         """
-        connection = HttpConnection(stream, self._config.limits)
+        connection = HttpConnection(stream, self._config.limits, self.headers)
         try:
             async with stream:
-                uid = listening.peer_uid(stream.socket)
-                while await self._handle_request(connection, uid):
+                who = self.identify(stream)
+                while await self._handle_request(connection, who):
                     pass
         except (ClientGone, trio.BrokenResourceError, trio.ClosedResourceError):
             pass
@@ -128,19 +155,18 @@ class _Server:
         finally:
             self._places.release()
 
-    async def _handle_request(self, connection: HttpConnection, uid: int) -> bool:
+    async def _handle_request(self, connection: HttpConnection, who: int) -> bool:
         """One request and its response. Returns whether another may follow on this connection."""
         try:
             request = await connection.receive_request()
             if request is None:
                 return False
+            if await self.answer_other(connection, request):
+                return connection.can_continue()
             name, operation = _route(request.target)
             if request.method != operation.method:
                 raise UsageError(f"{name} is asked for with {operation.method}, not {request.method}")
-            if operation.changes and uid not in (0, os.geteuid()):
-                raise AccessError(
-                    f"uid {uid} may not {name} here: only root and uid {os.geteuid()}, who mounted, may change things"
-                )
+            self.admit(request, name, operation, who)
             arguments = wire.parse_arguments(operation, _values(request.target, request.body))
         except MfsError as error:
             await connection.refuse(error)

@@ -1,6 +1,7 @@
 """What server and client agree on: where each operation lives in HTTP, and how errors travel.
 
     GET  /v1/status /v1/config /v1/ls?path= /v1/stat?path=      one JSON value
+    GET  /v1/overview?sort=&match=&count= /v1/heat?path=        one JSON value
     POST /v1/pin /v1/unpin /v1/evict /v1/refresh /v1/shutdown   one JSON value
     POST /v1/prefetch /v1/verify /v1/watch                      a stream: one JSON value per line
 
@@ -14,6 +15,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mfs.control.rows import ORDERS
 from mfs.errors import (
     AccessError,
     ChangedError,
@@ -31,6 +33,9 @@ PREFIX = "/v1/"
 DEPTH_MAX = 16
 """Of what a client sends; an order is an object with a list of texts."""
 STREAM_TYPE = "application/x-ndjson"
+SORTS = tuple(ORDERS)
+ROWS_MAX = 1000
+MATCH_CHARACTERS_MAX = 256
 HEARTBEAT_S = 5.0
 """A stream is never silent for longer; a client that hears nothing for several of these may give up."""
 
@@ -47,6 +52,8 @@ class Operation:
     takes_path: bool = False
     tiers: tuple[str, ...] = ()
     takes_wait: bool = False
+    takes_rows: bool = False
+    """Of a table: which rows, in which order, how many."""
 
 
 OPERATIONS = {
@@ -54,6 +61,8 @@ OPERATIONS = {
     "config": Operation("GET"),
     "ls": Operation("GET", takes_path=True),
     "stat": Operation("GET", takes_path=True),
+    "overview": Operation("GET", takes_rows=True),
+    "heat": Operation("GET", takes_path=True),
     "prefetch": Operation("POST", changes=True, streams=True, takes_paths=True, tiers=("ssd", "ram"), takes_wait=True),
     "pin": Operation("POST", changes=True, takes_paths=True),
     "unpin": Operation("POST", changes=True, takes_paths=True),
@@ -139,9 +148,23 @@ def parse_arguments(operation: Operation, values: dict[str, Any]) -> dict[str, A
         if not isinstance(wait, bool):
             raise UsageError(f"wait is {wait!r}: expected true or false")
         arguments["wait"] = wait
+    if operation.takes_rows:
+        arguments |= _rows(given)
     if given:
         raise UsageError(f"unknown argument {next(iter(given))!r}")
     return arguments
+
+
+def _rows(given: dict[str, Any]) -> dict[str, Any]:
+    """What to show of a table; taken out of `given`. Raises: UsageError."""
+    sort, match, count = given.pop("sort", SORTS[0]), given.pop("match", ""), given.pop("count", "100")
+    if sort not in SORTS:
+        raise UsageError(f"sort is {sort!r}: expected one of {', '.join(SORTS)}")
+    if not isinstance(match, str) or len(match) > MATCH_CHARACTERS_MAX:
+        raise UsageError(f"match is not a text of at most {MATCH_CHARACTERS_MAX} characters")
+    if not isinstance(count, str) or not count.isascii() or not count.isdecimal() or int(count[:9]) > ROWS_MAX:
+        raise UsageError(f"count is {str(count)[:20]!r}: expected 0 to {ROWS_MAX}")
+    return {"sort": sort, "match": match, "count": int(count)}
 
 
 def _path(value: Any) -> str:

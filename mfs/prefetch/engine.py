@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -149,6 +149,14 @@ class Prefetcher:
     def handles_count(self, obj: ObjectId) -> int:
         """Open handles on an object version."""
         return sum(track.handles for track in self._tracks.values() if track.state.object == obj)
+
+    def handles_by_group(self) -> Counter[Group]:
+        """Open handles of each model that has any."""
+        held = Counter[Group]()
+        for state, track in self._tracks.items():
+            if track.handles:
+                held[state.group] += track.handles
+        return held
 
     @property
     def active_count(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,7 +150,9 @@ class FrameReader:
             return level, level.table.base if any(row.codec == DIFFERENCE for row in rows) else None
 
         levels = [level for level in walk(chunk.id, look) if level is not None]
+        since_s = time.monotonic()
         self._decode(part, wanted, levels, below, out, scratch)
+        moved.decode_s += time.monotonic() - since_s
 
     @staticmethod
     def _decode(

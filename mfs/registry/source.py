@@ -143,8 +143,11 @@ class RegistrySource:
             moved += read(parts[0], views[0])
         finally:
             wait(others)  # `out` must be left alone by all when this returns
-        for other in others:
-            moved += other.result()
+        found = [moved, *(other.result() for other in others)]
+        decode_s = max(one.decode_s for one in found)  # side by side
+        for one in found[1:]:
+            moved += one
+        moved.decode_s = decode_s
         return moved
 
     def close(self) -> None:

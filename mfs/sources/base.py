@@ -25,11 +25,14 @@ class Moved:
     shared_bytes: int = 0
     """That came from other files on this node's SSD, where they stood already."""
     requests: int = 0
+    decode_s: float = 0.0
+    """Seconds that went into unpacking and verifying, where that takes any."""
 
     def __iadd__(self, other: Moved) -> Moved:
         self.origin_bytes += other.origin_bytes
         self.shared_bytes += other.shared_bytes
         self.requests += other.requests
+        self.decode_s += other.decode_s
         return self
 
 

@@ -92,6 +92,37 @@ class FakeDaemon:
             "warnings": [],
         }  # fmt: skip
 
+    async def overview(self, *, sort: str, match: str, count: int) -> Json:
+        names = sorted({path.partition("/")[0] for path in self.files})
+        rows = [self._model_row(name) for name in names if match.casefold() in name.casefold()]
+        rows.sort(key=lambda row: -row[f"{sort}_bytes"] if f"{sort}_bytes" in row else 0)
+        return {
+            "status": await self.status(),
+            "models": {"count": len(names), "matched_count": len(rows), "rows": rows[:count]},
+            "fetches": {"count": 0, "queued_count": 0, "rows": []},
+            "waits": {},
+        }
+
+    async def heat(self, path: str) -> Json:
+        rows = [
+            {
+                "path": name, "size": file.size, "ssd_bytes": file.ssd_bytes, "ram_bytes": file.ram_bytes,
+                "pinned": file.pinned, "open_handles": 0,
+                "ssd": "90"[not file.ssd_bytes], "ram": "90"[not file.ram_bytes],
+            }
+            for name in self._below([path]) for file in [self.files[name]]
+        ]  # fmt: skip
+        return {"files": rows, "left_out": 0}
+
+    def _model_row(self, name: str) -> Json:
+        files = [self.files[file] for file in self._below([name])]
+        return {
+            "path": name, "is_model": True, "size": sum(file.size for file in files), "files_count": len(files),
+            "ssd_bytes": sum(file.ssd_bytes for file in files), "ram_bytes": sum(file.ram_bytes for file in files),
+            "origin_bytes": 0, "pinned_count": sum(file.pinned for file in files), "open_count": 0,
+            "fetching_count": 0, "last_used_at": 0, "waited_s": 0,
+        }  # fmt: skip
+
     async def ls(self, path: str) -> list[Json]:
         if path in self.files:
             return [self._row(path.rpartition("/")[2], path)]

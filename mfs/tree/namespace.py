@@ -453,6 +453,10 @@ class Namespace:
         if not is_known:
             del self._directories[inode]
 
+    def listed(self) -> list[Directory]:
+        """Directories of the tree that have a listing."""
+        return list(self._listed.values())
+
     @property
     def listed_count(self) -> int:
         """Directories with a listing."""

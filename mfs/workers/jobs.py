@@ -21,6 +21,8 @@ from xxhash import xxh3_64_intdigest
 from mfs.cache import sealing
 from mfs.cache.chunks import full_mask, mask_bytes, mask_runs, run_bytes
 from mfs.cache.directory import open_own, root_of
+from mfs.cache.heat import strip
+from mfs.cache.model_sums import ModelSums
 from mfs.cache.residency import ResidencyTables
 from mfs.cache.ssd import SsdTier
 from mfs.errors import StoreError
@@ -44,6 +46,7 @@ class Jobs:
     def __init__(self, sources: Sequence[Source], tier: Tier) -> None:
         self._sources = sources
         self._tier = tier
+        self._sums = ModelSums()
 
     @property
     def identities(self) -> list[str]:
@@ -57,7 +60,8 @@ class Jobs:
         """Bring blocks `mask` of a chunk into its piece: from SSD what verifies there, the rest from the origin.
 
         Result: {sums: {block: checksum}, ssd_bytes, origin_bytes, shared_bytes: from other files on SSD, requests,
-        resident: mask that came from SSD, lost: whether the chunk turned out bad and SSD has nothing of it any more}.
+        decode_s: seconds spent on unpacking, resident: mask that came from SSD, lost: whether the chunk turned out bad
+        and SSD has nothing of it any more}.
         """
         wanted = object_from_wire(obj)
         length = len(wanted.chunk_range(index))
@@ -81,6 +85,7 @@ class Jobs:
             "origin_bytes": moved.origin_bytes,
             "shared_bytes": moved.shared_bytes,
             "requests": moved.requests,
+            "decode_s": moved.decode_s,
         }
 
     def load(self, *, source: int, obj: list[Any], index: int, mask: int, piece: memoryview, emit: Emit) -> Frame:
@@ -236,6 +241,25 @@ class Jobs:
             return {"rows": [[0, False] for _ in objects]}
         ids = [object_from_wire(obj).cache_id for obj in objects]
         return {"rows": [[parts[1].resident_bytes(i), parts[1].pinned(i)] for i in ids]}
+
+    def models(self, *, emit: Emit) -> Frame:
+        """{rows} of what each model has on SSD, see `cache.model_sums`."""
+        parts = self._tier.get()
+        return {"rows": self._sums.rows(parts[1], parts[0]) if parts is not None else []}
+
+    def heat(self, *, objects: list[list[Any]], emit: Emit) -> Frame:
+        """{rows: [[strip, ssd_bytes, pinned], ...]} in the order asked, see `cache.heat`."""
+        parts, rows = self._tier.get(), list[list[Any]]()
+        for obj in map(object_from_wire, objects):
+            if parts is None:
+                rows.append([strip(b"", obj.size), 0, False])
+                continue
+            tables = parts[1]
+            masks = tables.masks(obj.cache_id)
+            rows.append(
+                [strip(masks.tobytes(), obj.size), tables.resident_bytes(obj.cache_id), tables.pinned(obj.cache_id)]
+            )
+        return {"rows": rows}
 
     def masks(self, *, obj: list[Any], emit: Emit) -> Frame:
         """{masks: [blocks on SSD, ...], one per chunk, all zero for an unknown object; sealed}."""

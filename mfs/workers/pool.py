@@ -181,6 +181,11 @@ class WorkerPool:
     def queued(self, lane: Lane) -> int:
         return sum(1 for line in self._lines.values() if line.lane == lane for _ in line.waiting())
 
+    def under_way(self) -> list[Job]:
+        """What the workers are bringing at this moment, from the origin or from SSD; the oldest first."""
+        jobs = [job for worker in self._workers for job in worker.jobs.values() if job.operation in ("fill", "load")]
+        return sorted(jobs, key=lambda job: job.deadline_s - job.timeout_s)
+
     @property
     def restarts_count(self) -> int:
         """Workers started anew since the start."""

@@ -104,6 +104,35 @@ class ControlSuite:
         assert directory["kind"] == "directory"
         assert file["inode"] != directory["inode"]
 
+    def test_overview_adds_models_up(self, client: Client, expected: Expected) -> None:
+        list(client.prefetch([expected.directory], "ssd", wait=True))
+        seen = client.overview(sort="name", match=expected.directory[:3].upper(), count=1)
+        assert seen["status"]["pid"] == client.status()["pid"]
+        assert seen["models"]["count"] >= 1
+        [row] = seen["models"]["rows"]
+        assert expected.directory[:3] in row["path"]
+        assert set(row) == {
+            "path", "is_model", "size", "files_count", "ssd_bytes", "ram_bytes", "origin_bytes", "pinned_count",
+            "open_count", "fetching_count", "last_used_at", "waited_s",
+        }  # fmt: skip
+        assert set(seen["fetches"]) == {"count", "queued_count", "rows"}
+        assert client.overview(match="no such model")["models"]["rows"] == []
+        assert client.overview(count=0)["models"]["rows"] == []
+
+    def test_heat_says_which_parts_are_where(self, client: Client, expected: Expected) -> None:
+        list(client.prefetch([expected.directory], "ssd", wait=True))
+        found = client.heat(expected.directory)
+        prefix = f"{expected.directory}/"
+        assert {file["path"]: file["size"] for file in found["files"]} == {
+            path: size for path, size in expected.files.items() if path.startswith(prefix)
+        }
+        for file in found["files"]:
+            assert file["ssd_bytes"] == file["size"]
+            assert set(file["ssd"]) == {"9"}
+        assert found["left_out"] == 0
+        with pytest.raises(NotFoundError):
+            client.heat("no/such/name")
+
     def test_prefetch_brings_files_into_the_tier(self, client: Client, expected: Expected) -> None:
         client.evict([""], "all")
         updates = list(client.prefetch([expected.directory], "ssd", wait=True))
