@@ -71,13 +71,13 @@ class _Holder:
                 crashes = [at for at in crashes if time.monotonic() - at < WITHIN_S]
             how = f"the daemon (pid {self._last}) {_in_words(status)}"
             if len(crashes) == CRASHES_MAX:
-                _say(f"{how}, after {CRASHES_MAX} others that did no better: the mount is given up")
+                self._say(f"{how}, after {CRASHES_MAX} others that did no better: the mount is given up")
                 self._end()
                 break
             if crashes:
                 time.sleep(_FIRST_PAUSE_S * 2 ** (len(crashes) - 1))
             crashes.append(time.monotonic())
-            _say(f"{how}: starting the next one, readers wait")
+            self._say(f"{how}: starting the next one, readers wait")
             held = ",".join(map(str, self._held))
             status = self._attend(["--successor", held], self._held, [], wait_s=_SERVES_WITHIN_S)
         return status
@@ -111,7 +111,7 @@ class _Holder:
                     self._last, self._child = self._child, 0  # from here on the number may be another process's
                     return os.waitpid(self._last, 0)[1]
                 elif not ready:
-                    _say(f"the daemon (pid {self._child}) did not serve within {wait_s:g} s: it is killed")
+                    self._say(f"the daemon (pid {self._child}) did not serve within {wait_s:g} s: it is killed")
                     signal.pidfd_send_signal(process, signal.SIGKILL)
                     until = None
 
@@ -190,6 +190,27 @@ class _Holder:
             self._connection.close()
             self._connection = None
 
+    def _say(self, text: str) -> None:
+        """One line in the daemon's log, in its form (`mfs.logs`)."""
+        import json  # only now: this process hardly ever says anything
+
+        size = os.fstat(self._config_fd).st_size
+        form = json.loads(os.pread(self._config_fd, size, 0)).get("log_format", "auto")
+        now_s = time.time()
+        millis = int(now_s % 1 * 1000)
+        if form == "json" or (form == "auto" and not os.isatty(2)):
+            at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now_s))
+            said = {"time": f"{at}.{millis:03d}Z", "level": "WARNING", "process": "mfs", "pid": os.getpid(),
+                    "logger": "mfs.holder", "message": text}  # fmt: skip
+            line = json.dumps(said)
+        else:
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now_s))
+            line = f"{at},{millis:03d} WARNING mfs[{os.getpid()}] mfs.holder: {text}"
+        try:
+            os.write(2, f"{line}\n".encode())
+        except OSError:
+            pass
+
     def _forward(self, number: int, frame: object) -> None:
         if self._child:
             os.kill(self._child, number)
@@ -227,16 +248,6 @@ def _tell(connection: socket.socket, message: bytes) -> None:
             connection.send(message)
         except OSError:  # it has died; the mount is ours all the same
             pass
-
-
-def _say(text: str) -> None:
-    """One line in the daemon's log."""
-    now_s = time.time()
-    at = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now_s))},{int(now_s % 1 * 1000):03d}"
-    try:
-        os.write(2, f"{at} WARNING mfs[{os.getpid()}] mfs.holder: {text}\n".encode())
-    except OSError:
-        pass
 
 
 def _in_words(status: int) -> str:

@@ -24,6 +24,7 @@ from mfs.config import MountConfig
 from mfs.control import fdstore, mountinfo, runtime
 from mfs.control.ready import daemon_arguments
 from mfs.errors import ConfigError, StoreError, from_wire
+from mfs.logs import message_of
 
 if TYPE_CHECKING:
     from mfs.handover import Heir
@@ -205,7 +206,9 @@ def _last_words(config: MountConfig, log_start: int) -> str:
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     except OSError:
         lines = []
-    return f": {lines[-1].strip()} (log: {config.log_file})" if lines else f" without a word (log: {config.log_file})"
+    return (
+        f": {message_of(lines[-1])} (log: {config.log_file})" if lines else f" without a word (log: {config.log_file})"
+    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing
+from contextlib import ExitStack, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass
 
 import trio
@@ -30,6 +30,7 @@ from gpuload.moving.moves import Runs, plan_moves, plan_parts
 from gpuload.moving.plan import Batch, Piece
 from gpuload.moving.source import Loan, Source, copy_out
 from gpuload.moving.staging import Buffer, Ring, open_ring
+from gpuload.moving.timing import Timing
 
 RunsOf = Callable[[Piece], Sequence[tuple[int, int]]]
 """Where a piece belongs: (address, nbytes) runs on the device, in order; empty where it is not wanted there."""
@@ -65,6 +66,7 @@ async def move_batches(
     on_landed: Callable[[int], None] | None = None,
     admit: Callable[[Batch], Awaitable[None]] | None = None,
     lent: Ring | None = None,
+    timing: Timing | None = None,
 ) -> None:
     """Move every batch; return when every byte is in its place.
 
@@ -72,6 +74,7 @@ async def move_batches(
         happens. None: one is made for this call.
     runs_of: called on the trio thread where a copy is queued, in a reader's thread for direct reads.
     admit: awaited before each batch, in order: it may be read, and has a place to go to.
+    timing: told how long copies were waited for.
     on_landed: told, on the trio thread, the index of each transfer as its last byte is in place, in no fixed order.
     Raises: what source, device or check raise. Cancellation: safe; the destination's bytes are undefined.
     """
@@ -119,7 +122,8 @@ async def move_batches(
 
     async def land() -> None:
         async for event, batch, loan in events_out:
-            await trio.to_thread.run_sync(event.wait, limits.step_timeout_s)
+            with timing.within("copy") if timing is not None else nullcontext():
+                await trio.to_thread.run_sync(event.wait, limits.step_timeout_s)
             if loan is not None:
                 loan.release()
                 loans.remove(loan)

@@ -74,7 +74,7 @@ def csi(
     from mfs.csi.node import Node, check_cache
     from mfs.csi.state import State
     from mfs.csi.volume import Limits
-    from mfs.shown import set_up_logging
+    from mfs.logs import set_up_logging
 
     try:
         from mfs.csi import server

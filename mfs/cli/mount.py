@@ -25,7 +25,7 @@ _TAKE_OVER_S = 120.0  # starting, the handover's own deadlines, and what the old
 _START_GRACE_S = 60.0  # beside the origin's own deadline: a large cache's tables take their time
 
 
-class _Parsed(click.ParamType[Any]):
+class Parsed(click.ParamType[Any]):
     """A click type from one of our parsers."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -43,6 +43,9 @@ def _umask(text: str) -> int:
     from mfs.config_file import parse_umask
 
     return parse_umask(text)
+
+
+SIZE, DURATION = Parsed("size", parse_size), Parsed("duration", parse_duration)
 
 
 class _Setting(click.Option):
@@ -71,11 +74,7 @@ def _default_text(field: str) -> str:
     return f"{value:03o}" if field == "umask" else str(value)
 
 
-SIZE = _Parsed("size", parse_size)
-"""A size as people write it."""
-DURATION = _Parsed("duration", parse_duration)
-"""Seconds as people write them."""
-_UMASK = _Parsed("octal", _umask)
+_UMASK = Parsed("octal", _umask)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -89,6 +88,16 @@ _SOURCE_OPTIONS = [
         ["--layout"],
         type=click.Choice(["plain", "hub-cache"]),
         help="hub-cache: show an hf:// source as huggingface_hub's cache does (see below).",
+    ),
+    click.Option(
+        ["--via"],
+        metavar="URL",
+        help="Ask this caching HTTP proxy for bytes, before the origin (see below).",
+    ),
+    click.Option(
+        ["--dragonfly"],
+        metavar="URL",
+        help="Ask Dragonfly's dfdaemon for bytes, before the origin.",
     ),
     click.Option(
         ["--require-signature"],
@@ -127,6 +136,16 @@ _MOUNT_OPTIONS = [
     ),
     _Setting(["--log-file"], type=TREE_PATH, help="Append the daemon's log here."),
     _Setting(["--log-level"], type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."),
+    _Setting(
+        ["--log-format"],
+        type=click.Choice(["auto", "text", "json"]),
+        help="Lines for people or JSON; auto: by whether it is a terminal.",
+    ),
+    _Setting(
+        ["metrics_addr", "--metrics-addr"],
+        metavar="HOST:PORT",
+        help="Answer Prometheus there, at /metrics; whoever can connect is told.",
+    ),
     _flag("foreground", "--foreground", "Stay in the foreground (systemd, containers)."),
 ]
 
@@ -168,6 +187,14 @@ mfs mount --handover --config /etc/mfs.toml       read the file again (systemd: 
      refuses later kills the process (SIGBUS); this way open fails, or nothing
      does. open waits for the whole file. Files must fit into --cache-size, or
      without --cache-dir into three quarters of --ram-size.""",
+        "Many nodes": """\
+--via http://cache:8080              nginx, varnish: one for all nodes, or one a node
+--dragonfly http://127.0.0.1:4001    the proxy of Dragonfly's dfdaemon
+     Bytes of files are asked of the cache, everything else of the origin. What
+     the cache lacks, lies about or does not bring in time comes from the origin.
+     No password and no long-lived token goes through it: sources that want one
+     with each range are read directly. Its configuration must leave the query
+     out of logs and keys: RECIPES.md has one for nginx and one for varnish.""",
         "Hub cache": """\
 mfs mount hf://org/name /mnt/hub --layout hub-cache
 HF_HUB_CACHE=/mnt/hub HF_HUB_OFFLINE=1 python server.py

@@ -25,9 +25,11 @@ from mfs.cache.chunk_places import ChunkPlaces
 from mfs.cache.ram import Piece, mapped
 from mfs.cache.ssd import SsdConfig
 from mfs.errors import MfsError, to_wire
-from mfs.shown import set_up_logging
+from mfs.fetch.retry import taken_counts
+from mfs.logs import set_up_logging
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Moved, Page, Source
+from mfs.tracing.requests import recording
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Decoder, Frame, encode
 from mfs.workers.jobs import Jobs
@@ -60,7 +62,7 @@ def main() -> None:
         setup = next(frames, None)
         if setup is None:
             return
-        set_up_logging(setup["log_level"], "worker")
+        set_up_logging(setup["log_level"], "worker", setup.get("log_format", "text"))
         logging.getLogger("botocore").setLevel(logging.WARNING)  # it names where each credential came from, at INFO
         send = _Sender(channel)
         try:
@@ -115,16 +117,19 @@ def _serve(frames: Iterator[Frame], jobs: Jobs, send: _Sender) -> None:
 def _run(work: queue.SimpleQueue[Frame], idle: threading.Semaphore, jobs: Jobs, send: _Sender) -> None:
     while True:
         frame = work.get()
-        serial, operation = frame.pop("id"), frame.pop("op")
+        serial, operation, trace = frame.pop("id"), frame.pop("op"), frame.pop("trace", None)
 
         def emit(part: Frame, serial: int = serial) -> None:
             send({"id": serial, "part": part})
 
-        try:
-            answer: Frame = {"id": serial, "result": _do(jobs, operation, frame, emit)}
-        except Exception as error:
-            answer = {"id": serial, "error": to_wire(error)}
-            logger.debug("%s failed", operation, exc_info=True)
+        with recording(trace) as spans:
+            try:
+                answer: Frame = {"id": serial, "result": _do(jobs, operation, frame, emit)}
+            except Exception as error:
+                answer = {"id": serial, "error": to_wire(error)}
+                logger.debug("%s failed", operation, exc_info=True)
+        if spans:
+            answer["spans"] = spans
         idle.release()
         send(answer)
 
@@ -162,6 +167,10 @@ class _LaterSource:
     def take_from(self, chunks: NodeChunks) -> None:
         self._chunks = chunks
 
+    @property
+    def address(self) -> str:
+        return self._opened().address
+
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         return self._opened().list(path, deadline_s=deadline_s)
 
@@ -181,7 +190,8 @@ class _Sender:
         self._lock = threading.Lock()
 
     def __call__(self, frame: Frame) -> None:
-        data = encode(frame)
+        retries = taken_counts()
+        data = encode({**frame, "retries": retries} if retries else frame)
         with self._lock:
             try:
                 self._channel.sendall(data)

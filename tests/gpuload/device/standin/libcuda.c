@@ -47,7 +47,8 @@ CUresult cuGetErrorName(CUresult e, const char **s) {
     *s = (int)e == INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE" : (int)e == INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT" : "CUDA_ERROR";
     return OK;
 }
-CUresult cuDriverGetVersion(int *v) { *v = 12040; return OK; }
+static int told(const char *name, int otherwise) { const char *s = getenv(name); return s ? atoi(s) : otherwise; }
+CUresult cuDriverGetVersion(int *v) { *v = told("STANDIN_CUDA", 12040); return OK; }
 CUresult cuDeviceGetCount(int *n) { *n = 1; return OK; }
 CUresult cuDeviceGet(CUdevice *d, int ordinal) { *d = ordinal; return ordinal ? INVALID_VALUE : OK; }
 CUresult cuDeviceGetName(char *s, int n, CUdevice d) { strncpy(s, "stand-in", n); return d ? INVALID_VALUE : OK; }
@@ -83,9 +84,18 @@ static int is_writable(void *p) { /* as the kernel would find out: by pinning th
     return found;
 }
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute attribute, CUdevice d) {
-    if (attribute != 113 || d) return INVALID_VALUE;
-    *v = !getenv("STANDIN_NO_READ_ONLY");
-    return OK;
+    if (d) return INVALID_VALUE;
+    switch ((int)attribute) {
+    case 20: *v = told("STANDIN_COMPUTE_MODE", 0); return OK;
+    case 32: *v = 1; return OK;
+    case 33: *v = 0x65; return OK;
+    case 34: case 50: *v = 0; return OK;
+    case 75: *v = told("STANDIN_CAPABILITY", 80) / 10; return OK;
+    case 76: *v = told("STANDIN_CAPABILITY", 80) % 10; return OK;
+    case 103: *v = 1; return OK;
+    case 113: *v = !getenv("STANDIN_NO_READ_ONLY"); return OK;
+    default: return INVALID_VALUE;
+    }
 }
 CUresult cuMemHostRegister_v2(void *p, size_t n, unsigned flags) {
     NEED_CONTEXT;
