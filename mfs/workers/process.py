@@ -21,15 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from mfs import logs
 from mfs.cache.chunk_places import ChunkPlaces
 from mfs.cache.ram import Piece, mapped
 from mfs.cache.ssd import SsdConfig
 from mfs.errors import MfsError, to_wire
 from mfs.fetch.retry import taken_counts
-from mfs.logs import set_up_logging
+from mfs.logs import TraceIds, set_up_logging
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Moved, Page, Source
-from mfs.tracing.requests import recording
+from mfs.tracing.requests import current, recording
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Decoder, Frame, encode
 from mfs.workers.jobs import Jobs
@@ -63,6 +64,7 @@ def main() -> None:
         if setup is None:
             return
         set_up_logging(setup["log_level"], "worker", setup.get("log_format", "text"))
+        logs.current_trace = _current_trace
         logging.getLogger("botocore").setLevel(logging.WARNING)  # it names where each credential came from, at INFO
         send = _Sender(channel)
         try:
@@ -75,6 +77,11 @@ def main() -> None:
         send({"id": 0, "result": {"hello": os.getpid(), "identities": jobs.identities}})
         _serve(frames, jobs, send)
     os._exit(0)  # threads may sit in a recv whose answer nobody wants any more
+
+
+def _current_trace() -> TraceIds | None:
+    context = current()
+    return TraceIds(context.trace_id, context.span_id) if context is not None else None
 
 
 def _open_jobs(setup: Frame, send: _Sender) -> Jobs:
