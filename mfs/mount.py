@@ -143,11 +143,11 @@ class Mount:
         self.tracer = Tracer()
         self.loads = Loads([source.name for source in config.sources], self.tracer.begin)
         self.cache.waits.listeners.append(self.loads.note)
-        self.cache.span_of = self.loads.span_of
+        self.cache.filler.span_of = self.loads.span_of
         self.tally = Tally([source.name for source in config.sources])
         self.cache.waits.listeners.append(self.tally.waited)
-        self.cache.on_failed = lambda state, error: self.tally.failed(state.group, error)
-        self.cache.on_filled = self._filled
+        self.cache.filler.on_failed = lambda state, error: self.tally.failed(state.group, error)
+        self.cache.filler.on_filled = self._filled
         self.pool.on_tier_back = self.cache.saver.resume
         self.whole_files = WholeFiles(self.cache, self.pool, _sealed_files(config))
         self.keeper = Keeper(
@@ -181,7 +181,7 @@ class Mount:
         self.asked: dict[int, Asked] = {}
         """The last listing of each source."""
         self._refresh_soon = [trio.Event() for _ in config.sources]
-        self.cache.on_changed = lambda state: self._refresh_soon[state.source].set()
+        self.cache.filler.on_changed = lambda state: self._refresh_soon[state.source].set()
         self._saved_at_last_check = -1
         self.on_connected: Callable[[], None] = lambda: None
         """Told when the kernel is ours to answer, before anything is."""

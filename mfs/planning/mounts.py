@@ -36,7 +36,10 @@ def examine() -> Iterator[Finding]:
 
 
 def _is_stale(served: Served) -> bool:
-    return detach.is_stale(served.place.mount, served.record, is_listening=served.is_listening)
+    try:
+        return detach.is_stale(served.place.mount, served.record, is_listening=served.is_listening)
+    except OSError:  # no process can be started to ask: a look more makes nothing worse
+        return False
 
 
 def _runtime_directory() -> Finding:

@@ -213,7 +213,12 @@ class FrameReader:
         span = table.stored_range(wanted.start, wanted.stop)
         if span.stop <= stop:
             return _Level(table, got, 0)
-        return _Level(table, self._get(chunk, span, size, scratch, deadline_s, moved), span.start)
+        if wanted.start:
+            return _Level(table, self._get(chunk, span, size, scratch, deadline_s, moved), span.start)
+        whole = scratch.take(span.stop)  # the guess fell short: what came need not come twice
+        whole[:stop] = got
+        self._read(chunk, ByteRange(stop, span.stop), size, whole[stop:], deadline_s, moved)
+        return _Level(table, whole, 0)
 
     def _size(self, chunk: Chunk, deadline_s: float, moved: Moved) -> int:
         """How long the object is: what the manifest said when it was made, unless that proved wrong."""
@@ -229,11 +234,14 @@ class FrameReader:
         self, chunk: Chunk, span: ByteRange, size: int, scratch: _Buffers, deadline_s: float, moved: Moved
     ) -> memoryview:
         out = scratch.take(len(span))
-        key = layout.chunk_key(chunk.id)
+        self._read(chunk, span, size, out, deadline_s, moved)
+        return out
+
+    def _read(self, chunk: Chunk, span: ByteRange, size: int, out: memoryview, deadline_s: float, moved: Moved) -> None:
         moved.requests += 1
+        key = layout.chunk_key(chunk.id)
         self._store(deadline_s).read_range(key, span, size=size, out=out, deadline_s=deadline_s)
         moved.origin_bytes += len(span)
-        return out
 
 
 def guessed_bytes(chunk: Chunk, wanted: range, size: int) -> int:

@@ -27,6 +27,7 @@ from mfs.testing.mounting import TestMount
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES
 from tests.cli.conftest import DEADLINE_S, Mfs
 from tests.mount import origins
+from tests.servers.chaos import ChaosProxy
 from tests.servers.docker_registry import DockerRegistry
 from tests.servers.hub import HubServer
 from tests.servers.nginx import NginxServer
@@ -324,6 +325,19 @@ def test_a_link_that_is_measured_is_measured_within_its_bounds(web: Place, nginx
     assert found["link_bytes_s"] > 0
     assert found["latency_s"] > 0
     assert web.sent()[1] <= (64 << 20) + 100
+
+
+def test_a_slow_and_far_link_is_found_to_be_so(
+    web: Place, nginx: NginxServer, chaos: Callable[[str], ChaosProxy]
+) -> None:
+    """A machine that is busy measures less than there is, never more."""
+    proxy = chaos(nginx.url)
+    proxy.set(rate_mb_s=15.0, rtt_ms=20.0)
+    found = estimate(Place(web.url.replace(nginx.url, proxy.url), web.sent, web.forget))
+    assert found["latency_s"] >= 0.02
+    assert found["link_bytes_s"] <= 1.1 * 15e6
+    moving_s = found["origin_bytes"] / found["link_bytes_s"]
+    assert found["seconds"] == pytest.approx(found["listing_s"] + moving_s + found["latency_s"])
 
 
 def test_for_people(mfs: Mfs, web: Place) -> None:
