@@ -345,6 +345,9 @@ class ChunkCache:
     def _count_dropped(self, chunk: Chunk) -> None:
         self.counters.ram_evictions += bool(chunk.valid)
         self.counters.ram_evicted_bytes += mask_bytes(chunk.valid, chunk.length)
+        self._count_waste(chunk)
+
+    def _count_waste(self, chunk: Chunk) -> None:
         if chunk.unread:
             self.counters.wasted_bytes += mask_bytes(chunk.valid, chunk.length)
 
@@ -431,8 +434,9 @@ class ChunkCache:
         raise StoreError(f"{chunk.state.object}: no room in its file within {self._config.timeout_s:g} s")
 
     def leave(self, state: ObjectState) -> None:
-        """Nobody is expected any more: what was brought ahead and not read is no more than what was read."""
+        """Nobody is expected any more: what was brought ahead and not read was so in vain."""
         for chunk in state.chunks.values():
+            self._count_waste(chunk)
             self.slots.note_read(chunk)
 
     # -- residency
