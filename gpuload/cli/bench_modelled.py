@@ -25,6 +25,7 @@ from typing import Any
 from blake3 import blake3
 
 from gpuload.cli.modelled_load import Rounds
+from gpuload.client.asking import load_resident
 from gpuload.errors import DeviceError
 from mfs import children
 from mfs.errors import UsageError
@@ -129,8 +130,6 @@ def _server_rows(path: Path, nbytes: int, count: int, link: float, scratch: Path
                 check=True, capture_output=True, timeout=TIMEOUT_S, cwd=children.CWD, env=children.environment(),
             )  # fmt: skip
         with _server(digests if known else scratch / "none", nbytes, link, scratch) as socket_path:
-            from gpuload.client.asking import load_resident
-
             report = load_resident(path, "bench", "cuda:0", socket_path=socket_path)["report"]
         what = f"server, {count} tensors, digests {'known' if known else 'unknown'}, reads real"
         yield _row(what, nbytes, report["seconds"], link)
@@ -164,7 +163,7 @@ def _rate(work: Callable[[], int]) -> float:
     best = 0.0
     for _ in range(3):
         done: list[int] = []
-        threads = [threading.Thread(target=lambda: done.append(work())) for _ in range(os.cpu_count() or 1)]
+        threads = [threading.Thread(target=lambda done=done: done.append(work())) for _ in range(os.cpu_count() or 1)]
         began = time.monotonic()
         for thread in threads:
             thread.start()

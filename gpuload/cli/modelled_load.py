@@ -15,14 +15,16 @@ from dataclasses import asdict, dataclass
 
 import trio
 
+from gpuload.client import rings
 from gpuload.client.into_tensors import batches_of
 from gpuload.device import open_device
 from gpuload.moving.pipeline import Limits, move_batches
 from gpuload.moving.plan import Piece, Placement, plan_transfers
 from gpuload.moving.shards import close_shards, open_shards
+from gpuload.moving.slabs import SLAB_BYTES, plan_slabs
 from gpuload.moving.source import FileSource
 
-LIMITS = {"buffers_count": 6, "readers_count": 8}
+BASE = 1 << 40
 HASH_GB_S = 4.3
 """As in the table of prices."""
 
@@ -40,11 +42,14 @@ def measure(path: str, rounds: int, *, is_hashed: bool) -> Rounds:
     """Load a file `rounds` times and once before."""
     shards = open_shards([path])
     transfers = plan_transfers([shard.header for shard in shards], Placement(device="cuda:0"))
-    limits = Limits(**LIMITS)
-    addresses = [0] * len(transfers)
-    at = 1 << 40
-    for index, t in enumerate(transfers):
-        addresses[index], at = at, at + -(-t.nbytes // 512) * 512 + 512
+    readers = 20 if is_hashed else 8  # of a host, whatever this machine has
+    limits = Limits(readers_count=readers, buffers_count=readers + 4)
+    places, sizes = plan_slabs(transfers)
+    bases = [BASE + i * SLAB_BYTES for i in range(len(sizes))]
+    addresses, at = [], BASE + len(sizes) * SLAB_BYTES
+    for t, place in zip(transfers, places, strict=True):
+        addresses.append(bases[place.slab] + place.offset if place else at)
+        at += 0 if place else -(-t.nbytes // 512) * 512 + 512
 
     def runs_of(piece: Piece) -> list[tuple[int, int]]:
         return [(addresses[piece.transfer] + piece.offset, piece.nbytes)]
@@ -54,13 +59,22 @@ def measure(path: str, rounds: int, *, is_hashed: bool) -> Rounds:
 
     def load() -> None:
         batches = batches_of(transfers, limits)["cuda:0"]
-        with closing(open_device("cuda:0")) as device:
-            trio.run(
-                lambda: move_batches(
-                    batches, source=FileSource(shards), device=device, runs_of=runs_of, limits=limits,
-                    check=check if is_hashed else None,
-                )  # fmt: skip
-            )
+        with rings.lent("cuda:0", limits) as kept, closing(open_device("cuda:0")) as device:
+            check_all = check if is_hashed else None
+
+            async def move() -> None:
+                await move_batches(
+                    batches,
+                    source=FileSource(shards),
+                    device=device,
+                    runs_of=runs_of,
+                    limits=limits,
+                    check=check_all,
+                    checks_later=True,
+                    lent=kept.ring,
+                )
+
+            trio.run(move)
 
     times: list[tuple[float, float]] = []
     for _ in range(rounds + 1):
