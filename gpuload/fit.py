@@ -58,6 +58,12 @@ class Fit:
         return self.weights_bytes + self.kv_cache_bytes + self.context_bytes + self.staging_bytes
 
     @property
+    def room_bytes(self) -> int:
+        """For a key-value cache: what is left when all but that is there."""
+        taken = self.needed_bytes - self.kv_cache_bytes + self.resident_bytes + self.others_bytes
+        return max(0, self.device_bytes - taken)
+
+    @property
     def shortfall_bytes(self) -> int:
         """0 if it fits."""
         return max(0, self.needed_bytes + self.resident_bytes + self.others_bytes - self.device_bytes)
@@ -95,10 +101,34 @@ def arena_bytes(transfers: Sequence[Transfer], granule_bytes: int, device: str) 
     return sum(b.granules_count(granule_bytes) for b in plan_blocks(transfers, granule_bytes, device)) * granule_bytes
 
 
-def smallest_world(sizes: Sizes, config: Mapping[str, Any] | None, tokens: int, base: Fit) -> int | None:
+@dataclass(frozen=True)
+class Block:
+    """One block of a model, as an arena would hold it."""
+
+    content: bytes | None
+    """What its bytes are; None if nobody has hashed them."""
+    arena_bytes: int
+    """Whole granules."""
+
+
+def together_bytes(models: Sequence[Sequence[Block]]) -> int:
+    """What models take in one arena: blocks of equal content once, those of which nothing is known each."""
+    known: dict[bytes, int] = {}
+    unknown = 0
+    for block in (block for blocks in models for block in blocks):
+        if block.content is None:
+            unknown += block.arena_bytes
+        else:
+            known[block.content] = block.arena_bytes
+    return unknown + sum(known.values())
+
+
+def smallest_world(
+    sizes: Sizes, config: Mapping[str, Any] | None, tokens: int, base: Fit, item_bytes: int | None = None
+) -> int | None:
     """The smallest tensor-parallel size with which one rank fits `base`'s device; None if none of WORLDS does."""
     for world in WORLDS:
-        kv = kv_cache_bytes(config, tokens, world) if config is not None and tokens else 0
+        kv = kv_cache_bytes(config, tokens, world, item_bytes) if config is not None and tokens else 0
         if not replace(base, weights_bytes=sizes.rank_bytes[world], kv_cache_bytes=kv).shortfall_bytes:
             return world
     return None

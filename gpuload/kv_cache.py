@@ -17,6 +17,7 @@ Config = Mapping[str, Any]
 
 LAYERS_MAX = 10_000
 _NESTED_MAX = 4
+_TOKENS_MAX = 1 << 40  # more than any memory holds of what grows
 
 _NESTED = (
     "thinker_config", "llm_config", "language_config", "language_model_config", "text_config", "text_model_config",
@@ -78,8 +79,14 @@ class _Layer:
     """What is said of this layer alone."""
 
 
-def kv_cache_bytes(config: Config, tokens: int, world: int = 1) -> int:
+ITEM_BYTES = {"fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
+"""Of one number of a cache whose type is not left to the config (vLLM's --kv-cache-dtype, SGLang's)."""
+
+
+def kv_cache_bytes(config: Config, tokens: int, world: int = 1, item_bytes: int | None = None) -> int:
     """Bytes of one rank's key-value cache for `tokens` tokens, from a config.json.
+
+    item_bytes: of one number; None: as the config says.
 
     Heads are spread over the ranks, one at least on each. Latent attention (DeepSeek's kv_lora_rank) is one latent for
     all heads, whole on every rank. A layer with a window keeps `tokens` or its window, whichever is less: several
@@ -88,18 +95,35 @@ def kv_cache_bytes(config: Config, tokens: int, world: int = 1) -> int:
     Raises: UsageError, one line, if the config does not say enough or says what is not understood.
     """
     try:
-        return _counted(config, tokens, world)
+        return _counted(config, tokens, world, item_bytes)
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # lists of lists, texts for numbers
         raise _unclear(f"it is made otherwise than those known here ({str(error)[:80]})") from None
 
 
-def _counted(config: Config, tokens: int, world: int) -> int:
+def tokens_that_fit(config: Config, room_bytes: int, world: int = 1, item_bytes: int | None = None) -> int | None:
+    """How many tokens a cache of so many bytes holds on each rank; None if it never grows beyond them.
+
+    Raises: as `kv_cache_bytes`.
+    """
+    if kv_cache_bytes(config, _TOKENS_MAX, world, item_bytes) <= room_bytes:
+        return None
+    fits, too_many = 0, _TOKENS_MAX
+    while too_many - fits > 1:
+        tokens = (fits + too_many) // 2
+        if kv_cache_bytes(config, tokens, world, item_bytes) <= room_bytes:
+            fits = tokens
+        else:
+            too_many = tokens
+    return fits
+
+
+def _counted(config: Config, tokens: int, world: int, item_bytes: int | None) -> int:
     text, is_cross = _text_of(config)
     if _has_none(text):
         return 0
     if _layers_of(text, is_cross) is None or (not text.get("kv_lora_rank") and _first(text, _HEADS) is None):
         text = _completed(text)
-    item_bytes = _item_bytes(text, config)
+    item_bytes = item_bytes or _item_bytes(text, config)
     total = 0
     for layer in _layers(text, is_cross):
         if layer.kind != "none":

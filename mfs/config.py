@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from mfs.sources.base import name_fault
 from mfs.sources.folder import folder_path
 from mfs.sources.hf_cache import directory_name
 from mfs.types import CHUNK_BYTES
-from mfs.units import exact_size, parse_local_address
+from mfs.units import exact_size, parse_address, parse_local_address
 
 RAM_SLOTS_COUNT_MIN = 16
 """The RAM tier refuses fewer (`mfs.cache.ram`, whose test keeps the two equal); said here before anything starts."""
@@ -31,7 +33,11 @@ RAM_SLOTS_COUNT_MIN = 16
 LAYOUTS = ("plain", "hub-cache")
 SIGNED_SCHEMES = ("mfs+s3", "mfs+file", "mfs+http", "mfs+https")
 """Sources whose revisions can be signed (`registry.layout.SCHEMES`, whose test keeps the two equal)."""
+FIXED = ("mountpoint", "allow_other", "uid", "gid", "umask")
+"""Settings of a mount that the kernel holds, or has told readers: they stay as long as it is mounted."""
+_CACHE_ADDRESS = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?/?")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("auto", "text", "json")
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,26 @@ class SourceConfig:
     layout: str = "plain"
     """One of LAYOUTS. 'hub-cache' shows an hf:// source as huggingface_hub's cache would; its directory of the mount is
     then called 'models--org--name', whatever `name` says."""
+    via: str | None = None
+    """A caching HTTP proxy that many nodes share, 'http://host:port': ranges of files are asked of it first. None: each
+    node asks the origin."""
+    dragonfly: str | None = None
+    """The same, where it is Dragonfly's dfdaemon."""
     require_signature: Path | None = None
     """File with a public key: of a registry, show only what was signed with it. None: show everything."""
+
+    def options(self, mountpoint: str = "", cache_directory: str = "") -> dict[str, Any]:
+        """How it is reached, as `sources.SourceOptions` takes it, and plain values can cross to a worker.
+
+        mountpoint, cache_directory: of the mount, '' without one.
+        """
+        return {
+            "mountpoint": mountpoint, "cache_directory": cache_directory,
+            "endpoint_url": self.endpoint_url, "profile": self.profile, "region": self.region,
+            "unsigned": self.unsigned, "requester_pays": self.requester_pays, "token": self.token,
+            "layout": self.layout, "via": self.via, "dragonfly": self.dragonfly,
+            "require_signature": os.fspath(self.require_signature) if self.require_signature else None,
+        }  # fmt: skip
 
     def __post_init__(self) -> None:
         label = f"source {self.name!r}" if self.name else "source"
@@ -83,6 +107,7 @@ class SourceConfig:
                     f"got {mask_url(self.url)}"
                 )
             _check_path(f"{label}: require_signature", self.require_signature)
+        _check_caches(label, self.via, self.dragonfly)
         fault = name_fault(self.name) if self.name else None
         if fault:
             raise ConfigError(f"source name {self.name!r} cannot be a directory of the mount: {fault}")
@@ -133,6 +158,10 @@ class MountConfig:
     """Where the daemon logs; None: its standard error."""
     log_level: str = "info"
     """One of LOG_LEVELS."""
+    log_format: str = "auto"
+    """One of LOG_FORMATS. Default: a person's on a terminal, JSON lines everywhere else."""
+    metrics_addr: str | None = None
+    """HOST:PORT to answer Prometheus on; None: metrics come through the control socket alone."""
     page_addr: str | None = None
     """HOST:PORT of this machine alone, where the daemon serves a page for a browser. None: it serves none."""
     foreground: bool = False
@@ -179,6 +208,13 @@ class MountConfig:
                 raise ConfigError(f"page address: {error}") from None
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}: expected one of {', '.join(LOG_LEVELS)}")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format is {self.log_format!r}: expected one of {', '.join(LOG_FORMATS)}")
+        if self.metrics_addr is not None:
+            try:
+                parse_address(self.metrics_addr)
+            except ValueError as error:
+                raise ConfigError(f"metrics_addr: {error}") from error
 
     def to_json(self) -> str:
         """One line of JSON with everything, secrets too: for the daemon's standard input, not for eyes."""
@@ -198,6 +234,11 @@ class MountConfig:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"not a mount configuration: {error}") from error
 
+    def identity(self) -> str:
+        """Equal for settings that make the same mount to the kernel and to readers; 16 hexadecimal digits."""
+        told = [*(getattr(self, name) for name in FIXED), *map(dataclasses.asdict, places(self))]
+        return hashlib.sha256(json.dumps(told, default=os.fspath).encode()).hexdigest()[:16]
+
     def masked(self) -> dict[str, Any]:
         """The settings as JSON values for people and `mfs config`, secrets replaced by '***'."""
         values: dict[str, Any] = json.loads(self.to_json())
@@ -213,6 +254,14 @@ class MountConfig:
 def _source(values: dict[str, Any]) -> SourceConfig:
     key = values.pop("require_signature", None)
     return SourceConfig(**values, require_signature=Path(key) if key is not None else None)
+
+
+def places(config: MountConfig) -> list[SourceConfig]:
+    """The sources without what only opens them."""
+    opening: dict[str, Any] = {
+        "profile": None, "region": None, "unsigned": False, "requester_pays": False, "token": None
+    }  # fmt: skip
+    return [dataclasses.replace(source, **opening) for source in config.sources]
 
 
 def check_paths(config: MountConfig, *, is_replacing: bool = False) -> None:
@@ -300,6 +349,17 @@ def _check_sources(sources: Iterable[SourceConfig]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"two sources are named {twice!r}: each needs its own directory of the mount")
+
+
+def _check_caches(label: str, via: str | None, dragonfly: str | None) -> None:
+    if via is not None and dragonfly is not None:
+        raise ConfigError(f"{label}: via and dragonfly are both set: expected one cache")
+    for key, address in (("via", via), ("dragonfly", dragonfly)):
+        found = _CACHE_ADDRESS.fullmatch(address) if address is not None else None
+        if address is not None and (found is None or int(found[1] or 1) not in range(1, 1 << 16)):
+            raise ConfigError(
+                f"{label}: {key} is {mask_url(address)!r}: expected http://host:port or https://host:port"
+            )
 
 
 def _check_path(what: str, path: Path) -> None:

@@ -213,6 +213,8 @@ _MOUNT_KEYS: dict[str, _Key] = {
     "page_addr": ("page_addr", _text),
     "log_file": ("log_file", _path),
     "log_level": ("log_level", _text),
+    "log_format": ("log_format", _text),
+    "metrics_addr": ("metrics_addr", _text),
     "foreground": ("foreground", _flag),
 }
 _SOURCE_KEYS: dict[str, _Key] = {
@@ -224,5 +226,7 @@ _SOURCE_KEYS: dict[str, _Key] = {
     "requester_pays": ("requester_pays", _flag),
     "token": ("token", _secret),
     "layout": ("layout", _text),
+    "via": ("via", _text),
+    "dragonfly": ("dragonfly", _text),
     "require_signature": ("require_signature", _path),
 }

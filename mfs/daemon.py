@@ -19,14 +19,17 @@ import trio
 from mfs.config import MountConfig, check_cache_dir, check_mountpoint, check_paths
 from mfs.control import leftovers, lending_door, mountinfo, runtime, server
 from mfs.control.holding import HolderLink, listen_to_signals
-from mfs.control.ready import DaemonStart, notify
+from mfs.control.ready import DaemonStart, ping
 from mfs.errors import MfsError, StoreError
 from mfs.handover import Giver, Heir, door_path
 from mfs.lending import RamLender
+from mfs.logs import set_up_logging
+from mfs.manager import notify
+from mfs.metrics import door
 from mfs.mount import Mount
 from mfs.page import site
 from mfs.service import Service
-from mfs.shown import mask_url, set_up_logging
+from mfs.shown import mask_url
 from mfs.succession import Remains
 from mfs.units import parse_local_address
 
@@ -123,10 +126,11 @@ async def _mount(config: MountConfig, start: DaemonStart, signals: Signals) -> N
                 waiting = await nursery.start(_tell_waiting, mount, start.waiting)
                 # The shell command looks too, before it starts us; a service manager that starts us need not.
                 await trio.to_thread.run_sync(partial(check_paths, config, is_replacing=dead is not None))
+                listeners = await door.listen(config.metrics_addr) if config.metrics_addr is not None else None
                 async with mount.serving() as ended:
                     waiting.cancel()
                     stops.append(ended)
-                    await _answer(mount, ended, start, socket_path, lock, lambda: None)
+                    await _answer(mount, ended, start, socket_path, lock, lambda: None, listeners)
                 nursery.cancel_scope.cancel()
             if len(stops) == 1:
                 raise StoreError("told to stop before the mount could be used")
@@ -194,9 +198,12 @@ def _record(mount: Mount, holder: HolderLink) -> runtime.Record:
 
 async def _answer(
     mount: Mount, ended: trio.CancelScope, start: DaemonStart, socket_path: Path, lock: int,
-    on_registered: Callable[[], None],
+    on_registered: Callable[[], None], listeners: list[trio.SocketListener] | None = None,
 ) -> None:  # fmt: skip
-    """Be there for the shell, borrowers and the next daemon, until the mount is taken away or handed over."""
+    """Be there for the shell, borrowers and the next daemon, until the mount is taken away or handed over.
+
+    listeners: on the address for metrics; None: to be had from the daemon before us.
+    """
     mountpoint = mount.config.mountpoint
     async with trio.open_nursery() as nursery:
         service = Service(mount, ended.cancel, nursery)
@@ -205,13 +212,17 @@ async def _answer(
         await nursery.start(giver.serve, door_path(socket_path))
         await nursery.start(lending_door.serve, lender, lending_door.door_path(socket_path))
         await nursery.start(server.serve, service, socket_path)  # last: who is answered there finds the others
+        metrics = trio.CancelScope()
+        if mount.config.metrics_addr is not None:
+            nursery.start_soon(_serve_metrics, mount, service, listeners, metrics)
         if mount.config.page_addr is not None:
             address = parse_local_address(mount.config.page_addr)
             await nursery.start(
                 site.serve, service, address, socket_path, lambda: not mount.is_ours, mount.note_page_fault
             )
-        nursery.start_soon(_end_after_handover, mount, giver, lender, ended)
+        nursery.start_soon(_end_after_handover, mount, giver, lender, metrics, ended)
         nursery.start_soon(_watch_holder, mount, start.holder)
+        nursery.start_soon(ping)
         on_registered()
         gc.collect()
         gc.freeze()  # as workers do
@@ -238,9 +249,26 @@ async def _watch_holder(mount: Mount, holder: HolderLink) -> None:
     logger.warning("the holder of %s has ended: the mount would not outlive this daemon", mount.config.mountpoint)
 
 
-async def _end_after_handover(mount: Mount, giver: Giver, lender: RamLender, ended: trio.CancelScope) -> None:
+async def _serve_metrics(
+    mount: Mount, service: Service, listeners: list[trio.SocketListener] | None, scope: trio.CancelScope
+) -> None:
+    """Answer Prometheus, as soon as the address is ours, until the mount is another daemon's."""
+    address = mount.config.metrics_addr
+    assert address is not None
+    with scope:
+        if listeners is None:
+            listeners = await door.listen(address, waits=True)
+        mount.metrics_at = f"{address.rpartition(':')[0]}:{door.port_of(listeners)}"
+        logger.info("metrics are at http://%s/metrics", mount.metrics_at)
+        await door.serve(listeners, service.metrics)
+
+
+async def _end_after_handover(
+    mount: Mount, giver: Giver, lender: RamLender, metrics: trio.CancelScope, ended: trio.CancelScope
+) -> None:
     """Once another daemon serves the mount, only who has borrowed of ours still needs us."""
     await giver.gone.wait()
+    metrics.cancel()  # the next daemon waits for the address
     mount.cache.drop_idle()
     with trio.move_on_after(_BORROWERS_S):
         await lender.wait_unused()
@@ -261,7 +289,7 @@ def _set_up_logging(config: MountConfig) -> None:
         os.dup2(fd, 2)
         os.dup2(fd, 1)
         os.close(fd)
-    set_up_logging(config.log_level.upper(), "mfs")
+    set_up_logging(config.log_level.upper(), "mfs", config.log_format)
 
 
 def _cause(error: BaseException) -> BaseException:

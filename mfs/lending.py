@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import trio
@@ -12,7 +13,9 @@ from mfs.cache.chunks import block_mask, chunk_spans
 from mfs.errors import ChangedError, MfsError, NotFoundError, TransientStoreError
 from mfs.mount import Mount
 from mfs.reader import OpenObject
+from mfs.tracing.spans import parse_traceparent
 from mfs.types import CHUNK_BYTES, ByteRange
+from mfs.waits import Cause, Waited
 from mfs.workers.shares import Group, Shares
 
 _LEASE_BYTES_MAX = 64 << 20  # far above a staging buffer, far below what would starve readers
@@ -22,6 +25,7 @@ readers come first, and a model that hangs with what it borrowed leaves room for
 _WAIT_S = 10.0
 """Longest wait for what others hold. Leases last as long as one copy, milliseconds; who holds them longer is stopped,
 or stuck, and the borrower had better read the file."""
+_NOTED_S = 0.0005  # a share that is there at once is no wait
 
 
 class LentFile:
@@ -70,7 +74,7 @@ class RamLender:
         self._files_count = 0
         self._unused = trio.Event()
 
-    async def open(self, path: str, inode: int | None) -> tuple[LentFile, int]:
+    async def open(self, path: str, inode: int | None, traceparent: str = "") -> tuple[LentFile, int]:
         """See Lender.open."""
         node = await self._mount.namespace.resolve(path)
         if inode is not None and inode != node.inode:
@@ -83,6 +87,9 @@ class RamLender:
         except BaseException:
             handle.close()
             raise
+        context = parse_traceparent(traceparent)
+        if context is not None:
+            self._mount.loads.adopt(handle.load, context)
         if not self._files_count:
             self._unused = trio.Event()
         self._files_count += 1
@@ -101,26 +108,39 @@ class RamLender:
 
     async def lease(self, file: LentFile, start: int, stop: int, *, here: bool) -> tuple[Loan, list[int]]:
         """See Lender.lease."""
-        cache = self._mount.cache
+        load = file.handle.load
+        load.waiting += 1
+        try:
+            loan = await self._lease(file, start, stop, here=here)
+        finally:
+            load.waiting -= 1
+            load.last_s = time.monotonic()
+        for chunk in loan.chunks:
+            self._mount.cache.note_use(chunk)  # not delivered: no page cache has it, RAM's is all there is in memory
+        return loan, [chunk.place.slot for chunk in sorted(loan.chunks, key=lambda chunk: chunk.index)]
+
+    async def _lease(self, file: LentFile, start: int, stop: int, *, here: bool) -> Loan:
+        cache, state, group = self._mount.cache, file.handle.state, file.handle.group
         parts = list(chunk_spans(ByteRange(start, stop)))
-        group = file.handle.group
-        wait_s = 0 if here else self._wait_s
+        wait_s, since_s = 0 if here else self._wait_s, time.monotonic()
         with trio.move_on_after(wait_s) as scope:
             while not self._take(group, len(parts)):
                 await self._waiting.park()
+        if (waited_s := time.monotonic() - since_s) > _NOTED_S:
+            cache.waits.note(Waited(since_s, waited_s, Cause.SHARE, group[0], state.object.path, start, stop))
         if scope.cancelled_caught:
             raise TransientStoreError(f"others hold all the slots that are lent, for {wait_s:g} s already")
         loan = Loan(cache, lambda: self._give(group, len(parts)))
+        is_here = all(_has(state, index, part) for index, part in parts)
         try:
-            if here and not all(_has(file.handle.state, index, part) for index, part in parts):
+            if here and not is_here:
                 raise NotFoundError("RAM does not have all of it now")
-            await self._bring(file.handle.state, parts, loan)
+            await self._bring(state, parts, loan)
         except BaseException:
             loan.release()
             raise
-        for chunk in loan.chunks:
-            cache.note_use(chunk)  # not delivered: no page cache has it now, what RAM has is all there is in memory
-        return loan, [chunk.place.slot for chunk in sorted(loan.chunks, key=lambda chunk: chunk.index)]
+        file.handle.load.ram_bytes += (stop - start) * is_here
+        return loan
 
     def _take(self, group: Group, count: int) -> bool:
         """All or nothing: two borrowers that each hold half of what both need would wait for ever."""

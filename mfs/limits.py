@@ -1,4 +1,4 @@
-"""How much memory this process may still take: the machine's own word, and every control group above the process.
+"""How much this process may still take: the machine's own word, and every control group above the process.
 
 Whoever goes beyond a group's limit is killed by the kernel, so what is asked here is the least of all that bind: the
 machine (MemAvailable), RLIMIT_AS, and of each control group from the process's own up to the root as far as it can be
@@ -24,8 +24,17 @@ from pathlib import Path
 _GROUPS_MAX = 10_000
 """Directories looked into for a process whose place the kernel does not name; a large node has some thousand groups."""
 
-_UNSEEN_ROOTS = ("sys/fs/cgroup", "sys/fs/cgroup/memory")
+_UNSEEN_ROOT = "sys/fs/cgroup"
 """Where a container's groups stand by custom, if the table of mounts says nothing that is there (gVisor, say)."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A number that may not be exceeded."""
+
+    value: float
+    bound_by: str
+    """What sets it, for messages, as in `Available`."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,50 @@ def available(root: Path = Path("/"), pid: int | None = None) -> Available:
     return Available(min(bound[0] for bound in bounds), max(0, least[1]), least[2])
 
 
-def groups(root: Path = Path("/"), pid: int | None = None) -> dict[Path, bool]:
-    """The directories of the control groups that may bound the memory of a process: whether it is in them itself."""
+def cpus(root: Path = Path("/"), pid: int | None = None) -> Bound:
+    """How many processors a process may use at a time: its affinity, or the least quota of a group above it.
+
+    Source: Documentation/admin-guide/cgroup-v2.rst (cpu.max), Documentation/scheduler/sched-bwc.rst (v1).
+    """
+    bounds = [Bound(len(os.sched_getaffinity(pid or 0)), "its affinity")]
+    for group in groups(root, pid, "cpu"):
+        for name, quota_us, period_us in _quotas(group):
+            if quota_us > 0 and period_us > 0:
+                bounds.append(Bound(quota_us / period_us, f"the control group {_shown(group, root)} ({name})"))
+    return min(bounds, key=lambda bound: bound.value)
+
+
+def processes(root: Path = Path("/"), pid: int | None = None) -> Bound:
+    """How many processes and threads there may still be: of the machine, of the user, of every group above.
+
+    Source: Documentation/admin-guide/cgroup-v2.rst (pids.max), getrlimit(2) (RLIMIT_NPROC, which does not bind root).
+    """
+    running = int((_read(root / "proc/loadavg").split() or ["", "", "", "0/0"])[3].partition("/")[2] or 0)
+    bounds = []
+    for name in ("pid_max", "threads-max"):
+        most = _number(root / "proc/sys/kernel" / name)
+        if most is not None:
+            bounds.append(Bound(most - running, f"kernel.{name}"))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if pid is None and soft != resource.RLIM_INFINITY and os.geteuid():
+        bounds.append(Bound(soft, "RLIMIT_NPROC (ulimit -u)"))
+    for group in groups(root, pid, "pids"):
+        most, used = _number(group / "pids.max"), _number(group / "pids.current")
+        if most is not None:
+            bounds.append(Bound(most - (used or 0), f"the control group {_shown(group, root)} (pids.max)"))
+    return min(bounds, key=lambda bound: bound.value, default=Bound(float("inf"), "nothing that can be seen"))
+
+
+def groups(root: Path = Path("/"), pid: int | None = None, controller: str = "memory") -> dict[Path, bool]:
+    """The directories of the control groups that may bound a process: whether it is in them itself.
+
+    controller: what they bound: 'memory', 'cpu', 'pids'.
+    """
     own = root / "proc" / ("self" if pid is None else str(pid))
     number = os.getpid() if pid is None else pid
     found: dict[Path, bool] = {}
-    places = list(_places(own / "cgroup"))
-    for kind, mounted, mountpoint in _mounts(own / "mountinfo"):
+    places = list(_places(own / "cgroup", controller))
+    for kind, mounted, mountpoint in _mounts(own / "mountinfo", controller):
         top = root / mountpoint.lstrip("/")
         for its_kind, path in places:
             group = _find(top, mounted, path, number) if its_kind == kind else None
@@ -72,22 +118,23 @@ def groups(root: Path = Path("/"), pid: int | None = None) -> dict[Path, bool]:
                 for above in group.parents[: len(group.parts) - len(top.parts)]:
                     found.setdefault(above, False)
     if not found:
-        found = {place: True for name in _UNSEEN_ROOTS if (place := root / name).is_dir()}
+        unseen = (root / _UNSEEN_ROOT, root / _UNSEEN_ROOT / controller)
+        found = {place: True for place in unseen if place.is_dir()}
     return found
 
 
-def _places(table: Path) -> Iterator[tuple[str, str]]:
-    """('cgroup2' or 'cgroup', path) of a process in the hierarchies that may count memory."""
+def _places(table: Path, controller: str) -> Iterator[tuple[str, str]]:
+    """('cgroup2' or 'cgroup', path) of a process in the hierarchies that may have the controller."""
     for line in _read(table).splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
             yield "cgroup2", path
-        elif "memory" in controllers.split(","):
+        elif controller in controllers.split(","):
             yield "cgroup", path
 
 
-def _mounts(table: Path) -> Iterator[tuple[str, str, str]]:
+def _mounts(table: Path, controller: str) -> Iterator[tuple[str, str, str]]:
     """(kind, directory of the hierarchy that is mounted, mount point) of those hierarchies."""
     for line in _read(table).splitlines():
         fields = line.split(" ")
@@ -96,7 +143,7 @@ def _mounts(table: Path) -> Iterator[tuple[str, str, str]]:
             mounted, mountpoint, kind, options = fields[3], fields[4], fields[dash + 1], fields[dash + 3]
         except (ValueError, IndexError):
             continue
-        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+        if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
             yield kind, _unescaped(mounted), _unescaped(mountpoint)
 
 
@@ -149,7 +196,7 @@ def _bounds(group: Path, root: Path, *, is_own: bool) -> Iterable[tuple[int, int
     """(limit, free, name) of every limit that this group sets."""
     cache = _fields(group / "memory.stat")
     limits: list[tuple[str, int | None, int | None]]
-    name = "/" + str(group.relative_to(root))
+    name = _shown(group, root)
     if (used := _number(group / "memory.current")) is not None:  # version 2
         dropped = cache.get("inactive_file", 0) + cache.get("active_file", 0)
         # Beyond memory.high nobody is killed, but everybody is slowed down until they go back.
@@ -168,6 +215,20 @@ def _bounds(group: Path, root: Path, *, is_own: bool) -> Iterable[tuple[int, int
     for kind, limit, taken in limits:
         if limit is not None and taken is not None:
             yield limit, limit - max(0, taken - dropped), f"the control group {name} ({kind})"
+
+
+def _quotas(group: Path) -> Iterable[tuple[str, int, int]]:
+    """(name, quota, period), in microseconds, of what a group allows its processes of all processors."""
+    words = _read(group / "cpu.max").split()  # version 2; 'max' instead of a number is no quota
+    if len(words) == 2 and all(word.isdecimal() for word in words):
+        yield "cpu.max", int(words[0]), int(words[1])
+    quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+    if quota is not None and period is not None:  # -1 instead of a number is no quota
+        yield "cpu.cfs_quota_us", quota, period
+
+
+def _shown(group: Path, root: Path) -> str:
+    return "/" + str(group.relative_to(root))
 
 
 def _address_space(root: Path) -> Iterable[tuple[int, int, str]]:

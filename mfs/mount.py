@@ -19,24 +19,28 @@ import trio
 
 from mfs.cache.chunk_cache import CacheConfig, ChunkCache
 from mfs.cache.chunk_state import Chunk, Fill, ObjectState
-from mfs.cache.ram import RamConfig, RamTier
+from mfs.cache.ram import PROCESS_BYTES, RamConfig, RamTier
 from mfs.cache.sealing import open_sealed
 from mfs.cache.ssd import SsdConfig, SsdTier
 from mfs.cache.warming import keep_warm
-from mfs.config import MountConfig, SourceConfig
+from mfs.config import MountConfig
 from mfs.control import detach, mountinfo
 from mfs.errors import ConfigError, MfsError, StoreError
 from mfs.fuse import kernel, session
 from mfs.fuse.device import Agreement
 from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.fuse.session import Session
+from mfs.loads import Loads
 from mfs.materialize import Keeper, KeeperConfig
+from mfs.metrics.tally import Tally
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
 from mfs.reader import ObjectReader
 from mfs.registry.layout import names_revision
 from mfs.several import for_each
 from mfs.shown import mask_url
+from mfs.tracing.spans import Row
+from mfs.tracing.tracer import Tracer
 from mfs.tree.listing import Drafts
 from mfs.tree.namespace import Namespace
 from mfs.tree.nodes import Changes, Directory
@@ -53,14 +57,13 @@ from mfs.workers.shares import Group
 
 logger = logging.getLogger(__name__)
 
-_PROCESS_BYTES = 64 << 20
-"""What a daemon or a worker takes beside the slots: 27 MB at rest, 55 with botocore, and what is under way."""
 _TELL_S = 5.0  # the kernel may be held up by a request about the same directory that waits for its origin
 
 _MAINTENANCE_S = 5.0
 _SAVE_PARTIAL_AFTER_S = 2.0
 _HIGH_WATERMARK, _LOW_WATERMARK = 0.95, 0.90  # of the SSD budget; the gap keeps evictions rare and large
 _CLOSING_S = 5.0
+_EXPORT_S = 15.0  # for a batch of spans; the exporter itself gives up after 10, unless told otherwise
 _SILENCE_MIN_S, _SILENCE_MAX_S = 2.0, 10.0  # of a worker, between them a quarter of a reader's time
 _REFRESH_SOON_S = 2.0
 _SOURCES_AT_ONCE = 16
@@ -115,7 +118,7 @@ class Mount:
         follows = identities is not None
         self.config = config
         self.started_at = time.time()
-        beside_bytes = _PROCESS_BYTES * (1 + config.workers_count)
+        beside_bytes = PROCESS_BYTES * (1 + config.workers_count)
         self.memory = RamTier(RamConfig(config.ram_bytes, beside_bytes, coming_bytes, serves=follows))
         self.pool = WorkerPool(replace(_pool_config(config), identities=tuple(identities or ())))
         ssd = config.cache_dir is not None
@@ -137,14 +140,21 @@ class Mount:
                 SmallFiles(SmallFilesConfig(), self.cache, self.pool), timeout_s=config.timeout_s,
             )  # fmt: skip
         self.oplog = OpLog([source.name for source in config.sources])
-        self.cache.on_filled = self._filled
+        self.tracer = Tracer()
+        self.loads = Loads([source.name for source in config.sources], self.tracer.begin)
+        self.cache.waits.listeners.append(self.loads.note)
+        self.cache.filler.span_of = self.loads.span_of
+        self.tally = Tally([source.name for source in config.sources])
+        self.cache.waits.listeners.append(self.tally.waited)
+        self.cache.filler.on_failed = lambda state, error: self.tally.failed(state.group, error)
+        self.cache.filler.on_filled = self._filled
         self.pool.on_tier_back = self.cache.saver.resume
         self.whole_files = WholeFiles(self.cache, self.pool, _sealed_files(config))
         self.keeper = Keeper(
             _keeper_config(config, self.memory.slots_count), self.cache, self.pool, self.whole_files
         )  # fmt: skip
         self.reader = ObjectReader(
-            self.cache, self.prefetcher, self.whole_files, self.pool, self.oplog, self.keeper
+            self.cache, self.prefetcher, self.whole_files, self.pool, self.oplog, self.loads, self.keeper
         )  # fmt: skip
         owner = OwnerConfig(
             os.getuid() if config.uid is None else config.uid,
@@ -171,7 +181,7 @@ class Mount:
         self.asked: dict[int, Asked] = {}
         """The last listing of each source."""
         self._refresh_soon = [trio.Event() for _ in config.sources]
-        self.cache.on_changed = lambda state: self._refresh_soon[state.source].set()
+        self.cache.filler.on_changed = lambda state: self._refresh_soon[state.source].set()
         self._saved_at_last_check = -1
         self.on_connected: Callable[[], None] = lambda: None
         """Told when the kernel is ours to answer, before anything is."""
@@ -179,6 +189,8 @@ class Mount:
         """Told when the mount ends in an orderly way; not when it was handed over."""
         self.is_held: Callable[[], bool] = lambda: False
         """Whether another daemon goes on with the mount, should we fail."""
+        self.metrics_at: str | None = None
+        """HOST:PORT where Prometheus is answered now."""
         self._follows, self._is_gone = follows, False
         self.unheld = ""
         """Why the mount would not outlive a daemon that is killed, '' if it would."""
@@ -195,7 +207,8 @@ class Mount:
         without = [f"serving without the SSD tier: {fault}"] if fault else []
         unheld = [f"should this daemon be killed, the mount ends: {self.unheld}"] if self.unheld else []
         pageless = [f"the page is not served: {self._page_fault}"] if self._page_fault else []
-        return [*self.warnings, *self._away.values(), *without, *unheld, *pageless]
+        untraced = [self.tracer.fault] if self.tracer.fault else []
+        return [*self.warnings, *self._away.values(), *without, *unheld, *pageless, *untraced]
 
     # -- serving
 
@@ -219,11 +232,15 @@ class Mount:
                     if predecessor is not None:
                         self.session.is_held = self.is_held
                         await predecessor.hand_over(self)
-                    self.operations.note_agreement(self.session.agreement, self.pool.identities)
+                    self.operations.note_agreement(
+                        self.session.agreement, self.pool.identities, after_crash=self._follows
+                    )
                     self.session.on_closing = self.on_closing
                     self.on_connected()
                     self.session.start()
                     nursery.start_soon(self._maintain)
+                    nursery.start_soon(self.loads.run)
+                    nursery.start_soon(self.tracer.run, self._export_spans)
                     nursery.start_soon(self.keeper.run)
                     nursery.start_soon(self.operations.files.passthrough.run)
                     nursery.start_soon(self.whole_files.run)
@@ -354,6 +371,7 @@ class Mount:
             if self.publication is not None and self.session.is_ours:  # else the next daemon writes, and knows better
                 await self.publication.write_record()
             await self.cache.saver.wait_saved()
+        await self.tracer.flush(self._export_spans)
 
     # -- from time to time
 
@@ -385,6 +403,8 @@ class Mount:
             spare=self.whole_files.given,
         )  # fmt: skip
         self.cache.note_evicted(found["dropped"])
+        self.cache.counters.ssd_evictions += sum(map(len, found["dropped"].values()))
+        self.cache.counters.ssd_evicted_bytes += found["evicted_bytes"]
         if found["evicted_bytes"]:
             logger.info("evicted %d bytes from SSD, %d stay", found["evicted_bytes"], found["used_bytes"])
 
@@ -438,7 +458,15 @@ class Mount:
 
     # -- what the parts ask each other
 
+    async def _export_spans(self, rows: list[Row]) -> None:
+        await self.pool.call("export_spans", rows=rows, timeout_s=_EXPORT_S)
+
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
+        self.loads.filled(chunk.state.group, origin_bytes=result["origin_bytes"], ssd_bytes=result["ssd_bytes"])
+        self.tally.filled(
+            chunk.state.group, origin_bytes=result["origin_bytes"], ssd_bytes=result["ssd_bytes"],
+            shared_bytes=result["shared_bytes"],
+        )  # fmt: skip
         self.arrived[chunk.state.group] += result["origin_bytes"]
         if self.oplog.watched:
             state, ahead = chunk.state, fill.job is not None and fill.job.priority is Priority.BACKGROUND
@@ -465,6 +493,9 @@ class Mount:
             await self.pool.call(
                 "list_directory", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part
             )
+        except MfsError as error:
+            self.tally.list_failed(error)
+            raise
         finally:
             asked.is_answered = True
 
@@ -494,13 +525,15 @@ class Mount:
 
 
 def _pool_config(config: MountConfig) -> PoolConfig:
+    place, cache = str(config.mountpoint), str(config.cache_dir or "")
     setup = {
-        "sources": [{"url": source.url, "options": _options(source, config)} for source in config.sources],
+        "sources": [{"url": source.url, "options": source.options(place, cache)} for source in config.sources],
         # Resolved once: what a link on the way leads to later is another directory.
         "cache_dir": os.path.realpath(config.cache_dir) if config.cache_dir else None,
         "cache_fsync": config.cache_fsync,
         "cache_shared": config.cache_shared,
         "log_level": config.log_level.upper(),
+        "log_format": config.log_format,
     }
     limit = config.connections_count
     silence_s = min(max(_SILENCE_MIN_S, config.timeout_s / 4), _SILENCE_MAX_S)
@@ -519,17 +552,6 @@ def _keeper_config(config: MountConfig, slots_count: int) -> KeeperConfig:
         config.materialize, tuple(source.name for source in config.sources), config.timeout_s,
         config.cache_bytes if config.cache_dir else None, slots_count,
     )  # fmt: skip
-
-
-def _options(source: SourceConfig, config: MountConfig) -> Frame:
-    """A source's settings as `sources.SourceOptions` takes them."""
-    return {
-        "mountpoint": str(config.mountpoint), "cache_directory": str(config.cache_dir or ""),
-        "endpoint_url": source.endpoint_url, "profile": source.profile, "region": source.region,
-        "unsigned": source.unsigned, "requester_pays": source.requester_pays, "token": source.token,
-        "layout": source.layout,
-        "require_signature": os.fspath(source.require_signature) if source.require_signature else None,
-    }  # fmt: skip
 
 
 def _entry(fields: list[object]) -> Entry:

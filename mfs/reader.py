@@ -9,6 +9,7 @@ from typing import Any
 from mfs.cache.chunk_cache import ChunkCache
 from mfs.cache.chunk_state import ObjectState
 from mfs.errors import MfsError
+from mfs.loads import Load, Loads
 from mfs.materialize import Keeper
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import Prefetcher
@@ -26,13 +27,13 @@ class OpenObject:
     """One handle on one object version."""
 
     __slots__ = (
-        "_cache", "_handle", "_is_given", "_is_held", "_keeper", "_log", "_path", "_prefetcher", "_whole_files",
-        "group", "size", "state",
+        "_cache", "_handle", "_is_given", "_is_held", "_keeper", "_load", "_loads", "_log", "_path", "_prefetcher",
+        "_whole_files", "group", "size", "state",
     )  # fmt: skip
 
     def __init__(
         self, state: ObjectState, cache: ChunkCache, prefetcher: Prefetcher, whole_files: WholeFiles, log: OpLog,
-        keeper: Keeper | None,
+        loads: Loads, keeper: Keeper | None,
     ) -> None:  # fmt: skip
         """keeper: who will keep it whole, once `settle` was called; None: nobody."""
         self.state = state
@@ -46,6 +47,7 @@ class OpenObject:
         self._is_held = self._is_given = False
         self.size = state.object.size
         self.group = state.group
+        self._loads, self._load = loads, loads.opened(state.group)
         prefetcher.opened(state)
         if log.watched:
             self._tell("open", size=self.size)
@@ -64,14 +66,30 @@ class OpenObject:
             return None
         view = self._cache.read_nowait(self.state, span)
         if view is not None:
+            load = self._load if not self._load.is_over else self.load
+            load.last_s = time.monotonic()
+            load.ram_bytes += len(span)
             self.note(span)
         return view
 
+    @property
+    def load(self) -> Load:
+        """What is read now belongs to it."""
+        if self._load.is_over:
+            self._load = self._loads.resumed(self._load)
+        return self._load
+
     async def read(self, span: ByteRange) -> memoryview | bytes:
         """The bytes of `span`, good until the next checkpoint. Raises: MfsError."""
-        if self._log.watched:
-            return await self._read_watched(span)
-        return await self._cache.read(self.state, span, whole_chunks=self.note(span))
+        load = self.load
+        load.waiting += 1
+        try:
+            if self._log.watched:
+                return await self._read_watched(span)
+            return await self._cache.read(self.state, span, whole_chunks=self.note(span))
+        finally:  # no checkpoint here either
+            load.waiting -= 1
+            load.last_s = time.monotonic()
 
     async def _read_watched(self, span: ByteRange) -> memoryview | bytes:
         since_s, error = time.monotonic(), {}
@@ -92,7 +110,8 @@ class OpenObject:
 
     async def header(self) -> bytes | None:
         """The blocks that hold the file's header, None where it has none we know or it could not be fetched."""
-        return await self._prefetcher.header(self.state)
+        with self._loads.opening(self.load, "header", self._path):
+            return await self._prefetcher.header(self.state)
 
     async def settle(self) -> None:
         """Before anybody is told of the handle: have the whole file here, if it is one to be kept whole.
@@ -100,7 +119,8 @@ class OpenObject:
         Raises: MfsError; then the handle is of no use but to be closed.
         """
         if self._keeper is not None and self.size:
-            await self._keeper.hold(self.state)
+            with self._loads.opening(self.load, "open", self._path):
+                await self._keeper.hold(self.state)
             self._is_held = True
 
     @property
@@ -115,7 +135,8 @@ class OpenObject:
 
     async def whole(self) -> FileIO | None:
         """A file that is the object, None if there is none now."""
-        return await self._whole_files.open(self.state)
+        with self._loads.opening(self.load, "open", self._path):
+            return await self._whole_files.open(self.state)
 
     def pass_through(self) -> None:
         """The kernel reads that file by itself, until `close`."""
@@ -140,6 +161,7 @@ class OpenObject:
         if self._is_given:
             self._whole_files.take_back(self.state)
         self._prefetcher.closed(self.state)
+        self._loads.closed(self._load)
         self._cache.close(self.state)
 
 
@@ -148,8 +170,9 @@ class ObjectReader:
 
     def __init__(
         self, cache: ChunkCache, prefetcher: Prefetcher, whole_files: WholeFiles, pool: WorkerPool, log: OpLog,
-        keeper: Keeper,
+        loads: Loads, keeper: Keeper,
     ) -> None:  # fmt: skip
+        self._loads = loads
         self._cache = cache
         self._prefetcher = prefetcher
         self._whole_files = whole_files
@@ -173,7 +196,7 @@ class ObjectReader:
         return found
 
     def _handle(self, state: ObjectState, keeper: Keeper | None) -> OpenObject:
-        return OpenObject(state, self._cache, self._prefetcher, self._whole_files, self._log, keeper)
+        return OpenObject(state, self._cache, self._prefetcher, self._whole_files, self._log, self._loads, keeper)
 
     async def residency(self, nodes: list[Node], *, timeout_s: float = DISK_TIMEOUT_S) -> list[tuple[int, int, bool]]:
         """(bytes on SSD, bytes in RAM, pinned) of each node; zeros for what is no file. Raises: MfsError."""

@@ -16,6 +16,9 @@ from mfs.cache.chunk_state import ObjectState
 from mfs.cache.chunks import full_mask
 from mfs.control.api import EvictTier, Json, Tier
 from mfs.errors import MfsError, StoreError
+from mfs.metrics.families import Families, Text
+from mfs.metrics.mounted import gathered, processes
+from mfs.metrics.processes import add_processes
 from mfs.mount import Mount
 from mfs.overview import Overview
 from mfs.shown import mask_url
@@ -26,6 +29,7 @@ from mfs.workers.frames import object_to_wire
 _PROGRESS_S = 0.1
 _FILES_MAX = 1_000_000  # of one order; more is a mistake, and would be a list in memory
 _USAGE_S = 2.0
+_SCRAPE_USAGE_S = 0.2  # else what was known last is told: scrapes of a mount whose workers die must not fail
 _WATCH_S = 0.1
 _WATCH_BATCH = 500  # records turned into JSON without giving way to readers
 _BATCH = 500  # objects per question to a worker
@@ -65,6 +69,7 @@ class Service:
                 }
                 for number, source in enumerate(config.sources)
             ],
+            "tree": {"files_count": mount.namespace.files_count, "bytes": mount.namespace.listed_bytes},
             "cache_dir": str(config.cache_dir) if config.cache_dir else None,
             "ssd": await self._ssd_status(),
             "ram": {
@@ -95,6 +100,7 @@ class Service:
             "prefetch": {
                 "queued_bytes": mount.prefetcher.queued_bytes, "active_objects": mount.prefetcher.active_count,
             },
+            "metrics_addr": mount.metrics_at,
             "workers": mount.pool.describe(),
             "kernel": {
                 "read_ahead_kb": mount.kernel.read_ahead_kb,
@@ -104,13 +110,13 @@ class Service:
             "warnings": mount.all_warnings,
         }  # fmt: skip
 
-    async def _ssd_status(self) -> Json:
+    async def _ssd_status(self, patience_s: float = _USAGE_S) -> Json:
         cache, config = self._mount.cache, self._mount.config
         if config.cache_dir is None:
             return {"state": "off", "used_bytes": 0, "budget_bytes": 0, "free_disk_bytes": 0, "objects_count": 0,
                     "hits_bytes": 0, "note": None}  # fmt: skip
         # Whoever asks for the status may want to know why nothing works: it must not wait for a worker that hangs.
-        with trio.move_on_after(_USAGE_S), suppress(MfsError):
+        with trio.move_on_after(patience_s), suppress(MfsError):
             self._usage = await self._mount.pool.call("usage")
         state = "not writing" if time.monotonic() < cache.saver.suspended_until else "ok"
         fault = self._mount.pool.tier_fault
@@ -160,6 +166,9 @@ class Service:
             "open_handles": self._mount.prefetcher.handles_count(obj) if obj else 0,
         }  # fmt: skip
 
+    async def loads(self, path: str) -> Json:
+        return {"loads": self._mount.loads.describe(path)}
+
     async def watch(self) -> AsyncIterator[Json]:
         with self._mount.oplog.watching() as watcher:
             while True:
@@ -170,6 +179,10 @@ class Service:
 
     async def config(self) -> Json:
         return self._mount.config.masked()
+
+    async def metrics(self, accept: str) -> Text:
+        families = gathered(self._mount, await self._ssd_status(_SCRAPE_USAGE_S))
+        return await trio.to_thread.run_sync(_exposed, families, processes(self._mount), accept)
 
     # -- moving bytes
 
@@ -259,6 +272,13 @@ class Service:
                 if len(found) > _FILES_MAX:
                     raise StoreError(f"{path}: more than {_FILES_MAX} files; name a part of it")
         return list(found.values())
+
+
+def _exposed(families: Families, pids: dict[str, int], accept: str) -> Text:
+    from mfs.metrics.exposition import exposed  # a hundred modules: only where somebody asks
+
+    add_processes(families, "mfs", pids)
+    return exposed(families.found, accept)
 
 
 def _model_revision(obj: ObjectId) -> str | None:

@@ -6,9 +6,7 @@ Pure; imports nothing of ours.
 
 from __future__ import annotations
 
-import logging
 import re
-from types import TracebackType
 from urllib.parse import unquote_plus
 
 MASK = "***"
@@ -77,22 +75,3 @@ def clean(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-class LogFormatter(logging.Formatter):
-    """One line a record, whatever was put into it, and behind it the lines of a traceback; secrets masked."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return clean(mask(super().formatMessage(record)))
-
-    def formatException(
-        self, ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
-    ) -> str:
-        return "\n".join(clean(mask(line)) for line in super().formatException(ei).splitlines())
-
-
-def set_up_logging(level: str, who: str) -> None:
-    """Log to standard error. who: 'mfs', 'worker', as it stands in each line before the process's number."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(f"%(asctime)s %(levelname)s {who}[%(process)d] %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])

@@ -54,14 +54,17 @@ def exact_size(size: int) -> str:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """(host, port) meant by '127.0.0.1:8650', 'localhost:8650' or '[::1]:8650'. Raises: ValueError."""
+    """Host and port meant by '127.0.0.1:9400', '[::1]:9400', 'node7:9400' or ':9400' (every address of the machine).
+
+    Raises: ValueError saying what was expected.
+    """
     host, colon, port = text.strip().rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        host = ""
-    if not host or not colon or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        raise ValueError(f"not an address: {text!r}; expected HOST:PORT, such as 127.0.0.1:8650")
+        raise ValueError(f"not an address: {text!r}; write an IPv6 address in brackets, as in [::1]:9400")
+    if not colon or not port.isascii() or not port.isdecimal() or int(port) > 65_535:
+        raise ValueError(f"not an address: {text!r}; expected HOST:PORT, such as 127.0.0.1:9400")
     return host, int(port)
 
 

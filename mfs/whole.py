@@ -70,7 +70,7 @@ class WholeFiles:
         cache.saver.on_saved = self.note
         cache.on_full = self._make_room
         cache.on_whole = lambda state: self.on_sealed(state)
-        cache.on_lost = self.lost
+        cache.filler.on_lost = self.lost
 
     @property
     def given(self) -> list[str]:

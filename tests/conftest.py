@@ -24,7 +24,7 @@ from tests.servers.liar import LiarServer
 from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
 
-_FOREIGN_PREFIXES = ("AWS_", "HF_", "HUGGING", "MFS_", "GPULOAD_")
+_FOREIGN_PREFIXES = ("AWS_", "HF_", "HUGGING", "MFS_", "GPULOAD_", "OTEL_")
 _FOREIGN_NAMES = {
     "http_proxy",
     "https_proxy",

@@ -181,6 +181,21 @@ def test_sources_that_cannot_work_are_refused() -> None:
         SourceConfig("s3://b", endpoint_url="localhost:9000")
     with pytest.raises(ConfigError, match=r"source 'a': a signature can be required of a registry .* only, got s3://b"):
         SourceConfig("s3://b", "a", require_signature=Path("/key.pub"))
+    for bad in (
+        "cache:8080",
+        "http://",
+        "http://c:x",
+        "http://c:70000",
+        "http://c/path",
+        "socks5://c:1",
+        "http://u:p@c:1",
+    ):
+        with pytest.raises(ConfigError, match=r"via is .*: expected http://host:port") as caught:
+            SourceConfig("s3://b", via=bad)
+        assert "u:p" not in str(caught.value)
+    with pytest.raises(ConfigError, match="via and dragonfly are both set"):
+        SourceConfig("s3://b", via="http://c:1", dragonfly="http://c:2")
+    assert SourceConfig("s3://b", dragonfly="http://[::1]:4001/").dragonfly == "http://[::1]:4001/"
     with pytest.raises(ConfigError, match=r"require_signature is 'key.pub': expected an absolute path"):
         SourceConfig("mfs+s3://b", require_signature=Path("key.pub"))
 

@@ -8,7 +8,8 @@ import logging
 import pytest
 
 from mfs.errors import StoreError, from_wire, to_wire
-from mfs.shown import LogFormatter, clean, mask, mask_url
+from mfs.logs import LogFormatter
+from mfs.shown import clean, mask, mask_url
 from mfs.sources import SourceOptions, open_source
 
 CANARY = "C4nary"

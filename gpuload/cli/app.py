@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,20 @@ from gpuload.cli.options import (
     rule_option,
     socket_option,
 )
+from gpuload.kv_cache import ITEM_BYTES
 from gpuload.paths import SOCKET_VARIABLE, default_digests, default_socket
 from mfs.cli.page import EXIT_STATUS, Front, Page, json_option
 from mfs.cli.run import Failed, say
+from mfs.cli.text import print_json
 from mfs.errors import UsageError
-from mfs.shown import set_up_logging
+from mfs.logs import set_up_logging
+from mfs.units import parse_address
 
 
 class _Front(Front):
     groups = (
         ("Serve", ("serve", "load", "swap", "pin", "unload", "evict")),
-        ("Look", ("status", "plan", "doctor", "bench")),
+        ("Look", ("status", "metrics", "plan", "doctor", "bench")),
         ("Ahead of need", ("digest",)),
         ("Programs that know nothing of gpuload", ("run", "hook")),
     )
@@ -79,8 +83,25 @@ def cli(**_: Any) -> None:
 )
 @click.option("--mode", default="600", show_default=True, metavar="OCTAL", help="Of the socket: who may attach.")
 @digests_option
+@click.option(
+    "--metrics-addr", metavar="HOST:PORT", help="Answer Prometheus there, at /metrics; whoever can connect is told."
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["auto", "text", "json"]),
+    default="auto",
+    show_default=True,
+    help="Lines for people or JSON; auto: by whether it is a terminal.",
+)
 @socket_option
-def serve(arenas: tuple[str, ...], mode: str, digests: str | None, socket_path: str | None) -> None:
+def serve(
+    arenas: tuple[str, ...],
+    mode: str,
+    digests: str | None,
+    metrics_addr: str | None,
+    log_format: str,
+    socket_path: str | None,
+) -> None:
     """Hold weights for every process of this node, until SIGTERM or Ctrl-C.
 
     The arenas are taken at once and reused for ever: nothing is allocated later, nothing fragments. Users that the
@@ -95,8 +116,19 @@ def serve(arenas: tuple[str, ...], mode: str, digests: str | None, socket_path: 
         raise UsageError(f"--mode {mode!r}: expected an octal mode such as 660")
     path = socket_path or default_socket()
     folder = os.path.abspath(digests or default_digests())
-    config = ServerConfig(socket_path=path, socket_mode=int(mode, 8), arena_bytes=budget, digests_folder=folder)
-    set_up_logging("WARNING", "gpuload")
+    if metrics_addr is not None:
+        try:
+            parse_address(metrics_addr)
+        except ValueError as error:
+            raise UsageError(f"--metrics-addr: {error}") from None
+    config = ServerConfig(
+        socket_path=path,
+        socket_mode=int(mode, 8),
+        arena_bytes=budget,
+        digests_folder=folder,
+        metrics_addr=metrics_addr,
+    )
+    set_up_logging("WARNING", "gpuload", log_format)
     run(config, open_device, lambda: say(f"serving at {path}", "gpuload"))
 
 
@@ -117,6 +149,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--rank", default=0, show_default=True, help="Tensor-parallel rank to hold, alone."),
             click.option("--world", default=1, show_default=True, help="Tensor-parallel size."),
             rule_option,
+            click.option("--explain", "is_explained", is_flag=True, help="Say where the time went, the mount's too."),
             json_option,
             socket_option,
         ]
@@ -165,6 +198,7 @@ def _load(
     rank: int,
     world: int,
     rules: tuple[str, ...],
+    is_explained: bool,
     as_json: bool,
     socket_path: str | None,
 ) -> None:
@@ -181,7 +215,13 @@ def _load(
     options |= {"pinned": pin, "rank": rank, "world": world, "rules": cut if world > 1 or ranks else {}}
     options |= {"device_map": parse_device_map(device_map), "ranks": ranks.split(",") if ranks else []}
     name = name or Path(os.path.abspath(model)).name.removesuffix(".safetensors")
+    options |= {"explain": True} if is_explained else {}
+    began_s = time.monotonic()
     reply = load_resident(model, name, device, is_swap=is_swap, options=options, socket_path=socket_path)
+    if is_explained:
+        from gpuload.cli.explaining import explain
+
+        reply["explained"] = explain(os.path.abspath(model), began_s, time.monotonic(), reply["explained"])
     printing.show_report(reply, as_json)
 
 
@@ -225,33 +265,86 @@ def status(as_json: bool, socket_path: str | None) -> None:
     printing.show_status(ask({"op": "status"}, socket_path=socket_path), as_json)
 
 
-@cli.command(short_help="Say whether a model fits; loads nothing.", cls=Page, sections={"Examples": EXAMPLES["plan"]})
-@click.argument("model", type=click.Path())
+@cli.command(short_help="Print metrics for Prometheus.", cls=Page, sections={"Examples": EXAMPLES["metrics"]})
+@click.option("--openmetrics", is_flag=True, help="In OpenMetrics 1.0 instead of Prometheus' text format 0.0.4.")
+@json_option
+@socket_option
+def metrics(openmetrics: bool, as_json: bool, socket_path: str | None) -> None:
+    """Print what Prometheus is told of the server: arenas, models, leases, loads and swaps.
+
+    --json: a list of families, each with its samples.
+    """
+    from gpuload.client.asking import ask
+
+    accept = "application/openmetrics-text" if openmetrics else "text/plain"
+    text = ask({"op": "metrics", "accept": accept}, socket_path=socket_path)["text"]
+    if as_json:
+        from mfs.metrics.exposition import parsed
+
+        print_json(parsed(text, openmetrics=openmetrics))
+    else:
+        click.echo(text, nl=False)
+
+
+@cli.command(short_help="Say whether models fit; loads nothing.", cls=Page, sections={"Examples": EXAMPLES["plan"]})
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path())
 @click.option("--kv-cache", "tokens", default=0, metavar="TOKENS", help="Room for so many tokens of key-value cache.")
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["auto", *ITEM_BYTES]),
+    default="auto",
+    show_default=True,
+    help="Of the cache; auto: as config.json says.",
+)
+@click.option("--device-memory", "memory_bytes", type=Size(), help="Of the card to plan for.  [80 and 141 GB]")
 @click.option("--device", metavar="NAME", help="Also against this device, with what is in use there now.")
 @device_map_option
 @rule_option
+@digests_option
 @json_option
 @socket_option
 def plan(
-    model: str,
+    models: tuple[str, ...],
     tokens: int,
+    kv_dtype: str,
+    memory_bytes: int | None,
     device: str | None,
     device_map: tuple[str, ...],
     rules: tuple[str, ...],
+    digests: str | None,
     as_json: bool,
     socket_path: str | None,
 ) -> None:
-    """Say whether MODEL fits, from its headers and config alone: nothing is loaded.
+    """Say whether each MODEL fits, and with what room for a key-value cache, from headers and config alone.
 
-    Bytes per dtype, per tensor-parallel rank, and the smallest tensor-parallel size for cards of 80 and 141 GB, and for
-    --device or every device of --device-map: beside what other processes hold there, and in a running server's arena.
-    Activations and a framework's own buffers are not in the sum.
+    Of one model: bytes per dtype, per tensor-parallel rank, and the smallest tensor-parallel size for cards of 80 and
+    141 GB or --device-memory, and for --device or every device of --device-map: beside what other processes hold
+    there, and in a running server's arena. The room is that of each rank at that size.
+
+    Of several: whether one card holds all of them, tensors that they share counted once. What they share is known by
+    digests that were kept (`gpuload digest`); what has none is counted for each. Activations and a framework's own
+    buffers are in no sum.
     """
     from gpuload.cli.planning import examine
+    from gpuload.cli.together import examine_all
 
-    found = examine(model, tokens, device, parse_device_map(device_map), parse_rules(rules), socket_path)
-    printing.show_plan(found, as_json)
+    item_bytes = ITEM_BYTES.get(kv_dtype)
+    if len(models) == 1:
+        found = examine(
+            models[0], tokens, device, parse_device_map(device_map), parse_rules(rules), socket_path,
+            memory_bytes=memory_bytes, item_bytes=item_bytes,
+        )  # fmt: skip
+        printing.show_plan(found, as_json)
+        return
+    if device or device_map:
+        raise UsageError("--device and --device-map are for one MODEL; for several say --device-memory")
+    printing.show_plan_of_several(
+        examine_all(
+            models, tokens, parse_rules(rules), socket_path, memory_bytes=memory_bytes, item_bytes=item_bytes,
+            digests=digests or default_digests(),
+        ),
+        as_json,
+    )  # fmt: skip
 
 
 @cli.command(
@@ -280,16 +373,29 @@ def digest(model: str, world: int, rules: tuple[str, ...], again: bool, digests:
         raise Failed
 
 
-@cli.command(short_help="Say what this machine lacks.", cls=Page)
+@cli.command(
+    short_help="Say what this machine lacks, and what to do.", cls=Page, sections={"Examples": EXAMPLES["doctor"]}
+)
+@click.option(
+    "--device", "devices", multiple=True, metavar="NAME", help="That is to be used; what it lacks is a fault."
+)
 @json_option
 @socket_option
-def doctor(as_json: bool, socket_path: str | None) -> None:
-    """Say what this machine lacks. Status 1 if something cannot work."""
-    from gpuload.cli.doctor import examine
+def doctor(devices: tuple[str, ...], as_json: bool, socket_path: str | None) -> None:
+    """Say what this machine lacks, and what to do about it. Status 1 if something that was asked for cannot work.
 
-    findings = list(examine(socket_path))
-    printing.show_findings(findings, as_json)
-    if any(f.state == "bad" for f in findings):
+    Whether driver, torch and cards fit each other, as a table; how a card stands, how fast it is copied to, and whether
+    its memory can be shared; limits, digests and the server. Moves 256 MiB to each device, and keeps nothing.
+    """
+    from gpuload.cli.doctor import examine
+    from gpuload.cli.doctor_cuda import Compatibility
+    from gpuload.device import canonical_name
+    from mfs.findings import has_fault
+
+    table = Compatibility()
+    findings = list(examine(socket_path, [canonical_name(name) for name in devices], table))
+    printing.show_findings(findings, table, as_json)
+    if has_fault(findings):
         raise Failed
 
 

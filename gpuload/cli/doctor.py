@@ -1,4 +1,4 @@
-"""What this machine lacks for gpuload, one finding per line, each with what to do about it."""
+"""What this machine lacks for gpuload, in the words of `mfs.findings`; `doctor_cuda` has driver, wheel and cards."""
 
 from __future__ import annotations
 
@@ -6,42 +6,45 @@ import importlib.metadata
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gpuload.cli import doctor_cuda
+from gpuload.cli.doctor_cuda import Compatibility
 from gpuload.hooks import pth
 from gpuload.paths import default_digests, default_socket
+from mfs import limits
 from mfs.errors import MfsError
+from mfs.findings import Finding, fault, note, ok, warning
+from mfs.planning import machine
 from mfs.units import format_size
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
+def examine(
+    socket_path: str | None = None, wanted: Sequence[str] = (), table: Compatibility | None = None
+) -> Iterator[Finding]:
+    """Look at everything; changes nothing, never raises for what it finds.
 
-    what: str
-    state: str
-    """'ok', 'note' (works, with a limit), or 'bad' (that part cannot work)."""
-    detail: str
-
-
-def examine(socket_path: str | None = None) -> Iterator[Finding]:
-    """Look at everything; changes nothing, never raises for what it finds."""
-    yield Finding("python", "ok", sys.version.split()[0])
-    for package in ("torch", "safetensors", "blake3", "trio"):
+    wanted: devices that somebody means to use. table: is filled in with what fits what.
+    """
+    yield ok("python", sys.version.split()[0])
+    for package in ("safetensors", "blake3", "trio"):
         try:
-            yield Finding(package, "ok", importlib.metadata.version(package))
+            yield ok(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(package, "bad", "not installed: pip install 'mfs[gpuload]'")
+            yield fault(package, "not installed", "pip install 'mfs[gpuload]'")
     yield _shared_memory()
-    yield _cuda()
+    yield from doctor_cuda.examine(table if table is not None else Compatibility(), wanted)
+    yield _host_copies()
+    yield _page_locking()
     yield _descriptors()
-    yield _maps()
+    yield machine.mappings()
     yield _digests()
     yield _server(socket_path)
     installed = pth.is_installed()
-    yield Finding("hook", "ok" if installed else "note", str(pth.location()) if installed else "no .pth installed")
+    yield (
+        ok("hook", str(pth.location())) if installed else note("hook", "no .pth installed: `gpuload run` works without")
+    )
 
 
 def _shared_memory() -> Finding:
@@ -56,41 +59,47 @@ def _shared_memory() -> Finding:
         close_all(fds)
         arena.close()
     except (MfsError, OSError) as error:
-        return Finding("shared memory", "bad", f"sealed memfds do not work here: {error}")
+        return fault("shared memory", f"sealed memfds do not work here: {error}", "Linux 5.1 or newer, and no seccomp "
+                     "filter in the way")  # fmt: skip
     memory = device.memory()
-    return Finding("shared memory", "ok", f"{format_size(memory.free_bytes)} free of {format_size(memory.total_bytes)}")
+    return ok("shared memory", f"{format_size(memory.free_bytes)} free of {format_size(memory.total_bytes)}")
 
 
-def _cuda() -> Finding:
-    from gpuload.device.cuda import CudaDevice
+def _host_copies() -> Finding:
+    from gpuload.device.host import HostDevice
 
     try:
-        device = CudaDevice(0)
-        memory = device.memory()
-        detail = f"{device.model_name()}, {format_size(memory.free_bytes)} free of {format_size(memory.total_bytes)}"
-        device.close()
+        rate = doctor_cuda.copy_speed(HostDevice())
     except MfsError as error:
-        return Finding("cuda", "note", f"{error}; device 'cpu' works")
-    return Finding("cuda", "ok", detail)
+        return warning("cpu: copies", f"could not be measured: {error}", "free some memory")
+    return ok("cpu: copies", f"{rate / 1e9:.1f} GB/s inside host memory, by one stream")
+
+
+def _page_locking() -> Finding:
+    """What staging takes; the driver locks it, and a control group counts it."""
+    from gpuload.moving.pipeline import Limits
+
+    ring, found = Limits().buffer_bytes * Limits().buffers_count, limits.available()
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    locked = "unlimited" if soft == resource.RLIM_INFINITY else format_size(soft)
+    free = f"{format_size(found.free_bytes)} free ({found.bound_by})"
+    value = f"a load stages in {format_size(ring)}; {free}, memlock {locked}"
+    if ring > found.free_bytes:
+        return fault("page-locked memory", value, "free some memory, or raise that limit")
+    return ok("page-locked memory", value)
 
 
 def _descriptors() -> Finding:
+    """The server and its clients raise the soft limit to the hard one by themselves."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    detail = f"{soft} open files allowed (hard limit {hard})"
-    if soft < 4096:
-        return Finding(
-            "descriptors", "note", f"{detail}; a 16 GB model on CUDA is passed in 2000: raise it (ulimit -n)"
+    value = f"{soft} open files allowed (hard limit {hard})"
+    if hard != resource.RLIM_INFINITY and hard < machine.DESCRIPTORS_LOW:
+        return warning(
+            "descriptors",
+            value,
+            "a 16 GB model on CUDA is passed in 2000: raise the hard limit (systemd: LimitNOFILE=)",
         )
-    return Finding("descriptors", "ok", detail)
-
-
-def _maps() -> Finding:
-    try:
-        with open("/proc/sys/vm/max_map_count") as file:
-            count = int(file.read())
-    except (OSError, ValueError) as error:
-        return Finding("mappings", "note", f"cannot read vm.max_map_count: {error}")
-    return Finding("mappings", "ok" if count >= 65530 else "note", f"vm.max_map_count is {count}")
+    return ok("descriptors", value)
 
 
 def _digests() -> Finding:
@@ -98,11 +107,13 @@ def _digests() -> Finding:
 
     folder = Path(default_digests())
     if not folder.exists():
-        return Finding("digests", "ok", f"none kept in {folder} yet; `gpuload digest MODEL` computes them ahead")
+        return ok("digests", f"none kept in {folder} yet; `gpuload digest MODEL` computes them ahead")
     trouble = trouble_with(folder)
     if trouble is not None:
-        return Finding("digests", "note", f"not used: {trouble}; every swap reads its files whole")
-    return Finding("digests", "ok", f"of {sum(1 for _ in folder.glob('*.digests'))} files in {folder}")
+        return warning(
+            "digests", f"not used: {trouble}", f"chmod go-w {folder}: until then every swap reads its files whole"
+        )
+    return ok("digests", f"of {sum(1 for _ in folder.glob('*.digests'))} files in {folder}")
 
 
 def _server(socket_path: str | None) -> Finding:
@@ -112,6 +123,17 @@ def _server(socket_path: str | None) -> Finding:
     try:
         reply = ask({"op": "ping"}, socket_path=path, timeout_s=5)
     except MfsError as error:
-        state = "bad" if os.path.exists(path) else "note"
-        return Finding("server", state, str(error))
-    return Finding("server", "ok", f"process {reply['pid']} at {path}")
+        if socket_path or os.path.exists(path):  # somebody asked for it, or it was there
+            return fault("server", str(error), _server_advice(path))
+        return note("server", str(error), "loading without one works")
+    return ok("server", f"process {reply['pid']} at {path}")
+
+
+def _server_advice(path: str) -> str:
+    try:
+        owner = os.stat(path).st_uid
+    except OSError:
+        return "start it: gpuload serve"
+    if owner != os.geteuid():
+        return f"the socket belongs to uid {owner}: `gpuload serve --mode 666` lets others attach"
+    return "it has ended: start it again with gpuload serve"

@@ -12,6 +12,7 @@ gpuload serve --arena cuda:0=70G --mode 660         the socket's group may attac
     "load": """\
 gpuload load /mnt/models/llama --device cuda:0
 gpuload load /mnt/models/llama --name chat --pin
+gpuload load /mnt/models/llama --explain    where the time went
 gpuload load /mnt/models/llama --ranks cuda:0,cuda:1
 gpuload load /mnt/models/llama --device-map model=cuda:0 --device-map =cuda:1""",
     "swap": """\
@@ -27,10 +28,19 @@ gpuload pin llama --off""",
     "status": """\
 gpuload status
 gpuload status --json | jq '.devices[].models[].model'""",
+    "metrics": """\
+gpuload metrics
+gpuload metrics --json | jq '.[] | select(.name == "gpuload_load_seconds")'
+gpuload serve --metrics-addr 127.0.0.1:9401 …    the same for Prometheus, at /metrics""",
     "plan": """\
 gpuload plan /mnt/models/llama
 gpuload plan /mnt/models/llama --kv-cache 32768 --device cuda:0
-gpuload plan /mnt/models/llama --device-map map.json""",
+gpuload plan /mnt/models/llama --device-map map.json
+gpuload plan /mnt/models/llama-a /mnt/models/llama-b --device-memory 80G --kv-dtype fp8""",
+    "doctor": """\
+gpuload doctor
+gpuload doctor --device cuda:0           what that card lacks is a fault
+gpuload doctor --json | jq .compatibility""",
     "digest": """\
 gpuload digest /mnt/models/llama-b
 gpuload digest /mnt/models/llama-b --world 4    for ranks of four""",

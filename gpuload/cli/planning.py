@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,12 @@ from typing import Any
 
 from gpuload.device import canonical_name, open_device
 from gpuload.fit import CARDS, CONTEXT_BYTES, Fit, arena_bytes, model_sizes, smallest_world
-from gpuload.kv_cache import kv_cache_bytes
+from gpuload.kv_cache import kv_cache_bytes, tokens_that_fit
 from gpuload.moving.model_files import read_tables
 from gpuload.moving.pipeline import Limits
 from gpuload.moving.plan import MEGATRON_RULES, Placement, Transfer, plan_transfers
 from mfs.errors import IntegrityError, MfsError, UsageError
+from mfs.units import format_size
 
 CONFIG_BYTES_MAX = 16 << 20
 
@@ -27,8 +29,16 @@ def examine(
     device_map: Mapping[str, str],
     rules: Mapping[str, int | None],
     socket_path: str | None,
+    *,
+    memory_bytes: int | None = None,
+    item_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Everything `gpuload plan` prints. Loads nothing. Raises: as opening the files does; UsageError, DeviceError."""
+    """Everything `gpuload plan` prints of one model. Loads nothing.
+
+    memory_bytes: of the card to plan for, instead of the usual ones. item_bytes: of a number in the key-value cache;
+    None: as the config says.
+    Raises: as opening the files does; UsageError, DeviceError.
+    """
     if tokens < 0:
         raise UsageError(f"--kv-cache {tokens}: expected a number of tokens")
     headers = [shard.header for shard in read_tables(where)]
@@ -37,14 +47,17 @@ def examine(
     config = _config(folder)
     if tokens and config is None:
         raise UsageError(f"--kv-cache needs a config.json beside the weights; there is none in {folder}")
-    kv = kv_cache_bytes(config, tokens) if config is not None and tokens else 0
+    kv = kv_cache_bytes(config, tokens, 1, item_bytes) if config is not None and tokens else 0
     staging = Limits().buffer_bytes * Limits().buffers_count
     empty = Fit(sizes.bytes_total, kv, CONTEXT_BYTES, 0, 0, 0, 0)
 
     def with_worlds(name: str, fit: Fit) -> dict[str, Any]:
-        return {**_target(name, fit), "may_be_cut": True, "tensor_parallel": smallest_world(sizes, config, tokens, fit)}
+        world = smallest_world(sizes, config, tokens, fit, item_bytes)
+        room = _room(replace(fit, weights_bytes=sizes.rank_bytes[world]) if world else None, config, world, item_bytes)
+        return {**_target(name, fit), "may_be_cut": True, "tensor_parallel": world, **room}
 
-    targets = [with_worlds(f"a card of {name}", replace(empty, device_bytes=n)) for name, n in CARDS.items()]
+    cards = CARDS if memory_bytes is None else {format_size(memory_bytes): memory_bytes}
+    targets = [with_worlds(f"a card of {name}", replace(empty, device_bytes=n)) for name, n in cards.items()]
     placement = Placement(
         canonical_name(device) if device is not None else device_map.get("", ""),
         {prefix: canonical_name(name) for prefix, name in device_map.items()},
@@ -57,9 +70,10 @@ def examine(
         here, arena = _on_device(name, transfers, int(kv * share), socket_path)
         fits = [(name, here), *([] if arena is None else [(f"the server's arena on {name}", arena)])]
         if share == 1:
-            targets += [with_worlds(*one) for one in fits]
+            targets += [with_worlds(*one) for one in fits[:1]]
         else:
-            targets += [{**_target(*one), "may_be_cut": False, "tensor_parallel": None} for one in fits]
+            targets += [_whole(*one) for one in fits[:1]]
+        targets += [_whole(*one) for one in fits[1:]]
     return {
         "model": os.path.abspath(where),
         **asdict(sizes),
@@ -88,6 +102,24 @@ def _on_device(name: str, transfers: Sequence[Transfer], kv: int, socket_path: s
         device_bytes=memory.total_bytes,
     )
     return here, Fit(weights, 0, 0, 0, taken - there["arena_room_bytes"], 0, taken) if there else None
+
+
+def _whole(name: str, fit: Fit) -> dict[str, Any]:
+    """A target that takes a part that is settled, and no key-value cache of its own size."""
+    return {**_target(name, fit), "may_be_cut": False, "tensor_parallel": None, **_room(None, None, None, None)}
+
+
+def _room(
+    fit: Fit | None, config: Mapping[str, Any] | None, world: int | None, item_bytes: int | None
+) -> dict[str, int | None]:
+    """For a key-value cache on each rank, in bytes and tokens; None where that is not known, or has no end."""
+    if fit is None or world is None:
+        return {"kv_room_bytes": None, "kv_room_tokens": None}
+    tokens = None
+    if config is not None:
+        with contextlib.suppress(UsageError):  # who asks for tokens hears why; here it is extra
+            tokens = tokens_that_fit(config, fit.room_bytes, world, item_bytes)
+    return {"kv_room_bytes": fit.room_bytes, "kv_room_tokens": tokens}
 
 
 def _target(name: str, fit: Fit) -> dict[str, Any]:

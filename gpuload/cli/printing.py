@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from gpuload.cli.doctor import Finding
+from gpuload.cli.doctor_cuda import Compatibility
+from mfs.cli.findings import show_findings as show_all
 from mfs.cli.text import clean, count, print_json, size
+from mfs.findings import Finding
 
 
 def show(reply: dict[str, Any], as_json: bool, *lines: str) -> None:
@@ -40,6 +41,20 @@ def show_report(reply: dict[str, Any], as_json: bool) -> None:
     if report["evicted"]:
         lines.append(f"  evicted: {', '.join(report['evicted'])}")
     show(reply, as_json, *lines)
+    if "explained" in reply and not as_json:
+        _show_explained(reply["explained"])
+
+
+def _show_explained(found: dict[str, Any]) -> None:
+    from mfs.cli.explained import phases_table, strip
+    from mfs.cli.output import console, print_plain
+
+    out, seconds = console(), found["seconds"]
+    for part in (phases_table(found["phases"], seconds), *strip(found["strip"]["phases"], 72, seconds)):
+        if sys.stdout.isatty():
+            out.print(part)
+        else:
+            print_plain(out, part)
 
 
 @contextlib.contextmanager
@@ -115,7 +130,30 @@ def show_plan(found: dict[str, Any], as_json: bool) -> None:
     print()
     _show_table((">tensor parallel", ">bytes per rank"), ((str(n), size(b)) for n, b in found["rank_bytes"].items()))
     print()
-    _show_table(("target", ">needs", ">in use there", ">has", "verdict"), map(_target_row, found["targets"]))
+    columns = ("target", ">needs", ">in use there", ">has", "verdict", ">room for KV cache")
+    _show_table(columns, map(_target_row, found["targets"]))
+
+
+def show_plan_of_several(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (one["model"], size(one["bytes_total"]), size(one["arena_bytes"]), size(one["kv_cache_bytes"]),
+         size(one["unknown_bytes"]))
+        for one in found["models"]
+    ]  # fmt: skip
+    _show_table(("model", ">bytes", ">in an arena", ">KV cache", ">not hashed"), rows)
+    print(f"\ntogether {size(found['arena_bytes'])}; {size(found['shared_bytes'])} are shared")
+    if any(one["unknown_bytes"] for one in found["models"]):
+        print("what is not hashed is counted for each: run `gpuload digest MODEL` first")
+    print()
+    targets = (
+        (t["target"], size(t["needed_bytes"]), size(t["device_bytes"]),
+         "fits" if t["fits"] else f"short by {size(t['shortfall_bytes'])}", size(t["kv_room_bytes"]))
+        for t in found["targets"]
+    )  # fmt: skip
+    _show_table(("target", ">needs", ">has", "verdict", ">room for KV caches"), targets)
 
 
 def _target_row(target: dict[str, Any]) -> Sequence[str]:
@@ -125,14 +163,27 @@ def _target_row(target: dict[str, Any]) -> Sequence[str]:
         if target["may_be_cut"]:
             verdict += f"; fits with tensor parallel {world}" if world else "; fits with none of 1 to 16"
     in_use = size(target["resident_bytes"] + target["others_bytes"])
-    return target["target"], size(target["needed_bytes"]), in_use, size(target["device_bytes"]), verdict
+    room, tokens = target["kv_room_bytes"], target["kv_room_tokens"]
+    kept = "" if room is None else size(room) if tokens is None else f"{size(room)}, {tokens:,} tokens"
+    return target["target"], size(target["needed_bytes"]), in_use, size(target["device_bytes"]), verdict, kept
 
 
-def show_findings(findings: Sequence[Finding], as_json: bool) -> None:
+def show_findings(findings: Sequence[Finding], table: Compatibility, as_json: bool) -> None:
     if as_json:
-        print_json({"findings": [asdict(f) for f in findings]})
-    else:
-        _show_table(("what", "state", "detail"), ((f.what, f.state, f.detail) for f in findings))
+        print_json({"findings": [found.shown() for found in findings], "compatibility": table.as_json()})
+        return
+    show_all(findings, as_json=False)
+    if table.toolkits:
+        print(clean(f"\nWhat this driver (CUDA {table.driver_cuda}) can run; torch here was built with CUDA "
+                    f"{table.wheel.cuda or 'none'}:"))  # fmt: skip
+        rows = ((t["toolkit"], t["verdict"], t["needs"], "<- torch" if t["toolkit"] == table.wheel.cuda else "")
+                for t in table.toolkits)  # fmt: skip
+        _show_table(("toolkit", "verdict", "needs", ""), rows)
+    if table.cards:
+        print()
+        cards = ((c["device"], c["name"], c["capability"], "yes" if c["runs"] else "no", c["by"] or c["reason"])
+                 for c in table.cards)  # fmt: skip
+        _show_table(("device", "card", "capability", "runs torch's kernels", "by"), cards)
 
 
 def show_bench(found: dict[str, Any], as_json: bool) -> None:

@@ -16,6 +16,7 @@ from gpuload.moving.model_files import find_shards, left_out
 from gpuload.moving.shards import open_file, spare_descriptors
 from gpuload.paths import SOCKET_VARIABLE, default_socket
 from mfs.errors import AccessError
+from mfs.tracing.settings import inherited
 
 CONNECT_S = 30.0
 ATTACH_S = 60.0
@@ -40,8 +41,8 @@ def load_resident(
 
     device: where all of it goes, or what options['device_map'] (module prefix -> device) leaves out; None: the server's
         only device, and for a swap where the model stands that it replaces.
-    options: 'device_map', 'ranks', 'rank', 'world', 'rules', 'pinned', 'retain', 'allow_gap', 'label', as the protocol
-        has them (ARCHITECTURE.md).
+    options: 'device_map', 'ranks', 'rank', 'world', 'rules', 'pinned', 'retain', 'allow_gap', 'label', 'explain', as
+        the protocol has them (ARCHITECTURE.md).
     Raises: FitError naming the shortfall, UsageError, AwayError, and what reading the files raises.
     Cancellation: closing the connection (an interrupt does) cancels the load; the old model keeps serving.
     """
@@ -49,6 +50,7 @@ def load_resident(
     paths = [os.path.abspath(p) for p in found.paths]
     request = {"label": os.path.abspath(os.fspath(where)), **(options or {}), "left_out": left_out(found)}
     request |= {"op": "swap" if is_swap else "load", "model": model, "device": device, "files": paths}
+    request |= {"traceparent": traceparent} if (traceparent := inherited()) else {}
     with contextlib.closing(connect(socket_path, timeout_s)) as sock:
         reply, got = exchange(sock, request, (), paths=paths)
         wire.close_all(got)

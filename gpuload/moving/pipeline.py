@@ -24,7 +24,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing
+from contextlib import ExitStack, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
@@ -38,6 +38,7 @@ from gpuload.moving.moves import Move, Runs, plan_moves, plan_parts
 from gpuload.moving.plan import Batch, Piece
 from gpuload.moving.source import Loan, Source, copy_out
 from gpuload.moving.staging import Buffer, Ring
+from gpuload.moving.timing import Timing
 from mfs.errors import MfsError
 
 RunsOf = Callable[[Piece], Sequence[tuple[int, int]]]
@@ -84,6 +85,7 @@ async def move_batches(
     on_landed: Callable[[int], None] | None = None,
     admit: Callable[[Batch], Awaitable[None]] | None = None,
     lent: Ring | None = None,
+    timing: Timing | None = None,
 ) -> None:
     """Move every batch; return when every byte is in its place.
 
@@ -93,6 +95,7 @@ async def move_batches(
     check: see `Check`. checks_later: it may look while the copy is under way, so that one costs no time of the other;
         bytes that it refuses may be in their place then.
     admit: awaited before each batch, in order: it may be read, and has a place to go to.
+    timing: told how long copies were waited for.
     on_landed: told, in a thread of the load, the index of each transfer once all of it is in place, in no fixed order.
     Raises: what source, device or check raise. Cancellation: safe; the destination's bytes are undefined.
     """
@@ -163,18 +166,22 @@ async def move_batches(
         if not readers_left:
             ways.is_read()
 
+    def wait(event: Event) -> None:
+        with timing.within("copy") if timing is not None else nullcontext():
+            event.wait(limits.step_timeout_s)
+
     def land() -> None:
         last: _Copies | None = None
         while (copies := ways.next_copies()) is not None:
             last = copies if last is None or copies.number > last.number else last
-            if copies.loan is not None or on_landed is not None:
-                copies.event.wait(limits.step_timeout_s)
+            if copies.loan is not None or on_landed is not None or timing is not None:
+                wait(copies.event)
                 landing.add(copies.batch)
             if copies.loan is not None:
                 copies.loan.release()
                 held.discard(copies.loan)
         if last is not None:
-            last.event.wait(limits.step_timeout_s)
+            wait(last.event)
 
     async def grow() -> None:
         await trio.to_thread.run_sync(ring.grow)

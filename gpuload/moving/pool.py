@@ -58,15 +58,18 @@ class Mapper:
         file.close()
 
 
-def open_source(shards: Sequence[Shard], mapper: Mapper | None = None) -> Source:
+def open_source(shards: Sequence[Shard], mapper: Mapper | None = None, traceparent: str = "") -> Source:
     """The best source for these files: their mount's RAM if all stand on one mount that lends it, else the
     files.
+
+    traceparent: of the trace that the mount is to go on with; '' for none.
     """
     places = [borrowing.find(os.path.abspath(shard.path)) for shard in shards]
     doors = {place[0] for place in places if place is not None}
     if len(doors) == 1 and all(places):
         with contextlib.suppress(MfsError):  # the daemon is going or full: its files are still there to be read
-            return PoolSource(shards, doors.pop(), [place[1] for place in places if place], mapper or Mapper())
+            paths = [place[1] for place in places if place]
+            return PoolSource(shards, doors.pop(), paths, mapper or Mapper(), traceparent)
     return FileSource(shards)
 
 
@@ -76,7 +79,9 @@ class PoolSource:
     Every call that is under way has a connection of its own; there are as many as ever were under way at once.
     """
 
-    def __init__(self, shards: Sequence[Shard], door: Path, paths: Sequence[str], mapper: Mapper) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], door: Path, paths: Sequence[str], mapper: Mapper, traceparent: str = ""
+    ) -> None:
         """paths: of each shard, from the mount's root. Raises: StoreError if the door is shut."""
         self._door = door
         self._paths = tuple(paths)
@@ -84,6 +89,7 @@ class PoolSource:
         self._sizes = [shard.header.file_bytes for shard in shards]
         self._files = FileSource(shards)
         self._mapper = mapper
+        self._traceparent = traceparent
         self._mapped: dict[int, LentFile] = {}  # by shard
         self._is_interrupted = False
         self._lock = threading.Lock()
@@ -169,7 +175,9 @@ class PoolSource:
         if opened is None:
             path, inode = self._paths[shard], self._inodes[shard]
             place = Place(self._door, connection.borrower.daemon_pid, path, inode)
-            opened = connection.borrower.open(path, inode, lambda fd, size: self._map(shard, fd, size, place))
+            opened = connection.borrower.open(
+                path, inode, lambda fd, size: self._map(shard, fd, size, place), traceparent=self._traceparent
+            )
             connection.files[shard] = opened
         return opened
 

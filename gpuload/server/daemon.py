@@ -36,7 +36,13 @@ from gpuload.server.loader import Loader
 from gpuload.server.operations import Answer, Operations, Peer
 from gpuload.server.site import Site
 from gpuload.wire import Channel, close_all, encode
+from mfs.control.ready import ping
 from mfs.errors import ConfigError, MfsError
+from mfs.manager import notify
+from mfs.metrics import door
+from mfs.tracing.export import Exporter
+from mfs.tracing.spans import Row
+from mfs.tracing.tracer import Tracer
 from mfs.units import format_size
 
 log = logging.getLogger("gpuload.server")
@@ -78,6 +84,8 @@ class ServerConfig:
     digests_folder: str | None = None
     """Where digests outlive the process; None: nowhere. See `digest_files`."""
     limits: Limits = field(default_factory=lambda: Limits(readers_count=READERS_COUNT, buffers_count=READERS_COUNT + 4))
+    metrics_addr: str | None = None
+    """HOST:PORT to answer Prometheus on; None: nowhere but through the socket."""
 
 
 async def serve(
@@ -99,6 +107,9 @@ async def serve(
     with one_error():
         async with contextlib.AsyncExitStack() as stack:
             sock, lock = stack.enter_context(_listening(config))
+            doors = await door.listen(config.metrics_addr) if config.metrics_addr is not None else []
+            for one in doors:
+                stack.push_async_callback(one.aclose)
             devices: dict[str, Device] = {}
             for name in config.arena_bytes:
                 devices[name] = open_one(name)
@@ -107,7 +118,8 @@ async def serve(
             sites = {name: await _open_site(stack, name, devices[name], config) for name in devices}
             kept = KeptFiles(list(devices.values()))
             stack.callback(kept.close)
-            operations = Operations(Loader(sites, digests, config.limits, kept), kept, version=VERSION)
+            tracer = Tracer()
+            operations = Operations(Loader(sites, digests, config.limits, kept), kept, tracer, version=VERSION)
             if must is not None:
                 # The kernel keeps a process, with all it has, while one of its threads is in a call on a hung file.
                 must += [lambda: os.unlink(config.socket_path), lambda: fcntl.flock(lock, fcntl.LOCK_UN)]
@@ -115,7 +127,16 @@ async def serve(
             sock.listen(config.backlog)
             places, strangers = trio.Semaphore(config.connections_max), trio.Semaphore(config.connections_max // 2)
             shares = Shares(REQUESTS_MAX)
+            exporting = _Exporting()
+            stack.callback(exporting.close)
+            stack.push_async_callback(tracer.flush, exporting.export)
             async with trio.open_nursery() as nursery:
+                if tracer.fault:
+                    log.warning("%s", tracer.fault)
+                nursery.start_soon(tracer.run, exporting.export)
+                if doors:
+                    log.info("metrics are at port %d of %s", door.port_of(doors), config.metrics_addr)
+                    nursery.start_soon(door.serve, doors, operations.metrics)
                 task_status.started(sites)
                 listener = trio.socket.from_stdlib_socket(sock)
                 while True:
@@ -131,6 +152,24 @@ async def serve(
                         _refuse(client, config.connections_max)
                         continue
                     nursery.start_soon(_connection, client, operations, config, places, strangers, shares)
+
+
+class _Exporting:
+    """Sends spans in a thread: a load ends in some ten of them, and no reader waits here."""
+
+    def __init__(self) -> None:
+        self._exporter: Exporter | None = None
+
+    async def export(self, rows: list[Row]) -> None:
+        await trio.to_thread.run_sync(self._export, rows, abandon_on_cancel=True)
+
+    def _export(self, rows: list[Row]) -> None:
+        self._exporter = self._exporter or Exporter("gpuload")
+        self._exporter.export(rows)
+
+    def close(self) -> None:
+        if self._exporter is not None:
+            self._exporter.close()
 
 
 def _staging_bytes(config: ServerConfig) -> int:
@@ -333,8 +372,11 @@ def run(config: ServerConfig, open_one: Callable[[str], Device], on_ready: Calla
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
                 await nursery.start(partial(serve, must=must), config, open_one)
+                nursery.start_soon(ping)
                 on_ready()
+                notify("READY=1\nSTATUS=serving")
                 await anext(signals)
+                notify("STOPPING=1")
                 end.start()
                 nursery.cancel_scope.cancel()
 

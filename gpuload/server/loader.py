@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext
 from typing import TypeVar
 
 import trio
@@ -31,6 +31,7 @@ from gpuload.moving.pipeline import Decide, Limits, RunsOf, move_batches
 from gpuload.moving.plan import Batch, Piece, Transfer, pack_pieces, plan_transfers
 from gpuload.moving.pool import Mapper, open_source
 from gpuload.moving.source import Source
+from gpuload.moving.timing import TimedSource
 from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
 from gpuload.server.digests import DigestCache, digest_views, now_ns
 from gpuload.server.layout import BlockPlan
@@ -82,7 +83,7 @@ class Loader:
         """
         began = time.monotonic()
         transfers, sites = await self._think(lambda: self._planned(job))
-        async with self._in_turn(sites):
+        async with self._in_turn(job, sites):
             began_ns = now_ns()
             work = await self._think(lambda: Work(job, transfers, sites))
             await self._recall(work)
@@ -113,12 +114,12 @@ class Loader:
         return [site for name, site in self.sites.items() if name in wanted]
 
     @asynccontextmanager
-    async def _in_turn(self, sites: Sequence[Site]) -> AsyncIterator[None]:
+    async def _in_turn(self, job: Job, sites: Sequence[Site]) -> AsyncIterator[None]:
         for site in sites:
             if site.waiting_count > WAITING_MAX:
                 raise BusyError(f"{site.waiting_count} loads wait for {site.name} already; try later")
         async with AsyncExitStack() as stack:
-            with trio.move_on_after(WAIT_S) as scope:
+            with _traced(job, "turn"), _timed(job, "turn"), trio.move_on_after(WAIT_S) as scope:
                 for site in sites:
                     await stack.enter_async_context(site.turn)
             if scope.cancelled_caught:
@@ -164,16 +165,17 @@ class Loader:
     async def _bring(self, work: Work, began_ns: int) -> Model:
         unsure = [part for part in work.parts if self._must_know(part)]
         try:
-            with closing(await work.job.files.open(lambda: open_source(work.job.shards, self._mapper))) as source:
+            with closing(await work.job.files.open(lambda: self._open_source(work.job))) as source:
                 if unsure:
-                    await self._hash_pass(work, unsure, source)
+                    with _traced(work.job, "hash"):
+                        await self._hash_pass(work, unsure, source)
                     await self._remember(work, began_ns)
                     model = self._resident(work) if work.is_known else None
                     if model is not None:
                         return model
                 was_known = work.is_known
                 self._take_places(work)  # no checkpoint inside: what was found to fit is taken at once
-                with one_error():
+                with _traced(work.job, "fill"), one_error():
                     async with trio.open_nursery() as nursery:
                         for part in work.parts:
                             nursery.start_soon(self._fill, work, part, source)
@@ -189,6 +191,11 @@ class Loader:
         except BaseException:
             work.let_go()
             raise
+
+    def _open_source(self, job: Job) -> Source:
+        traceparent = job.span.context.traceparent if job.span is not None else ""
+        source = open_source(job.shards, self._mapper, traceparent)
+        return TimedSource(source, job.timing) if job.timing is not None else source
 
     def _must_know(self, part: PartWork) -> bool:
         """Whether somebody might have to go for bytes that turn out to be resident, if their digests stay unknown."""
@@ -364,7 +371,8 @@ class Loader:
         job = work.job
 
         def check(piece: Piece, views: Sequence[memoryview]) -> None:
-            digest = digest_views(views)
+            with _timed(job, "hash"):
+                digest = digest_views(views)
             if work.digests.setdefault((piece.transfer, piece.offset), digest) != digest:
                 shard = work.transfers[piece.transfer].shard
                 self._digests.forget(work.versions[shard])
@@ -390,6 +398,7 @@ class Loader:
             checks_later=decide is None,
             decide=decide,
             lent=part.site.ring,
+            timing=job.timing,
         )
         await job.files.call(check_files)
 
@@ -430,6 +439,25 @@ class Loader:
         )
         model.publish()
         return model
+
+
+def _timed(job: Job, phase: str) -> AbstractContextManager[None]:
+    return job.timing.within(phase) if job.timing is not None else nullcontext()
+
+
+@contextmanager
+def _traced(job: Job, name: str) -> Iterator[None]:
+    if job.span is None:
+        yield
+        return
+    span, error = job.span.child(name), ""
+    try:
+        yield
+    except BaseException as failure:
+        error = type(failure).__name__
+        raise
+    finally:
+        span.end(error=error)
 
 
 def content_name(content: Mapping[str, str]) -> str:

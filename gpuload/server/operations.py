@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
@@ -19,15 +20,21 @@ from gpuload.moving.kept import KeptFiles
 from gpuload.moving.model_files import without
 from gpuload.moving.plan import Placement
 from gpuload.moving.shards import Shard
+from gpuload.moving.timing import Timing
 from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor, namesakes
 from gpuload.server.client_files import ClientFiles
 from gpuload.server.loader import CONTENT_PREFIX, Loader
 from gpuload.server.site import Site
 from gpuload.server.tables import TENSORS_MAX, read_table
+from gpuload.server.tally import LoadTally, gathered, processes
 from gpuload.server.versions import Version, look
-from gpuload.server.work import Job
+from gpuload.server.work import Job, Report
 from gpuload.wire import close_all
 from mfs.errors import AccessError, NotFoundError, UsageError
+from mfs.metrics.families import Families, Text
+from mfs.metrics.processes import add_processes
+from mfs.tracing.spans import parse_traceparent
+from mfs.tracing.tracer import Tracer
 
 NAME_LENGTH_MAX = 200
 RULES_MAX = 10_000
@@ -64,11 +71,17 @@ class Answer:
 class Operations:
     """The server's devices, behind the verbs of the protocol."""
 
-    def __init__(self, loader: Loader, kept: KeptFiles, *, version: str) -> None:
-        self._kept = kept
+    def __init__(self, loader: Loader, kept: KeptFiles, tracer: Tracer, *, version: str) -> None:
+        self._kept, self._tracer = kept, tracer
         self._loader, self._sites = loader, loader.sites
         self._catalogs = [site.catalog for site in loader.sites.values()]
         self._version = version
+        self._tally = LoadTally()
+
+    async def metrics(self, accept: str) -> Text:
+        """What Prometheus is told; see `mfs.metrics`."""
+        families = gathered(self._sites, self._tally, self._version)
+        return await trio.to_thread.run_sync(_exposed, families, accept)
 
     async def answer(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
         """Raises: MfsError with the reason of a refusal. `files`, if some came, stay the caller's."""
@@ -80,6 +93,9 @@ class Operations:
                 return Answer({"protocol": PROTOCOL, "version": self._version, "pid": os.getpid()})
             case "status":
                 return Answer(self._status())
+            case "metrics":
+                text = await self.metrics(str(request.get("accept", ""))[:1000])
+                return Answer({"content_type": text.content_type, "text": text.body.decode()})
             case "load" | "swap":
                 return await self._load(request, files)
             case "open":
@@ -98,13 +114,35 @@ class Operations:
         name = _name(request.get("model"))
         if name.startswith(CONTENT_PREFIX):
             raise UsageError(f"names that begin with {CONTENT_PREFIX!r} are the server's own")
-        model, report = await self._loader.load(await self._job(name, request, files))
-        return Answer({**_summary(model), "report": report.as_dict()})
+        model, report, explained = await self._loaded(name, request, files)
+        return Answer({**_summary(model), "report": report.as_dict(), **explained})
 
     async def _open(self, request: dict[str, Any], files: ClientFiles | None) -> Answer:
-        job = await self._job(None, {**request, "pinned": False, "retain": "lru"}, files)
-        model, report = await self._loader.load(job)
+        model, report, _ = await self._loaded(None, {**request, "pinned": False, "retain": "lru"}, files)
         return await self._attach(model, None, {"report": report.as_dict()})  # no checkpoint since `load` returned
+
+    async def _loaded(
+        self, name: str | None, request: dict[str, Any], files: ClientFiles | None
+    ) -> tuple[Model, Report, dict[str, Any]]:
+        """The model, resident; and where the time went, where that was asked."""
+        timing = Timing() if _flag(request, "explain", False) else None
+        verb = "swap" if request.get("op") == "swap" else "load"
+        span = self._tracer.begin(verb, {"gpuload.model": name or ""}, parse_traceparent(_text(request, "traceparent")))
+        error, seen = "", dict[str, Any]()
+        try:
+            with timing.within("open") if timing is not None else nullcontext():
+                job = await self._job(name, request, files)
+            with self._tally.timed(str(request["op"])):
+                model, report = await self._loader.load(replace(job, timing=timing, span=span))
+            self._tally.note(report)
+            seen = {f"gpuload.{key}": value for key, value in report.as_dict().items() if key.startswith("bytes_")}
+        except BaseException as failure:
+            error = type(failure).__name__
+            raise
+        finally:
+            if span is not None:
+                span.end(error=error, attributes=seen)
+        return model, report, {"explained": timing.describe()} if timing is not None else {}
 
     async def _job(self, name: str | None, request: dict[str, Any], files: ClientFiles | None) -> Job:
         is_swap = request.get("op") == "swap"
@@ -266,6 +304,13 @@ class Operations:
         return self._find(request)
 
 
+def _exposed(families: Families, accept: str) -> Text:
+    from mfs.metrics.exposition import exposed  # only where somebody asks
+
+    add_processes(families, "gpuload", processes())
+    return exposed(families.found, accept)
+
+
 def _missing(name: str, catalogs: Sequence[Catalog]) -> Model:
     """Raises: NotFoundError naming what there is."""
     there = ", ".join(sorted({n for catalog in catalogs for n in catalog.models})) or "none"
@@ -361,6 +406,13 @@ def _name(value: object) -> str:
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _text(request: dict[str, Any], key: str) -> str:
+    value = request.get(key, "")
+    if not isinstance(value, str):
+        raise UsageError(f"{key!r} must be a text")
+    return value[:500]
 
 
 def _flag(request: dict[str, Any], key: str, default: bool) -> bool:

@@ -9,6 +9,7 @@ from blake3 import blake3
 
 from gpuload.moving.plan import Piece, Placement, Transfer
 from gpuload.moving.shards import Shard
+from gpuload.moving.timing import Timing
 from gpuload.server.catalog import Block, ResidentTensor
 from gpuload.server.client_files import ClientFiles
 from gpuload.server.digest_files import Digest, Geometry
@@ -16,6 +17,7 @@ from gpuload.server.digests import digest_block, geometry
 from gpuload.server.layout import BlockPlan, plan_blocks
 from gpuload.server.site import Site
 from gpuload.server.versions import Version
+from mfs.tracing.spans import Span
 
 PieceKey = tuple[int, int]
 """(transfer, offset): names a piece within one job."""
@@ -41,6 +43,10 @@ class Job:
     """If both do not fit, give up the old model first; a failure then leaves neither."""
     is_pinned: bool = False
     retain: str = "lru"
+    timing: Timing | None = None
+    """Told where the time goes, if somebody asks."""
+    span: Span | None = None
+    """Below what it is traced, if it is."""
 
 
 @dataclass

@@ -35,14 +35,15 @@ import trio
 
 from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState
 from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes, mask_span
+from mfs.cache.filling import Filler
 from mfs.cache.ram import Place, RamTier
 from mfs.cache.saving import Saver
 from mfs.cache.slots import Slots
-from mfs.errors import ChangedError, MfsError, StoreError, TransientStoreError
+from mfs.errors import MfsError, StoreError
 from mfs.types import ByteRange, ObjectId
 from mfs.waits import Cause, Waited, Waits
 from mfs.workers.frames import Frame, object_to_wire
-from mfs.workers.job import ATTEMPTS_OVER_DEAD_WORKERS, Job, Priority, WorkerEndedError
+from mfs.workers.job import Job, Priority
 from mfs.workers.pool import WorkerPool
 from mfs.workers.shares import Group
 
@@ -74,16 +75,13 @@ class ChunkCache:
         self.counters = CacheCounters()
         self.slots = Slots(memory)
         self.saver = Saver(pool, self.slots, self.counters, enabled=config.ssd)
+        self.filler = Filler(
+            pool, self.slots, self.saver, self.counters, timeout_s=config.timeout_s, drop=self._drop
+        )  # fmt: skip
         self.on_full: Callable[..., bool] = lambda idle_s: False
         """Asked to `drop_whole` something that nobody has used for so long. Whether it did."""
         self.on_whole: Callable[[ObjectState], None] | None = None
         """Told of an object of which the SSD tier turns out to have a whole file."""
-        self.on_lost: Callable[[ObjectState], None] | None = None
-        """Told of an object whose whole file turned out damaged and was dropped."""
-        self.on_changed: Callable[[ObjectState], None] | None = None
-        """Told when the origin turns out to hold another version."""
-        self.on_filled: Callable[[Chunk, Fill, Frame], None] | None = None
-        """Told of each fill that ended well, with what the worker said of it."""
         self.waits = Waits()
         """Told of whatever a reader waits for here."""
 
@@ -172,6 +170,7 @@ class ChunkCache:
                 return None
             hits.append((chunk, part))
         self.counters.ram_hit_bytes += len(span)
+        self.counters.ram_hits += len(hits)
         for chunk, part in hits:
             self.note_delivery(chunk, block_mask(part.start, part.stop))
         views = [chunk.view(part.start, part.stop) for chunk, part in hits]
@@ -190,8 +189,10 @@ class ChunkCache:
         chunk = self._hit(state, index, part)
         if chunk is not None:
             self.counters.ram_hit_bytes += len(part)
+            self.counters.ram_hits += 1
             chunk.leases += 1
         else:
+            self.counters.ram_misses += 1
             length = len(state.object.chunk_range(index))
             chunk = await self.lease(state, index, mask, extra=full_mask(length) if whole_chunk else 0)
         # no checkpoint until the caller's reply
@@ -258,7 +259,7 @@ class ChunkCache:
                     if not mask & ~chunk.valid:
                         chunk.leases += 1  # the caller's; ours goes in the finally
                         return chunk
-                    fill = self._fill_for(chunk, mask, extra, priority)
+                    fill = self.filler.fill_for(chunk, mask, extra, priority)
                     with self._waiting(fill, state, index, mask, demand):
                         await fill.done.wait()
                     if fill.error is not None:
@@ -304,106 +305,6 @@ class ChunkCache:
             else:
                 self.slots.wake()
 
-    # -- filling
-
-    def _fill_for(self, chunk: Chunk, mask: int, extra: int, priority: Priority) -> Fill:
-        """A fill to wait for that brings at least one missing block of `mask`; all missing ones are under way after."""
-        missing = mask & ~chunk.valid
-        under_way = 0
-        first: Fill | None = None
-        for fill in chunk.fills:
-            under_way |= fill.mask
-            if fill.mask & missing:
-                first = first or fill
-                if priority is Priority.DEMAND and fill.job is not None:
-                    self._pool.hurry(fill.job)
-        rest = missing & ~under_way
-        if rest:
-            wanted, on_ssd = (rest | extra) & ~chunk.valid & ~under_way, chunk.on_ssd
-            # By themselves, since what SSD has must not wait for what only the origin has.
-            for part in (wanted & on_ssd, wanted & ~on_ssd if rest & ~on_ssd else 0):
-                if part:
-                    fill = Fill(part)
-                    chunk.fills.append(fill)
-                    self._submit_fill(chunk, fill, priority, self._config.timeout_s)
-                    first = first or (fill if part & missing else None)
-        assert first is not None
-        return first
-
-    def _submit_fill(self, chunk: Chunk, fill: Fill, priority: Priority, timeout_s: float) -> None:
-        state = chunk.state
-        fill.attempts += 1
-        from_ssd = not fill.mask & ~chunk.on_ssd
-        fill.cause = Cause.SSD if from_ssd else Cause.ORIGIN
-        if not from_ssd:
-            self.slots.begin_coming(chunk)
-        fill.job = Job(
-            "load" if from_ssd else "fill",
-            {"source": state.source, "obj": state.wire, "index": chunk.index, "mask": fill.mask, "piece": chunk.piece},
-            lambda result, error: self._filled(chunk, fill, result, error),
-            priority,
-            timeout_s,
-        )
-        self._pool.submit(fill.job)
-
-    def _filled(self, chunk: Chunk, fill: Fill, result: Frame | None, error: MfsError | None) -> None:
-        ended = isinstance(error, WorkerEndedError)
-        chunk.is_clean = chunk.is_clean and not ended  # one that hangs in the kernel may still write there
-        attempts_max = ATTEMPTS_OVER_DEAD_WORKERS if ended else 2
-        if isinstance(error, TransientStoreError) and fill.attempts < attempts_max and not self._pool.closing:
-            assert fill.job is not None
-            # Once more: with a new deadline where a worker died, else in what is left of the old one. A dead origin
-            # uses its deadline up: asking it for as long again would keep connections from the others.
-            left_s = self._config.timeout_s if ended else fill.job.deadline_s - time.monotonic()
-            if left_s > 0:
-                self._submit_fill(chunk, fill, fill.job.priority, left_s)
-                return
-        was_whole = chunk.state.whole
-        if result is not None and result["lost"]:
-            chunk.saved = 0
-            chunk.file_lost = True
-            chunk.note_ssd(0)
-            for other in chunk.fills:
-                other.file_lost = other.file_lost or other is not fill
-        if result is not None and result.get("missing"):  # what SSD was believed to have
-            # Whoever waits asks again, now the origin: by the same door as all, since he needs a share for that.
-            fill.mask &= ~result["missing"]
-            chunk.note_ssd(chunk.on_ssd & ~result["missing"])
-        chunk.fills.remove(fill)
-        if not chunk.fills:
-            self.slots.end_coming(chunk)
-        if error is not None:
-            self.counters.origin_errors += 1
-            fill.error = error
-            if isinstance(error, ChangedError) and self.on_changed is not None:
-                self.on_changed(chunk.state)
-        else:
-            assert result is not None
-            chunk.valid |= fill.mask
-            if not result["lost"] and not fill.file_lost:
-                chunk.saved |= result["resident"]
-                chunk.note_ssd(chunk.on_ssd | result["resident"])
-            chunk.sums.update(result["sums"])
-            chunk.changed_at = time.monotonic()
-            fill.decode_s = result.get("decode_s", 0.0)
-            if not result["requests"]:  # the files of SSD had it after all, or others there the same bytes
-                fill.cause = Cause.SSD
-            self.counters.ssd_hit_bytes += result["ssd_bytes"]
-            self.counters.origin_bytes += result["origin_bytes"]
-            self.counters.shared_bytes += result["shared_bytes"]
-            self.counters.origin_requests += result["requests"]
-            if self.on_filled is not None and fill.mask:
-                self.on_filled(chunk, fill, result)
-        if was_whole and result is not None and result["lost"] and self.on_lost is not None:
-            self.on_lost(chunk.state)
-        fill.done.set()
-        if error is None and chunk.complete:
-            self.saver.save(chunk)
-        if chunk.idle and not chunk.valid:
-            self._drop(chunk)
-        else:
-            self.slots.wake()  # if not for a slot, then for the share
-
     # -- slots
 
     def _goes_into_file(self, state: ObjectState) -> bool:
@@ -435,10 +336,17 @@ class ChunkCache:
 
     def _drop(self, chunk: Chunk) -> None:
         """Take the slot away. The chunk is idle."""
+        self._count_dropped(chunk)
         if chunk.delivered == full_mask(chunk.length):
             chunk.state.taken.add(chunk.index)
         self.slots.drop(chunk)
         self._forget_if_unused(chunk.state)
+
+    def _count_dropped(self, chunk: Chunk) -> None:
+        self.counters.ram_evictions += bool(chunk.valid)
+        self.counters.ram_evicted_bytes += mask_bytes(chunk.valid, chunk.length)
+        if chunk.unread:
+            self.counters.wasted_bytes += mask_bytes(chunk.valid, chunk.length)
 
     def drop_whole(self, state: ObjectState) -> int:
         """Drop an object from RAM whose file was given to others, who go on reading it; returns the bytes freed here.
@@ -449,6 +357,8 @@ class ChunkCache:
         if ram is None or not ram.given or ram.holders or not all(chunk.idle for chunk in state.chunks.values()):
             return 0
         dropped = sum(mask_bytes(chunk.valid, chunk.length) for chunk in state.chunks.values())
+        for chunk in state.chunks.values():
+            self._count_dropped(chunk)
         self.slots.drop_whole(state)
         self._forget_if_unused(state)
         return dropped
@@ -480,6 +390,7 @@ class ChunkCache:
             if ahead and fresh and not chunk.delivered and not chunk.unread:
                 chunk.unread = True
                 self.slots.unread.take(state.group)
+                self.counters.ahead_bytes += chunk.length
             if to_ssd:
                 chunk.saved &= state.on_ssd(index)
                 chunk.written = 0

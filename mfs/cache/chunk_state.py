@@ -27,7 +27,28 @@ class CacheCounters:
     """What happened since the start; only ever grows."""
 
     ram_hit_bytes: int = 0
+    ram_hits: int = 0
+    """Reads that RAM answered, and of those that cross chunks each part."""
+    ram_misses: int = 0
+    """Likewise those that had to wait for a chunk."""
+    ram_evictions: int = 0
+    """Chunks with bytes that lost their slot."""
+    ram_evicted_bytes: int = 0
     ssd_hit_bytes: int = 0
+    ssd_hits: int = 0
+    """Fills of which SSD had something."""
+    ssd_misses: int = 0
+    """Fills of which SSD lacked something."""
+    ssd_evictions: int = 0
+    """Chunks that its budget dropped."""
+    ssd_evicted_bytes: int = 0
+    brought_bytes: int = 0
+    """That fills brought which SSD did not have, as readers get them: `origin_bytes` and `shared_bytes` are what it
+    took."""
+    ahead_bytes: int = 0
+    """Brought to RAM ahead of need."""
+    wasted_bytes: int = 0
+    """Of these, dropped before anybody had come for them."""
     origin_bytes: int = 0
     """That came over the network: of a registry that compresses, fewer than they stand for."""
     shared_bytes: int = 0

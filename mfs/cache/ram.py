@@ -41,6 +41,9 @@ _SLACK_BYTES = 64 << 20  # of the tmpfs beyond the budget: a borrower who touche
 _OTHER_DESCRIPTORS = 512  # of the daemon: sockets, workers, logs
 _MAPPINGS_MAX = 65530  # vm.max_map_count's default
 
+PROCESS_BYTES = 64 << 20
+"""What a daemon or a worker takes beside the slots: 27 MB at rest, 55 with botocore, and what is under way."""
+
 
 @dataclass(frozen=True)
 class RamConfig:

@@ -9,8 +9,14 @@ import click
 from mfs.cli import (
     apply,
     browse,
+    csi,
     diff,
+    doctor,
+    estimate,
+    explain,
+    kserve,
     look,
+    metrics,
     mount,
     push,
     registry,
@@ -28,10 +34,11 @@ from mfs.cli.page import EXIT_STATUS, Front
 
 _GROUPS = (
     ("Mount", ("mount", "umount")),
-    ("Look", ("ls", "stat", "status", "top", "page", "watch")),
+    ("Look", ("ls", "stat", "status", "top", "page", "watch", "explain", "metrics")),
     ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify", "apply")),
     ("Registry", ("push", "sign", "tag", "rollback", "log", "diff", "rm", "gc", "fsck")),
-    ("Set up", ("config", "triton", "completion", "version")),
+    ("Plan", ("doctor", "estimate")),
+    ("Set up", ("config", "csi", "keep", "kserve-init", "triton", "completion", "version")),
 )
 _SECTIONS = {
     "Examples": """\
@@ -47,6 +54,7 @@ mfs umount /mnt/models""",
      --log-file is given""",
     "Environment": """\
 AWS_*, HF_TOKEN, HF_ENDPOINT, HTTPS_PROXY, …   as the sources' own tools read them
+OTEL_*           OpenTelemetry's own; an endpoint switches traces on ('mfs[trace]')
 NO_COLOR         no colours
 MFS_RUNTIME_DIR  another place for sockets and records""",
 }
@@ -76,9 +84,11 @@ def cli(**_: Any) -> None:
 
 
 for _command in (
-    mount.mount, umount.umount, look.ls, look.stat, status.status, top.top, browse.page, watch.watch,
+    mount.mount, umount.umount, look.ls, look.stat, status.status, top.top, browse.page, watch.watch, explain.explain,
+    metrics.metrics,
     tiers.prefetch, tiers.evict, tiers.pin, tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push,
     sign.sign, diff.diff, registry.tag, registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck,
-    settings.config, triton.triton, shell.completion, shell.version,
+    doctor.doctor, estimate.estimate, settings.config, csi.csi, csi.keep, kserve.kserve_init, triton.triton,
+    shell.completion, shell.version,
 ):  # fmt: skip
     cli.add_command(_command)

@@ -25,7 +25,7 @@ _TAKE_OVER_S = 120.0  # starting, the handover's own deadlines, and what the old
 _START_GRACE_S = 60.0  # beside the origin's own deadline: a large cache's tables take their time
 
 
-class _Parsed(click.ParamType[Any]):
+class Parsed(click.ParamType[Any]):
     """A click type from one of our parsers."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -45,7 +45,7 @@ def _umask(text: str) -> int:
     return parse_umask(text)
 
 
-_SIZE, _DURATION = _Parsed("size", parse_size), _Parsed("duration", parse_duration)
+SIZE, DURATION = Parsed("size", parse_size), Parsed("duration", parse_duration)
 
 
 class _Setting(click.Option):
@@ -74,7 +74,7 @@ def _default_text(field: str) -> str:
     return f"{value:03o}" if field == "umask" else str(value)
 
 
-_SIZE, _DURATION, _UMASK = _Parsed("size", parse_size), _Parsed("duration", parse_duration), _Parsed("octal", _umask)
+_UMASK = Parsed("octal", _umask)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -90,6 +90,16 @@ _SOURCE_OPTIONS = [
         help="hub-cache: show an hf:// source as huggingface_hub's cache does (see below).",
     ),
     click.Option(
+        ["--via"],
+        metavar="URL",
+        help="Ask this caching HTTP proxy for bytes, before the origin (see below).",
+    ),
+    click.Option(
+        ["--dragonfly"],
+        metavar="URL",
+        help="Ask Dragonfly's dfdaemon for bytes, before the origin.",
+    ),
+    click.Option(
         ["--require-signature"],
         type=TREE_PATH,
         metavar="KEY",
@@ -98,12 +108,10 @@ _SOURCE_OPTIONS = [
 ]
 _MOUNT_OPTIONS = [
     _Setting(["--cache-dir"], type=TREE_PATH, help="Where the SSD tier lives; several mounts may share it."),
-    _Setting(["cache_bytes", "--cache-size"], type=_SIZE, help="Budget of the SSD tier."),
-    _Setting(["ram_bytes", "--ram-size"], type=_SIZE, help="Budget of the RAM tier."),
-    _Setting(["timeout_s", "--timeout"], type=_DURATION, help="Until a read that the origin does not answer fails."),
-    _Setting(
-        ["refresh_s", "--refresh"], type=_DURATION, help="Look for changes this often, not only on 'mfs refresh'."
-    ),
+    _Setting(["cache_bytes", "--cache-size"], type=SIZE, help="Budget of the SSD tier."),
+    _Setting(["ram_bytes", "--ram-size"], type=SIZE, help="Budget of the RAM tier."),
+    _Setting(["timeout_s", "--timeout"], type=DURATION, help="Until a read that the origin does not answer fails."),
+    _Setting(["refresh_s", "--refresh"], type=DURATION, help="Look for changes this often, not only on 'mfs refresh'."),
     _Setting(
         ["connections_count", "--connections"],
         type=int,
@@ -128,6 +136,16 @@ _MOUNT_OPTIONS = [
     ),
     _Setting(["--log-file"], type=TREE_PATH, help="Append the daemon's log here."),
     _Setting(["--log-level"], type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."),
+    _Setting(
+        ["--log-format"],
+        type=click.Choice(["auto", "text", "json"]),
+        help="Lines for people or JSON; auto: by whether it is a terminal.",
+    ),
+    _Setting(
+        ["metrics_addr", "--metrics-addr"],
+        metavar="HOST:PORT",
+        help="Answer Prometheus there, at /metrics; whoever can connect is told.",
+    ),
     _flag("foreground", "--foreground", "Stay in the foreground (systemd, containers)."),
 ]
 
@@ -169,6 +187,14 @@ mfs mount --handover --config /etc/mfs.toml       read the file again (systemd: 
      refuses later kills the process (SIGBUS); this way open fails, or nothing
      does. open waits for the whole file. Files must fit into --cache-size, or
      without --cache-dir into three quarters of --ram-size.""",
+        "Many nodes": """\
+--via http://cache:8080              nginx, varnish: one for all nodes, or one a node
+--dragonfly http://127.0.0.1:4001    the proxy of Dragonfly's dfdaemon
+     Bytes of files are asked of the cache, everything else of the origin. What
+     the cache lacks, lies about or does not bring in time comes from the origin.
+     No password and no long-lived token goes through it: sources that want one
+     with each range are read directly. Its configuration must leave the query
+     out of logs and keys: RECIPES.md has one for nginx and one for varnish.""",
         "Hub cache": """\
 mfs mount hf://org/name /mnt/hub --layout hub-cache
 HF_HUB_CACHE=/mnt/hub HF_HUB_OFFLINE=1 python server.py
@@ -187,7 +213,10 @@ HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_ENDPOINT
 DOCKER_CONFIG    the directory of docker's config.json, instead of ~/.docker
 HTTPS_PROXY, HTTP_PROXY, NO_PROXY (names, addresses, ranges)
 SSL_CERT_FILE, REQUESTS_CA_BUNDLE; for S3 AWS_CA_BUNDLE or its ca_bundle
-NOTIFY_SOCKET    told READY=1 when the mount can be used (systemd Type=notify)""",
+NOTIFY_SOCKET    told READY=1 when the mount can be used (systemd Type=notify), and given the
+                 mount's descriptors to keep (FileDescriptorStoreMax=)
+WATCHDOG_USEC    told WATCHDOG=1 three times as often, as long as the daemon answers
+LISTEN_FDS       the descriptors again, with --foreground: the mount goes on""",
     },
 )
 @click.argument("source", required=False)
@@ -206,27 +235,30 @@ def mount(source: str | None, mountpoint: str | None, config_file: Path | None, 
     than the options given; sources, owner and access stay as they are. Readers wait for milliseconds; whatever fails
     leaves the old daemon serving. Needs Linux 6.9.
     """
-    from mfs.cli.launch import become_daemon, start_daemon
     from mfs.config import check_paths
+    from mfs.control import fdstore
+    from mfs.launch import become_daemon, start_daemon, store_name
 
     if handover:
         _take_over(source, mountpoint, config_file, options)
         return
     settings = _settings(source, mountpoint, config_file, options)
+    if settings.foreground and (held := fdstore.received(store_name(settings))):
+        become_daemon(settings, held=held)
     check_paths(settings, is_replacing=_is_dead(str(settings.mountpoint)))
     if settings.foreground:
         become_daemon(settings)
-    for warning in start_daemon(settings, deadline_s=2 * settings.timeout_s + _START_GRACE_S):
+    for warning in start_daemon(settings, deadline_s=2 * settings.timeout_s + _START_GRACE_S, told=warn):
         warn(warning)
     print(_success(settings))
 
 
 def _take_over(source: str | None, mountpoint: str | None, config_file: Path | None, options: dict[str, Any]) -> None:
-    from mfs.cli.launch import become_daemon, start_daemon
     from mfs.cli.targets import connect
     from mfs.control import mountinfo
     from mfs.control.runtime import find_mount
     from mfs.handover import Heir, door_path
+    from mfs.launch import become_daemon, start_daemon
 
     settings = None
     if config_file is not None or mountpoint is not None:
@@ -249,7 +281,7 @@ def _take_over(source: str | None, mountpoint: str | None, config_file: Path | N
         heir.check_same(settings)
         if settings.foreground:
             become_daemon(settings, heir=heir)
-        for warning in start_daemon(settings, deadline_s=_TAKE_OVER_S, heir=heir):
+        for warning in start_daemon(settings, deadline_s=_TAKE_OVER_S, heir=heir, told=warn):
             warn(warning)
         print(clean(f"{place} taken over from pid {heir.pid} (mfs {heir.version})"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 
     from mfs.control.client import Client
     from mfs.control.runtime import Served
-
-_PROBE_S = 5.0
 
 
 class TreePath(click.ParamType[str]):
@@ -88,13 +85,5 @@ def connect(served: Served, *, timeout_s: float = 30.0) -> Client:
 
 
 def is_listening(served: Served) -> bool:
-    """Whether something accepts connections on the mount's socket, or is there but not for us to ask."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
-        sock.settimeout(_PROBE_S)
-        try:
-            sock.connect(str(served.socket))
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
-        except OSError:  # permission denied, or so busy that its queue is full: the call itself will say
-            return True
-    return True
+    """See `Served.is_listening`."""
+    return served.is_listening

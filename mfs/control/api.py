@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal, Protocol
 
+from mfs.metrics.families import Text
+
 Json = dict[str, Any]
 Tier = Literal["ssd", "ram"]
 EvictTier = Literal["ssd", "ram", "all"]
@@ -22,11 +24,12 @@ class DaemonApi(Protocol):
         """Everything a person looks at first.
 
         {version, pid, mountpoint, started_at, uptime_s, sources: [{name, url, listed_directories, last_refresh_at,
-        last_error}], cache_dir, ssd: {used_bytes, budget_bytes, free_disk_bytes, objects_count, state, hits_bytes},
+        last_error}], tree: {files_count, bytes} of the directories listed so far,
+        cache_dir, ssd: {used_bytes, budget_bytes, free_disk_bytes, objects_count, state, hits_bytes},
         ram: {used_bytes, budget_bytes, slots_count, slots_free, slots_leased, hits_bytes, note},
         origin: {fetched_bytes, shared_bytes, requests_count, errors_count, inflight}, reads: {count, bytes,
-        errors_count, waiting}, open_files, prefetch: {queued_bytes, active_objects}, workers: [{pid, inflight,
-        restarts}], kernel: {read_ahead_kb, max_background, notes: [str]}, warnings: [str]}
+        errors_count, waiting}, open_files, prefetch: {queued_bytes, active_objects}, metrics_addr, workers: [{pid,
+        inflight, restarts}], kernel: {read_ahead_kb, max_background, notes: [str]}, warnings: [str]}
         """
         ...
 
@@ -57,6 +60,17 @@ class DaemonApi(Protocol):
     async def stat(self, path: str) -> Json:
         """{path, kind, size, mtime, inode, source, source_path, revision, digest, model_revision: 'model@sha256:…' in a
         registry, a Hub's commit, else None; ssd_bytes, ram_bytes, pinned, chunks_count, open_handles}"""
+        ...
+
+    async def loads(self, path: str) -> Json:
+        """The last loads of the models at, below or around a path, oldest first; see `mfs.loads`.
+
+        {loads: [{model, began_at, began_s: the same on the machine's monotonic clock, seconds, is_over, files_count,
+        phases: {open, header, origin, ssd, decode, slot, share, page_cache, other}: seconds, which add up to `seconds`;
+        reads: [{at: seconds after the beginning, waited_s, on: a phase, path, start, stop}]: of those that waited the
+        longest, in order; waits_count, left_out: how many more there were; strip: {step_s, phases: [what most of each
+        step went to]}; bytes: {origin, ssd, ram}}]}
+        """
         ...
 
     def prefetch(self, paths: Sequence[str], tier: Tier, *, wait: bool) -> AsyncIterator[Json]:
@@ -95,6 +109,10 @@ class DaemonApi(Protocol):
 
     async def config(self) -> Json:
         """The effective settings, secrets masked."""
+        ...
+
+    async def metrics(self, accept: str) -> Text:
+        """What Prometheus is told: version 0.0.4, or OpenMetrics 1.0 where `accept` says so (RFC 9110 §12.5.1)."""
         ...
 
     async def shutdown(self) -> Json:

@@ -105,15 +105,21 @@ class Borrower:
             self._socket.close()
             raise
 
-    def open(self, path: str, inode: int | None = None, map_file: Callable[[int, int], LentFile] = LentFile) -> Opened:
+    def open(
+        self, path: str, inode: int | None = None, map_file: Callable[[int, int], LentFile] = LentFile, *,
+        traceparent: str = "",
+    ) -> Opened:  # fmt: skip
         """A file, by its path from the mount's root; its mapping stays the caller's, also after `close`.
+
+        traceparent: of the trace that it is loaded in, for the mount's own; '' for none.
 
         inode: what fstat said of the file the caller has open, so that both are one version. map_file(fd, size): gives
             the mapping, which may be one that is there already.
         Raises: NotFoundError; ChangedError if the inode is another one's; TransientStoreError if it cannot be
             lent, or not mapped.
         """
-        answer, fds = self._ask({"open": path, "inode": inode}, 1)
+        ask = {"open": path, "inode": inode}
+        answer, fds = self._ask(ask | {"traceparent": traceparent} if traceparent else ask, 1)
         try:
             if not fds:
                 raise TransientStoreError("the mount's descriptor was lost: too many are open in this process")

@@ -43,6 +43,19 @@ class Client:
     def config(self) -> Json:
         return self._object("config", {}, self._timeout_s)
 
+    def metrics(self, accept: str = "text/plain") -> str:
+        """What Prometheus is told; see `DaemonApi.metrics`."""
+        connection = _Connection(self._path, self._timeout_s)
+        try:
+            with connection.translated():
+                response = connection.ask("metrics", {}, accept=accept)
+                body = response.read(ANSWER_BYTES_MAX + 1)
+            if response.status != 200:
+                _decode(response.status, body)
+            return body.decode()
+        finally:
+            connection.close()
+
     def overview(self, *, sort: str = wire.SORTS[0], match: str = "", count: int = 100) -> Json:
         return self._object("overview", {"sort": sort, "match": match, "count": str(count)}, self._timeout_s)
 
@@ -55,6 +68,9 @@ class Client:
 
     def stat(self, path: str) -> Json:
         return self._object("stat", {"path": path}, _LONG_S)
+
+    def loads(self, path: str) -> Json:
+        return self._object("loads", {"path": path}, self._timeout_s)
 
     def pin(self, paths: Sequence[str]) -> Json:
         return self._object("pin", {"paths": list(paths)}, _LONG_S)
@@ -127,7 +143,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         connect(self.sock, self._path, self._timeout_s)
 
-    def ask(self, name: str, arguments: dict[str, Any]) -> http.client.HTTPResponse:
+    def ask(self, name: str, arguments: dict[str, Any], *, accept: str = "*/*") -> http.client.HTTPResponse:
         operation = wire.OPERATIONS[name]
         target, body = wire.PREFIX + name, None
         if operation.method == "GET":
@@ -136,7 +152,7 @@ class _Connection(http.client.HTTPConnection):
         else:
             body = json.dumps(arguments)
         try:
-            self.request(operation.method, target, body)
+            self.request(operation.method, target, body, {"Accept": accept})
         except BrokenPipeError:  # refused before it had read everything: the answer says why
             pass
         return self.getresponse()

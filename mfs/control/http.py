@@ -40,6 +40,11 @@ class Request:
     headers: tuple[tuple[str, str], ...] = ()
     """(name in lower case, value)."""
 
+    @property
+    def accept(self) -> str:
+        """The header of that name, which may stand there several times; '' without."""
+        return ",".join(value for key, value in self.headers if key == "accept")
+
     def header(self, name: str) -> str | None:
         """The value of a header, None if it is not there. name: in lower case. Raises: UsageError if it is there twice:
         two who read the request could each believe another one.

@@ -4,7 +4,7 @@ One SOCK_SEQPACKET connection per reading thread; one JSON message each way per 
 releases and stops at any time. This docstring is the protocol's only reference:
 
     -> on connecting: {lease_bytes_max}
-    <- {open: path from the mount's root, inode: as fstat says, or null}
+    <- {open: path from the mount's root, inode: as fstat says, or null; traceparent: the trace it belongs to, or none}
                                 -> {file, size, identity} with a descriptor of the object's file, as SCM_RIGHTS
     <- {file, start, stop}      -> {lease, slots: [number, ...]}: the range's bytes stand at [start, stop) of that file
     <- {file, start, stop, here: true}      -> the same, if RAM has all of it now and it need not wait; else an error
@@ -57,7 +57,7 @@ class Lender(Protocol):
     lease_bytes_max: int
     """Longest range of one lease."""
 
-    async def open(self, path: str, inode: int | None) -> tuple[Any, int]:
+    async def open(self, path: str, inode: int | None, traceparent: str = "") -> tuple[Any, int]:
         """(a hold on one object version: has `.size`, `.identity`, `.close()`; a read-only descriptor of its file, the
         caller's to close). Raises MfsError."""
         ...
@@ -164,8 +164,8 @@ class _Conversation:
     async def _answer(self, ask: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """(the answer, a descriptor that goes with it or -1)."""
         match ask:
-            case {"open": str(path), "inode": int() | None as inode}:
-                file, fd = await self._lender.open(path, inode)
+            case {"open": str(path), "inode": int() | None as inode, **rest}:
+                file, fd = await self._lender.open(path, inode, str(rest.get("traceparent", "")))
                 number = self._keep(self._files, file)
                 return {"file": number, "size": file.size, "identity": file.identity}, fd
             case {"file": int(number), "start": int(start), "stop": int(stop), **rest} if number in self._files:

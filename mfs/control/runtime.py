@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import stat
 import tempfile
 import time
@@ -34,6 +35,7 @@ _LONGEST_ENDING = ".loans"
 _ROOM_BYTES = 16 << 10
 _LOCK_ATTEMPTS, _LOCK_PAUSE_S = 5, 0.02  # whoever only looks whether a lock is free holds it for an instant
 _RECORD_BYTES_MAX = 4 << 20
+_PROBE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,19 @@ class Served:
     socket: Path
     record: Record | None
     """None where the runtime directory is not readable, or the daemon ended without a trace."""
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether something accepts connections on the mount's socket, or is there but not for us to ask."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+            sock.settimeout(_PROBE_S)
+            try:
+                sock.connect(str(self.socket))
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False
+            except OSError:  # permission denied, or so busy that its queue is full: the call itself will say
+                return True
+        return True
 
 
 def find_mount(path: str) -> Served:

@@ -30,6 +30,7 @@ from mfs.errors import (
     UsageError,
     from_wire,
 )
+from mfs.metrics.families import Text
 
 log = logging.getLogger(__name__)
 _SHUTDOWN_ANSWER_S = 5.0
@@ -178,12 +179,14 @@ class Server:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _SHUTDOWN_ANSWER_S):
                 await connection.send_json(200, await self._api.shutdown())
         else:
+            if operation.says_text:
+                arguments["accept"] = request.accept
             await self._answer(connection, method, arguments)
         return connection.can_continue()
 
     async def _answer(self, connection: HttpConnection, method: Any, arguments: dict[str, Any]) -> None:
         """Run an operation with one answer; stop it when the client goes."""
-        result: Json | MfsError = TransientStoreError(f"no answer after {self._config.operation_s:g} s: gave up")
+        result: Json | Text | MfsError = TransientStoreError(f"no answer after {self._config.operation_s:g} s: gave up")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.cancel_when_gone, nursery.cancel_scope)
             with trio.move_on_after(self._config.operation_s):
@@ -195,6 +198,8 @@ class Server:
         connection.raise_if_gone()
         if isinstance(result, MfsError):
             await connection.refuse(result)
+        elif isinstance(result, Text):
+            await connection.send_whole(200, *result)
         else:
             await connection.send_json(200, result)
 

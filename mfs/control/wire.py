@@ -1,7 +1,8 @@
 """What server and client agree on: where each operation lives in HTTP, and how errors travel.
 
     GET  /v1/status /v1/config /v1/ls?path= /v1/stat?path=      one JSON value
-    GET  /v1/overview?sort=&match=&count= /v1/heat?path=        one JSON value
+    GET  /v1/metrics                                            text for Prometheus, by the Accept header OpenMetrics
+    GET  /v1/overview?sort=&match=&count= /v1/heat?path= /v1/loads?path=    one JSON value
     POST /v1/pin /v1/unpin /v1/evict /v1/refresh /v1/shutdown   one JSON value
     POST /v1/prefetch /v1/verify /v1/watch                      a stream: one JSON value per line
 
@@ -52,6 +53,8 @@ class Operation:
     takes_path: bool = False
     tiers: tuple[str, ...] = ()
     takes_wait: bool = False
+    says_text: bool = False
+    """It is told what is accepted, and its answer is no JSON."""
     takes_rows: bool = False
     """Of a table: which rows, in which order, how many."""
 
@@ -59,8 +62,10 @@ class Operation:
 OPERATIONS = {
     "status": Operation("GET"),
     "config": Operation("GET"),
+    "metrics": Operation("GET", says_text=True),
     "ls": Operation("GET", takes_path=True),
     "stat": Operation("GET", takes_path=True),
+    "loads": Operation("GET", takes_path=True),
     "overview": Operation("GET", takes_rows=True),
     "heat": Operation("GET", takes_path=True),
     "prefetch": Operation("POST", changes=True, streams=True, takes_paths=True, tiers=("ssd", "ram"), takes_wait=True),

@@ -44,11 +44,12 @@ class Connection:
 class ConnectionPool:
     """All connections of one transport. Thread-safe."""
 
-    def __init__(self, connections_max: int, ca_bundle: CaBundle | None = None) -> None:
+    def __init__(self, connections_max: int, ca_bundle: CaBundle | None = None, *, uses_proxy: bool = True) -> None:
         """connections_max: open connections per origin; whoever needs one more waits within its deadline.
-        ca_bundle: as of `trust_store`.
+        ca_bundle: as of `trust_store`. uses_proxy: that the environment names.
         """
         self._connections_max = connections_max
+        self._uses_proxy = uses_proxy
         self._ca_bundle = ca_bundle
         self._changed = threading.Condition()
         self._idle: dict[Origin, list[Connection]] = {}  # last returned is first taken: the tail grows old and is cut
@@ -115,7 +116,7 @@ class ConnectionPool:
         try:
             if origin.scheme == "https" and self._trust is None:
                 self._trust = trust_store(self._ca_bundle)  # two threads may both do this once; harmless
-            proxy = proxy_for(*origin)
+            proxy = proxy_for(*origin) if self._uses_proxy else None
             wire = connect(*origin, proxy=proxy, trust=self._trust, deadline_s=deadline_s)
         except BaseException:
             with self._changed:

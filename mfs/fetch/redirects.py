@@ -17,11 +17,13 @@ REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 
 
 class Hop(NamedTuple):
-    """An address, and whether all on the way to it belonged to the origin we started from."""
+    """An address, and what is known of the way that led to it."""
 
     url: str
     is_home: bool = True
-    """Credentials may be sent: never again once another host was in between."""
+    """Whether all on the way belonged to the origin we started from: only then may credentials be sent."""
+    began_plain: bool = False
+    """Whether the way began at an http address, or passed one."""
 
 
 Settle = Callable[[str], str]
@@ -29,7 +31,12 @@ Settle = Callable[[str], str]
 
 
 def next_hop(hop: Hop, reply: Reply, settle: Settle = str) -> Hop | None:
-    """Where a reply redirects to, or None if it does not. Raises: StoreError if it does not say where."""
+    """Where a reply redirects to, or None if it does not.
+
+    Raises: StoreError if it does not say where, or leads from https to http: what was asked of a server that proves
+    who it is, and so that nobody reads along, is not taken from whoever stands on the way. What began at http may go
+    on there.
+    """
     if reply.status not in REDIRECT_STATUSES:
         return None
     origin = parse_target(hop.url)
@@ -37,7 +44,13 @@ def next_hop(hop: Hop, reply: Reply, settle: Settle = str) -> Hop | None:
     if not location:
         raise StoreError(f"{origin.shown}: status {reply.status} redirects to nowhere: no Location")
     url = settle(urljoin(hop.url, location))
-    return Hop(url, hop.is_home and _is_same(origin.origin, parse_target(url).origin))
+    there = parse_target(url).origin
+    began_plain = hop.began_plain or origin.origin.scheme == "http"
+    if there.scheme == "http" and not began_plain:
+        raise StoreError(
+            f"{origin.shown}: redirects from https to {there}: nothing is sent there; the server must redirect to https"
+        )
+    return Hop(url, hop.is_home and _is_same(origin.origin, there), began_plain)
 
 
 def _is_same(origin: Origin, other: Origin) -> bool:

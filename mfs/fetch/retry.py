@@ -25,11 +25,32 @@ PAUSE_S_MAX = 5.0
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses that say 'not now'."""
 
+HOLD_S_MAX = 300.0
+"""Longest pause that one answer imposes on all threads; the Hub counts in windows of this length."""
+
+SPREAD = 0.1
+"""Of a pause that a server asks for, what may be added: all whom it put off at once do not come back at once."""
+
 _RATE_LIMIT_RESET = re.compile(r";\s*t=(\d+)")
 _RATE_LIMIT_REMAINING = re.compile(r";\s*r=(\d+)")
 
 
 _told = threading.local()
+_count_lock = threading.Lock()
+_counts: dict[str, int] = {}
+"""Of the process, since they were last taken."""
+
+
+def taken_counts() -> dict[str, int]:
+    """How often this process has tried again since the last call: 'throttled' where the server had asked for a pause,
+    else 'failed'. Empty, and costs nothing, where it has not.
+    """
+    global _counts
+    if not _counts:
+        return {}
+    with _count_lock:
+        found, _counts = _counts, {}
+    return found
 
 
 @contextlib.contextmanager
@@ -43,10 +64,32 @@ def telling(tell: Callable[[TransientStoreError], None]) -> Iterator[None]:
 
 
 def tell(error: TransientStoreError) -> None:
-    """Tell why something is about to be tried again. For those that do so without `with_retries`."""
+    """Tell why something is about to be tried again, and count it. For those that do so without `with_retries`."""
+    reason = "failed" if error.retry_after_s is None else "throttled"
+    with _count_lock:
+        _counts[reason] = _counts.get(reason, 0) + 1
     listener: Callable[[TransientStoreError], None] | None = getattr(_told, "tell", None)
     if listener is not None:
         listener(error)
+
+
+class Hold:
+    """What an origin asks of one thread, asked of all: nobody asks it before the time is over. Thread-safe."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._until_s = 0.0
+
+    def check(self) -> None:
+        """Raises: TransientStoreError with what is left of the time."""
+        left_s = self._until_s - time.monotonic()
+        if left_s > 0:
+            raise TransientStoreError(f"{self._name} asks to wait", retry_after_s=left_s)
+
+    def note(self, wish_s: float | None) -> None:
+        """The origin asks for a pause, or for none."""
+        if wish_s:
+            self._until_s = max(self._until_s, time.monotonic() + min(wish_s, HOLD_S_MAX))
 
 
 def with_retries(
@@ -54,7 +97,7 @@ def with_retries(
 ) -> T:
     """Call `attempt` until it returns, fails for good, or the deadline comes too near for another try.
 
-    Pauses are drawn evenly from 0 to a bound that doubles (full jitter), and are at least what the server asked for.
+    Pauses are drawn evenly from 0 to a bound that doubles (full jitter), after what the server asked for.
     what: opens the final message, as in 's3://b/k: bytes 0-9'.
     stopped: set from elsewhere, ends a pause with StoreError.
     Raises: TransientStoreError naming attempts, time and last cause; any other error of `attempt` unchanged.
@@ -71,7 +114,7 @@ def with_retries(
         pause_s = random.uniform(0, bound_s)
         bound_s = min(PAUSE_S_MAX, 2 * bound_s)
         if last.retry_after_s is not None:
-            pause_s += last.retry_after_s
+            pause_s += last.retry_after_s + random.uniform(0, SPREAD * last.retry_after_s)
         now_s = time.monotonic()
         if now_s + pause_s >= deadline_s:
             raise _given_up(last, what, attempts_count, now_s - started_s) from last

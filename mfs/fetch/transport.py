@@ -16,7 +16,8 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, Stor
 from mfs.fetch.connections import Connection, ConnectionPool, Origin
 from mfs.fetch.environment import CaBundle, Proxy, proxy_for
 from mfs.fetch.wire import TunnelRefusedError, read_head
+from mfs.tracing.requests import Request
 from mfs.types import ByteRange
 
 if TYPE_CHECKING:
@@ -70,6 +72,13 @@ class Target(NamedTuple):
     """Path and query, percent-encoded."""
     shown: str
     """The URL without what might be secret: no userinfo, no query. For messages."""
+    authority: str = ""
+    """What Host says, where that is not `origin`'s name."""
+
+    def through(self, cache: Origin) -> Target:
+        """The same address in absolute form, for a cache to ask for it. Source: RFC 9112 §3.2.2."""
+        host = str(self.origin).partition("://")[2]
+        return Target(cache, f"{self.origin}{self.request_target}", f"{self.shown} through {cache}", host)
 
 
 def parse_target(url: str) -> Target:
@@ -91,14 +100,43 @@ def without_userinfo(url: str) -> str:
     return _USERINFO.sub("", url)
 
 
+class Tally:
+    """How many requests were sent while somebody counted."""
+
+    def __init__(self) -> None:
+        self.requests_count = 0
+        self._lock = threading.Lock()
+
+    def note(self) -> None:
+        with self._lock:
+            self.requests_count += 1
+
+
+_tallies: list[Tally] = []
+
+
+@contextmanager
+def counting() -> Iterator[Tally]:
+    """Count the requests of all transports of this process, for who wants to know what something costs an origin."""
+    tally = Tally()
+    _tallies.append(tally)
+    try:
+        yield tally
+    finally:
+        _tallies.remove(tally)
+
+
 class Transport:
     """A pool of connections and the two requests made over them. Thread-safe; construction does no I/O."""
 
-    def __init__(self, *, connections_max: int = 32, ca_bundle: CaBundle | None = None) -> None:
+    def __init__(
+        self, *, connections_max: int = 32, ca_bundle: CaBundle | None = None, uses_proxy: bool = True
+    ) -> None:
         """connections_max: per origin; callers beyond it wait inside their deadline.
         ca_bundle: certificates to trust as well; None for what the environment names.
+        uses_proxy: that the environment names.
         """
-        self._pool = ConnectionPool(connections_max, ca_bundle)
+        self._pool = ConnectionPool(connections_max, ca_bundle, uses_proxy=uses_proxy)
 
     def request(
         self,
@@ -119,24 +157,32 @@ class Transport:
         Raises: StoreError if the body is longer than body_bytes_max; TransientStoreError on reset, timeout, bad HTTP.
         """
         target = parse_target(url)
+        with _traced(method, target) as trace:
+            return self._request(target, method, trace, headers or {}, body, body_bytes_max, deadline_s)
+
+    def _request(
+        self, target: Target, method: str, trace: Request, headers: Mapping[str, str], body: Buffer | None,
+        body_bytes_max: int, deadline_s: float,
+    ) -> Reply:  # fmt: skip
         try:
-            connection, response = self._exchange(method, target, headers or {}, deadline_s, body)
+            connection, response = self._exchange(method, target, trace.headers(headers), deadline_s, body)
         except Exception as e:
             raise self._translate(e, target, deadline_s) from e
+        trace.status = response.status
         try:
             if response.status >= 400 and method != "HEAD":
                 return self._finish_error(connection, response, deadline_s)
-            body = response.read(body_bytes_max + 1)
-            if len(body) > body_bytes_max:
+            answer = response.read(body_bytes_max + 1)
+            if len(answer) > body_bytes_max:
                 raise StoreError(f"{target.shown}: the answer is longer than the {body_bytes_max} bytes allowed for it")
             if response.length:  # http.client counts down what a Content-Length promised
                 raise TransientStoreError(f"{target.shown}: the answer ended {response.length} bytes early")
-            body = _unpacked(body, response, body_bytes_max, target)
+            answer = _unpacked(answer, response, body_bytes_max, target)
         except BaseException as e:
             self._pool.drop(connection)
             raise self._translate(e, target, deadline_s) from e
         self._release(connection, response)
-        return Reply(response.status, response.headers, body)
+        return Reply(response.status, response.headers, answer)
 
     def read_range(
         self,
@@ -148,6 +194,7 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         name: str | None = None,
         check: Callable[[http.client.HTTPMessage], None] | None = None,
+        through: Origin | None = None,
         deadline_s: float,
     ) -> Reply:
         """Fill `out` with bytes [span.start, span.stop) of an object of `size` bytes.
@@ -155,6 +202,7 @@ class Transport:
         A Content-Encoding says what the stored bytes are: they are taken as they come, if length and range are right.
         name: what error messages call the object where its URL would say little (a signed address, say).
         check: looks at the headers of a 200 or 206 before its body is read; what it raises ends the request.
+        through: a cache to ask for the URL, instead of its own host.
         Returns the 206 (or 200, where the answer is the whole object and that is small) after `out` was filled; any
         other status comes back with the start of its body, `out` untouched, for the caller to make sense of.
         Raises: IntegrityError for an answer with other bytes than asked for; ChangedError if the object has another
@@ -168,11 +216,21 @@ class Transport:
         target = parse_target(url)
         if name:
             target = target._replace(shown=f"{name} at {target.origin}")
+        if through:
+            target = target.through(through)
         wanted = {**(headers or {}), "Range": f"bytes={span.start}-{span.stop - 1}"}
+        with _traced("GET", target) as trace:
+            return self._read_range(target, span, trace, wanted, out, size, check, deadline_s)
+
+    def _read_range(
+        self, target: Target, span: ByteRange, trace: Request, headers: Mapping[str, str], out: memoryview, size: int,
+        check: Callable[[http.client.HTTPMessage], None] | None, deadline_s: float,
+    ) -> Reply:  # fmt: skip
         try:
-            connection, response = self._exchange("GET", target, wanted, deadline_s)
+            connection, response = self._exchange("GET", target, trace.headers(headers), deadline_s)
         except Exception as e:
             raise self._translate(e, target, deadline_s) from e
+        trace.status = response.status
         try:
             if response.status not in (200, 206):
                 return self._finish_error(connection, response, deadline_s)
@@ -271,9 +329,13 @@ class Transport:
         return translate(error, target)
 
 
+def _traced(method: str, target: Target) -> Request:
+    return Request(method, target.shown, target.origin.host, target.origin.port)
+
+
 def translate(error: Exception, target: Target) -> MfsError:
     """Our error for one of sockets, TLS or HTTP; the cause's text is kept, nothing of the URL's secrets is."""
-    proxy = proxy_for(*target.origin)
+    proxy = None if target.authority else proxy_for(*target.origin)
     via = f" through the proxy {proxy.host}:{proxy.port}" if proxy else ""
     where = f"{target.shown}{via}"
     match error:
@@ -299,7 +361,7 @@ def _request_message(method: str, target: Target, headers: Mapping[str, str], pr
     origin = target.origin
     lines = [
         f"{method} {target.request_target} HTTP/1.1",
-        f"Host: {str(origin).partition('://')[2]}",
+        f"Host: {target.authority or str(origin).partition('://')[2]}",
         f"User-Agent: {_USER_AGENT}",
         "Accept-Encoding: identity",
         *(f"{name}: {value}" for name, value in headers.items()),
@@ -316,6 +378,8 @@ def _request_message(method: str, target: Target, headers: Mapping[str, str], pr
 def _send(
     connection: Connection, method: str, target: Target, headers: Mapping[str, str], body: Buffer | None = None
 ) -> http.client.HTTPResponse:
+    for tally in _tallies:
+        tally.note()
     view = memoryview(b"" if body is None else body).cast("B")
     if body is not None:
         headers = {**headers, "Content-Length": str(len(view))}

@@ -30,7 +30,8 @@ Row = list[Any]
 FORMAT = 1
 """Of the rows, and of how inodes are made; a journal of another one is of no use."""
 AGREEMENT = 0
-"""In the place of an inode: [FORMAT, what was said at INIT: request, reply, then the identities of the sources]."""
+"""In the place of an inode: [FORMAT, what was said at INIT: request, reply, then the identities of the sources, how
+many daemons the mount has had, and how many of them failed]."""
 _START = struct.Struct("<Q")
 _RECORD = struct.Struct("<II")
 _TEXT = "surrogatepass"

@@ -11,6 +11,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+PASSTHROUGH_SINCE = (6, 9)
+"""The first Linux with passthrough (whole files read by the kernel itself) and with notify_resend (a mount goes on with
+another daemon). What a mount really has is agreed on at INIT: see `device`."""
 READ_AHEAD_KB = 4096
 """Measured through pyfuse3 on two cores: 128 KiB 0.5-2.8 GB/s, 1 MiB 1.1-1.4, 4 MiB 4.1-4.8, 16 MiB 0.7-1.7 (dd)."""
 MAX_BACKGROUND = 4096

@@ -16,11 +16,13 @@ import errno
 import logging
 import os
 import select
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import trio
 
+from mfs.durations import Durations
 from mfs.errors import MfsError
 from mfs.fuse.errnos import errno_of
 from mfs.fuse.protocol import (
@@ -32,6 +34,7 @@ from mfs.fuse.protocol import (
     UNANSWERED,
     Opcode,
 )
+from mfs.fuse.times import OperationTimes
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +62,11 @@ class Loop:
     """Serves one device, until the kernel ends the connection or the loop is cancelled."""
 
     def __init__(
-        self, device: int, handlers: Mapping[Opcode, Handler], *, write_bytes_max: int, tasks_max: int
-    ) -> None:
+        self, device: int, handlers: Mapping[Opcode, Handler], *, write_bytes_max: int, tasks_max: int,
+        times: OperationTimes | None = None,
+    ) -> None:  # fmt: skip
         """device: non-blocking. write_bytes_max: as agreed at INIT. tasks_max: requests that may wait at once; further
-        ones get EIO.
+        ones get EIO. times: where answers are counted; None: nowhere that anybody looks.
         """
         self._device = device
         self._handlers: dict[int, Handler] = {int(opcode): handler for opcode, handler in handlers.items()}
@@ -70,6 +74,7 @@ class Loop:
         self._buffer = bytearray(write_bytes_max + _ROOM_BYTES)
         self._tasks_max = tasks_max
         self._tasks_count = 0
+        self._times = times or OperationTimes(self._handlers)
 
     async def run(self) -> None:
         """Returns when the mount is gone. Cancelled: what waits is dropped unanswered, for the kernel to send again."""
@@ -101,28 +106,35 @@ class Loop:
             if opcode not in UNANSWERED:
                 self._write(unique, -errno.ENOSYS, ())
             return
+        since_s, took = time.perf_counter(), self._times.by_opcode[opcode]
         if opcode in ANSWERED_FIRST:
             self._write(unique, 0, ())
             opcode = Opcode.FORGET  # whatever becomes of it, nobody waits for it any more
         elif opcode == Opcode.OPEN and self._tasks_count >= self._tasks_max:
+            self._times.errors[opcode, errno.EIO] += 1
             self._write(unique, -errno.EIO, ())  # at once: what it would open, nobody would close
             return
         try:
             answer = handler(node, body)
         except Exception as error:
             self._refuse(opcode, unique, error)
+            took.note(time.perf_counter() - since_s)
             return
         if isinstance(answer, tuple):
             if opcode not in UNANSWERED:
                 self._write(unique, 0, answer)
+            took.note(time.perf_counter() - since_s)
         elif self._tasks_count < self._tasks_max:
             self._tasks_count += 1
-            nursery.start_soon(self._answer, opcode, unique, answer)
+            nursery.start_soon(self._answer, opcode, unique, answer, took, since_s)
         else:
             answer.close()
+            self._times.errors[opcode, errno.EIO] += 1
             self._write(unique, -errno.EIO, ())
 
-    async def _answer(self, opcode: int, unique: int, answer: Coroutine[Any, Any, Body]) -> None:
+    async def _answer(
+        self, opcode: int, unique: int, answer: Coroutine[Any, Any, Body], took: Durations, since_s: float
+    ) -> None:
         try:
             body = await answer
         except Exception as error:
@@ -131,6 +143,7 @@ class Loop:
             self._write(unique, 0, body)  # no checkpoint since the handler returned: its views are good
         finally:
             self._tasks_count -= 1
+            took.note(time.perf_counter() - since_s)
 
     def _refuse(self, opcode: int, unique: int, error: Exception) -> None:
         name = self._names[opcode]
@@ -142,6 +155,7 @@ class Loop:
         else:
             logger.error("unforeseen error in %s", name, exc_info=error)
             number = errno.EIO
+        self._times.errors[opcode, number] += 1
         if opcode not in UNANSWERED:
             self._write(unique, -number, ())
 

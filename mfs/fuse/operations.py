@@ -25,6 +25,7 @@ from mfs.fuse.loop import Body, Handler, RefusedError
 from mfs.fuse.patience import patient
 from mfs.fuse.protocol import Opcode
 from mfs.fuse.reader import Reader
+from mfs.fuse.times import OperationTimes
 from mfs.fuse.waiting import Waiting
 from mfs.tree.listing import Listing
 from mfs.tree.namespace import Namespace
@@ -93,6 +94,9 @@ class Operations:
             Opcode.LISTXATTR: self.listxattr, Opcode.GETXATTR: self.getxattr, Opcode.DESTROY: self.destroy,
         }  # fmt: skip
         """All there is to ask of a read-only tree."""
+        self.times = OperationTimes(self.handlers)
+        self.generation, self.crashes_count = 1, 0
+        """Which daemon of this mount we are, the first being 1, and how many before us were killed or failed."""
 
     # -- names
 
@@ -259,9 +263,19 @@ class Operations:
             self.handlers[opcode] = patient(handler, lambda: self.settled, self._timeout_s)
         return renewed
 
-    def note_agreement(self, agreement: Agreement, identities: Sequence[str]) -> None:
-        """Write down what was said at INIT, and of which sources the tree is, for whoever comes next."""
-        self.journal.note(AGREEMENT, [FORMAT, agreement.request, agreement.reply, list(identities)])
+    def note_agreement(self, agreement: Agreement, identities: Sequence[str], *, after_crash: bool) -> None:
+        """Write down what was said at INIT, of which sources the tree is and how many daemons it has had, for whoever
+        comes next.
+
+        after_crash: the daemon before us has failed.
+        """
+        before = self.journal.row(AGREEMENT)
+        if before is not None:
+            self.generation, self.crashes_count = before[4:6] or (1, 0)  # an earlier version does not count
+            self.generation += 1
+            self.crashes_count += after_crash
+        counts = [self.generation, self.crashes_count]
+        self.journal.note(AGREEMENT, [FORMAT, agreement.request, agreement.reply, list(identities), *counts])
 
     def close_all(self) -> None:
         """Give back what the kernel will not release any more: the mount is gone."""

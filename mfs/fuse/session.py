@@ -98,7 +98,10 @@ class Session:
     async def _serve(self) -> None:
         self._nursery.start_soon(self._tell_names)
         handlers = self._operations.handlers
-        loop = Loop(self.device, handlers, write_bytes_max=self.agreement.write_bytes_max, tasks_max=TASKS_MAX)
+        loop = Loop(
+            self.device, handlers, write_bytes_max=self.agreement.write_bytes_max, tasks_max=TASKS_MAX,
+            times=self._operations.times,
+        )  # fmt: skip
         while True:
             os.set_blocking(self.device, False)
             with trio.CancelScope() as self._serving:

@@ -32,6 +32,7 @@ from mfs.errors import (
 from mfs.fetch.links import next_url
 from mfs.fetch.redirects import REDIRECT_STATUSES, Hop, follow
 from mfs.fetch.retry import TRANSIENT_STATUSES, wished_pause_s, with_retries
+from mfs.fetch.route import Cache, Route, Shared
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.oci import media
 from mfs.oci.artifact import MANIFEST_BYTES_MAX, check_digest, digest_of
@@ -68,9 +69,11 @@ class _Address(NamedTuple):
 class RegistryClient:
     """One repository of a registry."""
 
-    def __init__(self, reference: Reference, *, connections_max: int = 32) -> None:
+    def __init__(self, reference: Reference, *, connections_max: int = 32, cache: Cache | None = None) -> None:
+        """cache: to ask for blobs."""
         self.reference = reference
         self.transport = Transport(connections_max=connections_max)
+        self._route = Route(self.transport, cache, connections_max=connections_max)
         self.api = f"{reference.base_url}/v2/{reference.repository}"
         self.stopped = threading.Event()
         self.pull_scopes: Scopes = (f"repository:{reference.repository}:pull",)
@@ -81,6 +84,7 @@ class RegistryClient:
     def close(self) -> None:
         """Drop connections; requests under way end with StoreError."""
         self.stopped.set()
+        self._route.close()
         self.transport.close()
 
     # -- reading
@@ -156,9 +160,10 @@ class RegistryClient:
 
         def send(hop: Hop) -> Reply:
             def ask(headers: dict[str, str]) -> Reply:
-                return self.transport.read_range(
-                    hop.url, span, out=out, size=size, headers=headers, name=where, check=check, deadline_s=deadline_s
-                )
+                return self._route.read_range(
+                    hop.url, span, out=out, size=size, headers=headers, name=where, check=check,
+                    shared=self._shared(digest, hop.url, headers), deadline_s=deadline_s,
+                )  # fmt: skip
 
             return self._authorized(hop, self.pull_scopes, deadline_s, ask)
 
@@ -198,6 +203,15 @@ class RegistryClient:
                 if len(self._addresses) >= ADDRESSES_MAX:
                     self._addresses.clear()
                 self._addresses[digest] = _Address(hop, expiry_s(hop.url))
+
+    def _shared(self, digest: str, url: str, headers: dict[str, str]) -> Shared | None:
+        """How a cache may be asked for a blob: with a token, which lives for minutes, if nobody between can read it;
+        never with a password.
+        """
+        authorization = headers.get("Authorization", "")
+        if authorization and not (self._route.takes_tokens and authorization.startswith("Bearer ")):
+            return None
+        return Shared(digest, url, headers)
 
     # -- for those beside us that write
 

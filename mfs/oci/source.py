@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from mfs.errors import NotFoundError, StoreError, TransientStoreError
 from mfs.fetch.retry import with_retries
+from mfs.fetch.route import cache_at
 from mfs.oci import tar
 from mfs.oci.artifact import BadLayerError, Descriptor, Manifest, Place, choose, parse_document, parse_locator
 from mfs.oci.client import RegistryClient
@@ -52,11 +53,18 @@ class OciSource:
     def __init__(self, reference: Reference, options: SourceOptions) -> None:
         self._reference = reference
         self.identity = reference.identity
-        self._client = RegistryClient(reference, connections_max=options.connections_max)
+        self._client = RegistryClient(
+            reference, connections_max=options.connections_max, cache=cache_at(options.via, options.dragonfly)
+        )
         self._unpacked = UnpackedLayers(options.cache_directory, self._client.stopped)
         self._kept: OrderedDict[str, tuple[int, Pages]] = OrderedDict()
         self._guard = threading.Lock()
         self._is_warm = False
+
+    @property
+    def address(self) -> str:
+        """The registry's API; see `Source.address`."""
+        return f"{self._reference.base_url}/v2/"
 
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Resolve the tag once and yield all directories of its manifest at `path` and below; see `Source.list`."""

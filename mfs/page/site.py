@@ -2,7 +2,7 @@
 
     GET  /, /page.js, …                  the page itself, which shows nothing without the token
     GET  /v1/… POST /v1/…                operations of `control.wire`, those in OPERATIONS
-    GET  /timeline?path=&number=         a load of a model as SVG, the last one or so many before it
+    GET  /timeline?path=&number=         {count: loads that are known, svg: the last one drawn, or so many before it}
     GET  /gpus                           what gpuload says of this node's GPUs
 
 Any program of this machine can connect, and any web page of the same browser can have requests sent here. So:
@@ -29,10 +29,10 @@ from urllib.parse import parse_qsl
 import trio
 
 from mfs.control import listening, wire
-from mfs.control.api import DaemonApi
+from mfs.control.api import DaemonApi, Json
 from mfs.control.http import HttpConnection, Limits, Request
 from mfs.control.server import Server, ServerConfig
-from mfs.errors import AccessError, NotFoundError, UsageError
+from mfs.errors import AccessError, UsageError
 from mfs.page import gpus, where
 from mfs.page.timeline import STYLE, timeline_svg
 
@@ -150,8 +150,7 @@ class Site(Server):
         if path == "/gpus":
             await connection.send_json(200, await trio.to_thread.run_sync(gpus.look))
         else:
-            svg = await self._timeline(dict(parse_qsl(request.target.partition("?")[2])))
-            await connection.send_whole(200, "image/svg+xml", svg.encode())
+            await connection.send_json(200, await self._timeline(dict(parse_qsl(request.target.partition("?")[2]))))
         return True
 
     def admit(self, request: Request, name: str, operation: wire.Operation, who: int) -> None:
@@ -172,18 +171,18 @@ class Site(Server):
             self._files[path] = await trio.Path(_ASSETS / _FILES[path][0]).read_bytes()
         return self._files[path]
 
-    async def _timeline(self, query: dict[str, str]) -> str:
-        """Raises: NotFoundError if there is no such load."""
+    async def _timeline(self, query: dict[str, str]) -> Json:
         number = query.get("number", "0")
         if not number.isascii() or not number.isdecimal() or len(number) > 6:
             raise UsageError(f"number is {number[:20]!r}: expected how many loads ago")
         arguments = wire.parse_arguments(wire.Operation("GET", takes_path=True), {"path": query.get("path", "")})
         ask: Any = getattr(self._api, "loads", None)
         loads = (await ask(**arguments))["loads"] if ask is not None else []
-        if int(number) >= len(loads):
-            raise NotFoundError("nothing was loaded since the mount began")
         latest_first = sorted(loads, key=lambda load: load["began_at"], reverse=True)
-        return await trio.to_thread.run_sync(lambda: timeline_svg(latest_first[int(number)], bare=True))
+        if int(number) >= len(loads):
+            return {"count": len(loads), "svg": None}
+        svg = await trio.to_thread.run_sync(lambda: timeline_svg(latest_first[int(number)], bare=True))
+        return {"count": len(loads), "svg": svg}
 
 
 def check_where_from(request: Request) -> None:

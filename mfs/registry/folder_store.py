@@ -79,6 +79,9 @@ class FolderStore:
                 raise ChangedError(f"{self._shown(key)}: expected {size} bytes, it now has {found}")
             self._fill(fd, key, span, out, deadline_s)
 
+    def doubt(self, key: str) -> None:
+        """Nothing stands between; see `Store.doubt`."""
+
     def size(self, key: str, *, deadline_s: float) -> int | None:
         """Bytes of an object, None if there is none; see `Store.size`."""
         try:

@@ -91,15 +91,31 @@ class FrameReader:
                 except IntegrityError:
                     if is_last:
                         raise
-                # Somebody may have stored a chunk anew, otherwise: then what is known of it is another object's.
+                # Somebody may have stored a chunk anew, otherwise: then what is known of it is another object's. Or a
+                # cache between has others than its own bytes.
                 for wanted_id in asked:
                     self._tables.forget(wanted_id)
+                    self._store(deadline_s).doubt(layout.chunk_key(wanted_id))
         raise AssertionError
+
+    def table(self, chunk: Chunk, *, deadline_s: float) -> Table:
+        """How a chunk is stored, by its table alone. Raises: as `read`."""
+        known = self._tables.get(chunk.id)
+        if known is not None:
+            return known
+        moved, head = Moved(), table_bytes(chunk.plain_bytes)
+        with self._scratch.holding() as scratch:
+            try:
+                size = self._size(chunk, deadline_s, moved)
+                got = self._get(chunk, ByteRange(0, min(head, size)), size, scratch, deadline_s, moved)
+            except NotFoundError as error:
+                raise _missing(chunk.id) from error
+            return parse_table(got, chunk.id, chunk.plain_bytes)
 
     # -- what the node has
 
     def _read_resident(self, part: Part, out: memoryview, scratch: _Buffers, moved: Moved) -> bool:
-        wanted = _frames_of(part)
+        wanted = frames_of(part)
         plain = self._resident(part.chunk, wanted, scratch)
         if plain is None:
             return False
@@ -134,7 +150,7 @@ class FrameReader:
         self, part: Part, out: memoryview, scratch: _Buffers, asked: list[str], deadline_s: float, moved: Moved
     ) -> None:
         """asked: gets the chunks that the registry was asked for."""
-        chunk, wanted = part.chunk, _frames_of(part)
+        chunk, wanted = part.chunk, frames_of(part)
         below: memoryview | None = None
 
         def look(of_id: str) -> tuple[_Level | None, str | None]:
@@ -188,7 +204,7 @@ class FrameReader:
         if not head < size <= head + chunk.plain_bytes:
             raise IntegrityError(f"chunk {chunk.id[:12]}: {size} bytes for {chunk.plain_bytes}, expected more than its "
                                  f"table's {head} and no more than that beside it")  # fmt: skip
-        stop = self._guess(chunk, wanted, size) if not wanted.start else head
+        stop = guessed_bytes(chunk, wanted, size) if not wanted.start else head
         got = self._get(chunk, ByteRange(0, stop), size, scratch, deadline_s, moved)
         table = parse_table(got, chunk.id, chunk.plain_bytes)
         if table.stored_bytes != size:
@@ -197,17 +213,12 @@ class FrameReader:
         span = table.stored_range(wanted.start, wanted.stop)
         if span.stop <= stop:
             return _Level(table, got, 0)
-        return _Level(table, self._get(chunk, span, size, scratch, deadline_s, moved), span.start)
-
-    @staticmethod
-    def _guess(chunk: Chunk, wanted: range, size: int) -> int:
-        """How far to read so that the table and the first frames come in one request."""
-        count, head = frames_count(chunk.plain_bytes), table_bytes(chunk.plain_bytes)
-        if wanted.stop == count:
-            return size
-        if size == head + chunk.plain_bytes:  # then nothing in it is compressed
-            return head + wanted.stop * FRAME_BYTES
-        return min(size, head + (size - head) * wanted.stop // count + _GUESS_BYTES)
+        if wanted.start:
+            return _Level(table, self._get(chunk, span, size, scratch, deadline_s, moved), span.start)
+        whole = scratch.take(span.stop)  # the guess fell short: what came need not come twice
+        whole[:stop] = got
+        self._read(chunk, ByteRange(stop, span.stop), size, whole[stop:], deadline_s, moved)
+        return _Level(table, whole, 0)
 
     def _size(self, chunk: Chunk, deadline_s: float, moved: Moved) -> int:
         """How long the object is: what the manifest said when it was made, unless that proved wrong."""
@@ -223,14 +234,32 @@ class FrameReader:
         self, chunk: Chunk, span: ByteRange, size: int, scratch: _Buffers, deadline_s: float, moved: Moved
     ) -> memoryview:
         out = scratch.take(len(span))
-        key = layout.chunk_key(chunk.id)
-        moved.requests += 1
-        self._store(deadline_s).read_range(key, span, size=size, out=out, deadline_s=deadline_s)
-        moved.origin_bytes += len(span)
+        self._read(chunk, span, size, out, deadline_s, moved)
         return out
 
+    def _read(self, chunk: Chunk, span: ByteRange, size: int, out: memoryview, deadline_s: float, moved: Moved) -> None:
+        moved.requests += 1
+        key = layout.chunk_key(chunk.id)
+        self._store(deadline_s).read_range(key, span, size=size, out=out, deadline_s=deadline_s)
+        moved.origin_bytes += len(span)
 
-def _frames_of(part: Part) -> range:
+
+def guessed_bytes(chunk: Chunk, wanted: range, size: int) -> int:
+    """How far to read so that the table and the first frames, from 0 on, come in one request.
+
+    size: of the chunk's object. By plain bytes, not by frames: the last may be short, and a guess that falls short by
+    its share costs all of the range once more.
+    """
+    head = table_bytes(chunk.plain_bytes)
+    if wanted.stop == frames_count(chunk.plain_bytes):
+        return size
+    if size == head + chunk.plain_bytes:  # then nothing in it is compressed
+        return head + wanted.stop * FRAME_BYTES
+    return min(size, head + (size - head) * wanted.stop * FRAME_BYTES // chunk.plain_bytes + _GUESS_BYTES)
+
+
+def frames_of(part: Part) -> range:
+    """The frames that hold a part's bytes."""
     return range(part.span.start // FRAME_BYTES, -(-part.span.stop // FRAME_BYTES))
 
 

@@ -62,6 +62,8 @@ class Revision:
         self.model = model
         self.id = manifest_id
         self.created_ns = calendar.timegm(time.strptime(manifest.created_at, "%Y-%m-%dT%H:%M:%SZ")) * 10**9
+        self.has_differences = bool(manifest.requires)
+        """Whether some chunks are stored as differences to chunks of other revisions."""
         self._ids = b"".join(bytes.fromhex(chunk.id) for chunk in manifest.chunks)
         self._plain = array("I", (chunk.plain_bytes for chunk in manifest.chunks))
         self._stored = array("Q", (chunk.stored_bytes for chunk in manifest.chunks))

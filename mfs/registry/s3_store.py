@@ -21,6 +21,7 @@ from typing import NamedTuple
 from mfs.errors import NotFoundError, StoreError
 from mfs.errors import TransientStoreError as Transient
 from mfs.fetch.retry import with_retries
+from mfs.fetch.route import Route, Shared, cache_at, proves_itself
 from mfs.fetch.transport import Reply, Transport
 from mfs.registry.layout import is_key
 from mfs.registry.parallel import for_each
@@ -71,6 +72,10 @@ class S3Store:
         self._writer = S3Writer(self._access, options)
         self._prefix = prefix
         self._transport = Transport(connections_max=options.connections_max, ca_bundle=self._access.ca_bundle)
+        self._route = Route(
+            self._transport, cache_at(options.via, options.dragonfly), connections_max=options.connections_max,
+            ca_bundle=self._access.ca_bundle,
+        )  # fmt: skip
         self._closed = threading.Event()
         self._listing = S3Listing(self._access, self._transport, self._closed)
         self._conditions: _Conditions | None = None
@@ -91,10 +96,19 @@ class S3Store:
         """Fill `out` with a range of an object; see `Store.read_range`."""
 
         def send(url: str, headers: dict[str, str]) -> Reply:
-            return self._transport.read_range(url, span, out=out, size=size, headers=headers, deadline_s=deadline_s)
+            shared = None
+            if self._route.is_shared:
+                shared = Shared(self._named(key, size), self._access.presign(url), {}, proves_itself)
+            return self._route.read_range(
+                url, span, out=out, size=size, headers=headers, shared=shared, deadline_s=deadline_s
+            )
 
         if span:
             self._asked(key, send, deadline_s)
+
+    def doubt(self, key: str) -> None:
+        """Ask no cache for an object, for a while; see `Store.doubt`."""
+        self._route.doubt(self._access.object_url(self._whole(key)))
 
     def size(self, key: str, *, deadline_s: float) -> int | None:
         """Bytes of an object, None if there is none; see `Store.size`."""
@@ -173,6 +187,7 @@ class S3Store:
     def close(self) -> None:
         """Drop connections; see `Store.close`."""
         self._closed.set()
+        self._route.close()
         self._transport.close()
         self._writer.close()
 
@@ -218,6 +233,9 @@ class S3Store:
         if not is_key(key):
             raise NotFoundError(f"{self.identity}: {key!r:.200} is no key of a registry")
         return self._prefix + key
+
+    def _named(self, key: str, size: int) -> str:
+        return f"{self.identity}/{key}:{size}"
 
     def _shown(self, key: str) -> str:
         return f"s3://{self._access.bucket}/{self._prefix}{key}"

@@ -16,19 +16,23 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
 from pathlib import Path
 
 from mfs.cache.chunk_places import Content
 from mfs.errors import IntegrityError, MfsError, NotFoundError, StoreError, TransientStoreError
 from mfs.registry import layout
+from mfs.registry.chunk import DEPTH_MAX
 from mfs.registry.frames import FrameReader
 from mfs.registry.layout import Address
+from mfs.registry.manifest import Chunk
 from mfs.registry.opening import Place, open_address, store_at
 from mfs.registry.resident import Resident
 from mfs.registry.revisions import FileOfRevision, Part, Revision, Revisions
 from mfs.registry.signing import Verifier
 from mfs.registry.store import Store
 from mfs.registry.tags import Move, Tags
+from mfs.sources import open_source
 from mfs.sources.base import Moved, Page
 from mfs.sources.options import SourceOptions
 from mfs.sources.tree import TreeBuilder
@@ -60,6 +64,11 @@ class RegistrySource:
         self._noted: set[str] = set()
         """Revisions whose chunks this node was told of."""
         self._closed = False
+
+    @property
+    def address(self) -> str:
+        """That of the store below; see `Source.address`."""
+        return open_source(self._address.place, self._options).address
 
     def take_from(self, resident: Resident) -> None:
         """Take bytes of chunks from what the node has, where it has them."""
@@ -105,15 +114,7 @@ class RegistrySource:
         """Fill `out` with frames of the chunks that the file's revision names; see `Source.get_range`."""
         if time.monotonic() >= deadline_s:
             raise TransientStoreError(f"{obj}: bytes {span.start}-{span.stop} not asked for before the deadline")
-        model, _, manifest_id = obj.locator.partition("/")
-        if not layout.is_name(model) or not layout.is_id(manifest_id):
-            raise StoreError(f"{obj}: expected model/manifest as its locator, got {obj.locator!r:.200}")
-        revision = self._revisions.get(model, manifest_id, deadline_s=deadline_s)
-        path = "/".join(obj.path.split("/")[self._depth(deadline_s) :])
-        where = f"{revision.name}/{path}"
-        file = revision.files.get(path)
-        if file is None or file.content != obj.version:
-            raise IntegrityError(f"{where}: the revision has no such file of version {obj.version[:12]}")
+        revision, file, where = self.find(obj, deadline_s=deadline_s)
         if span.stop > file.size:
             raise IntegrityError(f"{where}: has {file.size} bytes, asked for {span.start}-{span.stop}")
         if not span:
@@ -138,7 +139,10 @@ class RegistrySource:
             for part, view in zip(parts, views, strict=True):
                 moved += read(part, view)
             return moved
-        others = [self._pool.submit(read, part, view) for part, view in zip(parts[1:], views[1:], strict=True)]
+        others = [
+            self._pool.submit(copy_context().run, read, part, view)  # in the order's trace
+            for part, view in zip(parts[1:], views[1:], strict=True)
+        ]
         try:
             moved += read(parts[0], views[0])
         finally:
@@ -149,6 +153,34 @@ class RegistrySource:
             moved += one
         moved.decode_s = decode_s
         return moved
+
+    def find(self, obj: ObjectId, *, deadline_s: float) -> tuple[Revision, FileOfRevision, str]:
+        """The revision that holds a file of this version, the file in it, and how both are called in messages.
+
+        Raises: IntegrityError if it has none; StoreError, AccessError.
+        """
+        model, _, manifest_id = obj.locator.partition("/")
+        if not layout.is_name(model) or not layout.is_id(manifest_id):
+            raise StoreError(f"{obj}: expected model/manifest as its locator, got {obj.locator!r:.200}")
+        revision = self._revisions.get(model, manifest_id, deadline_s=deadline_s)
+        path = "/".join(obj.path.split("/")[self._depth(deadline_s) :])
+        where = f"{revision.name}/{path}"
+        file = revision.files.get(path)
+        if file is None or file.content != obj.version:
+            raise IntegrityError(f"{where}: the revision has no such file of version {obj.version[:12]}")
+        return revision, file, where
+
+    def stands_on(self, chunk: Chunk, *, deadline_s: float) -> tuple[Chunk, ...]:
+        """The chunks that this one is stored as a difference to, uppermost first; their tables are read.
+
+        Raises: MfsError.
+        """
+        found: tuple[Chunk, ...] = ()
+        table = self._frames.table(chunk, deadline_s=deadline_s)
+        while table.base is not None and len(found) < DEPTH_MAX:
+            table = self._frames.table(Chunk(table.base, chunk.plain_bytes, 0), deadline_s=deadline_s)
+            found += (Chunk(table.id, table.plain_bytes, table.stored_bytes),)
+        return found
 
     def close(self) -> None:
         """Drop connections; see `Source.close`."""

@@ -48,6 +48,12 @@ class Store(Protocol):
         """
         ...
 
+    def doubt(self, key: str) -> None:
+        """What `read_range` brought of an object was not its bytes: if it was a cache that gave them, ask none for it,
+        for a while.
+        """
+        ...
+
     def size(self, key: str, *, deadline_s: float) -> int | None:
         """Bytes of an object, None if there is none. Raises: AccessError, StoreError."""
         ...

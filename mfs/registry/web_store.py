@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from mfs.errors import AccessError, NotFoundError, StoreError
 from mfs.fetch.redirects import Hop
 from mfs.fetch.retry import with_retries
+from mfs.fetch.route import Shared, proves_itself
 from mfs.fetch.transport import Reply, parse_target
 from mfs.registry.layout import is_key
 from mfs.registry.store import SMALL_BYTES_MAX, Stored
@@ -45,10 +46,13 @@ class WebStore:
     def read_range(self, key: str, span: ByteRange, *, size: int, out: memoryview, deadline_s: float) -> None:
         """Fill `out` with a range of an object; see `Store.read_range`."""
 
+        name = self._named(key, size)
+
         def send(hop: Hop) -> Reply:
-            headers = self._access.headers(hop, {})
-            return self._access.transport.read_range(
-                hop.url, span, out=out, size=size, headers=headers, deadline_s=deadline_s
+            return self._access.route.read_range(
+                hop.url, span, out=out, size=size, headers=self._access.headers(hop, {}),
+                shared=Shared(name, hop.url, {}, proves_itself) if self._access.is_open(hop) else None,
+                deadline_s=deadline_s,
             )  # fmt: skip
 
         if span:
@@ -68,6 +72,10 @@ class WebStore:
         if not said.isdecimal():
             raise StoreError(f"{self._shown(key)}: the server does not say how long it is")
         return int(said)
+
+    def doubt(self, key: str) -> None:
+        """Ask no cache for an object, for a while; see `Store.doubt`."""
+        self._access.route.doubt(self._access.url(key))
 
     def list(self, prefix: str, *, deadline_s: float) -> Iterator[Stored]:
         """Every object below `prefix`; see `Store.list`. A request for each directory."""
@@ -103,6 +111,9 @@ class WebStore:
 
     def _only_read(self) -> AccessError:
         return AccessError(f"{self.identity}: a registry on the web is only read; name the store behind it")
+
+    def _named(self, key: str, size: int) -> str:
+        return f"{self.identity}/{key}:{size}"
 
     def _shown(self, key: str) -> str:
         return parse_target(self._access.url(key)).shown

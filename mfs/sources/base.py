@@ -42,6 +42,14 @@ class Source(Protocol):
     identity: str
     """Stable name of this origin: part of every ObjectId, so equal over restarts, mounts and machines."""
 
+    @property
+    def address(self) -> str:
+        """URL of the server that is asked first, for who looks whether it can be reached; '' where no network is.
+
+        Without what lets anybody in: what it answers to whoever asks it may be a refusal.
+        """
+        ...
+
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Yield pages of directory `path` ('' is the root), and of directories below it where that costs nothing.
 

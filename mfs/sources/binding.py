@@ -89,6 +89,10 @@ class Binding(NamedTuple):
         seconds = epoch_s(headers.get("Last-Modified", ""))
         return None if seconds is None else seconds == self.modified_ns // _NS
 
+    def is_said_by(self, headers: HTTPMessage) -> bool:
+        """Whether an answer itself says that it is of this version: all that counts of one that a cache gives."""
+        return self.is_confirmed_by(headers) is True
+
     def describe(self, headers: HTTPMessage | None = None) -> str:
         """Name and value, this version's or what an answer says in its place."""
         name = "ETag" if self.etag else "Last-Modified"

@@ -39,6 +39,11 @@ class FolderSource:
         self._mountpoint, self._cache_directory = mountpoint, cache_directory
         self.identity = f"file://{self._root}"
 
+    @property
+    def address(self) -> str:
+        """None; see `Source.address`."""
+        return ""
+
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Yield the entries of one directory; see `mfs.sources.base.Source.list`."""
         around = fence.look(self._mountpoint, self._cache_directory)

@@ -23,7 +23,8 @@ from urllib.parse import quote, urlsplit
 from mfs.errors import MfsError, NotFoundError, StoreError, TransientStoreError
 from mfs.fetch.links import next_url
 from mfs.fetch.redirects import Hop, follow, next_hop
-from mfs.fetch.retry import with_retries
+from mfs.fetch.retry import TRANSIENT_STATUSES, Hold, wished_pause_s, with_retries
+from mfs.fetch.route import Route, Shared, cache_at
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.sources import hf_cache
 from mfs.sources.base import Page
@@ -66,6 +67,10 @@ class HfSource:
         self._token = options.token or hub_token()
         self._is_cache = options.layout == "hub-cache"
         self._transport = Transport(connections_max=options.connections_max)
+        self._route = Route(
+            self._transport, cache_at(options.via, options.dragonfly), connections_max=options.connections_max
+        )
+        self._hold = Hold(f"the Hub at {self._endpoint}")
         self._closed = threading.Event()
         self._addresses: dict[tuple[str, str], _Address] = {}
         self._asking: dict[tuple[str, str], threading.Lock] = {}
@@ -75,6 +80,11 @@ class HfSource:
         self.identity = f"hf://{repo}" if self._endpoint == HUB_URL else f"hf://{repo}@{self._endpoint}"
         if self._is_cache:
             self.identity += "#hub-cache"  # another tree, with other paths
+
+    @property
+    def address(self) -> str:
+        """The repository's page; see `Source.address`."""
+        return f"{self._endpoint}/{self._repo}"
 
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Pin the revision and yield all directories at `path` and below; see `Source.list`."""
@@ -123,8 +133,10 @@ class HfSource:
 
         def send(hop: Hop) -> Reply:
             headers = self._headers(hop, is_file=True)
-            return self._transport.read_range(
-                hop.url, span, out=out, size=obj.size, headers=headers, name=where, deadline_s=deadline_s
+            # Our token is for the Hub alone; and what the Hub sends itself is small, and counted by it.
+            shared = None if headers or hop.is_home else Shared(obj.cache_id, hop.url, {})
+            return self._route.read_range(
+                hop.url, span, out=out, size=obj.size, headers=headers, name=where, shared=shared, deadline_s=deadline_s
             )
 
         def fetch(address: _Address) -> tuple[Reply, Hop]:
@@ -158,6 +170,7 @@ class HfSource:
     def close(self) -> None:
         """Drop connections; see `Source.close`."""
         self._closed.set()
+        self._route.close()
         self._transport.close()
 
     def _pin(self, where: str, deadline_s: float) -> tuple[str, bool]:
@@ -248,10 +261,18 @@ class HfSource:
         return Hop(parts._replace(scheme=home.scheme, netloc=home.netloc, path=below).geturl())
 
     def _with_token(self, ask: Callable[[], Reply]) -> Reply:
-        """The answer; asked for once more if it is a refusal and another token has come meanwhile."""
+        """The answer; asked for once more if it is a refusal and another token has come meanwhile.
+
+        Where the Hub has asked to be left alone, it is: by all threads, for whichever of them it said so.
+        """
+        self._hold.check()
         token = self._token
         reply = ask()
-        return ask() if is_refusal(reply) and self._renew_token(token) else reply
+        if is_refusal(reply) and self._renew_token(token):
+            reply = ask()
+        if reply.status in TRANSIENT_STATUSES:
+            self._hold.note(wished_pause_s(reply.headers))
+        return reply
 
     def _renew_token(self, refused: str | None) -> bool:
         """Whether there is another token than the one that was refused: whoever rotates it writes it into its file."""

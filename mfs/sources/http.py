@@ -27,6 +27,7 @@ from mfs.errors import (
 from mfs.fetch.dates import epoch_s
 from mfs.fetch.redirects import Hop
 from mfs.fetch.retry import with_retries
+from mfs.fetch.route import Shared
 from mfs.fetch.transport import Reply, parse_target
 from mfs.fetch.validators import opaque_of
 from mfs.sources.base import Page
@@ -66,6 +67,11 @@ class HttpSource:
         )
         self._is_warm = False
 
+    @property
+    def address(self) -> str:
+        """The folder; see `Source.address`."""
+        return self.identity
+
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Yield one directory, or with a manifest all of it at once; see `Source.list`."""
         if not self._is_warm:
@@ -101,8 +107,10 @@ class HttpSource:
 
         def send(part: ByteRange, view: memoryview, condition: dict[str, str], check: Check | None) -> Reply:
             def send_to(hop: Hop) -> Reply:
-                return self._access.transport.read_range(
+                may_share = check is not None and self._access.is_open(hop)
+                return self._access.route.read_range(
                     hop.url, part, out=view, size=obj.size, headers=self._access.headers(hop, condition), check=check,
+                    shared=Shared(obj.cache_id, hop.url, condition, binding.is_said_by) if may_share else None,
                     deadline_s=deadline_s,
                 )  # fmt: skip
 

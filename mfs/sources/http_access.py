@@ -12,6 +12,7 @@ from mfs.errors import AccessError, ChangedError, MfsError, NotFoundError, Store
 from mfs.fetch.environment import basic_authorization
 from mfs.fetch.redirects import Hop, follow
 from mfs.fetch.retry import TRANSIENT_STATUSES, wished_pause_s, with_retries
+from mfs.fetch.route import Route, cache_at
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.sources.options import SourceOptions
 
@@ -27,6 +28,9 @@ class HttpAccess:
         """
         self.folder_url = folder_url
         self.transport = Transport(connections_max=options.connections_max)
+        self.route = Route(
+            self.transport, cache_at(options.via, options.dragonfly), connections_max=options.connections_max
+        )
         self.closed = threading.Event()
         self._netrc_host = None if authorization else parse_target(folder_url).origin.host
         self._authorization = authorization or _netrc_authorization(self._netrc_host or "")
@@ -69,13 +73,19 @@ class HttpAccess:
 
     def headers(self, hop: Hop, headers: Mapping[str, str]) -> dict[str, str]:
         """`headers` and, at home, the credentials."""
-        if self._authorization and hop.is_home:
+        if not self.is_open(hop):
+            assert self._authorization is not None
             return {**headers, "Authorization": self._authorization}
         return dict(headers)
+
+    def is_open(self, hop: Hop) -> bool:
+        """Whether it is asked without credentials. With a password no cache is asked: it would have to see it."""
+        return not (self._authorization and hop.is_home)
 
     def close(self) -> None:
         """Drop connections."""
         self.closed.set()
+        self.route.close()
         self.transport.close()
 
 

@@ -23,6 +23,10 @@ class SourceOptions:
     """Hub: the access token, instead of HF_TOKEN and the file that `hf auth login` writes."""
     layout: str = "plain"
     """Hub: 'hub-cache' shows the repository as huggingface_hub's cache would, see `sources.hf_cache`."""
+    via: str | None = None
+    """A cache that many nodes share, asked for ranges of objects before their origin: see `fetch.route`."""
+    dragonfly: str | None = None
+    """The same, where it is Dragonfly's dfdaemon."""
     require_signature: str | None = None
     """Registry: file with the public key that every revision must be signed with, see `registry.signing`."""
     mountpoint: str = ""

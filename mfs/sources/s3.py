@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from mfs.errors import NotFoundError
 from mfs.fetch.retry import with_retries
+from mfs.fetch.route import Route, Shared, cache_at
 from mfs.fetch.transport import Reply, Transport
 from mfs.sources.base import Page
 from mfs.sources.binding import Binder, Check, binding_of
@@ -49,6 +50,10 @@ class S3Source:
         self._access = S3Access(bucket, options)
         self._prefix = prefix
         self._transport = Transport(connections_max=options.connections_max, ca_bundle=self._access.ca_bundle)
+        self._route = Route(
+            self._transport, cache_at(options.via, options.dragonfly), connections_max=options.connections_max,
+            ca_bundle=self._access.ca_bundle,
+        )  # fmt: skip
         self._closed = threading.Event()
         self._listing = S3Listing(self._access, self._transport, self._closed)
         self._binder = Binder(trusts_dates=False, advice="let the store give ETags (juicefs gateway --keep-etag, say)")
@@ -56,6 +61,11 @@ class S3Source:
         self.identity = f"s3://{bucket}/{prefix}".rstrip("/")
         if self._access.endpoint:
             self.identity += f"@{self._access.endpoint}"
+
+    @property
+    def address(self) -> str:
+        """The bucket; see `Source.address`. Raises: ConfigError where no region is known."""
+        return self._access.object_url("")
 
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Yield one directory, and all below it where one request says it all; see `Source.list`."""
@@ -90,8 +100,21 @@ class S3Source:
             return
         binding = binding_of(obj.locator or f'If-Match: "{obj.version}"')
 
+        def shared(url: str, condition: dict[str, str]) -> Shared:
+            return Shared(obj.cache_id, self._access.presign(url), condition, binding.is_said_by)
+
         def send(part: ByteRange, view: memoryview, condition: dict[str, str], check: Check | None) -> Reply:
-            return self._read(obj, part, view, condition, check, deadline_s)
+            may_share = self._route.is_shared and check is not None  # else it is the server that is asked about itself
+            return ask(
+                self._access,
+                self._transport,
+                lambda: self._access.object_url(self._prefix + obj.path),
+                lambda url, headers: self._route.read_range(
+                    url, part, out=view, size=obj.size, headers={**headers, **condition}, check=check,
+                    shared=shared(url, condition) if may_share else None, deadline_s=deadline_s,
+                ),
+                deadline_s=deadline_s,
+            )  # fmt: skip
 
         def attempt() -> None:
             reply = self._binder.read(binding, span, out, send, where)
@@ -104,22 +127,8 @@ class S3Source:
     def close(self) -> None:
         """Drop connections; see `Source.close`."""
         self._closed.set()
+        self._route.close()
         self._transport.close()
-
-    def _read(
-        self, obj: ObjectId, span: ByteRange, out: memoryview, condition: dict[str, str], check: Check | None,
-        deadline_s: float,
-    ) -> Reply:  # fmt: skip
-        """A range GET, see `s3_again`."""
-        return ask(
-            self._access,
-            self._transport,
-            lambda: self._access.object_url(self._prefix + obj.path),
-            lambda url, headers: self._transport.read_range(
-                url, span, out=out, size=obj.size, headers={**headers, **condition}, check=check, deadline_s=deadline_s
-            ),
-            deadline_s=deadline_s,
-        )
 
     def _pages(self, prefix: str, where: str, deadline_s: float) -> Iterator[ListingPage]:
         """The pages that together say what is in a directory: one flat page if it says all, else page by page."""

@@ -34,6 +34,12 @@ SEARCH_PAUSES = 2.0
 what asks is a read that was refused, of which there may be thousands a second, while a search may run a program
 (credential_process) or ask a token service."""
 
+PRESIGNED_S = 3600
+"""Life of an address that lets in by itself: a cache may fetch by it long after it was asked."""
+
+PRESIGNED_AGAIN_S = 900.0
+"""Age at which one is made anew."""
+
 SIGNATURES_MAX = 4096
 """Signatures remembered; at the limit all are forgotten, which costs one new one per object."""
 
@@ -85,6 +91,7 @@ class S3Access:
         self._search_again_s = -math.inf
         """time.monotonic() from which other keys may be searched again, after a search that found none."""
         self._signed: dict[tuple[str, Any, str], tuple[float, Signed]] = {}
+        self._presigned: dict[tuple[str, Any, str], tuple[float, str]] = {}
 
     def object_url(self, key: str) -> str:
         """The address of an object."""
@@ -115,6 +122,25 @@ class S3Access:
             self._signed.clear()
         self._signed[slot] = (now_s, signed)
         return signed
+
+    def presign(self, url: str) -> str:
+        """The address of an object as it lets in whoever has it, for PRESIGNED_S, for a GET of any range.
+
+        Raises: as `sign`.
+        """
+        if not self._is_signed:
+            return url
+        keys, region = self._keys(), self.region
+        slot = (url, keys, region)
+        now_s = time.time()
+        known = self._presigned.get(slot)
+        if known and 0 <= now_s - known[0] < PRESIGNED_AGAIN_S:
+            return known[1]
+        found = self._presign(url, keys, region)
+        if len(self._presigned) >= SIGNATURES_MAX:
+            self._presigned.clear()
+        self._presigned[slot] = (now_s, found)
+        return found
 
     def renew(self, refused: Signed, *, deadline_s: float) -> bool:
         """Whether there are other keys than those that were refused; searches where they came from, see SEARCH_PAUSES.
@@ -177,6 +203,15 @@ class S3Access:
         request = AWSRequest(method, url, headers=self._payer)
         S3SigV4Auth(keys, "s3", region).add_auth(request)
         return Signed(dict(request.headers.items()), region, keys)
+
+    def _presign(self, url: str, keys: Any, region: str) -> str:
+        from botocore.auth import S3SigV4QueryAuth
+        from botocore.awsrequest import AWSRequest
+
+        request = AWSRequest("GET", url, params=dict(self._payer))
+        S3SigV4QueryAuth(keys, "s3", region, expires=PRESIGNED_S).add_auth(request)
+        signed: str = request.url
+        return signed
 
     def _keys(self) -> Any:
         import botocore.exceptions

@@ -22,6 +22,8 @@ from mfs.control.api import EvictTier, Json, Tier
 from mfs.control.ready import DaemonStart
 from mfs.control.server import serve
 from mfs.errors import ConfigError, NotFoundError
+from mfs.metrics.exposition import exposed
+from mfs.metrics.families import Families, Text
 from mfs.types import CHUNK_BYTES
 
 
@@ -87,6 +89,7 @@ class FakeDaemon:
             "open_files": 0,
             "passthrough": {"open_files": 0, "sealed_count": 0, "note": None},
             "prefetch": {"queued_bytes": 0, "active_objects": 0},
+            "metrics_addr": None,
             "workers": [],
             "kernel": {"read_ahead_kb": None, "max_background": None, "notes": []},
             "warnings": [],
@@ -158,6 +161,9 @@ class FakeDaemon:
             "open_handles": 0,
         }
 
+    async def loads(self, path: str) -> Json:
+        return {"loads": []}
+
     async def prefetch(self, paths: Sequence[str], tier: Tier, *, wait: bool) -> AsyncIterator[Json]:
         chosen = self._below(paths)
         total_bytes = sum(self.files[path].size for path in chosen)
@@ -224,6 +230,11 @@ class FakeDaemon:
         while True:
             yield {"at_s": time.monotonic(), "records": [], "dropped_count": 0}
             await trio.sleep(0.05)
+
+    async def metrics(self, accept: str) -> Text:
+        families = Families()
+        families.info("mfs_build", "What serves.", {"version": "0.0.0-fake"})
+        return exposed(families.found, accept)
 
     async def config(self) -> Json:
         return self._config.masked() if self._config else {}

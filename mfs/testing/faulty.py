@@ -32,6 +32,7 @@ class FaultySource:
     def __init__(self, inner: Source) -> None:
         self.inner = inner
         self.identity = inner.identity
+        self.address = inner.address
         self.faults: list[Fault] = []
         """Looked at in order; the first that matches and has a count left is used."""
         self.list_error: MfsError | None = None

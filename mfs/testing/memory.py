@@ -17,6 +17,7 @@ class MemorySource:
 
     def __init__(self, files: Mapping[str, bytes] | None = None, *, identity: str = "memory://test") -> None:
         self.identity = identity
+        self.address = ""
         self._lock = threading.Lock()
         self._files: dict[str, tuple[bytes, str, int]] = {}  # path -> (content, version, mtime_ns)
         self._writes_count = 0

@@ -31,7 +31,11 @@ T = TypeVar("T")
 
 READY_TIMEOUT_S = 60.0
 SETTLE_TIMEOUT_S = 20.0
-_ALARMS = re.compile(r"^.*(?: ERROR | CRITICAL |Traceback \(most recent call last\)|unforeseen error).*$", re.MULTILINE)
+_ALARMS = re.compile(
+    r"^.*(?: ERROR | CRITICAL |\"level\": \"(?:ERROR|CRITICAL)\"|Traceback \(most recent call last\)|unforeseen error)"
+    r".*$",
+    re.MULTILINE,
+)
 
 
 class MountFailedError(Exception):
@@ -75,7 +79,7 @@ class TestMount:
         self._sources = tuple(sources) or (SourceConfig(url=url, **(source or {})),)
         self._settings: dict[str, Any] = {
             "cache_dir": folder / "cache", "ram_bytes": 64 << 20, "timeout_s": 20.0,
-            "workers_count": 1,
+            "workers_count": 1, "log_format": "text",
         } | settings  # fmt: skip
         self._env = {"MFS_RUNTIME_DIR": str(folder / "run"), **(env or {})}
         self.alarms_expected: list[str] = []

@@ -50,14 +50,23 @@ class SmallFilesConfig:
     """For all directories that are listed for the first time, while the mount lives."""
 
 
+def is_small(name: bytes, size: int) -> bool:
+    """Whether a file is brought before anybody asks for it."""
+    return 0 < size <= SMALL_FILE_BYTES and not is_weights(name)
+
+
+def is_weights(name: bytes) -> bool:
+    """Whether a file holds weights, by its name."""
+    return name.lower().endswith(_WEIGHTS)
+
+
 def small_files(new: Listing, old: Listing | None) -> Iterator[int]:
     """The places in a listing of the small files that an older one does not have in this version."""
     for place, index in merged(old, new) if old is not None else ((-1, index) for index in range(len(new))):
         if (
             index >= 0
             and new.kinds[index] == EntryKind.FILE
-            and 0 < new.sizes[index] <= SMALL_FILE_BYTES
-            and not new.names.raw(index).lower().endswith(_WEIGHTS)
+            and is_small(new.names.raw(index), new.sizes[index])
             and (old is None or place < 0 or not old.is_same_version(place, new, index))
         ):
             yield index

@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import Literal
 
 from mfs.errors import MfsError, TransientStoreError
+from mfs.tracing.spans import Span
 from mfs.workers.frames import Frame
 from mfs.workers.shares import NOBODY, Group
 
@@ -51,6 +52,8 @@ class Job:
     lane: Lane = "disk"
     group: Group = NOBODY
     """Who asks: for whom it counts. Set by the pool."""
+    span: Span | None = None
+    """Where it is traced; the pool ends it."""
     deadline_s: float = math.inf
     """time.monotonic() after which the worker is taken for hung. Set by the pool."""
 

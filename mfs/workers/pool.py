@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class PoolConfig:
     """Bounds of the worker pool."""
 
     setup: Frame
-    """What each worker is told first: sources, cache_dir, cache_fsync, cache_shared, log_level."""
+    """What each worker is told first: sources, cache_dir, cache_fsync, cache_shared, log_level, log_format."""
     workers_count: int = 2
     """Processes. Two keep two cores busy with TLS; the socket copies dominate, not Python."""
     origin_limit: int = 16
@@ -92,6 +93,8 @@ class WorkerPool:
         """Of each source, known once a worker runs."""
         self._restarts = [0] * config.workers_count
         """How often each worker was started anew."""
+        self.retries = Counter[str]({"failed": 0, "throttled": 0})
+        """How often workers have asked an origin again, by why; see `fetch.retry.taken_counts`."""
         self.closing = False
         self.tier_fault: str | None = None
         """Why workers serve without the SSD tier, None while they have it or none is wanted."""
@@ -191,6 +194,11 @@ class WorkerPool:
         """Workers started anew since the start."""
         return sum(self._restarts)
 
+    @property
+    def pids(self) -> dict[int, int]:
+        """The process that is each worker now, by its number."""
+        return {worker.number: worker.pid for worker in self._workers}
+
     def describe(self) -> list[Frame]:
         """[{pid, inflight, restarts}] for status."""
         return [{"pid": w.pid, "inflight": len(w.jobs), "restarts": self._restarts[w.number]} for w in self._workers]
@@ -218,12 +226,17 @@ class WorkerPool:
         arguments = job.arguments
         if job.operation in _WITH_DEADLINE:
             arguments = {**arguments, "deadline_s": job.deadline_s}
+        if job.span is not None:
+            arguments = {**arguments, "trace": job.span.context.traceparent}
+            job.span.attributes["mfs.queued_s"] = time.monotonic() - job.span.since_s
         worker.send({"id": job.serial, "op": job.operation, **arguments})
 
     def _finished(self, worker: Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
         del worker.jobs[job.serial]
         line = self._line(job)
         line.shares.give(job.group)
+        if job.span is not None:
+            job.span.end(error=str(error) if error is not None else "")
         job.finish(result, error)
         self._dispatch(line)
 
@@ -307,6 +320,8 @@ class WorkerPool:
 
     def _take(self, worker: Worker, frame: Frame) -> None:
         worker.silent_since_s = None
+        if "retries" in frame:
+            self.retries.update(frame["retries"])
         if frame["id"] == 0:
             if "pong" in frame:
                 return
@@ -325,6 +340,8 @@ class WorkerPool:
             self._notify()
             return
         job = worker.jobs[frame["id"]]
+        if "spans" in frame and job.span is not None:
+            job.span.take_in(frame["spans"])
         if "part" in frame:
             if job.on_part is not None:
                 job.on_part(frame["part"])

@@ -21,13 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from mfs import logs
 from mfs.cache.chunk_places import ChunkPlaces
 from mfs.cache.ram import Piece, mapped
 from mfs.cache.ssd import SsdConfig
 from mfs.errors import MfsError, to_wire
-from mfs.shown import set_up_logging
+from mfs.fetch.retry import taken_counts
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Moved, Page, Source
+from mfs.tracing.requests import current, recording
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Decoder, Frame, encode
 from mfs.workers.jobs import Jobs
@@ -60,7 +62,8 @@ def main() -> None:
         setup = next(frames, None)
         if setup is None:
             return
-        set_up_logging(setup["log_level"], "worker")
+        logs.set_up_logging(setup["log_level"], "worker", setup.get("log_format", "text"))
+        logs.current_trace = _trace
         logging.getLogger("botocore").setLevel(logging.WARNING)  # it names where each credential came from, at INFO
         send = _Sender(channel)
         try:
@@ -115,18 +118,27 @@ def _serve(frames: Iterator[Frame], jobs: Jobs, send: _Sender) -> None:
 def _run(work: queue.SimpleQueue[Frame], idle: threading.Semaphore, jobs: Jobs, send: _Sender) -> None:
     while True:
         frame = work.get()
-        serial, operation = frame.pop("id"), frame.pop("op")
+        serial, operation, trace = frame.pop("id"), frame.pop("op"), frame.pop("trace", None)
 
         def emit(part: Frame, serial: int = serial) -> None:
             send({"id": serial, "part": part})
 
-        try:
-            answer: Frame = {"id": serial, "result": _do(jobs, operation, frame, emit)}
-        except Exception as error:
-            answer = {"id": serial, "error": to_wire(error)}
-            logger.debug("%s failed", operation, exc_info=True)
+        with recording(trace) as spans:
+            try:
+                answer: Frame = {"id": serial, "result": _do(jobs, operation, frame, emit)}
+            except Exception as error:
+                answer = {"id": serial, "error": to_wire(error)}
+                logger.debug("%s failed", operation, exc_info=True)
+        if spans:
+            answer["spans"] = spans
         idle.release()
         send(answer)
+
+
+def _trace() -> logs.TraceIds | None:
+    """What this thread works for, as logs name it."""
+    context = current()
+    return None if context is None else logs.TraceIds(context.trace_id, context.span_id)
 
 
 def _do(jobs: Jobs, operation: str, arguments: Frame, emit: Callable[[Frame], None]) -> Frame:
@@ -162,6 +174,10 @@ class _LaterSource:
     def take_from(self, chunks: NodeChunks) -> None:
         self._chunks = chunks
 
+    @property
+    def address(self) -> str:
+        return self._opened().address
+
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         return self._opened().list(path, deadline_s=deadline_s)
 
@@ -181,7 +197,8 @@ class _Sender:
         self._lock = threading.Lock()
 
     def __call__(self, frame: Frame) -> None:
-        data = encode(frame)
+        retries = taken_counts()
+        data = encode({**frame, "retries": retries} if retries else frame)
         with self._lock:
             try:
                 self._channel.sendall(data)

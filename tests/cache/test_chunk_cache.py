@@ -220,7 +220,7 @@ async def test_without_a_slot_in_time_a_read_fails_and_holds_nothing(tmp_path: P
 
 async def test_an_old_handle_gets_old_bytes_or_an_error(rig: Rig) -> None:
     told: list[ObjectId] = []
-    rig.cache.on_changed = lambda state: told.append(state.object)
+    rig.cache.filler.on_changed = lambda state: told.append(state.object)
     old = rig.put_ramp("model.bin", 2 * CHUNK_BYTES)
     await read(rig, old, 0, 1000)
     new = rig.put_ramp("model.bin", 2 * CHUNK_BYTES, start=77)

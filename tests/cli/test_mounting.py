@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from mfs.cli.launch import start_daemon
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import detach, mountinfo, runtime
 from mfs.errors import ConfigError, StoreError
+from mfs.launch import start_daemon
 from tests.cli.conftest import DEADLINE_S, FakeMount, Mfs
 from tests.servers.nginx import NginxServer
 from tests.servers.process import free_port
@@ -280,7 +280,7 @@ class TestHandover:
                 said = {manager.recv(4096).partition(b"\n")[0] for _ in range(2)}  # by two processes: in either order
                 assert said == {f"MAINPID={record.holder_pid}".encode(), b"READY=1"}
                 assert process.wait(DEADLINE_S) == 0
-            assert f"mfs[{record.pid}]" in (tmp_path / "journal").read_text()
+            assert f'"pid": {record.pid},' in (tmp_path / "journal").read_text()
             mfs("umount", mnt)
             assert manager.recv(4096) == b"STOPPING=1"
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mfs.errors import ChangedError, StoreError, TransientStoreError
-from mfs.fetch.retry import wished_pause_s, with_retries
+from mfs.fetch.retry import HOLD_S_MAX, Hold, wished_pause_s, with_retries
 
 
 def failing(times: int, error: Exception) -> tuple[list[float], object]:
@@ -63,6 +63,26 @@ def test_a_pause_ends_when_the_source_is_closed() -> None:
     stopped.set()
     with pytest.raises(StoreError, match="closed"):
         with_retries(attempt, what="x", deadline_s=time.monotonic() + 9000, stopped=stopped)  # type: ignore[arg-type]
+
+
+def test_what_one_was_asked_holds_for_all_for_as_long() -> None:
+    hold = Hold("the Hub")
+    for nothing in (None, 0.0):
+        hold.note(nothing)
+        hold.check()
+    hold.note(60.0)
+    hold.note(1.0)
+    with pytest.raises(TransientStoreError, match="the Hub asks to wait") as caught:
+        hold.check()
+    assert caught.value.retry_after_s is not None
+    assert 1.0 < caught.value.retry_after_s <= 60.0
+    hold.note(1e9)
+    with pytest.raises(TransientStoreError) as caught:
+        hold.check()
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s <= HOLD_S_MAX
+    hold._until_s = time.monotonic()
+    hold.check()
 
 
 @pytest.mark.parametrize(

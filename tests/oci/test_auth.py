@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 
 from mfs.errors import AccessError, StoreError
+from mfs.fetch.route import Cache
 from mfs.fetch.transport import Transport
 from mfs.oci import auth, credentials
-from mfs.oci.auth import Authenticator, Challenge, parse_challenge
+from mfs.oci.auth import Authenticator, Challenge, Scopes, parse_challenge
 from mfs.oci.credentials import Credentials, find_credentials
 from mfs.oci.push import push
-from mfs.sources import open_source
+from mfs.sources import SourceOptions, open_source
 from mfs.testing import ramp
 from mfs.testing.suite import deadline, list_tree, object_of, read
 from tests.oci.artifacts import PASSWORD, USER, Repository
 from tests.servers.docker_registry import DockerRegistry, TokenServer
+from tests.servers.node_cache import NginxCache
 from tests.servers.token_site import IDENTITY_TOKEN
 
 Login = Callable[..., None]
@@ -89,7 +91,7 @@ class TestPasswords:
     def test_one_that_was_changed_is_looked_for_again(
         self, private: Repository, login: Login, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(auth, "_LOOKED_FOR_AGAIN_S", 0.0)
+        monkeypatch.setattr(auth, "LOOK_PAUSES", 0.0)
         login(auths=with_password(private.registry.host, "old"))
         source = open_source(f"{private.url}:v1")
         with pytest.raises(AccessError):
@@ -105,6 +107,43 @@ class TestPasswords:
             push(tmp_path / "m", f"{private.url}:v2")
         login(auths=with_password(private.registry.host))
         assert push(tmp_path / "m", f"{private.url}:v2").files_count == 1
+
+
+class TestThroughACache:
+    """What lets us in, and a cache that nodes share (`mfs.fetch.route`)."""
+
+    @pytest.mark.parametrize("is_here", [True, False])
+    def test_a_token_goes_to_one_on_this_node_and_no_password_to_any(
+        self, is_here: bool, guarded: Repository, private: Repository, login: Login, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        if not is_here:
+            monkeypatch.setattr(Cache, "is_private", False)
+        tokens_seen: list[str] = []
+        asked = Authenticator.header
+
+        def header(self: Authenticator, scopes: Scopes, deadline_s: float) -> dict[str, str]:
+            found = asked(self, scopes, deadline_s)
+            tokens_seen.extend(found.values())
+            return found
+
+        monkeypatch.setattr(Authenticator, "header", header)
+        login(auths=with_password(guarded.registry.host) | with_password(private.registry.host))
+        with NginxCache(tmp_path / "cache") as cache:
+            for repository, goes_through in ((guarded, is_here), (private, False)):
+                before = len(cache.answers())
+                for _ in range(2):
+                    source = open_source(f"{repository.url}:v1", SourceOptions(via=cache.url))
+                    obj = object_of(source, "w.bin", list_tree(source)["w.bin"])
+                    assert read(source, obj, 0, 1000) == ramp(1000)
+                    source.close()
+                expected = ["MISS", "HIT"] if goes_through else []
+                assert cache.answers(at_least=before + len(expected))[before:] == expected
+            assert any(token.startswith("Bearer ") for token in tokens_seen)
+            assert any(token.startswith("Basic ") for token in tokens_seen)
+            traces = cache.traces()
+        for token in tokens_seen:
+            assert token.partition(" ")[2].encode() not in traces
 
 
 class TestTokens:

@@ -1,4 +1,4 @@
-"""One browser for all tests here."""
+"""One browser for all tests here, and mounts as next door."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.mount.conftest import folder as folder
+from tests.mount.conftest import mounted as mounted
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

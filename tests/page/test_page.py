@@ -244,14 +244,15 @@ class TestForEverybody:
         from axe_playwright_python.sync_playwright import Axe
 
         page, _ = opened(busy, color_scheme=scheme, reduced_motion="reduce")
-        page.get_by_role("button", name="llama-3.3-70b-instruct", exact=True).click()
+        page.get_by_label("Find").fill("customer")  # one row is like another, and each costs axe a while
+        page.get_by_role("button", name=re.compile("^llama.*-v12$")).click()
         page.get_by_role("img", name=re.compile("model-00001-of-00012")).wait_for()
         page.get_by_role("heading", name="Last load").wait_for()
-        found = Axe().run(page)
+        found = Axe().run(page, options={} if scheme == "light" else {"runOnly": ["color-contrast"]})
         assert found.response["violations"] == [], found.generate_report()
         picture = tmp_path / "page.png"
         page.screenshot(path=picture, full_page=True)
-        assert picture.stat().st_size > 50_000
+        assert picture.stat().st_size > 20_000
 
     def test_nothing_sticks_out_of_a_narrow_window(self, busy: str, opened: Callable[..., tuple[Page, Seen]]) -> None:
         page, _ = opened(busy, viewport={"width": 390, "height": 800})

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import trio
 
@@ -237,16 +238,16 @@ class TestWhatIsServed:
 
     def test_the_last_load_as_a_drawing(self, door: Door) -> None:
         for number, model in enumerate(["m3", "m2", "m1"]):
-            status, headers, body = door.ask(f"/timeline?number={number}")
-            assert (status, headers["content-type"]) == (200, "image/svg+xml")
-            assert f">{model}: 1.00 s".encode() in body
-        assert door.error("/timeline?number=3")[0] == 404
+            found = json.loads(door.ask(f"/timeline?number={number}")[2])
+            assert found["count"] == 3
+            assert f">{model}: 1.00 s" in found["svg"]
+        assert json.loads(door.ask("/timeline?number=3")[2]) == {"count": 3, "svg": None}
         assert door.error("/timeline?number=-1")[0] == 400
         assert door.error("/timeline?path=../x")[0] == 400
 
     def test_a_daemon_that_knows_no_loads(self, tmp_path: Path) -> None:
         with served(FakeDaemon(example_files()), tmp_path) as socket_path:
-            assert known(socket_path).error("/timeline")[0] == 404
+            assert json.loads(known(socket_path).ask("/timeline")[2]) == {"count": 0, "svg": None}
 
 
 class TestBounds:
@@ -350,6 +351,26 @@ class TestGpuload:
             assert gpus.socket_path() == default_socket()
         monkeypatch.setenv("GPULOAD_SOCKET", "/somewhere")
         assert gpus.socket_path() == default_socket()
+
+    def test_what_a_real_server_holds(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """On host memory; of a GPU's arena it says the same."""
+        from safetensors.numpy import save_file
+
+        from gpuload.client.asking import load_resident
+        from gpuload.device.host import HostDevice
+        from gpuload.server.daemon import ServerConfig as GpuConfig
+        from gpuload.testing import running_server
+
+        save_file({"w": np.ones(1000, np.float32)}, tmp_path / "tiny.safetensors")
+        config = GpuConfig(socket_path=str(tmp_path / "g.sock"), arena_bytes={"cpu": 64 << 20})
+        monkeypatch.setenv("GPULOAD_SOCKET", config.socket_path)
+        with running_server(config, lambda name: HostDevice()):
+            load_resident(tmp_path / "tiny.safetensors", "tiny", None)
+            found = gpus.look()
+        [device] = found["devices"]
+        assert (found["state"], device["device"], device["arena_bytes"], device["swaps"]) == ("ok", "cpu", 64 << 20, 0)
+        assert device["models"] == [{"name": "tiny", "bytes": 4000, "leases": 0, "pinned": False}]
+        assert 0 < device["free_bytes"] < device["arena_bytes"]
 
     @pytest.mark.parametrize("answer", [b"", b"\0\0\0\x05hello", b"\xff\xff\xff\xff", b"\0\0\0\x02{}", b"\0\0\0\x02[]"])
     def test_who_answers_nonsense_is_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import threading
@@ -18,7 +19,7 @@ from mfs.registry.chunk import FRAME_BYTES, table_bytes
 from mfs.registry.encode import Base, encode_chunk
 from mfs.registry.folder_store import FolderStore
 from mfs.registry.frames import FrameReader
-from mfs.registry.manifest import Chunk
+from mfs.registry.manifest import Chunk, File, Manifest
 from mfs.registry.revisions import Part, Revision, Revisions
 from mfs.registry.store import Store
 from mfs.sources.base import Moved
@@ -118,6 +119,29 @@ def test_a_whole_chunk_is_one_request_and_a_part_of_it_only_its_frames(store: Co
         got, moved = read(fresh, found, 0, stop)
         assert got == content[:stop]
         assert (moved.requests, moved.origin_bytes, moved.shared_bytes) == (1, nbytes, 0)
+
+
+@pytest.mark.parametrize("stored", ["evenly", "the first part longer"])
+def test_what_comes_first_comes_once(store: Counting, reader: FrameReader, stored: str) -> None:
+    """Table and first frames come by a guess: a short last frame does not upset it; of one too short the rest comes."""
+    half = 20 * FRAME_BYTES
+    rng = np.random.default_rng(1)
+    few = rng.integers(0, 128, 2 * half + 7, np.uint8).tobytes()  # seven bits of each byte
+    plain = few if stored == "evenly" else rng.bytes(half) + bytes(half + 7)
+    encoded = encode_chunk(memoryview(plain), 1)
+    store.create(layout.chunk_key(encoded.table.id), encoded.body, deadline_s=made.soon())
+    chunk = Chunk(encoded.table.id, len(plain), len(encoded.body))
+    file = File("w.bin", len(plain), hashlib.sha256(plain).hexdigest(), (0,))
+    found = revision(store, made.put_manifest(store, "m", Manifest(made.CREATED_AT, (chunk,), (file,))))
+    got, moved = read(reader, found, 3, half)
+    assert got == plain[3:half]
+    stop = encoded.table.stored_range(0, 20).stop
+    if stored == "evenly":
+        assert moved.requests == 1
+        assert stop <= moved.origin_bytes <= stop + (40 << 10)
+    else:
+        assert (moved.requests, moved.origin_bytes) == (2, stop), "nothing of it twice"
+    assert read(reader, found, half - 1, len(plain))[0] == plain[half - 1 :]
 
 
 def damaged_key(store: Counting, found: Revision) -> str:

@@ -29,7 +29,8 @@ events {{ worker_connections 1024; }}
 http {{
   default_type application/octet-stream;
   log_format facts escape=json '{{"method":"$request_method","path":"$uri","status":$status,'
-    '"range":"$http_range","sent_bytes":$body_bytes_sent,"scheme":"$scheme"}}';
+    '"range":"$http_range","sent_bytes":$body_bytes_sent,"scheme":"$scheme",'
+    '"traceparent":"$http_traceparent"}}';
   access_log {root}/access.log facts;
   client_body_temp_path {root}/tmp/body;
   proxy_temp_path {root}/tmp/proxy;
@@ -43,7 +44,7 @@ http {{
   autoindex on;
   autoindex_format json;
   server {{
-    listen 127.0.0.1:{port};
+    listen {host}:{port};
     listen 127.0.0.1:{tls_port} ssl;
     ssl_certificate {cert_file};
     ssl_certificate_key {key_file};
@@ -80,6 +81,8 @@ class Request(NamedTuple):
     """Body bytes."""
     scheme: str
     """'http' or 'https'."""
+    traceparent: str = ""
+    """That header, '' without one."""
 
 
 class NginxServer:
@@ -93,13 +96,17 @@ class NginxServer:
     user = "reader"
     password = "secret"
 
-    def __init__(self, root: Path, *, files: Path | None = None, port: int | None = None) -> None:
-        """Keep state under `root`; serve `files`, by default the new folder `root/files`."""
+    def __init__(
+        self, root: Path, *, files: Path | None = None, port: int | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        """Keep state under `root`; serve `files`, by default the new folder `root/files`. host: to listen on; TLS is
+        always on loopback."""
         self.root = root
+        self.host = host
         self.files = files or root / "files"
         self.port = port or free_port()
         self.tls_port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}/"
+        self.url = f"http://{host}:{self.port}/"
         self.tls_url = f"https://localhost:{self.tls_port}/"
         self.ca_file = root / "tls" / "ca.pem"
         self._process: ServerProcess | None = None
@@ -115,7 +122,7 @@ class NginxServer:
             self._lay_out()
         argv = [binary, "-p", str(self.root), "-e", "stderr", "-c", str(self.root / "nginx.conf")]
         self._process = ServerProcess("nginx", argv, log=self.root / "nginx.log")
-        self._process.wait_until(lambda: answers_tcp(self.port))
+        self._process.wait_until(lambda: answers_tcp(self.port, self.host))
 
     def stop(self) -> None:
         """Kill it; connections under way are cut. `start` brings it back on the same ports."""
@@ -162,6 +169,7 @@ class NginxServer:
             _CONF.format(
                 root=self.root,
                 files=self.files,
+                host=self.host,
                 port=self.port,
                 tls_port=self.tls_port,
                 cert_file=certificate.cert_file,

@@ -129,10 +129,10 @@ def free_port() -> int:
     raise ServerError("found no free TCP port between 12000 and 32000 in 200 attempts")
 
 
-def answers_tcp(port: int) -> bool:
-    """Whether something accepts connections on this loopback port."""
+def answers_tcp(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something accepts connections there."""
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        socket.create_connection((host, port), timeout=1).close()
     except OSError:
         return False
     return True

@@ -31,6 +31,8 @@ from tools.bench import (
     readahead,
     registry,
     report,
+    scale,
+    see,
     stored,
     triton,
 )
@@ -87,7 +89,8 @@ def main() -> None:
         console.print(f"[yellow]not measured[/]: {escape(line)}")
     machine_line = "{cpu}, {cores} cores, {memory_gib} GiB, kernel {kernel}".format(**described)
     load = f"load average {described['load_average'][0]:.1f}, {time.monotonic() - started:.0f} s"
-    note = {"triton": triton.NOTE, "registry": registry.NOTE}.get(args.command, _NOTE)
+    notes = {"triton": triton.NOTE, "registry": registry.NOTE, "scale": scale.NOTE, "see": see.NOTE}
+    note = notes.get(args.command, _NOTE)
     console.print(f"\n{machine_line}, {described['disk']['file_system']}; {load}\n{note}\nresults: {path}")
 
 
@@ -99,9 +102,11 @@ def _arguments() -> argparse.Namespace:
         ("readahead", "which read-ahead is best"),
         ("triton", "a real tritonserver on local disk, on the mount, and on its own s3://"),
         ("registry", registry.TEXT),
+        ("see", see.TEXT),
+        ("scale", scale.TEXT),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        sizes = "of the model (1.2G; triton: 200M a version; registry: 400M; quick: 100M); G is 2**30"
+        sizes = "of the model (1.2G; triton: 200M a version; registry: 400M; scale, quick: 100M); G is 2**30"
         command.add_argument("--size", type=parse_size, help=sizes)
         command.add_argument("--rounds", type=int, help="passes of everything (3; quick: 1)")
         command.add_argument("--quick", action="store_true", help="small and once: to see that it works")
@@ -127,9 +132,13 @@ def _arguments() -> argparse.Namespace:
         listed = f"{text}: of {','.join(known)}" + (f" ({','.join(default)})" if default != known else "")
         mount.add_argument(option, type=_names(known), default=default, metavar="NAME,…", help=listed)
     mount.add_argument("--minutes", type=float, default=24, help="begin no round of 'reads' that would end later (24)")
-    mount.add_argument("--before", type=Path, metavar="CHECKOUT", help="compare with the mfs there, as with a peer")
+    for command in (mount, commands.choices["see"]):
+        command.add_argument(
+            "--before", type=Path, metavar="CHECKOUT", help="compare with the mfs there, as with a peer"
+        )
     args = parser.parse_args()
-    whole = {"triton": 200 << 20, "registry": 400 << 20}.get(args.command, 1200 << 20)  # triton: of each version
+    # triton: of each version
+    whole = {"triton": 200 << 20, "registry": 400 << 20, "scale": 100 << 20}.get(args.command, 1200 << 20)
     args.size = args.size or (100 << 20 if args.quick else whole)
     args.rounds = args.rounds or (1 if args.quick else 3)
     args.until_s = time.monotonic() + 60 * getattr(args, "minutes", 0.0)
@@ -243,7 +252,23 @@ def _run_registry(args: argparse.Namespace, folder: Path, say: Say) -> tuple[Tab
     return registry.run(wanted, folder, results, say), results
 
 
-_RUNS = {"mount": _run_mount, "readahead": _run_readahead, "triton": _run_triton, "registry": _run_registry}
+def _run_see(args: argparse.Namespace, folder: Path, say: Say) -> tuple[Tables, Results]:
+    results = Results()
+    link.bring_up_loopback()
+    model = _model(folder / "tree" / MODEL, args.size, 1, say)
+    see.run_see(folder, model, args.rounds, args.before, results, say)
+    return {"Figures": see.rows(results), "Goals": see.goal_rows(results)}, results
+
+
+def _run_scale(args: argparse.Namespace, folder: Path, say: Say) -> tuple[Tables, Results]:
+    results = Results()
+    return scale.run(folder, args.size, args.rounds, results, say), results
+
+
+_RUNS = {
+    "mount": _run_mount, "readahead": _run_readahead, "triton": _run_triton, "registry": _run_registry, "see": _run_see,
+    "scale": _run_scale,
+}  # fmt: skip
 
 
 def _present(peers: tuple[str, ...], results: Results) -> tuple[str, ...]:

@@ -19,19 +19,18 @@ def bring_up_loopback() -> None:
 
 
 @contextmanager
-def capped(port: int, gbit_s: float) -> Iterator[None]:
-    """While this is open, TCP from local `port` flows at `gbit_s` at most, headers included."""
-    run(["tc", "qdisc", "replace", "dev", "lo", "root", "handle", "1:", "htb", "default", "0"])
+def capped(port: int, gbit_s: float, *, device: str = "lo") -> Iterator[None]:
+    """While this is open, TCP from local `port` leaves by `device` at `gbit_s` at most, headers included."""
+    run(["tc", "qdisc", "replace", "dev", device, "root", "handle", "1:", "htb", "default", "0"])
     try:
         rate = f"{int(gbit_s * 1000)}mbit"
-        run(
-            ["tc", "class", "add", "dev", "lo", "parent", "1:", "classid", "1:1", "htb", "rate", rate, "burst", "256kb"]
-        )
+        shape = ["htb", "rate", rate, "burst", "256kb"]
+        run(["tc", "class", "add", "dev", device, "parent", "1:", "classid", "1:1", *shape])
         match = ["u32", "match", "ip", "protocol", "6", "0xff", "match", "ip", "sport", str(port), "0xffff"]
-        run(["tc", "filter", "add", "dev", "lo", "parent", "1:", "protocol", "ip", *match, "flowid", "1:1"])
+        run(["tc", "filter", "add", "dev", device, "parent", "1:", "protocol", "ip", *match, "flowid", "1:1"])
         yield
     finally:
-        run(["tc", "qdisc", "del", "dev", "lo", "root"])
+        run(["tc", "qdisc", "del", "dev", device, "root"])
 
 
 def sent_bytes() -> int:

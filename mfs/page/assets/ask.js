@@ -29,8 +29,7 @@ export async function ask(path, values) {
 }
 
 /** An SVG drawing, as an element of this document. */
-export async function drawing(path) {
-  const text = await (await request(path)).text();
+export function drawing(text) {
   return document.adoptNode(new DOMParser().parseFromString(text, "image/svg+xml").documentElement);
 }
 

@@ -22,7 +22,7 @@ class Watch {
     this.load = 0;
     this.history = [];
     this.timer = null;
-    this.slowAt = 0;
+    this.slowAt = -Infinity;
     this.failures = 0;
     this.round = 0;
   }
@@ -92,10 +92,10 @@ class Watch {
   async lookAtLoad() {
     const number = this.load;
     const query = new URLSearchParams({ number });
-    const svg = await drawing(`/timeline?${query}`).catch(() => null);
-    if (svg || number === 0) this.show({ svg, load: number });
-    else this.load = this.shownLoad ?? 0; // there is none so early: what is shown stays
-    if (svg) this.shownLoad = number;
+    const found = await ask(`/timeline?${query}`).catch(() => null);
+    if (found && number === this.load) {
+      this.show({ svg: found.svg && drawing(found.svg), load: number, loadsCount: found.count });
+    }
   }
 
   async lookAtFiles() {
@@ -127,7 +127,7 @@ class Watch {
 function Page() {
   const [state, setState] = useState({
     isLive: false, fault: null, seen: null, rates: null, rowRates: {}, waitRates: null, history: [], gpus: null, svg: null,
-    load: 0, opened: null, heat: null, choice: { sort: "recent", match: "", count: ROWS_FIRST }, said: null, question: null,
+    load: 0, loadsCount: 0, opened: null, heat: null, choice: { sort: "recent", match: "", count: ROWS_FIRST }, said: null, question: null,
   });
   const show = useCallback((change) => setState((before) => ({ ...before, ...change })), []);
   const watch = useRef(null);
@@ -157,7 +157,7 @@ function Page() {
     }
     clearTimeout(watch.current.saidTimer);
     watch.current.saidTimer = setTimeout(() => show({ said: null }), SAID_MS);
-    watch.current.slowAt = 0;
+    watch.current.slowAt = -Infinity;
     watch.current.run();
   }, []);
   const confirm = useCallback((question) => show({ question }), []);
@@ -176,7 +176,7 @@ function Page() {
         more=${() => watch.current.choose({ count: ROWS_MORE })} opened=${state.opened} open=${(path) => watch.current.open(path)} heat=${state.heat} act=${act} confirm=${confirm} />
       <${Fetches} fetches=${fetches} />
       <${Gpus} gpus=${state.gpus} />
-      <${ColdStart} svg=${state.svg} number=${state.load} choose=${(number) => watch.current.chooseLoad(number)} />
+      <${ColdStart} svg=${state.svg} number=${state.load} count=${state.loadsCount} choose=${(number) => watch.current.chooseLoad(number)} />
     </main>
     <${Question} question=${state.question} answer=${() => show({ question: null })} />
   </div>`;

@@ -328,15 +328,15 @@ export function Gpus({ gpus }) {
 }
 
 /** The timeline of a load: an SVG that the daemon draws. */
-export function ColdStart({ svg, model, number, choose }) {
+export function ColdStart({ svg, number, count: loads, choose }) {
   const place = useRef(null);
   useLayoutEffect(() => {
     if (place.current) place.current.replaceChildren(...(svg ? [svg] : []));
   });
   if (!svg) return null;
   return html`<section aria-labelledby="load">
-    <div class="bench"><h2 id="load">Last load</h2>
-      <button type="button" onClick=${() => choose(number + 1)}>Earlier</button>
+    <div class="bench"><h2 id="load">${number ? "An earlier load" : "Last load"}</h2>
+      <button type="button" disabled=${number + 1 >= loads} onClick=${() => choose(number + 1)}>Earlier</button>
       <button type="button" disabled=${number === 0} onClick=${() => choose(Math.max(0, number - 1))}>Later</button>
     </div>
     <div class="timeline" ref=${place} />

@@ -1,4 +1,4 @@
-"""The mechanism of a fast load, seen in the modelled driver's own log: what overlaps what, and how often what is called.
+"""What makes a load fast, seen in the modelled driver's own log: what overlaps what, how often what is called.
 
 No clock is compared with another: the model's times say in which order things happened.
 """
@@ -6,6 +6,7 @@ No clock is compared with another: the model's times say in which order things h
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 import threading
@@ -119,7 +120,7 @@ def test_the_next_copy_is_queued_before_the_last_one_ends(model: Model, tmp_path
     path = write(tmp_path / "a.safetensors", random_tensors(1, {f"t{i}": (65536,) for i in range(24)}, "U8"))
     assert _load(model, path, Limits(buffer_bytes=65536, buffers_count=6, readers_count=2, step_timeout_s=60))
     copies = sorted(model.log(COPY), key=lambda e: e.began_s)
-    waiting = [later for earlier, later in zip(copies, copies[1:], strict=False) if later.asked_s < earlier.ended_s]
+    waiting = [later for earlier, later in itertools.pairwise(copies) if later.asked_s < earlier.ended_s]
     assert len(waiting) > len(copies) // 2, "the engine had nothing to do after most copies"
 
 

@@ -13,6 +13,7 @@ import trio.testing
 from mfs.errors import StoreError, TransientStoreError
 from mfs.lending import RamLender
 from mfs.types import CHUNK_BYTES
+from mfs.waits import Waits
 
 SLOTS_COUNT = 32
 
@@ -21,17 +22,18 @@ class _Cache:
     """Chunks that are there at once, but those of `hanging`, which never come, and of `broken`, which fail."""
 
     def __init__(self) -> None:
+        self.waits = Waits()
         self.held = 0
         self.hanging: set[int] = set()
         self.broken: set[int] = set()
 
-    async def lease(self, state: Any, index: int, mask: int) -> Any:
+    async def lease_in_file(self, state: Any, index: int, mask: int) -> Any:
         if index in self.broken:
             raise StoreError("the origin is dead")
         if index in self.hanging:
             await trio.sleep_forever()
         self.held += 1
-        return SimpleNamespace(index=index, slot=1000 + index)
+        return SimpleNamespace(index=index, place=SimpleNamespace(slot=1000 + index))
 
     def note_use(self, chunk: Any) -> None:
         return None
@@ -52,7 +54,9 @@ def lender(cache: _Cache) -> RamLender:
 
 
 def file_of(model: str) -> Any:
-    return SimpleNamespace(handle=SimpleNamespace(state=SimpleNamespace(chunks={}), group=(0, model)))
+    state = SimpleNamespace(chunks={}, object=SimpleNamespace(path=f"{model}/w"))
+    load = SimpleNamespace(waiting=0, last_s=0.0, ram_bytes=0)
+    return SimpleNamespace(handle=SimpleNamespace(state=state, group=(0, model), load=load))
 
 
 FILE = file_of("a")

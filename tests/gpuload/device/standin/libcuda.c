@@ -230,7 +230,8 @@ CUresult cuGetErrorName(CUresult e, const char **s) {
         if (names[i].code == (int)e) *s = names[i].name;
     return OK;
 }
-CUresult cuDriverGetVersion(int *v) { *v = 12040; return OK; }
+static int told(const char *name, int otherwise) { return (int)number(name, otherwise); }
+CUresult cuDriverGetVersion(int *v) { *v = told("STANDIN_CUDA", 12040); return OK; }
 CUresult cuDeviceGetCount(int *n) { *n = visible_count; return OK; }
 CUresult cuDeviceGet(CUdevice *d, int ordinal) { *d = ordinal; return is_visible(ordinal) ? OK : INVALID_DEVICE; }
 CUresult cuDeviceGetName(char *s, int n, CUdevice d) { strncpy(s, is_priced ? "modelled device" : "stand-in", n); return is_visible(d) ? OK : INVALID_DEVICE; }
@@ -340,11 +341,18 @@ CUresult cuMemFreeHost(void *p) {
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute attribute, CUdevice d) {
     ENTER;
     if (!is_visible(d)) return INVALID_DEVICE;
-    if ((int)attribute == 113) *v = !getenv("STANDIN_NO_READ_ONLY");
-    else if ((int)attribute == 134) *v = nodes[visible[d]]; /* CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID */
-    else if ((int)attribute == 20) *v = (int)number("STANDIN_COMPUTE_MODE", 0);
-    else return INVALID_VALUE;
-    return OK;
+    switch ((int)attribute) {
+    case 20: *v = told("STANDIN_COMPUTE_MODE", 0); return OK;
+    case 32: *v = 1; return OK;
+    case 33: *v = 0x65; return OK;
+    case 34: case 50: *v = 0; return OK;
+    case 75: *v = told("STANDIN_CAPABILITY", 80) / 10; return OK;
+    case 76: *v = told("STANDIN_CAPABILITY", 80) % 10; return OK;
+    case 103: *v = 1; return OK;
+    case 113: *v = !getenv("STANDIN_NO_READ_ONLY"); return OK;
+    case 134: *v = nodes[visible[d]]; return OK; /* CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID */
+    default: return INVALID_VALUE;
+    }
 }
 CUresult cuMemHostRegister_v2(void *p, size_t n, unsigned flags) {
     ENTER_UNSAFE; NEED_CONTEXT;

@@ -1,0 +1,165 @@
+"""Filling chunks: which orders bring what a reader lacks, and what becomes of the answers. On the trio thread.
+
+A fill belongs to the cache, not to the reader that caused it; the protocol stands at the top of `chunk_cache`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState
+from mfs.cache.chunks import mask_bytes, mask_span
+from mfs.cache.saving import Saver
+from mfs.cache.slots import Slots
+from mfs.errors import ChangedError, MfsError, TransientStoreError
+from mfs.tracing.spans import Span
+from mfs.waits import Cause
+from mfs.workers.frames import Frame
+from mfs.workers.job import ATTEMPTS_OVER_DEAD_WORKERS, Job, Priority, WorkerEndedError
+from mfs.workers.pool import WorkerPool
+from mfs.workers.shares import Group
+
+
+class Filler:
+    """Has the workers bring blocks into chunks that have a slot."""
+
+    def __init__(
+        self, pool: WorkerPool, slots: Slots, saver: Saver, counters: CacheCounters, *, timeout_s: float,
+        drop: Callable[[Chunk], None],
+    ) -> None:  # fmt: skip
+        """timeout_s: for one order. drop: takes the slot of an idle chunk away that nothing came for."""
+        self._pool = pool
+        self._slots = slots
+        self._saver = saver
+        self._counters = counters
+        self._timeout_s = timeout_s
+        self._drop = drop
+        self.on_lost: Callable[[ObjectState], None] | None = None
+        """Told of an object whose whole file turned out damaged and was dropped."""
+        self.on_changed: Callable[[ObjectState], None] | None = None
+        """Told when the origin turns out to hold another version."""
+        self.on_filled: Callable[[Chunk, Fill, Frame], None] | None = None
+        """Told of each fill that ended well, with what the worker said of it."""
+        self.on_failed: Callable[[ObjectState, MfsError], None] | None = None
+        """Told of each fill that failed for good."""
+        self.span_of: Callable[[Group], Span | None] = lambda group: None
+        """Below what a model's fills are traced, if they are."""
+
+    def fill_for(self, chunk: Chunk, mask: int, extra: int, priority: Priority) -> Fill:
+        """A fill to wait for that brings at least one missing block of `mask`; all missing ones are under way after."""
+        missing = mask & ~chunk.valid
+        under_way = 0
+        first: Fill | None = None
+        for fill in chunk.fills:
+            under_way |= fill.mask
+            if fill.mask & missing:
+                first = first or fill
+                if priority is Priority.DEMAND and fill.job is not None:
+                    self._pool.hurry(fill.job)
+        rest = missing & ~under_way
+        if rest:
+            wanted, on_ssd = (rest | extra) & ~chunk.valid & ~under_way, chunk.on_ssd
+            # By themselves, since what SSD has must not wait for what only the origin has.
+            for part in (wanted & on_ssd, wanted & ~on_ssd if rest & ~on_ssd else 0):
+                if part:
+                    fill = Fill(part)
+                    chunk.fills.append(fill)
+                    self._submit(chunk, fill, priority, self._timeout_s)
+                    first = first or (fill if part & missing else None)
+        assert first is not None
+        return first
+
+    def _submit(self, chunk: Chunk, fill: Fill, priority: Priority, timeout_s: float) -> None:
+        state = chunk.state
+        fill.attempts += 1
+        from_ssd = not fill.mask & ~chunk.on_ssd
+        fill.cause = Cause.SSD if from_ssd else Cause.ORIGIN
+        if not from_ssd:
+            self._slots.begin_coming(chunk)
+        fill.job = Job(
+            "load" if from_ssd else "fill",
+            {"source": state.source, "obj": state.wire, "index": chunk.index, "mask": fill.mask, "piece": chunk.piece},
+            lambda result, error: self._filled(chunk, fill, result, error),
+            priority,
+            timeout_s,
+        )
+        above = self.span_of(state.group)
+        if above is not None:
+            fill.job.span = _span(above, chunk, fill)
+        self._pool.submit(fill.job)
+
+    def _filled(self, chunk: Chunk, fill: Fill, result: Frame | None, error: MfsError | None) -> None:
+        ended = isinstance(error, WorkerEndedError)
+        chunk.is_clean = chunk.is_clean and not ended  # one that hangs in the kernel may still write there
+        attempts_max = ATTEMPTS_OVER_DEAD_WORKERS if ended else 2
+        if isinstance(error, TransientStoreError) and fill.attempts < attempts_max and not self._pool.closing:
+            assert fill.job is not None
+            # Once more: with a new deadline where a worker died, else in what is left of the old one. A dead origin
+            # uses its deadline up: asking it for as long again would keep connections from the others.
+            left_s = self._timeout_s if ended else fill.job.deadline_s - time.monotonic()
+            if left_s > 0:
+                self._submit(chunk, fill, fill.job.priority, left_s)
+                return
+        was_whole = chunk.state.whole
+        if result is not None and result["lost"]:
+            chunk.saved = 0
+            chunk.file_lost = True
+            chunk.note_ssd(0)
+            for other in chunk.fills:
+                other.file_lost = other.file_lost or other is not fill
+        if result is not None and result.get("missing"):  # what SSD was believed to have
+            # Whoever waits asks again, now the origin: by the same door as all, since he needs a share for that.
+            fill.mask &= ~result["missing"]
+            chunk.note_ssd(chunk.on_ssd & ~result["missing"])
+        chunk.fills.remove(fill)
+        if not chunk.fills:
+            self._slots.end_coming(chunk)
+        if error is not None:
+            self._counters.origin_errors += 1
+            fill.error = error
+            if self.on_failed is not None:
+                self.on_failed(chunk.state, error)
+            if isinstance(error, ChangedError) and self.on_changed is not None:
+                self.on_changed(chunk.state)
+        else:
+            assert result is not None
+            chunk.valid |= fill.mask
+            if not result["lost"] and not fill.file_lost:
+                chunk.saved |= result["resident"]
+                chunk.note_ssd(chunk.on_ssd | result["resident"])
+            chunk.sums.update(result["sums"])
+            chunk.changed_at = time.monotonic()
+            fill.decode_s = result.get("decode_s", 0.0)
+            if not result["requests"]:  # the files of SSD had it after all, or others there the same bytes
+                fill.cause = Cause.SSD
+            self._counters.ssd_hit_bytes += result["ssd_bytes"]
+            self._counters.ssd_hits += bool(result["ssd_bytes"])
+            if result["requests"] or result["shared_bytes"]:
+                self._counters.ssd_misses += 1
+                self._counters.brought_bytes += mask_bytes(fill.mask, chunk.length) - result["ssd_bytes"]
+            self._counters.origin_bytes += result["origin_bytes"]
+            self._counters.shared_bytes += result["shared_bytes"]
+            self._counters.origin_requests += result["requests"]
+            if self.on_filled is not None and fill.mask:
+                self.on_filled(chunk, fill, result)
+        if was_whole and result is not None and result["lost"] and self.on_lost is not None:
+            self.on_lost(chunk.state)
+        fill.done.set()
+        if error is None and chunk.complete:
+            self._saver.save(chunk)
+        if chunk.idle and not chunk.valid:
+            self._drop(chunk)
+        else:
+            self._slots.wake()  # if not for a slot, then for the share
+
+
+def _span(above: Span, chunk: Chunk, fill: Fill) -> Span:
+    assert fill.job is not None
+    path, span = chunk.state.object.path, mask_span(chunk.index, fill.mask, chunk.state.object.size)
+    made = above.child("fetch")
+    made.attributes = {
+        "mfs.from": fill.cause, "mfs.file": path, "mfs.start": span.start, "mfs.stop": span.stop,
+        "mfs.ahead": fill.job.priority is Priority.BACKGROUND, "mfs.attempt": fill.attempts,
+    }  # fmt: skip
+    return made

@@ -1,0 +1,160 @@
+"""Which variables switch traces on, what a `traceparent` is, and that nothing grows without bound."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from mfs.errors import StoreError
+from mfs.tracing import settings
+from mfs.tracing.requests import REQUESTS_MAX, Request, current, recording
+from mfs.tracing.spans import ROWS_MAX, Context, Outbox, Row, parse_traceparent
+from mfs.tracing.tracer import Tracer
+from tests.servers.otlp import receiving
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, False),
+        (ENDPOINT, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c/v1/traces"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": " "}, False),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, True),
+        ({"OTEL_SERVICE_NAME": "x", "OTEL_TRACES_SAMPLER": "always_on"}, False),
+        (ENDPOINT | {"OTEL_TRACES_EXPORTER": "none"}, False),
+        (ENDPOINT | {"OTEL_SDK_DISABLED": "True"}, False),
+        (ENDPOINT | {"OTEL_SDK_DISABLED": "no"}, True),
+    ],
+)
+def test_the_standard_variables_switch_traces_on_and_off(environment: dict[str, str], wanted: bool) -> None:
+    assert settings.is_wanted(environment) is wanted
+    assert Tracer(environment).is_on is wanted
+
+
+def test_a_protocol_that_is_not_spoken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer = Tracer(ENDPOINT | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+    assert not tracer.is_on
+    assert "http/protobuf" in tracer.fault
+    monkeypatch.setattr(settings, "_NEEDED", ("no_such_package.at_all",))
+    assert "mfs[trace]" in Tracer(ENDPOINT).fault
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (f"00-{TRACE}-{SPAN}-01", Context(TRACE, SPAN, True)),
+        (f"00-{TRACE}-{SPAN}-00", Context(TRACE, SPAN, False)),
+        (f"cc-{TRACE}-{SPAN}-01-what-comes-later", Context(TRACE, SPAN, True)),
+        (f"00-{TRACE}-{SPAN}-01-extra", None),
+        (f"ff-{TRACE}-{SPAN}-01", None),
+        (f"00-{'0' * 32}-{SPAN}-01", None),
+        (f"00-{TRACE}-{'0' * 16}-01", None),
+        (f"00-{TRACE.upper()}-{SPAN}-01", None),
+        ("", None),
+        ("\r\nX: y", None),
+    ],
+)
+def test_a_traceparent_is_read_as_w3c_says(text: str, found: Context | None) -> None:
+    assert parse_traceparent(text) == found
+    if found is not None and text.startswith("00"):
+        assert found.traceparent == text
+
+
+def test_a_sampler_decides_and_a_parent_goes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    tracer = Tracer(ENDPOINT)
+    assert tracer.begin("load", {}) is None
+    assert tracer.begin("load", {}, Context(TRACE, SPAN, False)) is None
+    span = tracer.begin("load", {}, Context(TRACE, SPAN))
+    assert span is not None
+    assert span.context.trace_id == TRACE
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.25")
+    tracer = Tracer(ENDPOINT)
+    taken = sum(tracer.begin("load", {}) is not None for _ in range(400))
+    assert 0 < taken < 400
+
+
+def test_rows_that_nobody_takes_are_bounded() -> None:
+    outbox = Outbox()
+    for number in range(ROWS_MAX + 7):
+        outbox.add([number])
+    assert (len(outbox), outbox.dropped_count) == (ROWS_MAX, 7)
+    with recording(f"00-{TRACE}-{SPAN}-01") as rows:
+        for _ in range(REQUESTS_MAX + 5):
+            with Request("GET", "http://o/x", "o", 80):
+                pass
+    assert len(rows) == REQUESTS_MAX
+
+
+def test_requests_outside_an_order_are_sent_as_they_are() -> None:
+    headers = {"Range": "bytes=0-1"}
+    with Request("GET", "http://o/x", "o", 80) as request:
+        assert request.headers(headers) is headers
+    with recording(None) as rows, Request("GET", "http://o/x", "o", 80) as request:
+        assert request.headers(headers) is headers
+        assert current() is None
+    assert not rows
+
+
+def test_a_request_carries_the_id_of_its_own_span() -> None:
+    with recording(f"00-{TRACE}-{SPAN}-01") as rows:
+        assert current() == Context(TRACE, SPAN)
+        with Request("GET", "http://o/x", "o", 80) as request:
+            sent = request.headers({"Range": "bytes=0-1"})["traceparent"]
+            request.status = 503
+    [(trace, span, parent, *_, error, attributes)] = rows
+    assert (trace, parent, sent) == (TRACE, SPAN, f"00-{TRACE}-{span}-01")
+    assert (error, attributes["error.type"], attributes["http.response.status_code"]) == ("503", "503", 503)
+
+
+async def test_a_collector_that_is_away_costs_its_batch_and_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tracer = Tracer(ENDPOINT)
+    sent: list[list[Row]] = []
+    is_away = True
+
+    async def send(rows: list[Row]) -> None:
+        await trio.lowlevel.checkpoint()
+        if is_away:
+            raise StoreError("away at http://user:pass@collector/?token=abc")
+        sent.append(rows)
+
+    for number in range(3):
+        tracer.outbox.add([number])
+        await tracer.flush(send)
+    is_away = False
+    tracer.outbox.add([3])
+    await tracer.flush(send)
+    assert sent == [[[3]]]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "pass" not in caplog.text
+
+
+def test_the_exporter_speaks_otlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mfs.tracing.export import Exporter
+
+    with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
+        monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
+        exporter = Exporter("mfs")
+        exporter.export([
+            [TRACE, SPAN, "", "load", 1, 10**18, 10**18 + 5, "", {"mfs.model": "m"}],
+            [TRACE, SPAN[::-1], SPAN, "GET", 3, 10**18, 10**18 + 5, "TransientStoreError", {"a": [1, 2], "b": True}],
+        ])  # fmt: skip
+        receiver.status = 400
+        with pytest.raises(StoreError, match="OTEL_EXPORTER_OTLP_ENDPOINT"):
+            exporter.export([[TRACE, SPAN, "", "load", 1, 0, 1, "", {}]])
+        exporter.close()
+    one, two = receiver.spans
+    assert receiver.paths == {"/v1/traces"}
+    assert (one.trace_id, one.span_id, one.parent_id, one.name, one.kind) == (TRACE, SPAN, "", "load", 1)
+    assert (one.resource["service.name"], one.resource["deployment.environment"]) == ("mfs", "test")
+    assert (two.parent_id, two.kind, two.error, two.attributes) == (
+        SPAN, 3, "TransientStoreError", {"a": [1, 2], "b": True},
+    )  # fmt: skip
+    assert two.end_ns - two.start_ns == 5
