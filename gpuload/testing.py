@@ -320,6 +320,10 @@ class _GatedStream:
 
         self._inner._queue.put(copy)
 
+    def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        for copy in copies:
+            self.copy_in(*copy)
+
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         self._inner.copy_in_rows(dst, src, row_bytes=row_bytes, rows_count=rows_count, pitch_bytes=pitch_bytes)
 

@@ -403,9 +403,19 @@ def doctor(devices: tuple[str, ...], as_json: bool, socket_path: str | None) -> 
 @click.option("--device", default="cpu", show_default=True, metavar="NAME")
 @click.option("--size", type=Size(), default="1G", show_default=True, help="Of the model that is made up for it.")
 @click.option("--dir", "folder", default="/tmp", show_default=True, type=click.Path(file_okay=False))
+@click.option("--modelled", is_flag=True, help="The share of a link that loads reach on a model of a GPU; needs none.")
 @json_option
-def bench(device: str, size: int, folder: str, as_json: bool) -> None:
-    """Measure loading, attaching and swapping on this machine, beside safetensors and the bare copy."""
+def bench(device: str, size: int, folder: str, modelled: bool, as_json: bool) -> None:
+    """Measure loading, attaching and swapping on this machine, beside safetensors and the bare copy.
+
+    --modelled, from a checkout and with a C compiler: loads on a driver that is a model (tools/gpu/simulate has its
+    prices). It shows what gpuload's own code leaves of a link, and says what it cannot tell.
+    """
+    if modelled:
+        from gpuload.cli.bench_modelled import run_modelled
+
+        printing.show_modelled(run_modelled(size, folder), as_json)
+        return
     from gpuload.cli.bench import run_bench
 
     printing.show_bench(run_bench(device, size, folder), as_json)

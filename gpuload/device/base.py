@@ -41,6 +41,10 @@ class Stream(Protocol):
         """From host memory at `src`, staging or such as the device `reaches`, to device memory at `dst`."""
         ...
 
+    def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """`copy_in` for each (dst, src, nbytes)."""
+        ...
+
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         """Rows that stand `pitch_bytes` apart on the host, packed on the device."""
         ...

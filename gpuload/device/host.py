@@ -73,6 +73,10 @@ class HostStream:
     def copy_in(self, dst: int, src: int, nbytes: int) -> None:
         self._queue.put(lambda: ctypes.memmove(dst, src, nbytes))
 
+    def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        for copy in copies:
+            self.copy_in(*copy)
+
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         def copy() -> None:
             for row in range(rows_count):

@@ -26,7 +26,7 @@ from gpuload.device.base import Device
 from gpuload.errors import AwayError, BusyError, FitError, ServerError, first_error, one_error, to_wire
 from gpuload.moving.kept import KeptFiles
 from gpuload.moving.pipeline import Limits
-from gpuload.moving.staging import open_ring
+from gpuload.moving.staging import Ring
 from gpuload.server.catalog import Catalog, Model
 from gpuload.server.client_files import REQUESTS_MAX, ClientFiles, Shares
 from gpuload.server.digest_files import DigestFiles
@@ -56,6 +56,10 @@ ACCEPT_PAUSE_S = 0.2
 """After a failed accept, before the next: long enough not to spin, short enough not to be noticed."""
 
 
+READERS_COUNT = max(2, min(20, os.cpu_count() or 2))
+"""Threads that read and hash. At 10 and 4.3 GB/s each takes 3 GB/s to the device: eighteen fill a link of 55."""
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """How a server behaves."""
@@ -79,7 +83,7 @@ class ServerConfig:
     """See `digests.DigestCache`."""
     digests_folder: str | None = None
     """Where digests outlive the process; None: nowhere. See `digest_files`."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = field(default_factory=lambda: Limits(readers_count=READERS_COUNT, buffers_count=READERS_COUNT + 4))
     metrics_addr: str | None = None
     """HOST:PORT to answer Prometheus on; None: nowhere but through the socket."""
 
@@ -203,7 +207,9 @@ async def _open_site(stack: contextlib.AsyncExitStack, name: str, device: Device
     stack.callback(arena.close)
     catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
     buffer_bytes, count = max(config.limits.buffer_bytes, PIECE_BYTES), config.limits.buffers_count
-    ring = await stack.enter_async_context(open_ring(device, buffer_bytes=buffer_bytes, count=count))
+    ring = Ring(device, buffer_bytes=buffer_bytes, count=count)
+    stack.callback(ring.close)
+    await trio.to_thread.run_sync(ring.grow)
     return Site(name, device, arena, catalog, ring)
 
 
