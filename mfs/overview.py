@@ -153,8 +153,9 @@ class Overview:
         for number, identity in enumerate(self._mount.pool.identities):
             numbers.setdefault(identity, []).append(number)
         try:
-            found = (await self._mount.pool.call("models", timeout_s=_WORKER_S))["rows"]
-        except MfsError:  # who looks may want to know why nothing works: the rest is shown
+            with trio.fail_after(_WORKER_S):  # no deadline of the worker's, which it would be killed for
+                found = (await self._mount.pool.call("models"))["rows"]
+        except (MfsError, trio.TooSlowError):  # who looks may want to know why nothing works: the rest is shown
             return
         for source, model, nbytes, _, pinned_count, last_used_at in found:
             for number in numbers.get(source, ()):

@@ -10,6 +10,9 @@ from typing import Any
 from mfs.errors import StoreError
 from mfs.tracing.spans import CLIENT, Row
 
+TIMEOUT_MAX_S = 10.0
+"""For one batch with all its attempts, also where the environment allows more: others wait behind it."""
+
 
 class Exporter:
     """Where traces go, as the OTEL_ variables say. Calls may come from several threads, one at a time each."""
@@ -26,13 +29,13 @@ class Exporter:
         )
         try:
             self._resource = Resource.create({} if is_named else {"service.name": service})
-            self._exporter = OTLPSpanExporter()
+            self._exporter = OTLPSpanExporter(timeout=_timeout_s(environment))
         except Exception as error:
             raise StoreError(f"the OTEL_ variables cannot be used: {type(error).__name__}: {error}") from error
         self._scope = InstrumentationScope("mfs")
 
     def export(self, rows: Sequence[Row]) -> None:
-        """Send spans that have ended. Raises: StoreError if they were not taken, within OTEL_EXPORTER_OTLP_TIMEOUT."""
+        """Send spans that have ended. Raises: StoreError if they were not taken in time."""
         from opentelemetry.sdk.trace.export import SpanExportResult
 
         if not rows:
@@ -68,3 +71,11 @@ class Exporter:
 
     def close(self) -> None:
         self._exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _timeout_s(environment: Mapping[str, str]) -> float:
+    said = environment.get("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT") or environment.get("OTEL_EXPORTER_OTLP_TIMEOUT")
+    try:
+        return min(TIMEOUT_MAX_S, float(said or TIMEOUT_MAX_S))
+    except ValueError:  # the SDK takes its default then, which is as long
+        return TIMEOUT_MAX_S
