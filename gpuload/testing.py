@@ -263,6 +263,7 @@ class FaultyDevice:
     def __init__(self, inner: Device, gate: Gate) -> None:
         self._inner, self._gate = inner, gate
         self.name, self.granule_bytes = inner.name, inner.granule_bytes
+        self.identity, self.exports_read_only = inner.identity, inner.exports_read_only
         self.staging_count = 0
 
     def memory(self) -> Memory:

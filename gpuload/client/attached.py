@@ -20,7 +20,7 @@ from gpuload import wire
 from gpuload.client import tensors
 from gpuload.client.asking import ATTACH_S, LOAD_S, connect, exchange
 from gpuload.descriptors import park, room_for
-from gpuload.device import open_device
+from gpuload.device import identity_of, open_device
 from gpuload.device.base import Mapping as DeviceMapping
 from gpuload.errors import ServerError
 
@@ -37,6 +37,7 @@ class Attached(dict[str, torch.Tensor]):
     device: str
     """Where it stands; several devices joined by ','."""
     devices: Sequence[str]
+    """As this process calls them; a card of which nothing was asked for, by its UUID."""
     digest: str
     """Of the whole content; equal digests are equal models."""
     generation: int
@@ -49,7 +50,8 @@ class Attached(dict[str, torch.Tensor]):
     def __init__(self, made: Mapping[str, torch.Tensor], reply: Mapping[str, Any], held: _Held) -> None:
         super().__init__(made)
         self.model, self.digest = reply["model"], reply["digest"]
-        self.device, self.devices = reply["device"], tuple(reply["devices"])
+        self.devices = tuple(part["device"] for part in reply["parts"])
+        self.device = ",".join(self.devices)
         self.generation, self.metadata, self.report = reply["generation"], reply["metadata"], reply.get("report")
         self._held = held
 
@@ -95,7 +97,7 @@ def attach(
     """
     request = {"op": "attach", "model": model}
     if device is not None:
-        request["device"] = str(device) if not isinstance(device, int) else f"cuda:{device}"
+        request["device"] = identity_of(device)
     return _attach(request, (), socket_path, timeout_s)
 
 
@@ -116,8 +118,8 @@ def open_resident(
     """
     request: dict[str, Any] = {
         "op": "open",
-        "device": device,
-        "device_map": dict(device_map or {}),
+        "device": None if device is None else identity_of(device),
+        "device_map": {prefix: identity_of(one) for prefix, one in (device_map or {}).items()},
         "files": list(labels),
     }
     request["left_out"] = dict(left_out or {})
@@ -156,14 +158,22 @@ def _flat(held: _Held, reply: dict[str, Any], got: Sequence[int]) -> list[torch.
     for name, dtype, shape, *_ in reply["tensors"]:  # before anything stands on what an error would unmap
         tensors.torch_dtype(dtype, name)
         tensors.storage_shape(dtype, shape, name)
+    used = {part for _, _, _, part, _, _ in reply["tensors"]}
     at = 0
-    for part in reply["parts"]:
-        runs = [(first, count) for first, count in part["runs"]]
+    for index, part in enumerate(reply["parts"]):
         own, at = got[at : at + part["fds"]], at + part["fds"]
+        if index not in used:  # another rank's, on a card that this process may not even see
+            flat.append(torch.empty(0, dtype=torch.uint8))
+            continue
+        if part["device"].startswith("cuda"):  # a number, which here may be another card's
+            raise ServerError("the gpuload server is older than this program: restart it")
+        device = open_device(part["device"])
+        part["device"] = device.name
+        runs = [(first, count) for first, count in part["runs"]]
         if not runs:
             flat.append(torch.empty(0, dtype=torch.uint8, device=part["device"]))
             continue
-        mapping = open_device(part["device"]).attach(own, runs)
+        mapping = device.attach(own, runs)
         held.mappings.append(mapping)
         flat.append(tensors.over_memory(held, mapping.address, mapping.nbytes, part["device"]))
     return flat

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuload.device import driver as cu
+from gpuload.errors import DeviceError
 
 _GT_S = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}
 _LANE_GB_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
@@ -55,6 +56,25 @@ class Card:
 def look(driver: cu.Driver) -> list[Card]:
     """All cards that this process may see (CUDA_VISIBLE_DEVICES). Raises: DeviceError."""
     return [_card(driver, index) for index in range(driver.number("cuDeviceGetCount", c_int))]
+
+
+def identity_at(driver: cu.Driver, index: int) -> str:
+    """Of the card that this process numbers so. Raises: DeviceError if it has none such."""
+    count = driver.number("cuDeviceGetCount", c_int)
+    if index >= count:
+        raise DeviceError(f"no cuda:{index}: this process sees {count} CUDA devices")
+    return driver.identity_of(driver.number("cuDeviceGet", c_int, index))
+
+
+def index_of(driver: cu.Driver, identity: str) -> int:
+    """How this process numbers a card. Raises: DeviceError naming those that it sees, if not that one."""
+    seen = [identity_at(driver, index) for index in range(driver.number("cuDeviceGetCount", c_int))]
+    if identity not in seen:
+        raise DeviceError(
+            f"{identity} is not among the cards that this process sees: {', '.join(seen) or 'none'}; is it left out of"
+            " CUDA_VISIBLE_DEVICES, or not given to this container?"
+        )
+    return seen.index(identity)
 
 
 def _card(driver: cu.Driver, index: int) -> Card:

@@ -205,6 +205,7 @@ class CudaDevice:
     """See `base.Device`. Uses the primary context, which torch uses too."""
 
     is_direct = False
+    exports_read_only = False
 
     def __init__(self, index: int, *, granule_bytes: int = GRANULE_BYTES, driver: cu.Driver | None = None) -> None:
         self.driver = driver or cu.load_driver()
@@ -213,6 +214,7 @@ class CudaDevice:
         if index >= count:
             raise DeviceError(f"no {self.name}: this machine has {count} CUDA devices")
         self._ordinal = self.driver.number("cuDeviceGet", c_int, index)
+        self.identity = self.driver.identity_of(self._ordinal)
         self._context = c_void_p()
         self.driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._ordinal)
         self.properties = cu.MemAllocationProp(

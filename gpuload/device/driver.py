@@ -13,6 +13,7 @@ import threading
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_ushort, c_void_p
 from functools import cache
 from typing import Any
+from uuid import UUID
 
 from gpuload.device.ranges import Ranges
 from gpuload.errors import DeviceError
@@ -75,6 +76,10 @@ class Memcpy2D(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Uuid(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_ubyte * 16)]
+
+
 _PROTOTYPES: dict[str, list[Any]] = {
     "cuInit": [c_uint],
     "cuGetErrorName": [c_int, POINTER(c_char_p)],
@@ -83,6 +88,7 @@ _PROTOTYPES: dict[str, list[Any]] = {
     "cuDeviceGet": [POINTER(c_int), c_int],
     "cuDeviceGetName": [c_char_p, c_int, c_int],
     "cuDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
+    "cuDeviceGetUuid_v2": [POINTER(Uuid), c_int],
     "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
     "cuDevicePrimaryCtxRelease_v2": [c_int],
     "cuCtxPushCurrent_v2": [c_void_p],
@@ -131,6 +137,7 @@ class Driver:
             raise DeviceError(f"the CUDA driver is too old for virtual memory management: {error}") from None
         for name, function in self._functions.items():
             function.argtypes, function.restype = _PROTOTYPES[name], c_int
+        self.path = path
         self.registered = Ranges()
         """Host memory of others that is page-locked; one table, since it is so for every context of this process."""
         self.registering = threading.Lock()
@@ -153,6 +160,14 @@ class Driver:
         out = kind()
         self.call(name, ctypes.byref(out), *args)
         return int(out.value or 0)
+
+    def identity_of(self, ordinal: int) -> str:
+        """'GPU-' and the UUID of a card, or of the slice of one (MIG) that this process was given: the driver tells both
+        alike. Needs no context.
+        """
+        found = Uuid()
+        self.call("cuDeviceGetUuid_v2", ctypes.byref(found), ordinal)
+        return f"GPU-{UUID(bytes=bytes(found.bytes))}"
 
     def _name_of(self, result: int) -> str:
         text = c_char_p()

@@ -14,7 +14,7 @@ from typing import Any
 
 import trio
 
-from gpuload.device import canonical_name
+from gpuload.device import canonical_name, card_of
 from gpuload.device.base import Run
 from gpuload.moving.kept import KeptFiles
 from gpuload.moving.model_files import without
@@ -39,7 +39,7 @@ from mfs.tracing.tracer import Tracer
 NAME_LENGTH_MAX = 200
 RULES_MAX = 10_000
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever an old client could misread a new server."""
 
 CHANGES = frozenset({"load", "swap", "open", "unload", "pin"})
@@ -229,7 +229,8 @@ class Operations:
                 begins.append(offsets)
                 own = self._sites[part.catalog.device].arena.export(runs) if is_wanted and runs else []
                 fds += own
-                parts.append({"device": part.catalog.device, "runs": runs if is_wanted else [], "fds": len(own)})
+                whose = self._sites[part.catalog.device].device.identity
+                parts.append({"device": whose, "runs": runs if is_wanted else [], "fds": len(own)})
 
             def rows() -> list[list[Any]]:
                 def at(t: ResidentTensor) -> int:
@@ -260,6 +261,7 @@ class Operations:
             devices.append(
                 {
                     "device": name,
+                    "identity": site.device.identity,
                     "device_bytes": memory.total_bytes,
                     "device_free_bytes": memory.free_bytes,
                     "arena_bytes": site.arena.granules_count * unit,
@@ -278,10 +280,13 @@ class Operations:
             return next(iter(self._sites.values()))
         if given is None:
             raise UsageError(f"this server has several devices: say which of {', '.join(self._sites)}")
-        name = canonical_name(str(given)[:100])
-        if name not in self._sites:
-            raise NotFoundError(f"this server has no arena on {name}; it has: {', '.join(self._sites)}")
-        return self._sites[name]
+        card = card_of(str(given)[:100])
+        name = card or canonical_name(str(given)[:100])
+        for site in self._sites.values():
+            if name in (site.name, site.device.identity):
+                return site
+        there = (s.name if s.device.identity == s.name else f"{s.name} ({s.device.identity})" for s in self._sites.values())
+        raise NotFoundError(f"this server has no arena on {name}; it has: {', '.join(there)}")
 
     def _only(self, request: dict[str, Any]) -> Site | None:
         return None if request.get("device") is None else self._site(request["device"])

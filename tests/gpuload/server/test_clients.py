@@ -71,7 +71,7 @@ def test_a_client_that_breaks_the_protocol_harms_nobody(server: ServerThread, se
         sock.settimeout(30)
         while sock.recv(4096):
             pass
-    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 2
+    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 3
 
 
 def test_unwanted_descriptors_are_closed(server: ServerThread) -> None:
