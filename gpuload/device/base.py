@@ -84,9 +84,12 @@ class Mapping(Protocol):
 
     address: int
     nbytes: int
+    waits_to_close: bool
+    """Whether `close` waits for the device. Then no finalizer and no timer may call it: they run in the middle of
+    anything, the capture of a CUDA graph too, which that would break."""
 
     def close(self) -> None:
-        """Unmap. Nobody may use the addresses afterwards."""
+        """Unmap. Nobody may use the addresses afterwards. In a forked child, what is its parent's alone stays."""
         ...
 
 

@@ -7,6 +7,7 @@ installed, for what neither tells.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Callable
 from ctypes import c_int
@@ -115,6 +116,11 @@ def numa_node_of(card: Card, root: Path = Path("/")) -> int | None:
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None
+
+
+def mps_is_there() -> bool:
+    """Whether CUDA processes share cards through NVIDIA's Multi-Process Service here, as its control pipe tells."""
+    return os.path.exists(os.path.join(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control"))
 
 
 def driver_release(root: Path = Path("/")) -> str:

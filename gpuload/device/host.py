@@ -153,6 +153,8 @@ class HostArena:
 class HostMapping:
     """See `base.Mapping`. Private and writable: a write copies that page for this process alone."""
 
+    waits_to_close = False
+
     def __init__(self, fd: int, runs: Sequence[Run], granule_bytes: int) -> None:
         self.nbytes = sum(count for _, count in runs) * granule_bytes
         self.address = 0

@@ -35,6 +35,8 @@ The largest model known has 90,000 tensors, and transformers takes a slice of ea
 IDLE_S = 60.0
 """How long an open file that nobody reads holds its lease; the next read attaches again, in milliseconds."""
 
+ZERO_COPY_VARIABLE = "GPULOAD_ZERO_COPY"
+
 _NAMES = {"pt", "torch", "pytorch"}
 
 
@@ -54,8 +56,13 @@ class _File:
         self._tensors: Any = None
         self._is_refused = False
 
-    def tensor(self, name: str) -> Any:
-        """The tensor, of the caller's own and in his mode; None if the library must serve it."""
+    def tensor(self, name: str, key: Any = ...) -> Any:
+        """The tensor, or what `key` cuts from it, of the caller's own and in his mode; None if the library must serve.
+
+        Programs write to what they have loaded: they merge adapters, quantise in place. On the CPU the page is copied
+        then. On a GPU the program would lose the card, so that it gets a copy at once, but where ZERO_COPY_VARIABLE
+        says that it only reads.
+        """
         from gpuload.client import tensors  # torch is there by now
 
         if not tensors.has_memory():  # a tracer's: the library has its own words for it
@@ -68,13 +75,22 @@ class _File:
                 if self._tensors is not None:
                     _idle.add(self)
             found = None if self._tensors is None else self._tensors.get(name)
-        return None if found is None else tensors.fresh(found)
+        if found is None:
+            return None
+        if self.device.startswith("cuda") and os.environ.get(ZERO_COPY_VARIABLE) != "1":
+            return found[key].clone()
+        whole = tensors.fresh(found)
+        return whole if key is ... else tensors.fresh(whole[key])  # a view remembers the mode that it was taken in
 
     def close(self) -> None:
         """Give up the lease; slices that outlive their file are the library's."""
         with self._lock:
-            self._tensors, self._is_refused = None, True
+            had, self._tensors, self._is_refused = self._tensors is not None, None, True
         _idle.remove(self)
+        if had:
+            from gpuload.client.attached import let_go
+
+            let_go()
 
     def release_if_idle(self) -> bool:
         """True if the lease was given up."""
@@ -225,12 +241,8 @@ def install() -> None:
 
     def __getitem__(self: Any, key: Any) -> Any:
         file, name = _slices.get(self) or (None, "")
-        tensor = _or_library(file, name, lambda: None)
-        if tensor is None:
-            return real_getitem(self, key)
-        from gpuload.client import tensors
-
-        return tensors.fresh(tensor[key])  # a view remembers the mode that it was taken in
+        tensor = _or_library(file, name, lambda: None, key)
+        return real_getitem(self, key) if tensor is None else tensor
 
     opened.__init__, opened.__exit__ = __init__, __exit__
     opened.get_tensor, opened.get_slice = get_tensor, get_slice
@@ -241,8 +253,8 @@ def install() -> None:
     _is_installed = True
 
 
-def _or_library(file: _File | None, name: str, library: Callable[[], Any]) -> Any:
-    tensor = file.tensor(name) if file is not None else None
+def _or_library(file: _File | None, name: str, library: Callable[[], Any], key: Any = ...) -> Any:
+    tensor = file.tensor(name, key) if file is not None else None
     if tensor is None:
         counts.add(left=1)
         return library()

@@ -16,6 +16,7 @@ import trio
 
 from gpuload.device import canonical_name, card_of
 from gpuload.device.base import Run
+from gpuload.errors import DeviceLostError
 from gpuload.moving.kept import KeptFiles
 from gpuload.moving.model_files import without
 from gpuload.moving.plan import Placement
@@ -30,7 +31,7 @@ from gpuload.server.tally import LoadTally, gathered, processes
 from gpuload.server.versions import Version, look
 from gpuload.server.work import Job, Report
 from gpuload.wire import close_all
-from mfs.errors import AccessError, NotFoundError, UsageError
+from mfs.errors import AccessError, ChangedError, NotFoundError, UsageError
 from mfs.metrics.families import Families, Text
 from mfs.metrics.processes import add_processes
 from mfs.tracing.spans import parse_traceparent
@@ -61,11 +62,12 @@ class Peer:
 
 @dataclass
 class Answer:
-    """What goes back; `lease` is what this connection holds from now on."""
+    """What goes back; `lease`: what this connection holds from now on; `lost`: the server ends once that is said."""
 
     message: dict[str, Any]
     fds: Sequence[int] = ()
     lease: Model | None = None
+    lost: DeviceLostError | None = None
 
 
 class Operations:
@@ -99,9 +101,11 @@ class Operations:
             case "load" | "swap":
                 return await self._load(request, files)
             case "open":
-                return await self._open(request, files)
+                return await self._open(request, files, peer)
             case "attach":
-                return await self._attach(self._find(request), self._only(request), {})
+                model = self._find(request)
+                _check_digest(model, _text(request, "digest"))
+                return await self._attach(model, self._only(request), {}, peer)
             case "unload":
                 return self._unload(request)
             case "pin":
@@ -117,9 +121,10 @@ class Operations:
         model, report, explained = await self._loaded(name, request, files)
         return Answer({**_summary(model), "report": report.as_dict(), **explained})
 
-    async def _open(self, request: dict[str, Any], files: ClientFiles | None) -> Answer:
+    async def _open(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
         model, report, _ = await self._loaded(None, {**request, "pinned": False, "retain": "lru"}, files)
-        return await self._attach(model, None, {"report": report.as_dict()})  # no checkpoint since `load` returned
+        told = {"report": report.as_dict()}
+        return await self._attach(model, None, told, peer)  # no checkpoint since `load` returned
 
     async def _loaded(
         self, name: str | None, request: dict[str, Any], files: ClientFiles | None
@@ -202,10 +207,17 @@ class Operations:
             raise UsageError(f"ranks on {', '.join(names)}: each needs a device of its own")
         return [Placement(name, {}, rank, len(names), rules) for rank, name in enumerate(names)]
 
-    async def _attach(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
+    async def _attach(self, model: Model, only: Site | None, extra: dict[str, Any], peer: Peer) -> Answer:
         """only: the device whose part is wanted; None: all of it. The lease is on the whole model in any case, and from
         the first moment on.
         """
+        for part in model.parts:
+            site = self._sites[part.catalog.device]
+            if only in (None, site) and not (site.device.exports_read_only or peer.may_change):
+                raise AccessError(
+                    f"user {peer.uid} may not attach to {site.name} of user {os.geteuid()}: CUDA leaves it to him who"
+                    " attaches whether he can write to everybody's weights; run a server of your own"
+                )
         model.lease()
         try:
             return await self._handed_out(model, only, extra)
@@ -285,8 +297,9 @@ class Operations:
         for site in self._sites.values():
             if name in (site.name, site.device.identity):
                 return site
-        there = (s.name if s.device.identity == s.name else f"{s.name} ({s.device.identity})" for s in self._sites.values())
-        raise NotFoundError(f"this server has no arena on {name}; it has: {', '.join(there)}")
+        raise NotFoundError(
+            f"this server has no arena on {name}; it has: {', '.join(map(_named, self._sites.values()))}"
+        )
 
     def _only(self, request: dict[str, Any]) -> Site | None:
         return None if request.get("device") is None else self._site(request["device"])
@@ -309,6 +322,11 @@ class Operations:
         return self._find(request)
 
 
+def _named(site: Site) -> str:
+    identity = site.device.identity
+    return site.name if identity == site.name else f"{site.name} ({identity})"
+
+
 def _exposed(families: Families, accept: str) -> Text:
     from mfs.metrics.exposition import exposed  # only where somebody asks
 
@@ -320,6 +338,15 @@ def _missing(name: str, catalogs: Sequence[Catalog]) -> Model:
     """Raises: NotFoundError naming what there is."""
     there = ", ".join(sorted({n for catalog in catalogs for n in catalog.models})) or "none"
     raise NotFoundError(f"no model {name!r} is resident; there are: {there}")
+
+
+def _check_digest(model: Model, wanted: str) -> None:
+    """Raises: ChangedError if certain content is wanted, and that is not it."""
+    if wanted not in ("", model.digest):
+        raise ChangedError(
+            f"{model.name!r} is now {model.digest[:16]}…, asked for was {wanted[:16]}…: it was swapped in between;"
+            " attach every rank again, so that all have the same weights"
+        )
 
 
 def _runs(blocks: Sequence[Block], unit: int) -> tuple[list[Run], list[int]]:

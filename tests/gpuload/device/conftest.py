@@ -1,4 +1,4 @@
-"""Stand-in drivers, one for each process that a test is about: a library of its own, with cards as its environment says."""
+"""Stand-in drivers, one for each process that a test is about: a library each, with cards as its environment says."""
 
 from __future__ import annotations
 

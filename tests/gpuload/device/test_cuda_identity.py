@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import gpuload.client.attached
 from gpuload.client.asking import ask, load_resident
 from gpuload.client.attached import attach, open_resident
 from gpuload.device import card_of, identity_of
