@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,8 @@ RAM_SLOTS_COUNT_MIN = 16
 LAYOUTS = ("plain", "hub-cache")
 SIGNED_SCHEMES = ("mfs+s3", "mfs+file", "mfs+http", "mfs+https")
 """Sources whose revisions can be signed (`registry.layout.SCHEMES`, whose test keeps the two equal)."""
+FIXED = ("mountpoint", "allow_other", "uid", "gid", "umask")
+"""Settings of a mount that the kernel holds, or has told readers: they stay as long as it is mounted."""
 _CACHE_ADDRESS = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?/?")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "text", "json")
@@ -70,6 +73,19 @@ class SourceConfig:
     """The same, where it is Dragonfly's dfdaemon."""
     require_signature: Path | None = None
     """File with a public key: of a registry, show only what was signed with it. None: show everything."""
+
+    def options(self, mountpoint: str = "", cache_directory: str = "") -> dict[str, Any]:
+        """How it is reached, as `sources.SourceOptions` takes it, and plain values can cross to a worker.
+
+        mountpoint, cache_directory: of the mount, '' without one.
+        """
+        return {
+            "mountpoint": mountpoint, "cache_directory": cache_directory,
+            "endpoint_url": self.endpoint_url, "profile": self.profile, "region": self.region,
+            "unsigned": self.unsigned, "requester_pays": self.requester_pays, "token": self.token,
+            "layout": self.layout, "via": self.via, "dragonfly": self.dragonfly,
+            "require_signature": os.fspath(self.require_signature) if self.require_signature else None,
+        }  # fmt: skip
 
     def __post_init__(self) -> None:
         label = f"source {self.name!r}" if self.name else "source"
@@ -218,6 +234,11 @@ class MountConfig:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"not a mount configuration: {error}") from error
 
+    def identity(self) -> str:
+        """Equal for settings that make the same mount to the kernel and to readers; 16 hexadecimal digits."""
+        told = [*(getattr(self, name) for name in FIXED), *map(dataclasses.asdict, places(self))]
+        return hashlib.sha256(json.dumps(told, default=os.fspath).encode()).hexdigest()[:16]
+
     def masked(self) -> dict[str, Any]:
         """The settings as JSON values for people and `mfs config`, secrets replaced by '***'."""
         values: dict[str, Any] = json.loads(self.to_json())
@@ -233,6 +254,14 @@ class MountConfig:
 def _source(values: dict[str, Any]) -> SourceConfig:
     key = values.pop("require_signature", None)
     return SourceConfig(**values, require_signature=Path(key) if key is not None else None)
+
+
+def places(config: MountConfig) -> list[SourceConfig]:
+    """The sources without what only opens them."""
+    opening: dict[str, Any] = {
+        "profile": None, "region": None, "unsigned": False, "requester_pays": False, "token": None
+    }  # fmt: skip
+    return [dataclasses.replace(source, **opening) for source in config.sources]
 
 
 def check_paths(config: MountConfig, *, is_replacing: bool = False) -> None:

@@ -19,11 +19,12 @@ import trio
 from mfs.config import MountConfig, check_cache_dir, check_mountpoint, check_paths
 from mfs.control import leftovers, lending_door, mountinfo, runtime, server
 from mfs.control.holding import HolderLink, listen_to_signals
-from mfs.control.ready import DaemonStart, notify
+from mfs.control.ready import DaemonStart, ping
 from mfs.errors import MfsError, StoreError
 from mfs.handover import Giver, Heir, door_path
 from mfs.lending import RamLender
 from mfs.logs import set_up_logging
+from mfs.manager import notify
 from mfs.metrics import door
 from mfs.mount import Mount
 from mfs.page import site
@@ -221,6 +222,7 @@ async def _answer(
             )
         nursery.start_soon(_end_after_handover, mount, giver, lender, metrics, ended)
         nursery.start_soon(_watch_holder, mount, start.holder)
+        nursery.start_soon(ping)
         on_registered()
         gc.collect()
         gc.freeze()  # as workers do

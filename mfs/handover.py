@@ -29,7 +29,6 @@ import struct
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -38,11 +37,10 @@ import msgpack
 import trio
 
 from mfs import limits
-from mfs.config import MountConfig, SourceConfig
+from mfs.config import FIXED, MountConfig, places
 from mfs.control import listening, wire
 from mfs.control.connecting import connect
 from mfs.control.holding import HolderLink
-from mfs.control.ready import notify
 from mfs.errors import (
     AccessError,
     ConfigError,
@@ -55,6 +53,7 @@ from mfs.errors import (
 )
 from mfs.fuse.device import Agreement, is_connected
 from mfs.fuse.journal import Journal
+from mfs.manager import notify
 from mfs.mount import Mount, RefreshState
 
 log = logging.getLogger(__name__)
@@ -70,8 +69,6 @@ _REGISTER_S = 30.0
 _DEAD_S = 5.0  # between the end of a process' connections and that of the process
 _ANSWER_S = 30.0  # above what the old daemon may need to save what is only in RAM
 _TEXT = "surrogatepass"
-_SAME = ("mountpoint", "allow_other", "uid", "gid", "umask")
-"""Settings that the kernel holds, or has told readers."""
 
 
 def door_path(control_socket: Path) -> Path:
@@ -177,7 +174,7 @@ class Giver:
                 finally:
                     if given:
                         session.release()
-                        self._holder.end()
+                        self._holder.given()
                     else:
                         self._holder.hold(session.device, self._lock, self._mount.operations.journal.fd)
                         session.resume()
@@ -287,13 +284,13 @@ class Heir:
 
     def check_same(self, config: MountConfig) -> None:
         """Raises: ConfigError if a mount with these settings would not be the same mount."""
-        for name in _SAME:
+        for name in FIXED:
             was, wanted = getattr(self.config, name), getattr(config, name)
             if was != wanted:
                 raise ConfigError(
                     f"{name} cannot change while mounted: it is {was}, asked for {wanted}; unmount and mount again"
                 )
-        if _places(self.config) != _places(config):
+        if places(self.config) != places(config):
             raise ConfigError("the sources cannot change while mounted: unmount and mount again")
 
     async def hand_over(self, mount: Mount) -> None:
@@ -371,12 +368,6 @@ class Heir:
                 raise from_wire(*answer["error"])
             raise OSError("it closed the connection" if answer is None else "descriptors were lost on the way")
         return answer, fds
-
-
-def _places(config: MountConfig) -> list[SourceConfig]:
-    """The sources without what only opens them."""
-    opening = {"profile": None, "region": None, "unsigned": False, "requester_pays": False, "token": None}
-    return [replace(source, **opening) for source in config.sources]  # type: ignore[arg-type]
 
 
 def _peer(sock: trio.socket.SocketType) -> tuple[int, int]:

@@ -1,19 +1,23 @@
 """The process that outlives a daemon: it holds the mount's descriptors and starts the next daemon if one is killed.
 
-    python -m mfs.holder ARGUMENTS OF mfs.daemon
+    python -m mfs.holder [--store NAME] ARGUMENTS OF mfs.daemon
 
-It starts `mfs.daemon` with these arguments and one end of a SOCK_SEQPACKET pair (--holder-fd). This docstring is the
-only reference of what is said there; descriptors travel as SCM_RIGHTS:
+With --successor it begins where another holder was killed, with the descriptors that were kept under NAME. It starts
+`mfs.daemon` with these arguments and one end of a SOCK_SEQPACKET pair (--holder-fd). This docstring is the only
+reference of what is said there; descriptors travel as SCM_RIGHTS:
 
     hold [device, lock, journal]              the daemon serves; what it held before is replaced
     hold [device, lock, journal, connection]  ... what another daemon gave: that one is told, over `connection`
     giving [connection]                       another daemon may say over `connection` that the mount is held by it
-    end                                       the mount ends, or is another's: nothing is held any more
+    given                                     the mount is another's: nothing is held any more
+    end                                       the mount ends: nothing is held any more, here or by a service manager
 
 A daemon that ends without `end`, while it is held and the mount stands, has crashed: its successor gets the
 descriptors (--successor) and must say `hold` in time. Readers wait meanwhile, in the kernel. After too many crashes in
 a short time, or too many successors that never served, the descriptors are closed, and readers get ENOTCONN. Signals
 go to the daemon; its exit status becomes ours.
+
+What is held is also given to the service manager (`mfs.manager`), should this process be killed.
 
 This process must not fail, and should cost little: nothing is imported but small modules.
 """
@@ -25,7 +29,7 @@ import socket
 import sys
 import time
 
-from mfs import children
+from mfs import children, manager
 
 CRASHES_MAX, WITHIN_S = 5, 60.0
 _FIRST_PAUSE_S = 0.1  # doubled with each further crash; after the first there is none
@@ -40,8 +44,13 @@ _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 class _Holder:
     def __init__(self, arguments: list[str]) -> None:
         self._config_fd = _memory_file(int(_taken(arguments, "--config-fd")))
-        self._held: list[int] = []
+        self._store = _taken(arguments, "--store") if "--store" in arguments else ""
+        """As what the service manager keeps it, '' without one."""
+        kept = _taken(list(arguments), "--successor") if "--successor" in arguments else ""
+        self._held = [int(fd) for fd in kept.split(",") if fd]
         """device, lock, journal"""
+        for fd in self._held:
+            os.set_inheritable(fd, False)
         self._connection: socket.socket | None = None
         self._child = self._last = 0
         self._pending: list[int] = []
@@ -54,7 +63,8 @@ class _Holder:
         for number in _SIGNALS:
             signal.signal(number, self._forward)
         ready = [int(_taken(list(self._arguments), "--ready-fd"))] if "--ready-fd" in self._arguments else []
-        status = self._attend(self._arguments, ready, wait_s=None)
+        wait_s = _SERVES_WITHIN_S if self._held else None
+        status = self._attend(self._arguments, self._held, ready, wait_s=wait_s)
         crashes: list[float] = []
         while self._has_crashed():
             if self._serves:  # else it counts, however long it took
@@ -62,26 +72,30 @@ class _Holder:
             how = f"the daemon (pid {self._last}) {_in_words(status)}"
             if len(crashes) == CRASHES_MAX:
                 self._say(f"{how}, after {CRASHES_MAX} others that did no better: the mount is given up")
+                self._end()
                 break
             if crashes:
                 time.sleep(_FIRST_PAUSE_S * 2 ** (len(crashes) - 1))
             crashes.append(time.monotonic())
             self._say(f"{how}: starting the next one, readers wait")
             held = ",".join(map(str, self._held))
-            status = self._attend(["--successor", held], self._held, wait_s=_SERVES_WITHIN_S)
+            status = self._attend(["--successor", held], self._held, [], wait_s=_SERVES_WITHIN_S)
         return status
 
-    def _attend(self, arguments: list[str], fds: list[int], *, wait_s: float | None) -> int:
-        """Start a daemon and listen to it until it ends. Its wait status."""
+    def _attend(self, arguments: list[str], fds: list[int], given: list[int], *, wait_s: float | None) -> int:
+        """Start a daemon with these descriptors, and such as are its alone, and listen to it until it ends.
+
+        Its wait status.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         os.lseek(self._config_fd, 0, os.SEEK_SET)
         own = ["--config-fd", str(self._config_fd), "--holder-fd", str(theirs.fileno())]
         self._serves = False
-        self._start(children.python("-m", "mfs.daemon", *own, *arguments), [self._config_fd, theirs.fileno(), *fds])
+        inherited = [self._config_fd, theirs.fileno(), *fds, *given]
+        self._start(children.python("-m", "mfs.daemon", *own, *arguments), inherited)
         theirs.close()
-        if wait_s is None:
-            for fd in fds:  # the daemon's alone: its end must be seen by whoever waits
-                os.close(fd)
+        for fd in given:  # their end must be seen by whoever waits
+            os.close(fd)
         until = None if wait_s is None else time.monotonic() + wait_s
         with ours:
             process = os.pidfd_open(self._child)
@@ -126,13 +140,17 @@ class _Holder:
         if message == b"hold" and len(fds) in (3, 4):
             self._let_go()
             self._held, self._serves = fds[:3], True
+            if self._store:
+                manager.store(self._store, self._held)
             for fd in fds[3:]:
                 _tell(socket.socket(fileno=fd), b'{"ask": "held"}')
         elif message == b"giving" and len(fds) == 1:
             self._connection = socket.socket(fileno=fds[0])
-        elif message == b"end":
+        elif message == b"given":
             self._let_go()
             self._ended = True
+        elif message == b"end":
+            self._end()
         else:
             for fd in fds:
                 os.close(fd)
@@ -157,6 +175,12 @@ class _Holder:
         finally:
             connection.close()
             self._connection = None
+
+    def _end(self) -> None:
+        self._let_go()
+        self._ended = True
+        if self._store:
+            manager.unstore(self._store)
 
     def _let_go(self) -> None:
         for fd in self._held:

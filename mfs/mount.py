@@ -23,7 +23,7 @@ from mfs.cache.ram import PROCESS_BYTES, RamConfig, RamTier
 from mfs.cache.sealing import open_sealed
 from mfs.cache.ssd import SsdConfig, SsdTier
 from mfs.cache.warming import keep_warm
-from mfs.config import MountConfig, SourceConfig
+from mfs.config import MountConfig
 from mfs.control import detach, mountinfo
 from mfs.errors import ConfigError, MfsError, StoreError
 from mfs.fuse import kernel, session
@@ -525,8 +525,9 @@ class Mount:
 
 
 def _pool_config(config: MountConfig) -> PoolConfig:
+    place, cache = str(config.mountpoint), str(config.cache_dir or "")
     setup = {
-        "sources": [{"url": source.url, "options": _options(source, config)} for source in config.sources],
+        "sources": [{"url": source.url, "options": source.options(place, cache)} for source in config.sources],
         # Resolved once: what a link on the way leads to later is another directory.
         "cache_dir": os.path.realpath(config.cache_dir) if config.cache_dir else None,
         "cache_fsync": config.cache_fsync,
@@ -551,17 +552,6 @@ def _keeper_config(config: MountConfig, slots_count: int) -> KeeperConfig:
         config.materialize, tuple(source.name for source in config.sources), config.timeout_s,
         config.cache_bytes if config.cache_dir else None, slots_count,
     )  # fmt: skip
-
-
-def _options(source: SourceConfig, config: MountConfig) -> Frame:
-    """A source's settings as `sources.SourceOptions` takes them."""
-    return {
-        "mountpoint": str(config.mountpoint), "cache_directory": str(config.cache_dir or ""),
-        "endpoint_url": source.endpoint_url, "profile": source.profile, "region": source.region,
-        "unsigned": source.unsigned, "requester_pays": source.requester_pays, "token": source.token,
-        "layout": source.layout, "via": source.via, "dragonfly": source.dragonfly,
-        "require_signature": os.fspath(source.require_signature) if source.require_signature else None,
-    }  # fmt: skip
 
 
 def _entry(fields: list[object]) -> Entry:

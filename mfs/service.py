@@ -69,6 +69,7 @@ class Service:
                 }
                 for number, source in enumerate(config.sources)
             ],
+            "tree": {"files_count": mount.namespace.files_count, "bytes": mount.namespace.listed_bytes},
             "cache_dir": str(config.cache_dir) if config.cache_dir else None,
             "ssd": await self._ssd_status(),
             "ram": {

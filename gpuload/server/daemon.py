@@ -46,7 +46,9 @@ from gpuload.server.loader import Loader
 from gpuload.server.operations import Answer, Operations, Peer
 from gpuload.server.site import Site
 from gpuload.wire import Channel, close_all, encode
+from mfs.control.ready import ping
 from mfs.errors import ConfigError, MfsError
+from mfs.manager import notify
 from mfs.metrics import door
 from mfs.tracing.export import Exporter
 from mfs.tracing.spans import Row
@@ -414,8 +416,11 @@ def run(config: ServerConfig, open_one: Callable[[str], Device], on_ready: Calla
             async with trio.open_nursery() as nursery:
                 serving = partial(serve, must=must, on_lost=partial(end_in_time, 1))
                 await nursery.start(serving, config, open_one)
+                nursery.start_soon(ping)
                 on_ready()
+                notify("READY=1\nSTATUS=serving")
                 await anext(signals)
+                notify("STOPPING=1")
                 end_in_time(0)
                 nursery.cancel_scope.cancel()
 

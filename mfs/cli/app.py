@@ -9,10 +9,12 @@ import click
 from mfs.cli import (
     apply,
     browse,
+    csi,
     diff,
     doctor,
     estimate,
     explain,
+    kserve,
     look,
     metrics,
     mount,
@@ -36,7 +38,7 @@ _GROUPS = (
     ("Move", ("prefetch", "evict", "pin", "unpin", "refresh", "verify", "apply")),
     ("Registry", ("push", "sign", "tag", "rollback", "log", "diff", "rm", "gc", "fsck")),
     ("Plan", ("doctor", "estimate")),
-    ("Set up", ("config", "triton", "completion", "version")),
+    ("Set up", ("config", "csi", "keep", "kserve-init", "triton", "completion", "version")),
 )
 _SECTIONS = {
     "Examples": """\
@@ -86,6 +88,7 @@ for _command in (
     metrics.metrics,
     tiers.prefetch, tiers.evict, tiers.pin, tiers.unpin, tiers.refresh, tiers.verify, apply.apply, push.push,
     sign.sign, diff.diff, registry.tag, registry.rollback, registry.log, registry.rm, registry.gc, registry.fsck,
-    doctor.doctor, estimate.estimate, settings.config, triton.triton, shell.completion, shell.version,
+    doctor.doctor, estimate.estimate, settings.config, csi.csi, csi.keep, kserve.kserve_init, triton.triton,
+    shell.completion, shell.version,
 ):  # fmt: skip
     cli.add_command(_command)

@@ -87,8 +87,7 @@ def estimate(
     from mfs.planning.cached import Cached
     from mfs.planning.estimate import Question
     from mfs.planning.estimate import estimate as find
-    from mfs.planning.origin import options_of
-    from mfs.sources import open_source
+    from mfs.sources import SourceOptions, open_source
 
     price = prices.parse(egress) if egress else None
     of_source = {name: reaching[name] for name, *_ in REACHING if reaching.get(name) is not None}
@@ -99,7 +98,8 @@ def estimate(
         cast("Read", read), paths, processes=workers, connections=connections, keeps=directory is not None,
         link_bytes_s=link_bytes_s, latency_s=latency_s, price=price,
     )  # fmt: skip
-    opened = open_source(config.url, options_of(config, cache_dir=directory))
+    options = config.options(cache_directory=os.fspath(directory or ""))
+    opened = open_source(config.url, SourceOptions(**options))
     try:
         found = find(opened, question, Cached(directory), deadline_s=time.monotonic() + timeout_s)
     finally:

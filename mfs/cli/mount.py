@@ -213,7 +213,10 @@ HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_ENDPOINT
 DOCKER_CONFIG    the directory of docker's config.json, instead of ~/.docker
 HTTPS_PROXY, HTTP_PROXY, NO_PROXY (names, addresses, ranges)
 SSL_CERT_FILE, REQUESTS_CA_BUNDLE; for S3 AWS_CA_BUNDLE or its ca_bundle
-NOTIFY_SOCKET    told READY=1 when the mount can be used (systemd Type=notify)""",
+NOTIFY_SOCKET    told READY=1 when the mount can be used (systemd Type=notify), and given the
+                 mount's descriptors to keep (FileDescriptorStoreMax=)
+WATCHDOG_USEC    told WATCHDOG=1 three times as often, as long as the daemon answers
+LISTEN_FDS       the descriptors again, with --foreground: the mount goes on""",
     },
 )
 @click.argument("source", required=False)
@@ -232,27 +235,30 @@ def mount(source: str | None, mountpoint: str | None, config_file: Path | None, 
     than the options given; sources, owner and access stay as they are. Readers wait for milliseconds; whatever fails
     leaves the old daemon serving. Needs Linux 6.9.
     """
-    from mfs.cli.launch import become_daemon, start_daemon
     from mfs.config import check_paths
+    from mfs.control import fdstore
+    from mfs.launch import become_daemon, start_daemon, store_name
 
     if handover:
         _take_over(source, mountpoint, config_file, options)
         return
     settings = _settings(source, mountpoint, config_file, options)
+    if settings.foreground and (held := fdstore.received(store_name(settings))):
+        become_daemon(settings, held=held)
     check_paths(settings, is_replacing=_is_dead(str(settings.mountpoint)))
     if settings.foreground:
         become_daemon(settings)
-    for warning in start_daemon(settings, deadline_s=2 * settings.timeout_s + _START_GRACE_S):
+    for warning in start_daemon(settings, deadline_s=2 * settings.timeout_s + _START_GRACE_S, told=warn):
         warn(warning)
     print(_success(settings))
 
 
 def _take_over(source: str | None, mountpoint: str | None, config_file: Path | None, options: dict[str, Any]) -> None:
-    from mfs.cli.launch import become_daemon, start_daemon
     from mfs.cli.targets import connect
     from mfs.control import mountinfo
     from mfs.control.runtime import find_mount
     from mfs.handover import Heir, door_path
+    from mfs.launch import become_daemon, start_daemon
 
     settings = None
     if config_file is not None or mountpoint is not None:
@@ -275,7 +281,7 @@ def _take_over(source: str | None, mountpoint: str | None, config_file: Path | N
         heir.check_same(settings)
         if settings.foreground:
             become_daemon(settings, heir=heir)
-        for warning in start_daemon(settings, deadline_s=_TAKE_OVER_S, heir=heir):
+        for warning in start_daemon(settings, deadline_s=_TAKE_OVER_S, heir=heir, told=warn):
             warn(warning)
         print(clean(f"{place} taken over from pid {heir.pid} (mfs {heir.version})"))
 

@@ -130,7 +130,7 @@ def render(
     parts: list[RenderableType] = [_head(mounts, sort), Text(), _mounts_table(mounts, wide), _waits(mounts), Text()]
     parts.append(_models(mounts, sort, rows_max, wide))
     if fetches:
-        parts += [Text(), _fetches(fetches, is_one=len(mounts) == 1)]
+        parts += [Text(), _fetches(fetches, mounts)]
     if warnings:
         parts += [
             Text(),
@@ -243,18 +243,19 @@ def _model_cells(row: dict[str, Any], wide: bool) -> list[str | Text]:
     ]  # fmt: skip
 
 
-def _fetches(fetches: Sequence[tuple[Watched, Json]], *, is_one: bool) -> RenderableType:
-    rows = []
+def _fetches(fetches: Sequence[tuple[Watched, Json]], mounts: Sequence[Watched]) -> RenderableType:
+    rows: list[list[str | Text]] = []
     for mount, row in fetches[:_FETCHES_MAX]:
         late = "red" if row["since_s"] > 5 else ""
         rows.append([
             Text(f"{row['since_s']:.1f}s", style=late), row["from"], "ahead" if row["ahead"] else "waited for",
             f"{size(row['stop'] - row['start'])} at {size(row['start'])}",
-            row["path"] if is_one else f"{mount.served.mountpoint}/{row['path']}",
+            row["path"] if len(mounts) == 1 else f"{mount.served.mountpoint}/{row['path']}",
         ])  # fmt: skip
-    queued = sum(mount.seen["fetches"]["queued_count"] for mount, _ in fetches[:1] if mount.seen)
-    total = len(fetches)
-    said = f"{count(total, 'fetch', 'fetches')} under way" + (f", {queued:,} queued" if queued else "")
+    of_all = [mount.seen["fetches"] for mount in mounts if mount.seen]
+    said = f"{count(sum(one['count'] for one in of_all), 'fetch', 'fetches')} under way"
+    if queued := sum(one["queued_count"] for one in of_all):
+        said += f", {queued:,} queued"
     return Group(Text(said, style="dim"), table((">SINCE", "FROM", "", ">BYTES", "FILE"), rows))
 
 

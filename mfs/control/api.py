@@ -24,7 +24,8 @@ class DaemonApi(Protocol):
         """Everything a person looks at first.
 
         {version, pid, mountpoint, started_at, uptime_s, sources: [{name, url, listed_directories, last_refresh_at,
-        last_error}], cache_dir, ssd: {used_bytes, budget_bytes, free_disk_bytes, objects_count, state, hits_bytes},
+        last_error}], tree: {files_count, bytes} of the directories listed so far,
+        cache_dir, ssd: {used_bytes, budget_bytes, free_disk_bytes, objects_count, state, hits_bytes},
         ram: {used_bytes, budget_bytes, slots_count, slots_free, slots_leased, hits_bytes, note},
         origin: {fetched_bytes, shared_bytes, requests_count, errors_count, inflight}, reads: {count, bytes,
         errors_count, waiting}, open_files, prefetch: {queued_bytes, active_objects}, metrics_addr, workers: [{pid,

@@ -41,8 +41,12 @@ class HolderLink:
         return self._say(b"giving", [connection])
 
     def end(self) -> None:
-        """The mount ends, or is another daemon's."""
+        """The mount ends."""
         self._say(b"end")
+
+    def given(self) -> None:
+        """The mount is another daemon's, and held by that one's holder."""
+        self._say(b"given")
 
     def lost(self) -> None:
         """The holder is gone."""

@@ -7,6 +7,9 @@ cannot be, the daemon writes one line to M, for the `mfs mount` that waits: {"re
 {"error": {"type": ..., "message": ...}}; before it, if that takes long, {"waiting": "for what"}; and READY=1 to the
 service manager where NOTIFY_SOCKET names one. With --handover it takes the mount from the daemon that serves it.
 
+With WATCHDOG_USEC the daemon says WATCHDOG=1 three times as often, from the task loop that answers the kernel: once
+that hangs, nobody does.
+
 The holder (`mfs.holder`) starts the daemon, `mfs.daemon`, with the same arguments and --holder-fd; the successor of one
 that was killed with --successor, the numbers of the descriptors that it was held by. A daemon may also stand alone.
 """
@@ -16,14 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
+import trio
+
 from mfs.control.holding import HolderLink
 from mfs.errors import MfsError, to_wire
+from mfs.manager import notify
 
-_NOTIFY_TIMEOUT_S = 1.0  # a service manager that does not read must not keep the mount from serving
 _CONFIG_BYTES_MAX = 1 << 22
 
 
@@ -99,18 +103,18 @@ class DaemonStart:
             os.close(fd)
 
 
-def notify(message: str) -> bool:
-    """Tell the service manager named by NOTIFY_SOCKET. Returns whether there is one and it took the message.
+async def ping() -> None:
+    """Tell the service manager's watchdog that this loop runs, for as long as it does; returns if there is none.
 
-    Source: sd_notify(3).
+    WATCHDOG_PID is not asked: it is the process that the manager started, ours is its child, and after a handover it is
+    another's. Who starts a daemon in the background takes the variable away (`mfs.launch`).
     """
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.settimeout(_NOTIFY_TIMEOUT_S)
-        try:
-            sock.sendto(message.encode(), "\0" + address[1:] if address.startswith("@") else address)
-        except OSError:
-            return False
-    return True
+    try:
+        interval_s = int(os.environ.get("WATCHDOG_USEC", "")) / 3e6
+    except ValueError:
+        return
+    if interval_s <= 0:
+        return
+    while True:
+        await trio.to_thread.run_sync(notify, "WATCHDOG=1")
+        await trio.sleep(interval_s)

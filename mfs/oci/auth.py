@@ -26,8 +26,9 @@ Scopes = tuple[str, ...]
 TOKEN_S_DEFAULT = 60.0
 """Life of a token that states none: what the specification says."""
 _TOKEN_BYTES_MAX = 64 << 10
-_LOOKED_FOR_AGAIN_S = 5.0
-"""Between two looks for other credentials after refusals: a helper is a process."""
+LOOK_PAUSES = 2.0
+"""Shortest pause after a look for other credentials that found none, in times of what it took: a helper is a process,
+and what asks is a read that was refused, of which there may be many."""
 _TOKENS_MAX = 256
 
 _CHALLENGE = re.compile(r"\s*,?\s*(Basic|Bearer)(?:\s+|$)", re.IGNORECASE)
@@ -83,7 +84,8 @@ class Authenticator:
         """Around asking: one thread fetches a token, the others that want it wait for that."""
         self._challenge: Challenge | None = None
         self._credentials: Credentials | None = None
-        self._looked_s = 0.0
+        self._look_again_s = 0.0
+        """time.monotonic() from which it may be looked again, after a look that found nothing new."""
         self._tokens: dict[Scopes, _Token] = {}
 
     def header(self, scopes: Scopes, deadline_s: float) -> dict[str, str]:
@@ -110,17 +112,19 @@ class Authenticator:
             known = self._tokens.get(scopes)
             if known and used == f"Bearer {known.value}":
                 del self._tokens[scopes]
+        credentials = self._credentials
         header = self._authorize(challenge, scopes, deadline_s)
-        if header == used and self._look_again(deadline_s):
+        if header == used and self._look_again(credentials, deadline_s):
             header = self._authorize(challenge, scopes, deadline_s)
         return {"Authorization": header} if header != used else None
 
     def _authorize(self, challenge: Challenge, scopes: Scopes, deadline_s: float) -> str:
         """As `_authorization`; where we are refused, with what is known of us by then."""
+        credentials = self._credentials
         try:
             return self._authorization(challenge, scopes, deadline_s)
         except AccessError:
-            if not self._look_again(deadline_s):
+            if not self._look_again(credentials or self._credentials, deadline_s):
                 raise
             return self._authorization(challenge, scopes, deadline_s)
 
@@ -147,15 +151,18 @@ class Authenticator:
             self._tokens[scopes] = token
             return f"Bearer {token.value}"
 
-    def _look_again(self, deadline_s: float) -> bool:
-        """Whether other credentials are found than those in use; at most every few seconds."""
+    def _look_again(self, refused: Credentials | None, deadline_s: float) -> bool:
+        """Whether there are other credentials than those refused; looks where they are kept, see LOOK_PAUSES."""
         with self._locked(deadline_s):
-            now_s = time.monotonic()
-            if self._looked_s and now_s - self._looked_s < _LOOKED_FOR_AGAIN_S:
+            if self._credentials != refused:
+                return True  # somebody else has found them already
+            started_s = time.monotonic()
+            if started_s < self._look_again_s:
                 return False
-            self._looked_s = now_s
             found = find_credentials(self._registry, deadline_s=deadline_s)
             if found == self._credentials:
+                now_s = time.monotonic()
+                self._look_again_s = now_s + LOOK_PAUSES * (now_s - started_s)
                 return False
             self._credentials = found
             self._tokens.clear()

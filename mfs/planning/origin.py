@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from collections.abc import Generator, Iterator
-from pathlib import Path
 
 from mfs.config import SourceConfig
 from mfs.errors import AccessError, MfsError, NotFoundError, TransientStoreError
@@ -17,6 +16,7 @@ from mfs.fetch.wire import connect
 from mfs.findings import Finding, Level, fault, note, ok, warning
 from mfs.planning import probe
 from mfs.planning.wanted import Wanted, label
+from mfs.shown import mask_url
 from mfs.sources import Source, SourceOptions, open_source
 
 SKEW_S_MAX = 300.0
@@ -29,30 +29,39 @@ FAR_S = 0.05
 """A latency above which 16 connections of 4 MiB parts no longer fill 10 Gbit/s."""
 
 
-def options_of(source: SourceConfig, *, cache_dir: Path | None = None) -> SourceOptions:
-    """How a source is reached. cache_dir: of the mount, where it may keep what it has to unpack."""
-    key = source.require_signature
-    return SourceOptions(
-        endpoint_url=source.endpoint_url, profile=source.profile, region=source.region, unsigned=source.unsigned,
-        requester_pays=source.requester_pays, token=source.token, layout=source.layout,
-        require_signature=os.fspath(key) if key else None, cache_directory=os.fspath(cache_dir or ""),
-    )  # fmt: skip
-
-
 def examine(config: SourceConfig, wanted: Wanted) -> Iterator[Finding]:
     """Everything about one source."""
     name = label(config)
     try:
-        source = open_source(config.url, options_of(config))
+        source = open_source(config.url, SourceOptions(**config.options()))
         address = source.address
     except MfsError as error:
         yield fault(name, str(error), "mend the source's URL or settings")
         return
     try:
+        for between in filter(None, (config.via, config.dragonfly)):
+            yield _between(name, between, min(STEP_S, wanted.timeout_s))
         if not address or (yield from _reach(name, address, is_signed=_is_signed(config), wanted=wanted)):
             yield from _use(name, source, wanted)
     finally:
         source.close()
+
+
+def _between(name: str, url: str, step_s: float) -> Finding:
+    """A cache that nodes share, which is asked before the origin and done without when it is away."""
+    what = f"{name}: shared cache"
+    try:
+        target = parse_target(url)
+        began = time.monotonic()
+        socket.create_connection((target.origin.host, target.origin.port), timeout=step_s).close()
+    except MfsError as error:
+        return fault(what, str(error), "name it as http://host:port")
+    except (OSError, UnicodeError) as error:
+        return warning(
+            what, f"{mask_url(url)}: {getattr(error, 'strerror', None) or error}",
+            "start it on this node: until then every node asks the origin by itself",
+        )  # fmt: skip
+    return ok(what, f"{mask_url(url)} answers in {_ms(time.monotonic() - began)}")
 
 
 def _is_signed(config: SourceConfig) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from mfs.errors import TransientStoreError as Transient
 from mfs.fetch.transport import Reply
 from mfs.sources.options import SourceOptions
 from mfs.sources.s3_access import S3Access, Signed
-from mfs.sources.s3_again import is_refused
+from mfs.sources.s3_again import RENEWALS_MAX, is_refused
 from mfs.sources.s3_answers import error_of
 
 CONNECT_S, ANSWER_S = 10.0, 60.0
@@ -65,11 +66,11 @@ class S3Writer:
                 self._client.close()
 
     def _ask(self, key: str, call: Callable[[Any], None], expected: tuple[int, ...]) -> int:
-        """200, or which status of `expected` it was. Asked once more with other keys, where there are, if refused."""
+        """200, or which status of `expected` it was. Asked again with other keys, where there are, if refused."""
         import botocore.exceptions as foreign
 
         where = f"s3://{self._access.bucket}/{key}"
-        may_renew = True
+        renewals_left = RENEWALS_MAX
         while True:
             signed = self._access.sign(self._access.object_url(""))
             try:
@@ -77,9 +78,9 @@ class S3Writer:
                 return 200
             except foreign.ClientError as e:
                 reply = _reply_of(e)
-                if may_renew and is_refused(reply):
-                    may_renew = False
-                    if self._access.renew(signed, deadline_s=0.0):
+                if renewals_left and is_refused(reply):
+                    renewals_left -= 1
+                    if self._access.renew(signed, deadline_s=time.monotonic() + ANSWER_S):
                         continue
                 if reply.status in expected:
                     return reply.status

@@ -25,6 +25,10 @@ _REFUSED_CODES = frozenset(
 """Said with 400 as often as with 403."""
 
 
+RENEWALS_MAX = 3
+"""For one request: what was found may be old again by the time it is sent."""
+
+
 def ask(
     access: S3Access,
     transport: Transport,
@@ -34,12 +38,12 @@ def ask(
     method: str = "GET",
     deadline_s: float,
 ) -> Reply:
-    """The answer to a request; asked once more for another region, and for other keys, where the answer wants that.
+    """The answer to a request; asked again for another region, and for other keys, where the answer wants that.
 
     url: where to ask, by what `access` knows by then. send: asks there with these headers; its errors pass unchanged.
     method: what `send` will use; it is signed.
     """
-    may_move = may_renew = True
+    may_move, renewals_left = True, RENEWALS_MAX
     while True:
         address = url()
         signed = access.sign(address, method)
@@ -48,8 +52,9 @@ def ask(
             may_move = False
             if _find_bucket(access, transport, reply, signed, deadline_s):
                 continue
-        if may_renew and is_refused(reply):
-            may_renew = False
+        # The answer to a HEAD has no body to say that a token has expired.
+        if renewals_left and (is_refused(reply) or (method == "HEAD" and reply.status == 400)):
+            renewals_left -= 1
             if access.renew(signed, deadline_s=deadline_s):
                 continue
         return reply

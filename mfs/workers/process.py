@@ -21,15 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from mfs import logs
 from mfs.cache.chunk_places import ChunkPlaces
 from mfs.cache.ram import Piece, mapped
 from mfs.cache.ssd import SsdConfig
 from mfs.errors import MfsError, to_wire
 from mfs.fetch.retry import taken_counts
-from mfs.logs import set_up_logging
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Moved, Page, Source
-from mfs.tracing.requests import recording
+from mfs.tracing.requests import current, recording
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Decoder, Frame, encode
 from mfs.workers.jobs import Jobs
@@ -62,7 +62,8 @@ def main() -> None:
         setup = next(frames, None)
         if setup is None:
             return
-        set_up_logging(setup["log_level"], "worker", setup.get("log_format", "text"))
+        logs.set_up_logging(setup["log_level"], "worker", setup.get("log_format", "text"))
+        logs.current_trace = _trace
         logging.getLogger("botocore").setLevel(logging.WARNING)  # it names where each credential came from, at INFO
         send = _Sender(channel)
         try:
@@ -132,6 +133,12 @@ def _run(work: queue.SimpleQueue[Frame], idle: threading.Semaphore, jobs: Jobs, 
             answer["spans"] = spans
         idle.release()
         send(answer)
+
+
+def _trace() -> logs.TraceIds | None:
+    """What this thread works for, as logs name it."""
+    context = current()
+    return None if context is None else logs.TraceIds(context.trace_id, context.span_id)
 
 
 def _do(jobs: Jobs, operation: str, arguments: Frame, emit: Callable[[Frame], None]) -> Frame:

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from mfs.cli.launch import start_daemon
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import detach, mountinfo, runtime
 from mfs.control.runtime import Record
+from mfs.launch import start_daemon
 
 DEADLINE_S = 60
 

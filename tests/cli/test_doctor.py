@@ -368,6 +368,17 @@ def test_a_folder_and_one_that_is_not_there(tmp_path: Path) -> None:
     assert level_of(found, f"{tmp_path}/none: listing") == "fault"
 
 
+def test_a_shared_cache_that_is_away(tmp_path: Path, web: str, nginx: NginxServer) -> None:
+    (tmp_path / "m.toml").write_text(
+        f'[sources.one]\nurl = "{web}"\nvia = "http://127.0.0.1:9"\n'
+        f'[sources.two]\nurl = "{web}"\nvia = "{nginx.url.rstrip("/")}"\n'
+    )
+    found = doctor("--config", tmp_path / "m.toml", status=None)
+    assert level_of(found, "one: shared cache") == "warning"
+    assert "every node asks the origin by itself" in found["one: shared cache"]["advice"]
+    assert level_of(found, "two: shared cache") == level_of(found, "one: listing") == "ok"
+
+
 def test_a_mounts_own_file_says_what_to_look_at(tmp_path: Path, mfs: Mfs) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "m.toml").write_text(

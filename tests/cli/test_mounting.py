@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from mfs.cli.launch import start_daemon
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import detach, mountinfo, runtime
 from mfs.errors import ConfigError, StoreError
+from mfs.launch import start_daemon
 from tests.cli.conftest import DEADLINE_S, FakeMount, Mfs
 from tests.servers.nginx import NginxServer
 from tests.servers.process import free_port

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mfs.cli.launch import start_daemon
 from mfs.config import MountConfig, SourceConfig
 from mfs.control import detach, runtime
 from mfs.control.client import Client
+from mfs.launch import start_daemon
 from mfs.testing import ramp
 from tests.control.suite import ControlSuite, Expected
 

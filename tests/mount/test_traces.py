@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,11 +182,14 @@ def test_a_collector_that_is_away_delays_and_fails_nothing(
     assert mount.log.count("traces cannot be exported") == 1
 
 
-def test_an_origin_that_fails_shows_in_the_tree(nginx: NginxServer, mounted: Mounted, receiver: Receiver) -> None:
+def test_an_origin_that_fails_shows_in_the_tree_and_the_log_names_it(
+    nginx: NginxServer, mounted: Mounted, receiver: Receiver
+) -> None:
     origin = origins.WebOrigin(nginx)
     origin.put_all({"m/a.bin": CONTENT})
     origin.env = environment(receiver)
-    mount = mounted(origin)
+    mount = mounted(origin, log_level="debug", log_format="json")
+    mount.alarms_expected.append("Traceback")  # what was refused, and where
     assert mount.call(touching.tree, str(mount.path)) == {"m/a.bin": len(CONTENT)}
     (origin.root / "m/a.bin").write_bytes(b"another")
     assert mount.call(touching.read_failure, str(mount.path / "m/a.bin")) == "ESTALE"
@@ -194,4 +198,8 @@ def test_an_origin_that_fails_shows_in_the_tree(nginx: NginxServer, mounted: Mou
     failed = [span for span in named(receiver, "fetch") if span.error]
     assert failed
     assert all("a.bin" in span.error for span in failed)
+    lines = [json.loads(line) for line in mount.log.splitlines() if line.startswith("{")]
+    told = [line for line in lines if line["process"] == "worker" and "trace_id" in line]
+    assert {span.trace_id for span in failed} <= {line["trace_id"] for line in told}
+    assert {line["span_id"] for line in told} <= set(receiver.by_id())
     assert {span.attributes.get("http.response.status_code") for span in named(receiver, "GET")} <= {412, 416, 206}

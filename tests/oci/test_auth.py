@@ -91,7 +91,7 @@ class TestPasswords:
     def test_one_that_was_changed_is_looked_for_again(
         self, private: Repository, login: Login, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(auth, "_LOOKED_FOR_AGAIN_S", 0.0)
+        monkeypatch.setattr(auth, "LOOK_PAUSES", 0.0)
         login(auths=with_password(private.registry.host, "old"))
         source = open_source(f"{private.url}:v1")
         with pytest.raises(AccessError):

@@ -80,10 +80,10 @@ def draw_growth(path: Path, steps: Sequence[Step], title: str) -> None:
         widths = [_width(point.half_width) for point in points]
         waits.errorbar(services, [point.mean for point in points], yerr=widths, fmt="o-", capsize=3, label=name)
     waits.set(xscale="log", yscale="log", xlabel="services", ylabel="first token, s")
-    for axes in (cards, waits):
+    for axes, corner in ((cards, "lower right"), (waits, "upper right")):
         axes.set_xticks(services, [str(each) for each in services])
         axes.minorticks_off()
-        axes.legend()
+        axes.legend(loc=corner)
     figure.suptitle(title)
     _save(figure, path)
 

@@ -1,4 +1,8 @@
-"""Starting a daemon and waiting for its word; or becoming one."""
+"""Starting a daemon and waiting for its word; or becoming one.
+
+Where a service manager or a keeper has the descriptors of a mount whose holder was killed too, it goes on with them
+(`mfs.control.fdstore`).
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mfs import children
-from mfs.cli.run import warn
 from mfs.config import MountConfig
-from mfs.control import mountinfo, runtime
+from mfs.control import fdstore, mountinfo, runtime
 from mfs.control.ready import daemon_arguments
 from mfs.errors import ConfigError, StoreError, from_wire
 from mfs.logs import message_of
@@ -26,18 +30,24 @@ if TYPE_CHECKING:
     from mfs.handover import Heir
 
 DAEMON_MODULE = "mfs.holder"
+_WATCHDOG = ("WATCHDOG_USEC", "WATCHDOG_PID")
 _END_S = 10.0
 _ANSWER_BYTES_MAX = 1 << 20
 
 
 def start_daemon(
-    config: MountConfig, *, deadline_s: float, module: str = DAEMON_MODULE, heir: Heir | None = None
-) -> list[str]:
+    config: MountConfig, *, deadline_s: float, module: str = DAEMON_MODULE, heir: Heir | None = None,
+    environment: Mapping[str, str] | None = None, held: Sequence[int] = (),
+    told: Callable[[str], None] = lambda text: None,
+) -> list[str]:  # fmt: skip
     """Start a daemon in a session of its own and wait until its tree can be used. Returns its warnings.
 
     deadline_s: seconds until a daemon that says nothing is ended.
     heir: connected to the daemon that hands its mount over to this one, which inherits its standard error, if it had no
         log file, and of its environment what we do not set ourselves (credentials, say).
+    environment: the daemon's, whole; None makes one of ours.
+    held: the descriptors of a mount that nobody serves, to go on with; they stay the caller's.
+    told: called with what the daemon waits for, if it takes long.
     Raises: the error that the daemon reports; StoreError if it dies or stays silent, with the last line of its log.
     An interrupt or SIGTERM while waiting ends the daemon.
     """
@@ -46,20 +56,21 @@ def start_daemon(
     else:
         config, log = _with_log_file(config)
     log_start = os.fstat(log).st_size
+    environment = _environment(heir, is_main=False) if environment is None else {**environment, **_UTF8}
     answer, answer_write = os.pipe()
     config_fd = _memory_file(config.to_json())
     try:
         process = subprocess.Popen(
-            [*_command(module), *daemon_arguments(config_fd=0, ready_fd=answer_write, handover=heir is not None)],
-            stdin=config_fd, stdout=log, stderr=log, pass_fds=[answer_write], start_new_session=True,
-            cwd=children.CWD, env=_environment(heir),
+            [*_command(module), *_arguments(module, config, 0, answer_write, heir, held)],
+            stdin=config_fd, stdout=log, stderr=log, pass_fds=[answer_write, *held], start_new_session=True,
+            cwd=children.CWD, env=environment,
         )  # fmt: skip
     finally:
         for fd in (config_fd, answer_write, log):
             os.close(fd)
     try:
         with _terminated():
-            warnings = _wait(answer, process, config, log_start, deadline_s)
+            warnings = _wait(answer, process, config, log_start, deadline_s, told)
     except BaseException:
         _end(process)
         raise
@@ -86,23 +97,52 @@ def _terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def become_daemon(config: MountConfig, *, module: str = DAEMON_MODULE, heir: Heir | None = None) -> NoReturn:
+def become_daemon(
+    config: MountConfig, *, module: str = DAEMON_MODULE, heir: Heir | None = None, held: Sequence[int] = ()
+) -> NoReturn:
     """Replace this process by the daemon, which stays with our terminal or service manager.
 
-    heir: as in `start_daemon`.
+    heir, held: as in `start_daemon`.
     """
     config_fd = _memory_file(config.to_json())
-    os.set_inheritable(config_fd, True)
-    arguments = daemon_arguments(config_fd=config_fd, ready_fd=None, handover=heir is not None)
-    command = [*_command(module), *arguments]
-    environment = _environment(heir)
+    for fd in (config_fd, *held):
+        os.set_inheritable(fd, True)
+    command = [*_command(module), *_arguments(module, config, config_fd, None, heir, held)]
+    environment = _environment(heir, is_main=True)
     os.chdir(children.CWD)
     os.execve(command[0], command, environment)
 
 
-def _environment(heir: Heir | None) -> dict[str, str]:
-    # Names of files are UTF-8 in the daemon and its workers, whatever the locale of whoever mounts says (PEP 540).
-    return children.environment(heir.environment if heir is not None else None) | {"PYTHONUTF8": "1"}
+def store_name(config: MountConfig) -> str:
+    """As what the descriptors of a mount with these settings are kept, see `control.fdstore`."""
+    place = Path(mountinfo.real_mountpoint(str(config.mountpoint)))
+    return fdstore.name_of(replace(config, mountpoint=place).identity())
+
+
+def _arguments(
+    module: str, config: MountConfig, config_fd: int, ready_fd: int | None, heir: Heir | None, held: Sequence[int]
+) -> list[str]:
+    arguments = daemon_arguments(config_fd=config_fd, ready_fd=ready_fd, handover=heir is not None)
+    if module == DAEMON_MODULE:
+        arguments = ["--store", store_name(config), *arguments]
+    return [*arguments, *(["--successor", ",".join(map(str, held))] if held else [])]
+
+
+_UTF8 = {"PYTHONUTF8": "1"}
+"""Names of files are UTF-8 in the daemon and its workers, whatever the locale of whoever mounts says (PEP 540)."""
+
+
+def _environment(heir: Heir | None, *, is_main: bool) -> dict[str, str]:
+    """is_main: the daemon becomes what a service manager has started, and its watchdog looks at."""
+    found = children.environment(heir.environment if heir is not None else None) | _UTF8
+    for name in fdstore.VARIABLES:  # they were for us
+        found.pop(name, None)
+    for name in _WATCHDOG:
+        if not is_main:
+            found.pop(name, None)
+        if heir is not None and name in heir.environment:
+            found[name] = heir.environment[name]
+    return found
 
 
 def _command(module: str) -> list[str]:
@@ -133,8 +173,9 @@ def _memory_file(text: str) -> int:
 
 
 def _wait(
-    answer: int, process: subprocess.Popen[bytes], config: MountConfig, log_start: int, deadline_s: float
-) -> list[str]:
+    answer: int, process: subprocess.Popen[bytes], config: MountConfig, log_start: int, deadline_s: float,
+    told: Callable[[str], None],
+) -> list[str]:  # fmt: skip
     received = b""
     deadline = time.monotonic() + deadline_s
     while not received.endswith(b"\n"):
@@ -148,7 +189,7 @@ def _wait(
             raise StoreError(f"the daemon ended while it started{_last_words(config, log_start)}")
         while received.startswith(b'{"waiting"') and b"\n" in received:
             line, _, received = received.partition(b"\n")
-            warn(json.loads(line)["waiting"])
+            told(json.loads(line)["waiting"])
     said = json.loads(received)
     if "error" in said:
         raise from_wire(said["error"]["type"], said["error"]["message"])

@@ -1,0 +1,159 @@
+"""What the driver must know after a crash: which volume is published where, and with which daemon. Never a secret.
+
+    salt                keys are made with it; 0600
+    lock                held by the driver as long as it lives
+    volumes/HASH.json   Published, HASH of volume and target; written before anything is mounted at the target
+    daemons/KEY.json    Served; written before the daemon is started
+    mounts/KEY          where the daemon of a key is mounted
+    logs/KEY.log        what it says
+
+Each file is written beside its place and renamed into it, so that it is whole or not there. Of a volume whose target
+is not mounted when the driver starts nothing is kept: whoever wants it publishes it again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mfs.errors import ConfigError
+
+_FILE_BYTES_MAX = 1 << 20
+_SALT_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Published:
+    """One volume at one target."""
+
+    volume_id: str
+    target: str
+    key: str
+    """Of its daemon."""
+    arguments: str
+    """A digest of what it was published with, secrets aside."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a daemon is started with, should it have to be once more."""
+
+    config: str
+    """`MountConfig.to_json`; without secrets."""
+    is_isolated: bool
+    """See `Volume.is_isolated`."""
+    role: str
+    """See `Volume.role`."""
+
+
+class State:
+    """The driver's directory. One driver at a time; several threads, each with its own names."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises: ConfigError if it cannot be written, or another driver has it."""
+        self.directory = directory = Path(os.path.realpath(directory))  # as mountinfo has it
+        try:
+            for name in ("volumes", "daemons", "mounts", "logs"):
+                (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._lock)
+                raise ConfigError(
+                    f"state directory {directory} is another driver's, which runs: end it first"
+                ) from None
+            self.salt = self._salt()
+        except OSError as error:
+            raise ConfigError(f"state directory {directory} cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Leave it to another driver."""
+        os.close(self._lock)
+
+    def _salt(self) -> bytes:
+        file = self.directory / "salt"
+        if not file.exists():
+            _write(file, secrets.token_hex(_SALT_BYTES))
+        return bytes.fromhex(file.read_text())
+
+    def mountpoint(self, key: str) -> Path:
+        """Where a daemon is mounted."""
+        return self.directory / "mounts" / key
+
+    def log_file(self, key: str) -> Path:
+        """Where a daemon logs."""
+        return self.directory / "logs" / f"{key}.log"
+
+    def volumes(self) -> Iterator[Published]:
+        """All that is said to be published; what cannot be read is taken away."""
+        for file in sorted((self.directory / "volumes").glob("*.json")):
+            try:
+                yield Published(**_read(file))
+            except (OSError, ValueError, TypeError):
+                file.unlink(missing_ok=True)
+
+    def volume(self, volume_id: str, target: str) -> Published | None:
+        """What is published here."""
+        try:
+            found = Published(**_read(self._file(volume_id, target)))
+        except (OSError, ValueError, TypeError):
+            return None
+        return found if (found.volume_id, found.target) == (volume_id, target) else None
+
+    def put(self, volume: Published) -> None:
+        """Note a volume that is about to be mounted."""
+        _write(self._file(volume.volume_id, volume.target), json.dumps(asdict(volume)))
+
+    def drop(self, volume_id: str, target: str) -> None:
+        """Forget a volume that is mounted no more."""
+        self._file(volume_id, target).unlink(missing_ok=True)
+
+    def daemons(self) -> list[str]:
+        """The keys of all daemons that were started and not ended, also of such as nothing else is known of."""
+        noted = {file.stem for file in (self.directory / "daemons").glob("*.json")}
+        return sorted(noted | set(os.listdir(self.directory / "mounts")))
+
+    def served(self, key: str) -> Served | None:
+        """What the daemon of a key is started with."""
+        try:
+            return Served(**_read(self.directory / "daemons" / f"{key}.json"))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def put_served(self, key: str, served: Served) -> None:
+        """Note a daemon that is about to be started."""
+        _write(self.directory / "daemons" / f"{key}.json", json.dumps(asdict(served)))
+
+    def drop_served(self, key: str) -> None:
+        """Forget a daemon that has ended, and its log."""
+        (self.directory / "daemons" / f"{key}.json").unlink(missing_ok=True)
+        self.log_file(key).unlink(missing_ok=True)
+
+    def _file(self, volume_id: str, target: str) -> Path:
+        name = hashlib.sha256(f"{volume_id}\0{target}".encode()).hexdigest()[:32]
+        return self.directory / "volumes" / f"{name}.json"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        found = json.loads(opened.read(_FILE_BYTES_MAX))
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected an object")
+    return found
+
+
+def _write(file: Path, text: str) -> None:
+    new = file.with_name(f"{file.name}.new")
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    new.replace(file)

@@ -1,0 +1,238 @@
+"""What a volume is to be, read from what a pod's or a PersistentVolume's author wrote. Pure.
+
+Authors of pods are strangers to the node: they choose a source and some sizes within the node's limits, and nothing
+that names a file of the node or another's credentials.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mfs.config import MountConfig, SourceConfig
+from mfs.errors import ConfigError, UsageError
+from mfs.shown import mask_url
+from mfs.sources.folder import folder_path
+from mfs.units import exact_size, parse_duration, parse_size
+
+POD_INFO = "csi.storage.k8s.io/"
+"""Keys of a volume's context that the kubelet adds."""
+TOKENS = f"{POD_INFO}serviceAccount.tokens"
+"""Tokens of the pod's service account, by audience: a secret, wherever the kubelet puts it."""
+STS_AUDIENCE = "sts.amazonaws.com"
+_FOLDER_SCHEMES = ("file", "mfs+file")
+_TEXT_BYTES_MAX = 4096
+_ID_BYTES_MAX = 128  # as the specification has it
+_PATH_BYTES_MAX = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the node allows its volumes."""
+
+    cache_bytes: int = 100 << 30
+    """Budget of each SSD cache directory, and the most a volume may ask for."""
+    ram_bytes: int = 1 << 30
+    """RAM tier of a daemon, and the most a volume may ask for."""
+    folders: tuple[Path, ...] = ()
+    """Directories of the node below which a volume may be. None: folders are no sources here."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One volume, as asked for."""
+
+    source: SourceConfig
+    settings: dict[str, Any]
+    """Fields of MountConfig."""
+    secrets: dict[str, str] = field(repr=False)
+    namespace: str
+    """Of the pod, '' if the kubelet does not say."""
+    role: str = ""
+    """AWS role that the pod's service account takes on."""
+    account: str = ""
+    """The service account, where its token counts."""
+    token: str = field(default="", repr=False)
+    """Of the service account."""
+
+    @property
+    def is_isolated(self) -> bool:
+        """Whether nothing of the node's own credentials may reach its source.
+
+        So with secrets of its own, and with an address of its author's, to which ours would be sent.
+        """
+        return bool(self.secrets or self.role or self.source.endpoint_url)
+
+    def key(self, salt: bytes) -> str:
+        """What volumes have in common that share a daemon, 32 hexadecimal digits; tells nothing without the salt.
+
+        A token is not part of it, it changes by the hour; the account it is for is.
+        """
+        told = [asdict(self.source), self.settings, sorted(self.secrets.items()), self.role, self.account]
+        if self.secrets or self.role:
+            told.append(self.namespace)
+        return _digest(salt, told)
+
+    def domain(self, salt: bytes) -> str:
+        """Whose cache it may share, as the name of a directory: who has the same right to look at what is in it.
+
+        With the origin away a mount shows what its cache has, so nobody's cache is shared by others than those who
+        could have mounted with the same secret: a namespace, as everywhere in Kubernetes.
+        """
+        if not (self.secrets or self.role):
+            return "public"
+        return _digest(salt, ["namespace", self.namespace] if self.namespace else ["alone", self.key(salt)])
+
+    def config(self, mountpoint: Path, cache_dir: Path | None, log_file: Path) -> MountConfig:
+        """For its daemon; free of secrets. Raises: UsageError."""
+        try:
+            return MountConfig(
+                mountpoint, (self.source,), cache_dir=cache_dir, log_file=log_file, allow_other=True, **self.settings
+            )
+        except ConfigError as error:
+            raise UsageError(f"volume attributes: {error}") from error
+
+
+def _digest(salt: bytes, value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=os.fspath)
+    return hmac.new(salt, text.encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def parse(context: Mapping[str, str], secrets: Mapping[str, str], limits: Limits) -> Volume:
+    """What a volume's context and its secrets ask for. Raises: UsageError naming the attribute, never a secret."""
+    given = {name: text for name, text in context.items() if not name.startswith(POD_INFO)}
+    unknown = sorted(set(given) - set(_ATTRIBUTES))
+    if unknown:
+        known = ", ".join(_ATTRIBUTES)
+        raise UsageError(f"volume attribute {unknown[0]!r:.80} is not known: expected some of {known}")
+    fields: dict[str, Any] = {}
+    for name, text in given.items():
+        if len(text.encode()) > _TEXT_BYTES_MAX or not text.isprintable():
+            raise UsageError(f"volume attribute {name} is too long or holds control characters")
+        setting, read = _ATTRIBUTES[name]
+        try:
+            fields[setting] = read(text)
+        except ValueError as error:
+            raise UsageError(f"volume attribute {name}: {error}") from None
+    role = fields.pop("role", "")
+    namespace = context.get(f"{POD_INFO}pod.namespace", "")
+    own = {name: fields.pop(name) for name in _OF_SOURCE if name in fields}
+    _check_url(own.get("url", ""), limits)
+    fields["cache_bytes"] = _within("cacheSize", fields.get("cache_bytes"), limits.cache_bytes)
+    fields["ram_bytes"] = _within("ramSize", fields.get("ram_bytes"), limits.ram_bytes)
+    try:
+        source = SourceConfig(**own)
+    except ConfigError as error:
+        raise UsageError(f"volume attributes: {error}") from error
+    account = token = ""
+    if role:
+        account = context.get(f"{POD_INFO}serviceAccount.name", "")
+        token = _token(secrets.get(TOKENS) or context.get(TOKENS, ""))
+    mine = {name: value for name, value in secrets.items() if name != TOKENS}
+    return Volume(source, fields, mine, namespace, role, account, token)
+
+
+def _check_url(url: str, limits: Limits) -> None:
+    if not url:
+        raise UsageError(
+            "volume attribute source is missing: expected a URL such as s3://bucket/prefix or hf://org/name"
+        )
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"volume attribute source: {error}") from None
+    if parts.scheme == "" or parts.scheme in _FOLDER_SCHEMES:
+        folder = Path(os.path.realpath(folder_path(url.removeprefix("mfs+"))))
+        if not any(folder.is_relative_to(os.path.realpath(root)) for root in limits.folders):
+            raise UsageError(
+                f"volume attribute source is {mask_url(url)}: folders of this node are no sources, "
+                f"other than those that 'mfs csi --folders' names"
+            )
+    if "@" in parts.netloc and parts.scheme in ("http", "https", "mfs+http", "mfs+https"):
+        raise UsageError("volume attribute source holds a user or a password: put them into the volume's Secret")
+
+
+def _token(text: str) -> str:
+    """The token for STS. Raises: UsageError."""
+    try:
+        token = json.loads(text)[STS_AUDIENCE]["token"]
+    except (ValueError, KeyError, TypeError):
+        token = None
+    if not isinstance(token, str) or not (token.isascii() and token.isprintable()):
+        raise UsageError(
+            f"volume attribute roleArn needs a token of the service account: the CSIDriver object must ask for one "
+            f"(tokenRequests with audience {STS_AUDIENCE})"
+        )
+    return token
+
+
+def _within(name: str, wanted: int | None, most: int) -> int:
+    if wanted is not None and wanted > most:
+        raise UsageError(f"volume attribute {name} is {exact_size(wanted)}: this node allows {exact_size(most)}")
+    return most if wanted is None else wanted
+
+
+def _flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"expected true or false, got {text!r:.40}")
+    return text == "true"
+
+
+def _umask(text: str) -> int:
+    try:
+        return int(text, 8)
+    except ValueError:
+        raise ValueError(f"expected an octal number, got {text!r:.40}") from None
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"expected a whole number, got {text!r:.40}")
+    return int(text)
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+_OF_SOURCE = ("url", "endpoint_url", "region", "unsigned", "requester_pays", "layout")
+_ATTRIBUTES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "source": ("url", str),
+    "endpointUrl": ("endpoint_url", str),
+    "region": ("region", str),
+    "unsigned": ("unsigned", _flag),
+    "requesterPays": ("requester_pays", _flag),
+    "layout": ("layout", str),
+    "roleArn": ("role", str),
+    "cacheSize": ("cache_bytes", parse_size),
+    "ramSize": ("ram_bytes", parse_size),
+    "timeout": ("timeout_s", parse_duration),
+    "refresh": ("refresh_s", parse_duration),
+    "connections": ("connections_count", _whole),
+    "materialize": ("materialize", _patterns),
+    "uid": ("uid", _whole),
+    "gid": ("gid", _whole),
+    "umask": ("umask", _umask),
+}
+"""Attribute -> field of SourceConfig or MountConfig, and how it is read."""
+
+
+def check_target(volume_id: str, target: str) -> None:
+    """Raises: UsageError unless these can name a volume and the place where it is to be seen."""
+    if not volume_id:
+        raise UsageError("volume_id is missing")
+    if len(volume_id.encode()) > _ID_BYTES_MAX:
+        raise UsageError(f"volume_id is longer than {_ID_BYTES_MAX} bytes")
+    if not target:
+        raise UsageError("target_path is missing")
+    if not target.startswith("/") or len(os.fsencode(target)) > _PATH_BYTES_MAX or "\0" in target:
+        raise UsageError(f"target_path is {target!r:.80}: expected an absolute path")
+    if os.path.normpath(target) != target or target == "/":
+        raise UsageError(f"target_path is {target!r:.200}: expected a path without '.', '..' and double slashes")
