@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuload.hooks.counts import counts
-from gpuload.hooks.resident import attach_file, is_away
+from gpuload.hooks.resident import attach_file, is_away, is_copied
 
 KNOWN_MAX = 1 << 17
 """Open files, and slices not yet dropped with their file, that are remembered; an older one falls back to the library.
@@ -34,8 +34,6 @@ The largest model known has 90,000 tensors, and transformers takes a slice of ea
 
 IDLE_S = 60.0
 """How long an open file that nobody reads holds its lease; the next read attaches again, in milliseconds."""
-
-ZERO_COPY_VARIABLE = "GPULOAD_ZERO_COPY"
 
 _NAMES = {"pt", "torch", "pytorch"}
 
@@ -57,12 +55,7 @@ class _File:
         self._is_refused = False
 
     def tensor(self, name: str, key: Any = ...) -> Any:
-        """The tensor, or what `key` cuts from it, of the caller's own and in his mode; None if the library must serve.
-
-        Programs write to what they have loaded: they merge adapters, quantise in place. On the CPU the page is copied
-        then. On a GPU the program would lose the card, so that it gets a copy at once, but where ZERO_COPY_VARIABLE
-        says that it only reads.
-        """
+        """The tensor, or what `key` cuts from it, of the caller's own and in his mode; None if the library must serve."""
         from gpuload.client import tensors  # torch is there by now
 
         if not tensors.has_memory():  # a tracer's: the library has its own words for it
@@ -77,7 +70,7 @@ class _File:
             found = None if self._tensors is None else self._tensors.get(name)
         if found is None:
             return None
-        if self.device.startswith("cuda") and os.environ.get(ZERO_COPY_VARIABLE) != "1":
+        if is_copied(self.device):
             return found[key].clone()
         whole = tensors.fresh(found)
         return whole if key is ... else tensors.fresh(whole[key])  # a view remembers the mode that it was taken in

@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from gpuload.device import canonical_name, card_of
-from gpuload.device.base import Run
+from gpuload.device.base import Arena, Run
 from gpuload.errors import DeviceLostError
 from gpuload.moving.kept import KeptFiles
 from gpuload.moving.model_files import without
@@ -228,6 +228,7 @@ class Operations:
     async def _handed_out(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
         parts: list[dict[str, Any]] = []
         begins: list[list[int]] = []
+        exports: list[tuple[Arena, list[Run]]] = []
         fds: list[int] = []
         wanted = [only is None or part.catalog is only.catalog for part in model.parts]
         if len(model.placements) > 1 and only is None:
@@ -239,10 +240,16 @@ class Operations:
             for part, is_wanted in zip(model.parts, wanted, strict=True):
                 runs, offsets = _runs(part.blocks, part.catalog.granule_bytes)
                 begins.append(offsets)
-                own = self._sites[part.catalog.device].arena.export(runs) if is_wanted and runs else []
-                fds += own
-                whose = self._sites[part.catalog.device].device.identity
-                parts.append({"device": whose, "runs": runs if is_wanted else [], "fds": len(own)})
+                site = self._sites[part.catalog.device]
+                parts.append({"device": site.device.identity, "runs": runs if is_wanted else [], "fds": 0})
+                exports.append((site.arena, runs if is_wanted else []))
+
+            def export() -> None:
+                """On CUDA a call for each granule, thousands of them: not on the loop, where all others wait."""
+                for part, (arena, runs) in zip(parts, exports, strict=True):
+                    own = arena.export(runs) if runs else []
+                    part["fds"] = len(own)
+                    fds.extend(own)
 
             def rows() -> list[list[Any]]:
                 def at(t: ResidentTensor) -> int:
@@ -251,6 +258,7 @@ class Operations:
                 kept = (t for t in model.tensors if wanted[t.part])
                 return [[t.name, t.dtype, t.shape, t.part, at(t), t.nbytes] for t in kept]
 
+            await trio.to_thread.run_sync(export)
             table = await trio.to_thread.run_sync(rows)
         except BaseException:
             close_all(fds)

@@ -20,6 +20,7 @@ from gpuload.device import driver as cu
 from gpuload.device.cuda import CudaDevice
 from gpuload.errors import DeviceError, DeviceLostError
 from gpuload.hooks import safetensors_patch
+from gpuload.hooks.weights import weights_of
 from gpuload.server import daemon
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import ServerThread, assert_same, ramp, random_tensors, running_server, write
@@ -129,6 +130,15 @@ def test_programs_that_write_in_place_get_copies(
     monkeypatch.setenv("GPULOAD_ZERO_COPY", "1")
     assert rights_at(file.tensor("w").data_ptr()) == "r--s"
     file.close()
+
+
+def test_engines_get_copies_and_hold_no_lease_afterwards(server: ServerThread, tmp_path: Path) -> None:
+    files = [str(tmp_path / "a.safetensors")]
+    got = dict(weights_of(files, device="cuda:0", socket_path=server.socket_path))
+    got["w"].add_(1)
+    gc.collect()
+    assert server.gauges("cuda:0")["leases"] == 0
+    assert_same(dict(weights_of(files, device="cuda:0", socket_path=server.socket_path)), WEIGHTS)
 
 
 def test_a_forked_child_calls_nothing_of_the_drivers(server: ServerThread, driver: cu.Driver) -> None:
