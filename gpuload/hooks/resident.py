@@ -32,8 +32,9 @@ def is_away() -> bool:
 def is_copied(device: str) -> bool:
     """Whether programs get copies of what the server holds there.
 
-    They write to what they have loaded: they merge adapters, quantise in place. On the CPU the page is copied then; on a
-    GPU a kernel that writes to shared memory costs its program the card. ZERO_COPY_VARIABLE says that this one only reads.
+    They write to what they have loaded: they merge adapters, quantise in place. On the CPU the page is copied then; on
+    a GPU a kernel that writes to shared memory costs its program the card. ZERO_COPY_VARIABLE says that this one only
+    reads.
     """
     return device.startswith("cuda") and os.environ.get(ZERO_COPY_VARIABLE) != "1"
 

@@ -55,7 +55,7 @@ class _File:
         self._is_refused = False
 
     def tensor(self, name: str, key: Any = ...) -> Any:
-        """The tensor, or what `key` cuts from it, of the caller's own and in his mode; None if the library must serve."""
+        """The tensor, or what `key` cuts from it, of the caller's own and in his mode; None: ask the library."""
         from gpuload.client import tensors  # torch is there by now
 
         if not tensors.has_memory():  # a tracer's: the library has its own words for it
