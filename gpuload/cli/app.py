@@ -57,7 +57,8 @@ $XDG_RUNTIME_DIR/gpuload.sock or /tmp/gpuload-UID/gpuload.sock    the server's s
 $XDG_CACHE_HOME/gpuload/digests or ~/.cache/gpuload/digests       digests of files""",
         "Environment": f"""\
 {SOCKET_VARIABLE}    another place for the socket
-GPULOAD_AUTO      1: programs load through the server, where `gpuload hook install` was run""",
+GPULOAD_AUTO      1: programs load through the server, where `gpuload hook install` was run
+GPULOAD_ZERO_COPY 1: what they load on a GPU is the server's memory, not a copy: they must never write to it""",
     }
 
 
@@ -81,7 +82,13 @@ def cli(**_: Any) -> None:
     metavar="DEVICE=SIZE",
     help="Memory to take, once per device.  [cpu=4G]",
 )
-@click.option("--mode", default="600", show_default=True, metavar="OCTAL", help="Of the socket: who may attach.")
+@click.option(
+    "--mode",
+    default="600",
+    show_default=True,
+    metavar="OCTAL",
+    help="Of the socket: who may attach; on GPUs this user alone.",
+)
 @digests_option
 @click.option(
     "--metrics-addr", metavar="HOST:PORT", help="Answer Prometheus there, at /metrics; whoever can connect is told."

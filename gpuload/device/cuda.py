@@ -17,11 +17,15 @@ from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
 
 from gpuload.device import driver as cu
 from gpuload.device.base import Memory, Run
-from gpuload.errors import BusyError, DeviceError, FitError
+from gpuload.device.cards import mps_is_there
+from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
 
 GRANULE_BYTES = 8 << 20
 """Four times the hardware's smallest: 2,000 imports and mappings for a 16 GB model rather than 8,000, for a waste below
 one granule per block. Not yet measured."""
+
+CLOSE_S = 60.0
+"""Longest wait for what is queued when a stream ends; no copy of ours takes a second."""
 
 POLL_S, POLL_MOST_S = 50e-6, 400e-6
 """Between two looks at an event: at first, and after some. Four buffers of 32 MiB are 2.4 ms of a link of 55 GB/s, and
@@ -96,9 +100,11 @@ class CudaStream:
         handle, self._handle = self._handle, None
         if handle is not None:
             try:
-                self._device.call("cuStreamSynchronize", handle)
+                CudaEvent(self._device, handle).wait(CLOSE_S)
+            except BusyError:  # its buffers can never be given back: the card still reads them
+                raise DeviceLostError(f"{self._device.name} did not end its copies in {CLOSE_S:.0f} s") from None
             finally:
-                self._device.call("cuStreamDestroy_v2", handle)
+                self._device.give_back("cuStreamDestroy_v2", handle)
 
 
 class CudaStaging:
@@ -123,7 +129,7 @@ class CudaStaging:
     def close(self) -> None:
         if self.address:
             self.view.release()
-            self._device.call("cuMemHostUnregister", self.address)
+            self._device.give_back("cuMemHostUnregister", self.address)
             self.address = 0
             with contextlib.suppress(BufferError):  # a failed read's traceback may hold a part of it a while longer
                 self._map.close()
@@ -151,8 +157,8 @@ class _Mapped:
         if not self.address:
             return
         for i in range(self._mapped_count):
-            self._device.call("cuMemUnmap", self.address + i * self._unit, self._unit)
-        self._device.call("cuMemAddressFree", self.address, self.nbytes)
+            self._device.give_back("cuMemUnmap", self.address + i * self._unit, self._unit)
+        self._device.give_back("cuMemAddressFree", self.address, self.nbytes)
         self.address = self._mapped_count = 0
 
 
@@ -193,11 +199,13 @@ class CudaArena:
     def close(self) -> None:
         self._mapped.close()
         while self._handles:
-            self._device.call("cuMemRelease", self._handles.pop())
+            self._device.give_back("cuMemRelease", self._handles.pop())
 
 
 class CudaMapping:
-    """See `base.Mapping`. Read-only: the driver faults a kernel that writes."""
+    """See `base.Mapping`. Read-only: a kernel that writes fails, and with it its process's use of the card."""
+
+    waits_to_close = True
 
     def __init__(self, device: CudaDevice, fds: Sequence[int]) -> None:
         self._device = device
@@ -217,8 +225,10 @@ class CudaMapping:
             raise
 
     def close(self) -> None:
+        if self._device.driver.is_inherited:  # it is the parent's, and stays so
+            return
         if self._mapped.address:
-            self._device.call("cuCtxSynchronize")  # a kernel that reads these weights may still be queued
+            self._device.give_back("cuCtxSynchronize")  # a kernel that reads these weights may still be queued
         self._mapped.close()
 
 
@@ -226,6 +236,7 @@ class CudaDevice:
     """See `base.Device`. Uses the primary context, which torch uses too."""
 
     is_direct = False
+    exports_read_only = False
 
     def __init__(self, index: int, *, granule_bytes: int = GRANULE_BYTES, driver: cu.Driver | None = None) -> None:
         self.driver = driver or cu.load_driver()
@@ -234,6 +245,7 @@ class CudaDevice:
         if index >= count:
             raise DeviceError(f"no {self.name}: this machine has {count} CUDA devices")
         self._ordinal = self.driver.number("cuDeviceGet", c_int, index)
+        self.identity = self.driver.identity_of(self._ordinal)
         self._context = c_void_p()
         self.driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._ordinal)
         self.properties = cu.MemAllocationProp(
@@ -260,6 +272,11 @@ class CudaDevice:
         with self.current():
             self.driver.call(name, *args)
 
+    def give_back(self, name: str, *args: object) -> None:
+        """A call that ends something. After a DeviceLostError nothing is there any more that could be ended."""
+        with contextlib.suppress(DeviceLostError):
+            self.call(name, *args)
+
     def number(self, name: str, kind: type, *args: object) -> int:
         with self.current():
             return self.driver.number(name, kind, *args)
@@ -282,12 +299,22 @@ class CudaDevice:
         return CudaStaging(self, nbytes)
 
     def create_arena(self, nbytes: int) -> CudaArena:
+        self._check_shared()
         free = self.memory().free_bytes
         if nbytes > free:
             raise FitError(
                 f"an arena of {nbytes} bytes does not fit {self.name}: {free} bytes free", shortfall_bytes=nbytes - free
             )
         return CudaArena(self, nbytes // self.granule_bytes)
+
+    def _check_shared(self) -> None:
+        """Raises: DeviceError if nobody could attach beside us."""
+        mode = self.driver.number("cuDeviceGetAttribute", c_int, cu.ATTRIBUTE_COMPUTE_MODE, self._ordinal)
+        if mode == cu.COMPUTEMODE_EXCLUSIVE_PROCESS and not mps_is_there():
+            raise DeviceError(
+                f"{self.name} ({self.identity}) is in exclusive-process mode: an arena there would lock every engine"
+                f" out; run `nvidia-smi -i {self.identity} -c DEFAULT`, or NVIDIA's MPS"
+            )
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> CudaMapping:
         if len(fds) != sum(count for _, count in runs):
@@ -310,7 +337,7 @@ class CudaDevice:
     def unregister(self, address: int) -> None:
         with self.driver.registering:
             if self.driver.registered.remove(address):
-                self.call("cuMemHostUnregister", address)
+                self.give_back("cuMemHostUnregister", address)
 
     def reaches(self, address: int, nbytes: int) -> bool:
         return self.driver.registered.holds(address, nbytes)
@@ -323,5 +350,6 @@ class CudaDevice:
     def close(self) -> None:
         """Give up this object's hold on the primary context; others' (torch's, another device object's) remain."""
         if self._context:
-            self.driver.call("cuDevicePrimaryCtxRelease_v2", self._ordinal)
+            with contextlib.suppress(DeviceLostError):
+                self.driver.call("cuDevicePrimaryCtxRelease_v2", self._ordinal)
             self._context = c_void_p()

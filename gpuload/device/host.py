@@ -157,6 +157,8 @@ class HostArena:
 class HostMapping:
     """See `base.Mapping`. Private and writable: a write copies that page for this process alone."""
 
+    waits_to_close = False
+
     def __init__(self, fd: int, runs: Sequence[Run], granule_bytes: int) -> None:
         self.nbytes = sum(count for _, count in runs) * granule_bytes
         self.address = 0
@@ -204,6 +206,7 @@ class HostDevice:
         if granule_bytes % mmap.PAGESIZE:
             raise ValueError(f"granule of {granule_bytes} bytes: expected a multiple of {mmap.PAGESIZE}")
         self.name, self.granule_bytes, self.is_direct = name, granule_bytes, is_direct
+        self.identity, self.exports_read_only = name, True
         self._reaches_all = is_direct if reaches_all is None else reaches_all
         self._registered = Ranges()
 

@@ -16,6 +16,7 @@
  *   STANDIN_MEMORY=bytes        of each card; half of it is others'
  *   STANDIN_GRANULARITY=bytes   2097152 on real cards
  *   STANDIN_COMPUTE_MODE=3      exclusive to one process, as attribute 20 says it; nobody is refused
+ *   STANDIN_CUDA, STANDIN_CAPABILITY  what driver and card say of themselves: 12040, 80
  *   STANDIN_STICKY=code@n       the n-th copy from now fails, and every later call with it
  *   STANDIN_NO_READ_ONLY=1      attribute 113 is 0 (read by each call)
  * Tests ask it through standin_count, standin_log, standin_fail, standin_capture.
@@ -230,8 +231,7 @@ CUresult cuGetErrorName(CUresult e, const char **s) {
         if (names[i].code == (int)e) *s = names[i].name;
     return OK;
 }
-static int told(const char *name, int otherwise) { return (int)number(name, otherwise); }
-CUresult cuDriverGetVersion(int *v) { *v = told("STANDIN_CUDA", 12040); return OK; }
+CUresult cuDriverGetVersion(int *v) { *v = (int)number("STANDIN_CUDA", 12040); return OK; }
 CUresult cuDeviceGetCount(int *n) { *n = visible_count; return OK; }
 CUresult cuDeviceGet(CUdevice *d, int ordinal) { *d = ordinal; return is_visible(ordinal) ? OK : INVALID_DEVICE; }
 CUresult cuDeviceGetName(char *s, int n, CUdevice d) { strncpy(s, is_priced ? "modelled device" : "stand-in", n); return is_visible(d) ? OK : INVALID_DEVICE; }
@@ -342,12 +342,12 @@ CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute attribute, CUdevice d) 
     ENTER;
     if (!is_visible(d)) return INVALID_DEVICE;
     switch ((int)attribute) {
-    case 20: *v = told("STANDIN_COMPUTE_MODE", 0); return OK;
+    case 20: *v = (int)number("STANDIN_COMPUTE_MODE", 0); return OK;
     case 32: *v = 1; return OK;
-    case 33: *v = 0x65; return OK;
+    case 33: *v = 0x65 + visible[d]; return OK;
     case 34: case 50: *v = 0; return OK;
-    case 75: *v = told("STANDIN_CAPABILITY", 80) / 10; return OK;
-    case 76: *v = told("STANDIN_CAPABILITY", 80) % 10; return OK;
+    case 75: *v = (int)number("STANDIN_CAPABILITY", 80) / 10; return OK;
+    case 76: *v = (int)number("STANDIN_CAPABILITY", 80) % 10; return OK;
     case 103: *v = 1; return OK;
     case 113: *v = !getenv("STANDIN_NO_READ_ONLY"); return OK;
     case 134: *v = nodes[visible[d]]; return OK; /* CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID */
