@@ -243,9 +243,9 @@ class Mount:
                     nursery.start_soon(self.keeper.run)
                     nursery.start_soon(self.operations.files.passthrough.run)
                     nursery.start_soon(self.whole_files.run)
-                    nursery.start_soon(keep_warm, self.memory, self.cache.slots, self.pool)
                     if self.config.cache_dir is not None:
                         nursery.start_soon(self.whole_files.scrub)
+                        nursery.start_soon(keep_warm, self.memory, self.cache.slots, self.pool)
                     for source in range(len(self.config.sources)):
                         nursery.start_soon(self._keep_fresh, source)
                     if self.publication is not None:

@@ -39,7 +39,7 @@ from mfs.cache.filling import Filler
 from mfs.cache.ram import Place, RamTier
 from mfs.cache.saving import Saver
 from mfs.cache.slots import Slots
-from mfs.errors import MfsError, StoreError
+from mfs.errors import MfsError, StoreError, TransientStoreError
 from mfs.types import ByteRange, ObjectId
 from mfs.waits import Cause, Waited, Waits
 from mfs.workers.frames import Frame, object_to_wire
@@ -49,7 +49,6 @@ from mfs.workers.shares import Group
 
 logger = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S = 0.01  # whether a worker still reads a chunk that is to be moved
 _GIVEN_IDLE_S = 10.0  # after which a file given from RAM goes before chunks that are read through us
 _SLOTS_FOR_READERS = 2  # that a model's chunks brought ahead of need leave to its readers
 
@@ -416,22 +415,19 @@ class ChunkCache:
         """Have a chunk that the caller has leased stand in its object's own file. Who else has leased it does not mind:
         no view of it is kept over a checkpoint, but by who has it there already.
 
-        Raises: StoreError.
+        Raises: TransientStoreError if there is no room soon; StoreError if there is no memory.
         """
         with trio.move_on_after(self._config.timeout_s):
             while not chunk.is_own:
-                if chunk.saving is not None:
-                    await chunk.saving.wait()
-                elif chunk.fills:
+                if chunk.fills:
                     await chunk.fills[0].done.wait()
-                elif chunk.looks:
-                    await trio.sleep(_LOOK_AGAIN_S)
                 elif (place := self._take_slot_nowait(chunk.state, chunk.index, own=True, allow_loss=True)) is None:
                     await self.slots.wait(None)
                 else:
                     self.slots.move(chunk, place)
+                    await trio.lowlevel.checkpoint()  # a loan may move many
             return
-        raise StoreError(f"{chunk.state.object}: no room in its file within {self._config.timeout_s:g} s")
+        raise TransientStoreError(f"{chunk.state.object}: no room in its file within {self._config.timeout_s:g} s")
 
     def leave(self, state: ObjectState) -> None:
         """Nobody is expected any more: what was brought ahead and not read was so in vain."""
