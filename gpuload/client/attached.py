@@ -100,8 +100,8 @@ class _Held:
 
 
 def let_go() -> None:
-    """Give back the weights on GPUs whose last tensor is gone, and the rings that loads are done with. Waits for kernels
-    that are queued on those GPUs.
+    """Give back the weights on GPUs whose last tensor is gone, and the rings that loads are done with. Waits for
+    kernels that are queued on those GPUs.
 
     Their memory goes neither with the last tensor nor by a timer: to unmap it has to wait for the device, which would
     break a CUDA graph that is being captured. So it goes here, at the next `attach`, or when the process ends. While
