@@ -3,7 +3,7 @@
     no cache is set, or nothing may be asked of one           the origin
     the cache failed a moment ago                             the origin; one request tries the cache again
     it brings the bytes, and says that they are this version  taken
-    the origin asks everybody to wait (429, 503)              that is the answer
+    the origin asks everybody to wait (429)                   that is the answer
     it brings anything else, or nothing in time               the origin, whose word counts
 
 A cache is asked by absolute address: a forward proxy (dfdaemon, squid) takes host and path from there, a cache that
@@ -50,6 +50,9 @@ PAUSE_S_MAX = 60.0
 UNFIT_S = 60.0
 """Without the cache for one object of which it had something else."""
 
+WAITING_S_MAX = 30.0
+"""Of a wait that came through the cache, what is believed: it may be the cache's own word."""
+
 WAITING_GRACE_S = 5.0
 """Beyond the wait that came through the cache: who is still put off then asks the origin whether that is so."""
 
@@ -57,7 +60,6 @@ REMEMBERED_MAX = 4096
 """Objects of which something is remembered; at the limit all is forgotten, which costs a request each."""
 
 _NAME = "Mfs-Object"
-_WAIT_STATUSES = (429, 503)
 _DRAGONFLY_FAULTS = ("proxy", "dfdaemon")  # and not 'backend', which is the origin
 
 Check = Callable[[HTTPMessage], None]
@@ -229,8 +231,8 @@ class Route:
         if reply.headers.get("X-Dragonfly-Error-Type", "").lower() in _DRAGONFLY_FAULTS:
             self._health.fail(ticket, f"status {reply.status} of its own")
             return _Found(reply, has_answered=False)
-        # Who is asked to wait does not go past the cache to the one that asks for it.
-        wish_s = wished_pause_s(reply.headers) if reply.status in _WAIT_STATUSES else None
+        # Who is asked to wait does not go past the cache to the one that asks for it. A 503 may be the cache's own.
+        wish_s = wished_pause_s(reply.headers) if reply.status == 429 else None
         return _Found(reply, is_answer=wish_s is not None and self._health.waits(wish_s))
 
 
@@ -312,7 +314,7 @@ class _Health:
         with self._lock:
             now_s = time.monotonic()
             if not self._waiting_until_s:
-                self._waiting_until_s = now_s + wish_s + WAITING_GRACE_S
+                self._waiting_until_s = now_s + min(wish_s, WAITING_S_MAX) + WAITING_GRACE_S
             if now_s < self._waiting_until_s:
                 return True
             self._waiting_until_s = 0.0

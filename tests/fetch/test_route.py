@@ -246,6 +246,18 @@ def test_who_is_asked_to_wait_does_not_go_past_the_cache(nodes: Nodes, monkeypat
     assert nodes.counts == (1, 1)
 
 
+def test_a_cache_s_own_503_is_passed_by(nodes: Nodes) -> None:
+    nodes.say = lambda request: Answer(503, b"", (("Retry-After", "5"),))  # as varnish when its own request failed
+    assert nodes.read()[1] == CONTENT[10:5000]
+    assert nodes.counts == (1, 1)
+
+
+def test_a_long_wait_through_the_cache_is_believed_for_a_while(nodes: Nodes) -> None:
+    nodes.say = lambda request: Answer(429, b"", (("Retry-After", "86400"),))
+    assert nodes.read()[0].status == 429
+    assert nodes.route._health._waiting_until_s < time.monotonic() + 60
+
+
 def test_a_limit_of_the_cache_s_own_is_passed_by(nodes: Nodes) -> None:
     nodes.say = lambda request: Answer(429)
     assert nodes.read()[1] == CONTENT[10:5000]
