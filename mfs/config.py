@@ -258,7 +258,9 @@ class MountConfig:
 
 
 def _source(values: dict[str, Any]) -> SourceConfig:
-    paths = {name: Path(path) for name in ("require_signature", "beneath") if (path := values.pop(name, None))}
+    paths: dict[str, Any] = {
+        name: Path(path) for name in ("require_signature", "beneath") if (path := values.pop(name, None))
+    }
     return SourceConfig(**values, **paths)
 
 
