@@ -140,7 +140,12 @@ def test_config_keeps_step_with_the_rooms_it_configures() -> None:
     assert SIGNED_SCHEMES == layout.SCHEMES
     options = {field.name for field in dataclasses.fields(SourceOptions)}
     ours = {field.name for field in dataclasses.fields(SourceConfig)}
-    assert ours - {"url", "name"} == options - {"connections_max", "mountpoint", "cache_directory"}  # the mount's
+    assert ours - {"url", "name"} == options - {
+        "connections_max",
+        "mountpoint",
+        "cache_directory",
+        "unpack_directory",
+    }  # the mount's
 
 
 @pytest.mark.parametrize(
