@@ -50,6 +50,7 @@ from mfs.workers.shares import Group
 logger = logging.getLogger(__name__)
 
 _GIVEN_IDLE_S = 10.0  # after which a file given from RAM goes before chunks that are read through us
+_TURN_S = 0.005  # of counting for who looks, without giving way to readers
 _SLOTS_FOR_READERS = 2  # that a model's chunks brought ahead of need leave to its readers
 
 
@@ -449,15 +450,15 @@ class ChunkCache:
         state = self._states.get((obj.cache_id, source))
         return {index: chunk.valid for index, chunk in state.chunks.items()} if state is not None else {}
 
-    def ram_bytes_by_group(self) -> Counter[Group]:
-        """Bytes in RAM of each model that has any."""
-        held = Counter[Group]()
-        for state in self._states.values():
-            if state.chunks:
-                held[state.group] += sum(
-                    chunk.length if chunk.complete else mask_bytes(chunk.valid, chunk.length)
-                    for chunk in state.chunks.values()
-                )
+    async def ram_bytes_by_group(self) -> Counter[Group]:
+        """Bytes in RAM of each model that has any, or had a moment ago. Gives way to readers."""
+        held, turn_ends = Counter[Group](), time.monotonic() + _TURN_S
+        for state in list(self._states.values()):
+            for chunk in list(state.chunks.values()):
+                held[state.group] += chunk.length if chunk.complete else mask_bytes(chunk.valid, chunk.length)
+                if time.monotonic() > turn_ends:
+                    await trio.lowlevel.checkpoint()
+                    turn_ends = time.monotonic() + _TURN_S
         return held
 
     def evict(self, obj: ObjectId, source: int) -> int:

@@ -18,29 +18,34 @@ class Exporter:
     """Where traces go, as the OTEL_ variables say. Calls may come from several threads, one at a time each."""
 
     def __init__(self, service: str, environment: Mapping[str, str] = os.environ) -> None:
-        """service: what we are called where the environment does not say. Raises: StoreError if it says nonsense."""
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+        """service: what we are called where the environment does not say.
 
+        Raises: StoreError if it says nonsense, or if OpenTelemetry cannot be imported.
+        """
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # what it says we say ourselves, once
         is_named = "OTEL_SERVICE_NAME" in environment or "service.name=" in environment.get(
             "OTEL_RESOURCE_ATTRIBUTES", ""
         )
-        try:
+        try:  # the imports too: versions that do not fit each other make them raise anything
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+
             self._resource = Resource.create({} if is_named else {"service.name": service})
             self._exporter = OTLPSpanExporter(timeout=_timeout_s(environment))
+            self._scope = InstrumentationScope("mfs")
         except Exception as error:
-            raise StoreError(f"the OTEL_ variables cannot be used: {type(error).__name__}: {error}") from error
-        self._scope = InstrumentationScope("mfs")
+            raise StoreError(
+                f"OpenTelemetry cannot be used as the OTEL_ variables say: {type(error).__name__}: {error}"
+            ) from error
 
     def export(self, rows: Sequence[Row]) -> None:
         """Send spans that have ended. Raises: StoreError if they were not taken in time."""
-        from opentelemetry.sdk.trace.export import SpanExportResult
-
         if not rows:
             return
         try:
+            from opentelemetry.sdk.trace.export import SpanExportResult
+
             result = self._exporter.export([self._span(row) for row in rows])
         except Exception as error:  # of requests, or what a proxy answered
             raise StoreError(f"the collector of traces: {type(error).__name__}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,26 @@ def test_a_protocol_that_is_not_spoken_is_said(monkeypatch: pytest.MonkeyPatch) 
     assert "http/protobuf" in tracer.fault
     monkeypatch.setattr(settings, "_NEEDED", ("no_such_package.at_all",))
     assert "mfs[trace]" in Tracer(ENDPOINT).fault
+
+
+def test_an_opentelemetry_that_cannot_be_used_is_a_fault_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many")
+        tracer = Tracer(ENDPOINT)
+        assert not tracer.is_on
+        assert "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT" in tracer.fault
+        assert tracer.begin("load", {}) is None
+    tracer = Tracer(ENDPOINT)
+    tracer._sampler = object()
+    assert tracer.begin("load", {}) is None
+    assert (tracer.is_on, "AttributeError" in tracer.fault) == (False, True)
+    exporter = export.Exporter("mfs")
+    for module in ("opentelemetry.sdk.trace.export", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
+        monkeypatch.setitem(sys.modules, module, None)  # its import fails
+    with pytest.raises(StoreError, match=r"opentelemetry\.sdk\.trace\.export"):
+        exporter.export([ROW])
+    with pytest.raises(StoreError, match="cannot be used"):
+        export.Exporter("mfs")
 
 
 @pytest.mark.parametrize(
