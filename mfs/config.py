@@ -241,9 +241,12 @@ class MountConfig:
             raise ConfigError(f"not a mount configuration: {error}") from error
 
     def identity(self) -> str:
-        """Equal for settings that make the same mount to the kernel and to readers; 16 hexadecimal digits."""
-        told = [*(getattr(self, name) for name in FIXED), *map(dataclasses.asdict, places(self))]
-        return hashlib.sha256(json.dumps(told, default=os.fspath).encode()).hexdigest()[:16]
+        """Equal for settings that make the same mount to the kernel and to readers; 16 hexadecimal digits.
+
+        Other releases must find the same: what was kept of a mount under this name serves no other.
+        """
+        told = [*(getattr(self, name) for name in FIXED), *map(chosen, places(self))]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=os.fspath).encode()).hexdigest()[:16]
 
     def masked(self) -> dict[str, Any]:
         """The settings as JSON values for people and `mfs config`, secrets replaced by '***'."""
@@ -264,10 +267,17 @@ def _source(values: dict[str, Any]) -> SourceConfig:
     return SourceConfig(**values, **paths)
 
 
+def chosen(source: SourceConfig) -> dict[str, Any]:
+    """What of a source's settings is not the default: the same in releases that know more of them."""
+    fields = dataclasses.fields(source)
+    return {f.name: value for f in fields if (value := getattr(source, f.name)) != f.default}
+
+
 def places(config: MountConfig) -> list[SourceConfig]:
     """The sources without what only opens them."""
     opening: dict[str, Any] = {
-        "profile": None, "region": None, "unsigned": False, "requester_pays": False, "token": None
+        "profile": None, "region": None, "unsigned": False, "requester_pays": False, "token": None,
+        "via": None, "dragonfly": None,
     }  # fmt: skip
     return [dataclasses.replace(source, **opening) for source in config.sources]
 

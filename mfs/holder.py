@@ -35,6 +35,7 @@ CRASHES_MAX, WITHIN_S = 5, 60.0
 _FIRST_PAUSE_S = 0.1  # doubled with each further crash; after the first there is none
 _SERVES_WITHIN_S = 60.0
 _ANSWER_S = 30.0
+_STORED_EVERY_S = 60.0  # a service manager, or a keeper, may have begun later than we, or again
 _MESSAGE_BYTES_MAX = 1 << 16
 _CONFIG_BYTES_MAX = 1 << 22
 _OOM_SCORE = "-900"
@@ -56,6 +57,8 @@ class _Holder:
         self._pending: list[int] = []
         """Signals that came while there was no daemon."""
         self._serves = self._ended = False
+        self._is_kept = True
+        """Whether the service manager, if there is one, took what is held."""
         self._arguments = arguments
 
     def run(self) -> int:
@@ -102,6 +105,8 @@ class _Holder:
             waiting: list[int | socket.socket] = [ours, process]
             while True:
                 left = None if until is None or self._serves else max(0.0, until - time.monotonic())
+                if self._serves and self._store and manager.is_named():
+                    left = _STORED_EVERY_S
                 ready = select.select(waiting, [], [], left)[0]
                 if ours in ready:
                     if not self._listen(ours):
@@ -110,6 +115,8 @@ class _Holder:
                     os.close(process)
                     self._last, self._child = self._child, 0  # from here on the number may be another process's
                     return os.waitpid(self._last, 0)[1]
+                elif not ready and self._serves:
+                    self._keep()
                 elif not ready:
                     self._say(f"the daemon (pid {self._child}) did not serve within {wait_s:g} s: it is killed")
                     signal.pidfd_send_signal(process, signal.SIGKILL)
@@ -140,8 +147,7 @@ class _Holder:
         if message == b"hold" and len(fds) in (3, 4):
             self._let_go()
             self._held, self._serves = fds[:3], True
-            if self._store:
-                manager.store(self._store, self._held)
+            self._keep()
             for fd in fds[3:]:
                 _tell(socket.socket(fileno=fd), b'{"ask": "held"}')
         elif message == b"giving" and len(fds) == 1:
@@ -155,6 +161,16 @@ class _Holder:
             for fd in fds:
                 os.close(fd)
         return bool(message)
+
+    def _keep(self) -> None:
+        """Give what is held to the service manager, if there is one."""
+        if not (self._held and self._store and manager.is_named()):
+            return
+        was_kept, self._is_kept = self._is_kept, manager.store(self._store, self._held)
+        if was_kept and not self._is_kept:
+            self._say("NOTIFY_SOCKET does not take the mount's descriptors: should this process be killed, it is lost")
+        elif self._is_kept and not was_kept:
+            self._say("NOTIFY_SOCKET has the mount's descriptors now")
 
     def _has_crashed(self) -> bool:
         if self._ended or not self._held or not _is_connected(self._held[0]):

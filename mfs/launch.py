@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -23,7 +23,7 @@ from mfs import children
 from mfs.config import MountConfig
 from mfs.control import fdstore, mountinfo, runtime
 from mfs.control.ready import daemon_arguments
-from mfs.errors import ConfigError, StoreError, from_wire
+from mfs.errors import ConfigError, StoreError, TransientStoreError, from_wire
 from mfs.logs import message_of
 
 if TYPE_CHECKING:
@@ -46,9 +46,11 @@ def start_daemon(
     heir: connected to the daemon that hands its mount over to this one, which inherits its standard error, if it had no
         log file, and of its environment what we do not set ourselves (credentials, say).
     environment: the daemon's, whole; None makes one of ours.
-    held: the descriptors of a mount that nobody serves, to go on with; they stay the caller's.
+    held: the descriptors of a mount that nobody serves, to go on with; they stay the caller's. A daemon that does not
+        serve is then killed with its holder, before either can give the mount up: whoever kept it keeps it.
     told: called with what the daemon waits for, if it takes long.
-    Raises: the error that the daemon reports; StoreError if it dies or stays silent, with the last line of its log.
+    Raises: the error that the daemon reports; StoreError if it dies, with the last line of its log;
+        TransientStoreError if it stays silent.
     An interrupt or SIGTERM while waiting ends the daemon.
     """
     if heir is not None and config.log_file is None:
@@ -72,7 +74,10 @@ def start_daemon(
         with _terminated():
             warnings = _wait(answer, process, config, log_start, deadline_s, told)
     except BaseException:
-        _end(process)
+        if held:
+            _kill_all(process)
+        else:
+            _end(process)
         raise
     finally:
         os.close(answer)
@@ -181,11 +186,12 @@ def _wait(
     while not received.endswith(b"\n"):
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([answer], [], [], left)[0]:
-            raise StoreError(f"the daemon was not ready after {deadline_s:g} s{_last_words(config, log_start)}")
+            raise TransientStoreError(
+                f"the daemon was not ready after {deadline_s:g} s{_last_words(config, log_start)}"
+            )
         data = os.read(answer, 65536)
         received += data
         if not data or len(received) > _ANSWER_BYTES_MAX:
-            _end(process)
             raise StoreError(f"the daemon ended while it started{_last_words(config, log_start)}")
         while received.startswith(b'{"waiting"') and b"\n" in received:
             line, _, received = received.partition(b"\n")
@@ -220,3 +226,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             return
         except subprocess.TimeoutExpired:
             continue
+
+
+def _kill_all(process: subprocess.Popen[bytes]) -> None:
+    """End a holder at once with its daemon and workers, and collect it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

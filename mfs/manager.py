@@ -17,9 +17,12 @@ KINDS = ("device", "lock", "journal")
 """Of the descriptors of a mount, in the order in which the holder has them."""
 
 
-def notify(message: str, fds: Sequence[int] = ()) -> bool:
-    """Tell it, and give it copies of descriptors. Returns whether there is one and it took the message."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
+def notify(message: str, fds: Sequence[int] = (), *, address: str | None = None) -> bool:
+    """Tell it, and give it copies of descriptors. Returns whether there is one and it took the message.
+
+    address: of another one than NOTIFY_SOCKET.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "") if address is None else address
     if not address.startswith(("/", "@")):
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
@@ -47,13 +50,19 @@ def barrier() -> None:
             os.close(theirs)
 
 
-def store(name: str, held: Sequence[int]) -> None:
-    """Have the descriptors of a mount kept under this name. What it has already it keeps once."""
-    for kind, fd in zip(KINDS, held, strict=True):
-        notify(f"FDSTORE=1\nFDNAME={name}.{kind}", [fd])
+def is_named() -> bool:
+    """Whether there is to be one."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
 
 
-def unstore(name: str) -> None:
-    """Have them kept no more."""
+def store(name: str, held: Sequence[int]) -> bool:
+    """Have the descriptors of a mount kept under this name. What it has already it keeps once. Returns whether it
+    took them.
+    """
+    return all(notify(f"FDSTORE=1\nFDNAME={name}.{kind}", [fd]) for kind, fd in zip(KINDS, held, strict=True))
+
+
+def unstore(name: str, *, address: str | None = None) -> None:
+    """Have them kept no more. address: as of `notify`."""
     for kind in KINDS:
-        notify(f"FDSTOREREMOVE=1\nFDNAME={name}.{kind}")
+        notify(f"FDSTOREREMOVE=1\nFDNAME={name}.{kind}", address=address)

@@ -140,7 +140,12 @@ def test_config_keeps_step_with_the_rooms_it_configures() -> None:
     assert SIGNED_SCHEMES == layout.SCHEMES
     options = {field.name for field in dataclasses.fields(SourceOptions)}
     ours = {field.name for field in dataclasses.fields(SourceConfig)}
-    assert ours - {"url", "name"} == options - {"connections_max", "mountpoint", "cache_directory"}  # the mount's
+    assert ours - {"url", "name"} == options - {
+        "connections_max",
+        "mountpoint",
+        "cache_directory",
+        "unpack_directory",
+    }  # the mount's
 
 
 @pytest.mark.parametrize(
@@ -336,3 +341,22 @@ class TestMaterialize:
         file.write_text(f'[mount]\nmountpoint = "/m"\nmaterialize = {text}\n[sources.x]\nurl = "/x"\n')
         with pytest.raises(ConfigError, match="materialize"):
             config_file.load(file, mount={}, source={})
+
+
+class TestIdentity:
+    """Under which a mount's descriptors are kept while it is upgraded: another one loses the mount."""
+
+    def test_it_is_the_same_in_every_release(self) -> None:
+        config = MountConfig(MOUNT, (SourceConfig("s3://models/prod", endpoint_url="http://s3:9000"),))
+        assert config.identity() == "3f4ce2cd7de7b1b7"
+
+    def test_how_a_source_is_reached_is_no_part_of_it(self) -> None:
+        ways: list[dict[str, Any]] = [
+            {"via": "http://cache:80"}, {"dragonfly": "http://127.0.0.1:4001"}, {"token": "x"}, {"region": "eu-west-1"},
+        ]  # fmt: skip
+        found = {MountConfig(MOUNT, (SourceConfig("s3://models/prod", **way),)).identity() for way in ways}
+        assert found == {MountConfig(MOUNT, (S3,)).identity()}
+
+    def test_what_is_shown_is(self) -> None:
+        others = [S3, SourceConfig("s3://models/test"), SourceConfig("s3://models/prod", endpoint_url="http://s3:9000")]
+        assert len({MountConfig(MOUNT, (source,)).identity() for source in others}) == len(others)

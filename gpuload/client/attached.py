@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gpuload import wire
-from gpuload.client import tensors
+from gpuload.client import rings, tensors
 from gpuload.client.asking import ATTACH_S, LOAD_S, connect, exchange
 from gpuload.descriptors import park, room_for
 from gpuload.device import identity_of, open_device
@@ -100,12 +100,20 @@ class _Held:
 
 
 def let_go() -> None:
-    """Give back the weights on GPUs whose last tensor is gone. Waits for kernels that are queued on those GPUs.
+    """Give back the weights on GPUs whose last tensor is gone, and the rings that loads are done with. Waits for
+    kernels that are queued on those GPUs.
 
     Their memory goes neither with the last tensor nor by a timer: to unmap it has to wait for the device, which would
     break a CUDA graph that is being captured. So it goes here, at the next `attach`, or when the process ends. While
     this thread captures a graph nothing is done; do not call it while another does.
     """
+    close_left()
+    if not tensors.is_capturing():
+        rings.let_go()
+
+
+def close_left() -> None:
+    """The weights alone, as `let_go`; nothing while this thread captures a graph."""
     if tensors.is_capturing():
         return
     while _left:
@@ -124,7 +132,7 @@ def _leave() -> None:
         _left.popleft()[1].detach()
 
 
-os.register_at_fork(after_in_child=let_go)  # what was left is the parent's: the child only lets go of the lease
+os.register_at_fork(after_in_child=close_left)  # what was left is the parent's: the child only lets go of the lease
 atexit.register(_leave)
 
 

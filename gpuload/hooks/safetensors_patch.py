@@ -81,9 +81,9 @@ class _File:
             had, self._tensors, self._is_refused = self._tensors is not None, None, True
         _idle.remove(self)
         if had:
-            from gpuload.client.attached import let_go
+            from gpuload.client.attached import close_left
 
-            let_go()
+            close_left()
 
     def release_if_idle(self) -> bool:
         """True if the lease was given up."""

@@ -31,9 +31,9 @@ def weights_of(
                 counts.add(served=1)
                 yield name, attached[name].clone() if is_copied(device) else attached[name]
             del attached
-            from gpuload.client.attached import let_go
+            from gpuload.client.attached import close_left
 
-            let_go()
+            close_left()
         else:
             yield from (item for item in _streamed(file) if item[0] not in others)
 

@@ -91,20 +91,13 @@ def csi(
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
+    node.recover()
     door = server.serve(node, node_id, endpoint)
-    looking = threading.Thread(target=_look_after, args=(node,), daemon=True)
+    looking = threading.Thread(target=node.watch, daemon=True)
     looking.start()
     told.wait()
     node.stop()
     server.stop(door)
-
-
-def _look_after(node: object) -> None:
-    from mfs.csi.node import Node
-
-    assert isinstance(node, Node)
-    node.recover()
-    node.watch()
 
 
 @click.command(

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mfs import launch
+from mfs import launch, manager
 from mfs.config import MountConfig
 from mfs.control import detach, fdstore, runtime
 from mfs.control.client import Client
 from mfs.csi import binding, secrets
-from mfs.csi.state import Served, State
+from mfs.csi.state import State
 from mfs.errors import MfsError, StoreError, TransientStoreError
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _ANSWER_S = 5.0
 _PAUSE_S = 0.05
 _END_S = 20.0
+_TAKE_UPS_MAX = 5  # of one mount, that a daemon failed at which might have served
 
 
 class Daemons:
@@ -39,6 +40,8 @@ class Daemons:
         self._keeper = keeper
         self._holders: dict[str, int] = {}
         """Pids of those that are our children, by key."""
+        self._failures: dict[str, int] = {}
+        """Take-ups that failed, by key."""
 
     def secrets(self, key: str) -> Path:
         """Where the secrets of a daemon stand."""
@@ -84,23 +87,41 @@ class Daemons:
         if not binding.is_ours(str(config.mountpoint)):
             config.mountpoint.mkdir(mode=0o755, exist_ok=True)
         elif self._keeper is not None:
-            held = fdstore.ask_keeper(self._keeper, launch.store_name(config))
+            held = self._take_up(self._keeper, key, launch.store_name(config))
         environment = secrets.environment(self.secrets(key), is_isolated=served.is_isolated, role=served.role)
         if self._keeper is not None:
             environment["NOTIFY_SOCKET"] = str(self._keeper)
-        deadline_s = max(1.0, until_s - time.monotonic())
         how = "taken up from what the keeper holds" if held else "started"
         try:
+            deadline_s = until_s - time.monotonic()
+            if deadline_s <= 0:
+                raise TransientStoreError(f"no time is left to start the daemon of {config.mountpoint}: try again")
             warnings = launch.start_daemon(config, deadline_s=deadline_s, environment=environment, held=held)
+        except StoreError as error:
+            if held and not isinstance(error, TransientStoreError):
+                self._failures[key] = self._failures.get(key, 0) + 1
+            raise
         finally:
             for fd in held:
                 os.close(fd)
+        self._failures.pop(key, None)
         record = runtime.read_record(str(config.mountpoint))
         if record is not None:
             self._holders[key] = record.holder_pid
         log.info("daemon %s was %s", key, how)
         for warning in warnings:
             log.warning("daemon %s: %s", key, warning)
+
+    def _take_up(self, keeper: Path, key: str, name: str) -> list[int]:
+        """What the keeper holds of a mount; nothing of one that could not be taken up again and again."""
+        held = fdstore.ask_keeper(keeper, name)
+        if held and self._failures.get(key, 0) >= _TAKE_UPS_MAX:
+            log.warning("daemon %s could not be taken up %d times: its mount is given up", key, _TAKE_UPS_MAX)
+            manager.unstore(name, address=str(keeper))
+            for fd in [*held, *fdstore.ask_keeper(keeper, name)]:  # it answers when it has dropped its own
+                os.close(fd)
+            return []
+        return held
 
     def end(self, key: str) -> None:
         """End a daemon that no volume needs, and forget all but its cache. Raises: MfsError if it does not end."""
@@ -117,11 +138,8 @@ class Daemons:
         binding.remove(place)
         secrets.drop(self.secrets(key))
         self._state.drop_served(key)
+        self._failures.pop(key, None)
         log.info("daemon %s was ended: no volume needs it", key)
-
-    def note(self, key: str, config: MountConfig, *, is_isolated: bool, role: str) -> None:
-        """Have it known how the daemon of a key is started."""
-        self._state.put_served(key, Served(config.to_json(), is_isolated, role))
 
     def sweep_secrets(self) -> None:
         """Forget secrets of daemons that are no more."""

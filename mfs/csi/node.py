@@ -2,8 +2,8 @@
 
     publish                                     unpublish
       the volume is noted                         the target is unmounted
-      secrets are written                         its directory is removed
-      the daemon is noted, and serves             the volume is forgotten
+      the daemon is noted                         its directory is removed
+      secrets are written, the daemon serves      the volume is forgotten
       the target is bound                         a daemon that nobody needs is ended
 
 What is noted and not bound is no volume: `recover` forgets it, and whoever wants it publishes it again. What is bound
@@ -17,16 +17,18 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mfs.cache.directory import check_directory
+from mfs.config import MountConfig
 from mfs.csi import binding, secrets, volume
 from mfs.csi.daemons import Daemons
-from mfs.csi.state import Published, State
+from mfs.csi.state import Published, Served, State
 from mfs.csi.volume import Limits, Volume
 from mfs.errors import ConfigError, MfsError, NotFoundError, StoreError
 from mfs.shown import clean
@@ -37,6 +39,8 @@ _PATIENCE_S = 110.0  # the kubelet's own is two minutes
 _WATCH_S = 5.0
 _WARNINGS_MAX = 3
 _MENDED_AT_ONCE = 8
+_CALLS_AT_ONCE = 24
+"""Publishes, and as many unpublishes, that may wait for a daemon; the kubelet comes again with the rest."""
 
 
 class BusyError(MfsError):
@@ -73,12 +77,14 @@ class Node:
         self._limits = limits
         self._daemons = Daemons(state, secrets_dir, keeper)
         self._names = _Names()
+        self._publishing = threading.Semaphore(_CALLS_AT_ONCE)
+        self._unpublishing = threading.Semaphore(_CALLS_AT_ONCE)
         self._is_ready = False
         self._stopped = threading.Event()
 
     @property
     def is_ready(self) -> bool:
-        """Whether what an earlier driver left is in order."""
+        """Whether what an earlier driver left is in order, but for daemons that it takes their sources to mend."""
         return self._is_ready
 
     # -- calls
@@ -96,42 +102,74 @@ class Node:
         volume.check_target(volume_id, target)
         wanted = volume.parse(context, given, self._limits)
         secrets.check(wanted.secrets)
-        with self._names.alone(target):
+        with _place(self._publishing), self._names.alone(target):
             self._publish(volume_id, target, _told(arguments, context), wanted, until_s)
 
     def _publish(self, volume_id: str, target: str, told: str, wanted: Volume, until_s: float) -> None:
         before = self._state.volume(volume_id, target)
-        is_bound = before is not None and binding.device_at(target) is not None
-        if before is not None and is_bound and before.arguments != told:
+        is_mounted = binding.device_at(target) is not None
+        if before is None or not is_mounted:
+            self._publish_new(Published(volume_id, target, "", told), wanted, until_s, leaves_mount=is_mounted)
+            if before is not None:  # of a publish that a crash has cut off
+                with self._names.waited(before.key, until_s):
+                    self._end_unused(before.key)
+            return
+        if before.arguments != told:
             raise TakenError(f"volume {volume_id} is published at {target} with other arguments: unpublish it first")
         # With a Secret that was rotated it stays with its daemon, which gets what is new.
-        key = before.key if before is not None and is_bound else wanted.key(self._state.salt)
-        with self._names.waited(key):
-            try:
-                self._state.put(Published(volume_id, target, key, told))
-                self._prepare(key, wanted)
-                self._daemons.ensure(key, until_s=until_s)
-                self._show(key, target)
-            except BaseException:
-                if not is_bound:
-                    self._withdraw(volume_id, target, key)
-                raise
-        if before is not None and before.key != key:  # of a publish that a crash has cut off
-            with self._names.waited(before.key):
-                self._end_unused(before.key)
+        with self._names.waited(before.key, until_s):
+            self._prepare(before.key, wanted, before.secrets)
+            self._daemons.ensure(before.key, until_s=until_s)
+            self._show(before.key, target)
+            after = replace(before, secrets=wanted.secrets_digest(self._state.salt))
+            if after != before:
+                self._state.put(after)
 
-    def _prepare(self, key: str, wanted: Volume) -> None:
-        if wanted.is_isolated:
+    def _publish_new(self, volume: Published, wanted: Volume, until_s: float, *, leaves_mount: bool) -> None:
+        """leaves_mount: what stands at the target now stood there before, and stays should this fail."""
+        digest = wanted.secrets_digest(self._state.salt)
+        for key in wanted.keys(self._state.salt):
+            with self._names.waited(key, until_s):
+                served = self._state.served(key)
+                if served is not None and served.secrets != digest:  # a secret that was rotated out opens nothing
+                    continue
+                try:
+                    self._state.put(replace(volume, key=key, secrets=digest))
+                    self._prepare(key, wanted, "")
+                    self._daemons.ensure(key, until_s=until_s)
+                    self._show(key, volume.target)
+                except BaseException:
+                    self._withdraw(volume.volume_id, volume.target, key, leaves_mount=leaves_mount)
+                    raise
+                return
+
+    def _prepare(self, key: str, wanted: Volume, given: str) -> None:
+        """Have its secrets where its daemon looks, and the daemon known.
+
+        given: a digest of the secrets that the volume came with last. Only who comes with others than last time has
+        had them rotated; others share the daemon, and may still come with the old ones.
+        """
+        digest = wanted.secrets_digest(self._state.salt)
+        served = self._state.served(key)
+        if served is None:
+            served = Served(self._config(key, wanted).to_json(), wanted.is_isolated, wanted.role, digest)
+            self._state.put_served(key, served)
+        elif served.secrets != digest and given != digest:
+            served = replace(served, secrets=digest)
+            self._state.put_served(key, served)
+        if wanted.is_isolated and served.secrets == digest:
             secrets.write(self._daemons.secrets(key), wanted.source.url, wanted.secrets, wanted.token)
-        if self._state.served(key) is not None:
-            return
+        elif wanted.is_isolated:
+            secrets.write_token(self._daemons.secrets(key), wanted.token)
+
+    def _config(self, key: str, wanted: Volume) -> MountConfig:
         cache_dir = None
         if self._cache_dir is not None:
             cache_dir = self._cache_dir / wanted.domain(self._state.salt)
-            cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            check_directory(cache_dir, shared=False)
-        config = wanted.config(self._state.mountpoint(key), cache_dir, self._state.log_file(key))
-        self._daemons.note(key, config, is_isolated=wanted.is_isolated, role=wanted.role)
+            with suppress(OSError, StoreError):  # its disk fails: the mount does without
+                cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+                check_directory(cache_dir, shared=False)
+        return wanted.config(self._state.mountpoint(key), cache_dir, self._state.log_file(key))
 
     def _show(self, key: str, target: str) -> None:
         source = self._state.mountpoint(key)
@@ -139,10 +177,11 @@ class Node:
         if binding.device_at(target) != binding.device_at(str(source)):
             binding.bind(source, target)
 
-    def _withdraw(self, volume_id: str, target: str, key: str) -> None:
+    def _withdraw(self, volume_id: str, target: str, key: str, *, leaves_mount: bool) -> None:
         """Undo what a publish that failed has left. Never raises."""
         try:
-            binding.unbind(target)
+            if not leaves_mount:
+                binding.unbind(target)
             self._state.drop(volume_id, target)
             self._end_unused(key)
         except MfsError as error:
@@ -151,7 +190,7 @@ class Node:
     def unpublish(self, volume_id: str, target: str) -> None:
         """Have the volume seen there no more, should it be. Raises: UsageError, BusyError, StoreError."""
         volume.check_target(volume_id, target)
-        with self._names.alone(target):
+        with _place(self._unpublishing), self._names.alone(target):
             published = self._state.volume(volume_id, target)
             if published is None and not binding.is_ours(target):
                 if binding.device_at(target) is None:  # what the kubelet made, or we did before a crash
@@ -161,7 +200,7 @@ class Node:
             binding.remove(target)
             self._state.drop(volume_id, target)
             if published is not None:
-                with self._names.waited(published.key):
+                with self._names.waited(published.key, time.monotonic() + _PATIENCE_S):
                     self._end_unused(published.key)
 
     def _remove_empty(self, target: str) -> None:
@@ -189,26 +228,30 @@ class Node:
     # -- between calls
 
     def recover(self) -> None:
-        """Bring in order what an earlier driver left. Raises: nothing; what fails is tried again by `watch`."""
+        """Forget what an earlier driver noted and did not finish. Before anybody calls. Raises: StoreError."""
         for published in list(self._state.volumes()):
             if binding.device_at(published.target) is None:
                 log.info("volume %s is not mounted at %s: forgotten", clean(published.volume_id), published.target)
                 self._state.drop(published.volume_id, published.target)
-        for key in self._state.daemons():
-            with self._names.waited(key):
-                try:
-                    self._end_unused(key)
-                except MfsError as error:
-                    log.warning("daemon %s: %s", key, error)
         self._daemons.sweep_secrets()
-        self._mend()
-        self._is_ready = True
 
     def watch(self) -> None:
-        """Look after the daemons until `stop`: one whose holder was killed too is started again, and shown again."""
-        while not self._stopped.wait(_WATCH_S):
+        """Look after the daemons until `stop`: one whose holder was killed too is started again, and shown again; one
+        that nobody needs is ended.
+        """
+        self._try(self._end_all_unused)
+        self._is_ready = True
+        while not self._stopped.is_set():
+            self._try(self._mend)
+            self._stopped.wait(_WATCH_S)
             self._daemons.reap()
-            self._mend()
+            self._try(self._end_all_unused)
+
+    def _try(self, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except Exception as error:  # the next look tries again
+            log.warning("%s", error)
 
     def stop(self) -> None:
         """End `watch`; the daemons go on."""
@@ -221,14 +264,25 @@ class Node:
                 by_key.setdefault(published.key, []).append(published)
         with ThreadPoolExecutor(_MENDED_AT_ONCE) as pool:
             for key, volumes in by_key.items():
-                pool.submit(self._try_to_mend, key, volumes)
+                pool.submit(self._see_to, key, partial(self._mend_one, key, volumes))
 
-    def _try_to_mend(self, key: str, volumes: list[Published]) -> None:
+    def _end_all_unused(self) -> None:
+        """What calls left whose last step failed."""
+        needed = {published.key for published in self._state.volumes()}
+        with ThreadPoolExecutor(_MENDED_AT_ONCE) as pool:
+            for key in self._state.daemons():
+                if key not in needed:
+                    pool.submit(self._see_to, key, partial(self._end_unused, key))
+
+    def _see_to(self, key: str, what: Callable[[], None]) -> None:
+        """Do something for a daemon, unless a call does just now."""
         if self._stopped.is_set():
             return
         try:
-            with self._names.waited(key):
-                self._mend_one(key, volumes)
+            with self._names.alone(key):
+                what()
+        except BusyError:
+            return
         except Exception as error:  # the next look tries again
             log.warning("daemon %s: %s", key, error)
 
@@ -257,6 +311,17 @@ def _told(arguments: str, context: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps([arguments, stable], sort_keys=True).encode()).hexdigest()
 
 
+@contextmanager
+def _place(places: threading.Semaphore) -> Iterator[None]:
+    """Raises: BusyError if there is none left."""
+    if not places.acquire(blocking=False):
+        raise BusyError("as many other calls as may be are under way: try again")
+    try:
+        yield
+    finally:
+        places.release()
+
+
 class _Names:
     """Locks by name, kept only while somebody has or wants one."""
 
@@ -265,10 +330,13 @@ class _Names:
         self._locks: dict[str, tuple[threading.Lock, int]] = {}
 
     @contextmanager
-    def waited(self, name: str) -> Iterator[None]:
-        """Have the name alone, once nobody else has it. Raises: BusyError if that takes too long."""
+    def waited(self, name: str, until_s: float) -> Iterator[None]:
+        """Have the name alone, once nobody else has it. until_s: a time.monotonic() value.
+
+        Raises: BusyError if that takes longer.
+        """
         with self._wanted(name) as lock:
-            if not lock.acquire(timeout=_PATIENCE_S):
+            if not lock.acquire(timeout=max(0.0, until_s - time.monotonic())):
                 raise BusyError(f"another call about {name} is under way: try again")
             try:
                 yield

@@ -79,12 +79,18 @@ def write(directory: Path, url: str, secrets: Mapping[str, str], token: str) -> 
     _put(directory / "aws-credentials", "\n".join(["[default]", *aws, ""]) if aws else "")
     _put(directory / "hf-token", secrets.get(_HUB, ""))
     _put(directory / "config.json", secrets.get(_DOCKER, ""))
-    _put(directory / "web-identity-token", token)
+    write_token(directory, token)
     login = ""
     if _USER in secrets:
         user, password = _quoted(secrets[_USER]), _quoted(secrets[_PASSWORD])
         login = f"machine {urlsplit(url).hostname or ''} login {user} password {password}\n"
     _put(directory / ".netrc", login)
+
+
+def write_token(directory: Path, token: str) -> None:
+    """Make the token of a service account this one, and leave the rest."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _put(directory / "web-identity-token", token)
 
 
 def _quoted(value: str) -> str:

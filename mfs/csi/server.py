@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 DRIVER = "csi.mfs.dev"
 """Name of the driver, as the CSIDriver object has it."""
-_THREADS, _CALLS_MAX = 16, 128
+_THREADS, _CALLS_MAX = 64, 128  # more than calls that wait, see `node`: whether we live is always answered
 _MESSAGE_BYTES_MAX = 4 << 20
 _GRACE_S = 10.0
 _CODES: tuple[tuple[type[MfsError], grpc.StatusCode], ...] = (

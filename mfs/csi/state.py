@@ -19,13 +19,14 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from mfs.errors import ConfigError
+from mfs.errors import ConfigError, StoreError
 
-_FILE_BYTES_MAX = 1 << 20
+T = TypeVar("T", "Published", "Served")
 _SALT_BYTES = 32
 
 
@@ -39,6 +40,8 @@ class Published:
     """Of its daemon."""
     arguments: str
     """A digest of what it was published with, secrets aside."""
+    secrets: str = ""
+    """A salted digest of the secrets that it came with last, '' for none."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,15 @@ class Served:
     """See `Volume.is_isolated`."""
     role: str
     """See `Volume.role`."""
+    secrets: str = ""
+    """A salted digest of the secrets that the daemon has now, '' for none."""
 
 
 class State:
-    """The driver's directory. One driver at a time; several threads, each with its own names."""
+    """The driver's directory. One driver at a time; several threads, each with its own names.
+
+    Methods raise StoreError where the disk fails: what cannot be read now is not said to be gone.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Raises: ConfigError if it cannot be written, or another driver has it."""
@@ -93,20 +101,22 @@ class State:
         return self.directory / "logs" / f"{key}.log"
 
     def volumes(self) -> Iterator[Published]:
-        """All that is said to be published; what cannot be read is taken away."""
-        for file in sorted((self.directory / "volumes").glob("*.json")):
-            try:
-                yield Published(**_read(file))
-            except (OSError, ValueError, TypeError):
-                file.unlink(missing_ok=True)
+        """All that is said to be published; what has no meaning is taken away."""
+        folder = self.directory / "volumes"
+        for name in sorted(_names(folder)):
+            with _checked(folder / name):
+                found = _read(folder / name, Published)
+                if found is None:
+                    (folder / name).unlink(missing_ok=True)
+            if found is not None:
+                yield found
 
     def volume(self, volume_id: str, target: str) -> Published | None:
         """What is published here."""
-        try:
-            found = Published(**_read(self._file(volume_id, target)))
-        except (OSError, ValueError, TypeError):
-            return None
-        return found if (found.volume_id, found.target) == (volume_id, target) else None
+        file = self._file(volume_id, target)
+        with _checked(file):
+            found = _read(file, Published)
+        return found if found and (found.volume_id, found.target) == (volume_id, target) else None
 
     def put(self, volume: Published) -> None:
         """Note a volume that is about to be mounted."""
@@ -114,19 +124,21 @@ class State:
 
     def drop(self, volume_id: str, target: str) -> None:
         """Forget a volume that is mounted no more."""
-        self._file(volume_id, target).unlink(missing_ok=True)
+        file = self._file(volume_id, target)
+        with _checked(file):
+            file.unlink(missing_ok=True)
 
     def daemons(self) -> list[str]:
         """The keys of all daemons that were started and not ended, also of such as nothing else is known of."""
-        noted = {file.stem for file in (self.directory / "daemons").glob("*.json")}
-        return sorted(noted | set(os.listdir(self.directory / "mounts")))
+        noted = {name.removesuffix(".json") for name in _names(self.directory / "daemons")}
+        with _checked(self.directory / "mounts"):
+            return sorted(noted | set(os.listdir(self.directory / "mounts")))
 
     def served(self, key: str) -> Served | None:
         """What the daemon of a key is started with."""
-        try:
-            return Served(**_read(self.directory / "daemons" / f"{key}.json"))
-        except (OSError, ValueError, TypeError):
-            return None
+        file = self.directory / "daemons" / f"{key}.json"
+        with _checked(file):
+            return _read(file, Served)
 
     def put_served(self, key: str, served: Served) -> None:
         """Note a daemon that is about to be started."""
@@ -134,26 +146,45 @@ class State:
 
     def drop_served(self, key: str) -> None:
         """Forget a daemon that has ended, and its log."""
-        (self.directory / "daemons" / f"{key}.json").unlink(missing_ok=True)
-        self.log_file(key).unlink(missing_ok=True)
+        file = self.directory / "daemons" / f"{key}.json"
+        with _checked(file):
+            file.unlink(missing_ok=True)
+            self.log_file(key).unlink(missing_ok=True)
 
     def _file(self, volume_id: str, target: str) -> Path:
         name = hashlib.sha256(f"{volume_id}\0{target}".encode()).hexdigest()[:32]
         return self.directory / "volumes" / f"{name}.json"
 
 
-def _read(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        found = json.loads(opened.read(_FILE_BYTES_MAX))
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected an object")
-    return found
+@contextmanager
+def _checked(file: Path) -> Iterator[None]:
+    """Raises: StoreError for what the disk says."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"state {file}: {error.strerror}") from error
+
+
+def _names(folder: Path) -> list[str]:
+    with _checked(folder):
+        return [name for name in os.listdir(folder) if name.endswith(".json")]
+
+
+def _read(file: Path, kind: type[T]) -> T | None:
+    """None for what is not there, or has no meaning. What a later release has added is left out."""
+    try:
+        found = json.loads(file.read_bytes())
+        known = {field.name for field in fields(kind)}
+        return kind(**{name: value for name, value in found.items() if name in known})
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def _write(file: Path, text: str) -> None:
     new = file.with_name(f"{file.name}.new")
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    new.replace(file)
+    with _checked(file):
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        new.replace(file)

@@ -10,13 +10,13 @@ import hashlib
 import hmac
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mfs.config import MountConfig, SourceConfig
+from mfs.config import MountConfig, SourceConfig, chosen
 from mfs.errors import ConfigError, UsageError
 from mfs.shown import mask_url
 from mfs.sources.folder import folder_path
@@ -75,10 +75,21 @@ class Volume:
 
         A token is not part of it, it changes by the hour; the account it is for is.
         """
-        told = [asdict(self.source), self.settings, sorted(self.secrets.items()), self.role, self.account]
+        told = [chosen(self.source), self.settings, sorted(self.secrets.items()), self.role, self.account]
         if self.secrets or self.role:
             told.append(self.namespace)
         return _digest(salt, told)
+
+    def keys(self, salt: bytes) -> Iterator[str]:
+        """`key`, and others for as long as what has the last one was moved on to other secrets."""
+        key = self.key(salt)
+        while True:
+            yield key
+            key = _digest(salt, ["not", key])
+
+    def secrets_digest(self, salt: bytes) -> str:
+        """Equal for equal secrets, '' for none; tells nothing without the salt."""
+        return _digest(salt, ["secrets", sorted(self.secrets.items())]) if self.secrets else ""
 
     def domain(self, salt: bytes) -> str:
         """Whose cache it may share, as the name of a directory: who has the same right to look at what is in it.

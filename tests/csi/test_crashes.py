@@ -15,7 +15,7 @@ from tests.mount import touching
 
 WEIGHTS = FILES["llama/w.bin"]
 PUBLISHING = (
-    "mfs.csi.state:State.put", "mfs.csi.daemons:Daemons.note", "mfs.csi.daemons:Daemons.ensure",
+    "mfs.csi.state:State.put", "mfs.csi.state:State.put_served", "mfs.csi.daemons:Daemons.ensure",
     "mfs.csi.binding:_mount", "mfs.csi.binding:bind",
 )  # fmt: skip
 UNPUBLISHING = (
@@ -150,7 +150,7 @@ def test_a_pod_that_is_replaced_with_all_in_it_is_a_pause(place: Path, models: P
                 assert second.finish() == WEIGHTS[turn << 20 :][:1000]
                 assert pod.call(touching.read, f"{inside}/llama/config.json") == b"{}"
                 for name in ("a", "b"):
-                    assert not driver.stats(name).volume_condition.abnormal
+                    assert wait_for(lambda name=name: not driver.stats(name).volume_condition.abnormal)  # type: ignore[misc]
         assert driver.log.count("taken up from what the keeper holds") == 4
         driver.unpublish("a")
         driver.unpublish("b")

@@ -122,6 +122,25 @@ def test_a_secret_that_was_rotated_is_used_from_the_next_publish_on(driver: Driv
     assert driver.left() == []
 
 
+def test_a_secret_that_was_rotated_out_opens_nothing_and_spoils_nothing(driver: Driver, bucket: Bucket) -> None:
+    attributes = {"source": "s3://b", "endpointUrl": bucket.server.url, "region": "us-east-1"}
+    bucket.good = f"AK1{CANARY}"
+    for name in ("a", "b"):
+        target = driver.publish(name, attributes, secrets(1))
+    bucket.good = f"AK2{CANARY}"
+    driver.publish("a", attributes, secrets(2))
+    driver.publish("b", attributes, secrets(1))  # whose Secret is as it was
+    late = publish_request("c", str(driver.pods / "c"), attributes, secrets(1))
+    assert driver.node.NodePublishVolume.future(late, timeout=60).code() is grpc.StatusCode.PERMISSION_DENIED
+    with workload(target) as (pod, inside):
+        assert pod.call(touching.read, f"{inside}/m/w1.bin") == FILES["m/w1.bin"]
+    assert len(driver.pids) == 1
+    driver.publish("c", attributes, secrets(2))
+    for name in ("a", "b", "c"):
+        driver.unpublish(name)
+    assert driver.left() == []
+
+
 def test_who_shares_a_daemon_has_the_same_secret_in_the_same_namespace(driver: Driver, bucket: Bucket) -> None:
     attributes = {"source": "s3://b", "endpointUrl": bucket.server.url, "region": "us-east-1"}
     bucket.good = f"AK1{CANARY}"
