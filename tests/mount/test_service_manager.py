@@ -180,6 +180,15 @@ def test_the_watchdog_is_told_by_the_daemon_while_it_answers(service: Service) -
     manager.wait_for("WATCHDOG=1", after=before)
 
 
+HOLDS = """
+import os, signal, socket, sys
+with socket.socket(fileno=int(sys.argv[sys.argv.index("--holder-fd") + 1])) as holder:
+    socket.send_fds(holder, [b"hold"], [os.open(os.devnull, os.O_RDONLY) for _ in range(3)])
+    holder.recv(1)
+"""
+"""A daemon that is held, and ends with its holder."""
+
+
 def test_a_manager_that_listens_late_gets_the_mount_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A keeper that is started after the holder, or again; the holder tells it from time to time."""
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
@@ -205,12 +214,3 @@ def test_a_manager_that_listens_late_gets_the_mount_too(tmp_path: Path, monkeypa
     finally:
         process.kill()
         process.wait()
-
-
-HOLDS = """
-import os, signal, socket, sys
-with socket.socket(fileno=int(sys.argv[sys.argv.index("--holder-fd") + 1])) as holder:
-    socket.send_fds(holder, [b"hold"], [os.open(os.devnull, os.O_RDONLY) for _ in range(3)])
-    holder.recv(1)
-"""
-"""A daemon that is held, and ends with its holder."""
