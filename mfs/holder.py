@@ -17,7 +17,8 @@ descriptors (--successor) and must say `hold` in time. Readers wait meanwhile, i
 a short time, or too many successors that never served, the descriptors are closed, and readers get ENOTCONN. Signals
 go to the daemon; its exit status becomes ours.
 
-What is held is also given to the service manager (`mfs.manager`), should this process be killed.
+What is held is also given to the service manager (`mfs.manager`), should this process be killed; again each minute,
+since that one may have been killed itself.
 
 This process must not fail, and should cost little: nothing is imported but small modules.
 """

@@ -2,7 +2,7 @@
 
 A daemon stands in a session of its own and outlives the driver; its holder starts the next one if it is killed. Where
 both are gone, as when the driver's pod is replaced, the keeper (`mfs.keeper`) has the mount's descriptors, and a new
-holder goes on with them. Only where that fails too a new mount is made in place of the dead one.
+holder goes on with them. Only where that fails too, again and again, a new mount is made in place of the dead one.
 """
 
 from __future__ import annotations

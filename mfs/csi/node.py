@@ -15,6 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +42,8 @@ _PATIENCE_S = 110.0  # the kubelet's own is two minutes
 _WATCH_S = 5.0
 _WARNINGS_MAX = 3
 _MENDED_AT_ONCE = 8
+_CACHE_KEPT_S = 86_400.0
+_DOMAIN, _GONE = re.compile(r"[0-9a-f]{32}"), ".gone"
 _CALLS_AT_ONCE = 24
 """Publishes, and as many unpublishes, that may wait for a daemon; the kubelet comes again with the rest."""
 
@@ -77,6 +82,8 @@ class Node:
         self._limits = limits
         self._daemons = Daemons(state, secrets_dir, keeper)
         self._names = _Names()
+        self._caches = threading.Lock()
+        """Held while it is decided that a cache is used, or is not."""
         self._publishing = threading.Semaphore(_CALLS_AT_ONCE)
         self._unpublishing = threading.Semaphore(_CALLS_AT_ONCE)
         self._is_ready = False
@@ -152,8 +159,9 @@ class Node:
         digest = wanted.secrets_digest(self._state.salt)
         served = self._state.served(key)
         if served is None:
-            served = Served(self._config(key, wanted).to_json(), wanted.is_isolated, wanted.role, digest)
-            self._state.put_served(key, served)
+            with self._caches:
+                served = Served(self._config(key, wanted).to_json(), wanted.is_isolated, wanted.role, digest)
+                self._state.put_served(key, served)
         elif served.secrets != digest and given != digest:
             served = replace(served, secrets=digest)
             self._state.put_served(key, served)
@@ -166,8 +174,7 @@ class Node:
         cache_dir = None
         if self._cache_dir is not None:
             cache_dir = self._cache_dir / wanted.domain(self._state.salt)
-            with suppress(OSError, StoreError):  # its disk fails: the mount does without
-                cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(StoreError):  # its disk fails: the mount does without
                 check_directory(cache_dir, shared=False)
         return wanted.config(self._state.mountpoint(key), cache_dir, self._state.log_file(key))
 
@@ -246,6 +253,8 @@ class Node:
             self._stopped.wait(_WATCH_S)
             self._daemons.reap()
             self._try(self._end_all_unused)
+            self._try(self._state.cut_logs)
+            self._try(self._remove_old_caches)
 
     def _try(self, look: Callable[[], None]) -> None:
         try:
@@ -256,6 +265,28 @@ class Node:
     def stop(self) -> None:
         """End `watch`; the daemons go on."""
         self._stopped.set()
+
+    def _remove_old_caches(self) -> None:
+        """Those of namespaces of which nobody has had a volume for a day."""
+        if self._cache_dir is None:
+            return
+        before_s = time.time() - _CACHE_KEPT_S
+        for cache in self._cache_dir.iterdir():
+            if cache.suffix == _GONE:
+                shutil.rmtree(cache, ignore_errors=True)
+            elif _DOMAIN.fullmatch(cache.name) and cache.lstat().st_mtime < before_s:
+                with self._caches:  # nobody begins to use it meanwhile
+                    if self._is_used(cache):
+                        os.utime(cache)
+                        continue
+                    gone = cache.rename(cache.with_suffix(_GONE))
+                log.info("cache %s is removed: nobody used it for a day", cache)
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def _is_used(self, cache: Path) -> bool:
+        """Whether a daemon that is known has it; also where that cannot be said."""
+        known = [self._state.served(key) for key in self._state.daemons()]
+        return any(each is None or MountConfig.from_json(each.config).cache_dir == cache for each in known)
 
     def _mend(self) -> None:
         by_key: dict[str, list[Published]] = {}
@@ -301,8 +332,13 @@ class Node:
                 continue
 
     def _end_unused(self, key: str) -> None:
-        if not any(published.key == key for published in self._state.volumes()):
-            self._daemons.end(key)
+        if any(published.key == key for published in self._state.volumes()):
+            return
+        with suppress(MfsError, OSError):
+            served = self._state.served(key)
+            if served and (cache_dir := MountConfig.from_json(served.config).cache_dir):
+                os.utime(cache_dir)  # used until now
+        self._daemons.end(key)
 
 
 def _told(arguments: str, context: Mapping[str, str]) -> str:

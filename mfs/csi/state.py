@@ -5,7 +5,7 @@
     volumes/HASH.json   Published, HASH of volume and target; written before anything is mounted at the target
     daemons/KEY.json    Served; written before the daemon is started
     mounts/KEY          where the daemon of a key is mounted
-    logs/KEY.log        what it says
+    logs/KEY.log        what it says, cut to its end when it is long
 
 Each file is written beside its place and renamed into it, so that it is whole or not there. Of a volume whose target
 is not mounted when the driver starts nothing is kept: whoever wants it publishes it again.
@@ -28,6 +28,7 @@ from mfs.errors import ConfigError, StoreError
 
 T = TypeVar("T", "Published", "Served")
 _SALT_BYTES = 32
+_LOG_BYTES_MAX, _LOG_KEPT_BYTES = 8 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,21 @@ class State:
         with _checked(file):
             file.unlink(missing_ok=True)
             self.log_file(key).unlink(missing_ok=True)
+
+    def cut_logs(self) -> None:
+        """Leave the end of logs that are long. Daemons append; what one says in this very moment may be lost."""
+        folder = self.directory / "logs"
+        with _checked(folder):
+            for file in folder.iterdir():
+                with file.open("r+b") as opened:
+                    if os.fstat(opened.fileno()).st_size <= _LOG_BYTES_MAX:
+                        continue
+                    opened.seek(-_LOG_KEPT_BYTES, os.SEEK_END)
+                    opened.readline()
+                    kept = opened.read()
+                    opened.truncate(0)
+                    opened.seek(0)
+                    opened.write(kept)
 
     def _file(self, volume_id: str, target: str) -> Path:
         name = hashlib.sha256(f"{volume_id}\0{target}".encode()).hexdigest()[:32]

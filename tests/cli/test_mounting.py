@@ -381,6 +381,25 @@ class TestStart:
         with pytest.raises(StoreError, match=r"not ready after 0\.1 s without a word"):
             start_daemon(config, deadline_s=0.1, module="mfs.testing.fake_daemon")
 
+    def test_a_mount_that_is_kept_is_not_given_up_by_one_that_fails(self, mnt: Path, tmp_path: Path) -> None:
+        """It has no time to: it and its holder are killed."""
+        code = (
+            "import json, os, signal, sys\n"
+            f"signal.signal(signal.SIGTERM, lambda *_: open({str(tmp_path / 'given-up')!r}, 'w'))\n"
+            "said = json.dumps({'error': {'type': 'StoreError', 'message': f'no, says {os.getpid()}'}})\n"
+            "os.write(int(sys.argv[sys.argv.index('--ready-fd') + 1]), said.encode() + b'\\n')\n"
+            "while True: signal.pause()\n"
+        )
+        (tmp_path / "taker.py").write_text(code)
+        config = MountConfig(mnt, (SourceConfig("s3://x/y"),))
+        with open(os.devnull, "rb") as kept, pytest.raises(StoreError, match=r"no, says \d+") as caught:
+            start_daemon(
+                config, deadline_s=DEADLINE_S, module="taker", held=[kept.fileno()],
+                environment={**os.environ, "PYTHONPATH": str(tmp_path)},
+            )  # fmt: skip
+        assert not Path("/proc", str(caught.value).rpartition(" ")[2]).exists()
+        assert not (tmp_path / "given-up").exists()
+
     def test_its_warnings_are_returned(self, fake_mount: Callable[..., FakeMount]) -> None:
         assert fake_mount().warnings == ["kernel read-ahead is 128 KiB: run 'sudo something' to raise it"]
 

@@ -156,3 +156,33 @@ def test_a_pod_that_is_replaced_with_all_in_it_is_a_pause(place: Path, models: P
         driver.unpublish("b")
         assert driver.keys == []
         assert driver.left() == []
+
+
+CANNOT_TAKE_UP = """
+from mfs import launch
+from mfs.csi import daemons, node
+from mfs.errors import StoreError
+daemons._TAKE_UPS_MAX, node._WATCH_S, start = 2, 0.1, launch.start_daemon
+def start_anew(config, *, held, **more):
+    if held:
+        raise StoreError("no")
+    return start(config, held=held, **more)
+launch.start_daemon = start_anew
+"""
+
+
+def test_a_mount_that_nobody_can_take_up_is_made_anew(place: Path, models: Path) -> None:
+    with Driver(place, folders=(models,)) as driver:
+        driver.start_keeper()
+        driver.start(own_pids=True)
+        target = driver.publish("a", {"source": str(models)})
+        with workload(target) as (pod, inside):
+            pod.call(touching.hold, "fd", f"{inside}/llama/w.bin")
+            driver.kill()
+            driver.start(program=CANNOT_TAKE_UP, own_pids=True)
+            driver.wait_ready()
+            assert wait_for(lambda: not driver.stats("a").volume_condition.abnormal)
+            assert pod.call(touching.read, f"{inside}/llama/w.bin") == WEIGHTS
+        assert driver.log.count(": no") == 2
+        driver.unpublish("a")
+        assert driver.left() == []

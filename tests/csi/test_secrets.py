@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from mfs.testing import ramp
-from tests.csi.driver import Driver, publish_request, workload
+from tests.csi.driver import Driver, publish_request, wait_for, workload
 from tests.mount import touching
 from tests.servers.scripted import Answer, Request, ScriptedServer, s3_bucket, s3_error
 
@@ -150,10 +150,17 @@ def test_who_shares_a_daemon_has_the_same_secret_in_the_same_namespace(driver: D
     other = {**attributes, "csi.storage.k8s.io/pod.namespace": "others"}
     driver.publish("c", other, secrets(1))
     assert len(driver.pids) == 2
-    caches = {str(config) for config in (driver.place / "cache").iterdir()}
+    caches = list((driver.place / "cache").iterdir())
     assert len(caches) == 2
-    for name in ("a", "b", "c"):
+    driver.unpublish("c")
+    for cache in caches:
+        os.utime(cache, (0, 0))
+    assert wait_for(lambda: len(list((driver.place / "cache").iterdir())) == 1)  # nobody used it for long
+    [kept] = (driver.place / "cache").iterdir()
+    assert wait_for(lambda: kept.stat().st_mtime > 0)  # by whom it is used is known
+    for name in ("a", "b"):
         driver.unpublish(name)
+    assert kept.exists()
 
 
 def test_the_nodes_own_credentials_go_to_no_address_that_an_author_chose(driver: Driver, bucket: Bucket) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,24 @@ def test_many_volumes_at_once(driver: Driver, models: Path) -> None:
     assert {call.code() for call in ends} == {grpc.StatusCode.OK}
     assert driver.keys == []
     assert driver.left() == []
+
+
+def test_calls_that_wait_do_not_keep_us_from_saying_that_we_live(driver: Driver) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        source = {"source": f"http://127.0.0.1:{silent.getsockname()[1]}/x/", "timeout": "1h"}
+        requests = [publish_request(name, str(driver.pods / name), source, {}) for name in map(str, range(40))]
+        calls = [driver.node.NodePublishVolume.future(request, timeout=40) for request in requests]
+        assert wait_for(lambda: sum(call.done() for call in calls) >= 16)  # there is no place for them
+        assert driver.identity.Probe(csi.ProbeRequest(), timeout=20).ready.value
+        refused_now = [call for call in calls if call.done()]
+        assert {call.code() for call in refused_now} == {grpc.StatusCode.ABORTED}
+        assert len(refused_now) < len(calls)
+        for call in calls:
+            call.cancel()
+
+
+def test_what_a_call_could_not_end_is_ended_later(driver: Driver, models: Path) -> None:
+    driver.publish("a", {"source": str(models)})
+    [noted] = (driver.place / "state" / "volumes").iterdir()
+    noted.unlink()  # as a call does whose next step, ending the daemon, then fails
+    assert wait_for(lambda: driver.keys == [])

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,3 +178,39 @@ def test_the_watchdog_is_told_by_the_daemon_while_it_answers(service: Service) -
     finally:
         os.kill(daemon, signal.SIGCONT)
     manager.wait_for("WATCHDOG=1", after=before)
+
+
+HOLDS = """
+import os, signal, socket, sys
+with socket.socket(fileno=int(sys.argv[sys.argv.index("--holder-fd") + 1])) as holder:
+    socket.send_fds(holder, [b"hold"], [os.open(os.devnull, os.O_RDONLY) for _ in range(3)])
+    holder.recv(1)
+"""
+"""A daemon that is held, and ends with its holder."""
+
+
+def test_a_manager_that_listens_late_gets_the_mount_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper that is started after the holder, or again; the holder tells it from time to time."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    log = tmp_path / "log"
+    program = (
+        "import os, sys\nfrom mfs import holder\nholder._STORED_EVERY_S = 0.05\n"
+        f"holder.children.python = lambda *_: [sys.executable, '-c', {HOLDS!r}, *_]\nholder.main()\n"
+    )
+    with log.open("wb") as words, (tmp_path / "config").open("w+") as config:
+        config.write("{}")
+        config.seek(0)
+        command = children.python("-c", program, "--store", "mfs-x", "--config-fd", "0")
+        process = subprocess.Popen(command, stdin=config, stderr=words)
+    try:
+        until_s = time.monotonic() + 60
+        while b"does not take" not in log.read_bytes() and time.monotonic() < until_s:
+            time.sleep(0.02)
+        with ServiceManager(tmp_path) as manager:
+            manager.wait_for("FDNAME=mfs-x.journal")
+            manager.wait_for("FDNAME=mfs-x.journal", after=len(manager.said))
+            assert kinds(manager) == sorted(KINDS)
+        assert log.read_text().count("does not take") == 1
+    finally:
+        process.kill()
+        process.wait()
