@@ -5,6 +5,7 @@
     load_model(folder | index, device)   all shards, device maps, tensor-parallel ranks
     stream(folder | file, device)        (name, tensor) as they land
     attach(name, device)                 tensors that a resident server (`gpuload serve`) holds, without a copy
+    let_go()                             gives back attached weights on GPUs whose last tensor is gone
 
 Names are loaded when first used: `import gpuload` imports no torch. ARCHITECTURE.md beside this file is the map.
 """
@@ -15,14 +16,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpuload.client.attached import attach
+    from gpuload.client.attached import attach, let_go
     from gpuload.client.load import load_file, load_model, stream
     from gpuload.client.opened import safe_open
 
-__all__ = ["attach", "load_file", "load_model", "safe_open", "stream"]
+__all__ = ["attach", "let_go", "load_file", "load_model", "safe_open", "stream"]
 
 _HOMES = {
     "attach": "gpuload.client.attached",
+    "let_go": "gpuload.client.attached",
     "load_file": "gpuload.client.load",
     "load_model": "gpuload.client.load",
     "safe_open": "gpuload.client.opened",

@@ -4,6 +4,7 @@
     └── GpuloadError
         ├── FitError       it does not fit; the message names the shortfall; nothing was evicted or changed
         ├── DeviceError    the device, or its driver, refused or failed
+        │   └── DeviceLostError  and so will every later call of this process
         ├── ServerError    the resident server refused or failed; `code` says which way
         │   └── AwayError  no server answers at that socket
         └── BusyError      a bounded queue is full, or a deadline passed while waiting for a turn
@@ -38,6 +39,11 @@ class DeviceError(GpuloadError):
     """The device or its driver refused or failed."""
 
 
+class DeviceLostError(DeviceError):
+    """The card failed, or this process's hold on it: until the process ends every call fails, and its memory stays
+    taken."""
+
+
 class ServerError(GpuloadError):
     """The resident server answered with an error that has no class of its own here, or broke the protocol."""
 
@@ -53,8 +59,8 @@ class BusyError(GpuloadError):
 _BY_NAME: dict[str, type[MfsError]] = {
     cls.__name__: cls
     for cls in (
-        AccessError, AwayError, BusyError, ChangedError, DeviceError, FitError, GpuloadError, IntegrityError, MfsError,
-        NotFoundError, ServerError, StoreError, UsageError,
+        AccessError, AwayError, BusyError, ChangedError, DeviceError, DeviceLostError, FitError, GpuloadError,
+        IntegrityError, MfsError, NotFoundError, ServerError, StoreError, UsageError,
     )
 }  # fmt: skip
 

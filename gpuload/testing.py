@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -263,6 +263,7 @@ class FaultyDevice:
     def __init__(self, inner: Device, gate: Gate) -> None:
         self._inner, self._gate = inner, gate
         self.name, self.granule_bytes = inner.name, inner.granule_bytes
+        self.identity, self.exports_read_only = inner.identity, inner.exports_read_only
         self.staging_count = 0
 
     def memory(self) -> Memory:
@@ -320,6 +321,10 @@ class _GatedStream:
 
         self._inner._queue.put(copy)
 
+    def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        for copy in copies:
+            self.copy_in(*copy)
+
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         self._inner.copy_in_rows(dst, src, row_bytes=row_bytes, rows_count=rows_count, pitch_bytes=pitch_bytes)
 
@@ -339,6 +344,7 @@ class ServerThread:
 
     def __init__(self, sites: Mapping[str, Site], token: trio.lowlevel.TrioToken, socket_path: str) -> None:
         self.sites, self.socket_path = sites, socket_path
+        self.ended = threading.Event()
         self._token = token
 
     def on_loop(self, work: Callable[[], T]) -> T:
@@ -376,6 +382,8 @@ def running_server(config: ServerConfig, open_one: Callable[[str], Device] | Non
             errors.append(first_error(error))
         finally:
             ready.set()
+            for one in started:
+                one.ended.set()
 
     thread = threading.Thread(target=run, name="gpuload-test-server")
     thread.start()
@@ -386,7 +394,8 @@ def running_server(config: ServerConfig, open_one: Callable[[str], Device] | Non
         yield started[0]
     finally:
         if started:
-            trio.from_thread.run_sync(scope.cancel, trio_token=started[0]._token)
+            with suppress(trio.RunFinishedError):  # it ended by itself, with an error
+                trio.from_thread.run_sync(scope.cancel, trio_token=started[0]._token)
         thread.join()
     if errors:
         raise errors[0]

@@ -73,6 +73,9 @@ class SourceConfig:
     """The same, where it is Dragonfly's dfdaemon."""
     require_signature: Path | None = None
     """File with a public key: of a registry, show only what was signed with it. None: show everything."""
+    beneath: Path | None = None
+    """Real path of the directory that a folder, or a registry in one, may not lead out of, by links or otherwise. None:
+    whoever put a link there is trusted. Set where strangers name folders (`mfs csi`)."""
 
     def options(self, mountpoint: str = "", cache_directory: str = "") -> dict[str, Any]:
         """How it is reached, as `sources.SourceOptions` takes it, and plain values can cross to a worker.
@@ -85,6 +88,7 @@ class SourceConfig:
             "unsigned": self.unsigned, "requester_pays": self.requester_pays, "token": self.token,
             "layout": self.layout, "via": self.via, "dragonfly": self.dragonfly,
             "require_signature": os.fspath(self.require_signature) if self.require_signature else None,
+            "beneath": os.fspath(self.beneath or ""),
         }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -107,6 +111,8 @@ class SourceConfig:
                     f"got {mask_url(self.url)}"
                 )
             _check_path(f"{label}: require_signature", self.require_signature)
+        if self.beneath is not None:
+            _check_path(f"{label}: beneath", self.beneath)
         _check_caches(label, self.via, self.dragonfly)
         fault = name_fault(self.name) if self.name else None
         if fault:
@@ -255,8 +261,10 @@ class MountConfig:
 
 
 def _source(values: dict[str, Any]) -> SourceConfig:
-    key = values.pop("require_signature", None)
-    return SourceConfig(**values, require_signature=Path(key) if key is not None else None)
+    paths: dict[str, Any] = {
+        name: Path(path) for name in ("require_signature", "beneath") if (path := values.pop(name, None))
+    }
+    return SourceConfig(**values, **paths)
 
 
 def chosen(source: SourceConfig) -> dict[str, Any]:

@@ -229,4 +229,5 @@ _SOURCE_KEYS: dict[str, _Key] = {
     "via": ("via", _text),
     "dragonfly": ("dragonfly", _text),
     "require_signature": ("require_signature", _path),
+    "beneath": ("beneath", _path),
 }

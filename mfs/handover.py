@@ -146,7 +146,7 @@ class Giver:
             "version": version("mfs"), "pid": os.getpid(), "config": self._mount.config.to_json(),
             "environment": self._environment, "held": self._holder.is_there,
             "request": agreement.request, "reply": agreement.reply,
-            "ram_used_bytes": self._mount.memory.used_bytes,
+            "ram_used_bytes": self._mount.memory.used_bytes + self._mount.memory.warm_bytes,
         }  # fmt: skip
 
     async def _give(self, sock: trio.socket.SocketType, pid: int, *, main_pid: int) -> None:

@@ -242,13 +242,21 @@ class Loads:
 
     # -- what others ask
 
-    def describe(self, path: str) -> list[dict[str, Any]]:
+    def describe(self, path: str) -> Iterator[dict[str, Any]]:
         """The loads of the models at, below or around a path from the mount's root, in the order in which they
-        began.
+        began. Each takes its time: readers may be given way to in between.
         """
+        return (load.describe(self._shown) for load in self._about(path))
+
+    def describe_latest(self, path: str, number: int) -> tuple[int, dict[str, Any] | None]:
+        """How many loads `describe` would tell of, and one of them: the last to begin, or that many before it."""
+        found = self._about(path)
+        return len(found), found[-1 - number].describe(self._shown) if number < len(found) else None
+
+    def _about(self, path: str) -> list[Load]:
         self._end_quiet()
-        found = [load for load in (*self._ended, *self._active.values()) if self._concerns(load, path)]
-        return [load.describe(self._shown) for load in sorted(found, key=lambda load: load.began_s)]
+        found = (load for load in (*self._ended, *self._active.values()) if self._concerns(load, path))
+        return sorted(found, key=lambda load: load.began_s)
 
     def _concerns(self, load: Load, path: str) -> bool:
         source, top = load.group

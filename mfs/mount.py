@@ -63,7 +63,6 @@ _MAINTENANCE_S = 5.0
 _SAVE_PARTIAL_AFTER_S = 2.0
 _HIGH_WATERMARK, _LOW_WATERMARK = 0.95, 0.90  # of the SSD budget; the gap keeps evictions rare and large
 _CLOSING_S = 5.0
-_EXPORT_S = 15.0  # for a batch of spans; the exporter itself gives up after 10, unless told otherwise
 _SILENCE_MIN_S, _SILENCE_MAX_S = 2.0, 10.0  # of a worker, between them a quarter of a reader's time
 _REFRESH_SOON_S = 2.0
 _SOURCES_AT_ONCE = 16
@@ -244,9 +243,9 @@ class Mount:
                     nursery.start_soon(self.keeper.run)
                     nursery.start_soon(self.operations.files.passthrough.run)
                     nursery.start_soon(self.whole_files.run)
-                    nursery.start_soon(keep_warm, self.memory, self.cache.slots, self.pool)
                     if self.config.cache_dir is not None:
                         nursery.start_soon(self.whole_files.scrub)
+                        nursery.start_soon(keep_warm, self.memory, self.cache.slots, self.pool)
                     for source in range(len(self.config.sources)):
                         nursery.start_soon(self._keep_fresh, source)
                     if self.publication is not None:
@@ -459,7 +458,8 @@ class Mount:
     # -- what the parts ask each other
 
     async def _export_spans(self, rows: list[Row]) -> None:
-        await self.pool.call("export_spans", rows=rows, timeout_s=_EXPORT_S)
+        # No deadline: past it the pool would kill the worker, and with it all fills there, for a collector that is ill.
+        await self.pool.call("export_spans", rows=rows, priority=Priority.BACKGROUND, timeout_s=math.inf)
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
         self.loads.filled(chunk.state.group, origin_bytes=result["origin_bytes"], ssd_bytes=result["ssd_bytes"])

@@ -2,24 +2,28 @@
 
 Nothing here runs unless somebody looks, and readers' waits are counted only while somebody does. What the SSD tier has
 of each model a worker adds up; with many models that is looked at again only when fifty times as long has passed as it
-took, so that looking costs a fiftieth at most.
+took, so that looking costs a fiftieth at most. As long stands the order of the models that nothing is going on
+with: a look sorts only the others in. What grows with the number of models is done in a thread, or gives way to
+readers.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import trio
 
 from mfs.cache.heat import masks_of, strip
 from mfs.control.api import Json
-from mfs.control.rows import ORDERS
+from mfs.control.rows import ORDERS, Row
 from mfs.errors import MfsError
 from mfs.mount import Mount
-from mfs.tree.models import ModelSizes
+from mfs.tree.models import ModelSize, ModelSizes
 from mfs.tree.nodes import Node
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES
 from mfs.waits import Cause, Waited
@@ -32,6 +36,9 @@ _WORKER_S = 10.0
 _FETCHES_MAX = 200
 _FILES_MAX = 500
 """Of one model, whose strips are shown: a hundred bytes each."""
+
+_ORDERS_MAX = 8
+"""Kept: one for each way in which somebody looks."""
 
 _LOOKING_S = 30.0
 """Whoever has not asked again for so long does not look any more."""
@@ -54,21 +61,27 @@ class Overview:
         self._names = [source.name for source in mount.config.sources]
         self._sizes = ModelSizes(mount.namespace)
         self._looking = trio.Lock()
-        self._rows = dict[Group, Json]()
+        self._rows = dict[Group, Row]()
+        self._orders = dict[tuple[str, str], list[Group]]()
+        """By sort and match: the rows that match, in the order they have while nothing is going on."""
         self._lively = set[Group]()
         self._renew_after_s = -math.inf
 
     async def models(self, *, sort: str, match: str, count: int) -> Json:
         """The `models` of an overview."""
         self._begin_counting()
+        wanted = match.casefold()
         async with self._looking:
             await self._renew()
+            order = await self._order(sort, wanted)
+            ram = await self._mount.cache.ram_bytes_by_group()
         # no checkpoint until the rows are copied: another one who looks writes into them
-        self._note_what_is_going_on()
-        wanted = match.casefold()
-        matching = [row for row in self._rows.values() if not wanted or wanted in row["path"].casefold()]
-        rows = heapq.nsmallest(count, matching, key=ORDERS[sort])
-        return {"count": len(self._rows), "matched_count": len(matching), "rows": [dict(row) for row in rows]}
+        self._note_what_is_going_on(ram)
+        lively = [row for row in map(self._rows.__getitem__, self._lively) if wanted in row["path"].casefold()]
+        others = (self._rows[group] for group in order if group not in self._lively)
+        rows = heapq.merge(sorted(lively, key=ORDERS[sort]), others, key=ORDERS[sort])
+        first = [dict(row) for row in itertools.islice(rows, count)]
+        return {"count": len(self._rows), "matched_count": len(order), "rows": first}
 
     def fetches(self) -> Json:
         """The `fetches` of an overview."""
@@ -137,43 +150,65 @@ class Overview:
         began = time.monotonic()
         if began < self._renew_after_s:
             return
-        rows = dict[Group, Json]()
-        for model in await self._sizes.look():
-            group = model.source, model.name
-            rows[group] = _row(self._path(group), bool(model.name), model.size, model.files_count)
-        await self._add_ssd(rows)
-        self._rows, self._lively = rows, set()
+        models, on_ssd = await self._sizes.look(), await self._on_ssd()
+        self._rows = await trio.to_thread.run_sync(self._table, models, on_ssd)
+        self._orders, self._lively = {}, set()
         now = time.monotonic()
         self._renew_after_s = now + max(_AGAIN_S / 2, _AGAIN_FACTOR * (now - began))
 
-    async def _add_ssd(self, rows: dict[Group, Json]) -> None:
+    async def _on_ssd(self) -> Sequence[Sequence[Any]]:
+        """What the worker's `models` says of each."""
         if self._mount.config.cache_dir is None:
-            return
+            return ()
+        try:
+            with trio.fail_after(_WORKER_S):  # no deadline of the worker's, which it would be killed for
+                found: Sequence[Sequence[Any]] = (await self._mount.pool.call("models"))["rows"]
+                return found
+        except (MfsError, trio.TooSlowError):  # who looks may want to know why nothing works: the rest is shown
+            return ()
+
+    def _table(self, models: Sequence[ModelSize], on_ssd: Sequence[Sequence[Any]]) -> dict[Group, Row]:
+        """The rows, without what is going on. Blocks, for a tenth of a second with a hundred thousand models."""
+        rows = dict[Group, Row]()
+        for model in models:
+            group = model.source, model.name
+            rows[group] = _row(self._path(group), bool(model.name), model.size, model.files_count)
         numbers = dict[str, list[int]]()
         for number, identity in enumerate(self._mount.pool.identities):
             numbers.setdefault(identity, []).append(number)
-        try:
-            found = (await self._mount.pool.call("models", timeout_s=_WORKER_S))["rows"]
-        except MfsError:  # who looks may want to know why nothing works: the rest is shown
-            return
-        for source, model, nbytes, _, pinned_count, last_used_at in found:
+        for source, name, nbytes, _, pinned_count, last_used_at in on_ssd:
             for number in numbers.get(source, ()):
-                row = rows.get((number, model))
+                row = rows.get((number, name))
                 if row is not None:
                     row |= {"ssd_bytes": nbytes, "pinned_count": pinned_count, "last_used_at": last_used_at}
+        return rows
 
-    def _note_what_is_going_on(self) -> None:
+    async def _order(self, sort: str, wanted: str) -> list[Group]:
+        """See `_orders`. With `_looking`: nobody writes into the rows meanwhile."""
+        order = self._orders.get((sort, wanted))
+        if order is None:
+            self._forget_what_is_going_on()
+            if len(self._orders) >= _ORDERS_MAX:
+                self._orders.clear()
+            order = await trio.to_thread.run_sync(_ordered, self._rows, wanted, ORDERS[sort])
+            self._orders[sort, wanted] = order
+        return order
+
+    def _forget_what_is_going_on(self) -> None:
+        for group in self._lively:
+            self._rows[group].update(dict.fromkeys(_LIVE, 0))
+        self._lively = set()
+
+    def _note_what_is_going_on(self, ram: Mapping[Group, int]) -> None:
         """Write into the rows what is known here, of the models that have any of it. No checkpoint."""
         mount = self._mount
         fetching = dict[Group, int]()
         for job in mount.pool.under_way():
             fetching[job.group] = fetching.get(job.group, 0) + 1
         columns: tuple[Mapping[Group, float], ...] = (
-            mount.cache.ram_bytes_by_group(), mount.prefetcher.handles_by_group(), fetching, mount.arrived,
-            self._waited,
+            ram, mount.prefetcher.handles_by_group(), fetching, mount.arrived, self._waited,
         )  # fmt: skip
-        for group in self._lively:
-            self._rows[group].update(dict.fromkeys(_LIVE, 0))
+        self._forget_what_is_going_on()
         self._lively = {group for column in columns for group in column if group in self._rows}
         for name, column in zip(_LIVE, columns, strict=True):
             for group in self._lively:
@@ -196,7 +231,12 @@ class Overview:
         return "/".join(filter(None, (self._names[group[0]], group[1])))
 
 
-def _row(path: str, is_model: bool, size: int | None, files_count: int) -> Json:
+def _ordered(rows: Mapping[Group, Row], wanted: str, key: Callable[[Row], Any]) -> list[Group]:
+    matching = [(key(row), group) for group, row in rows.items() if wanted in row["path"].casefold()]
+    return [group for _, group in sorted(matching)]
+
+
+def _row(path: str, is_model: bool, size: int | None, files_count: int) -> Row:
     return {
         "path": path, "is_model": is_model, "size": size, "files_count": files_count, "ssd_bytes": 0, "ram_bytes": 0,
         "origin_bytes": 0, "pinned_count": 0, "open_count": 0, "fetching_count": 0, "last_used_at": 0, "waited_s": 0,

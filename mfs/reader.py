@@ -6,6 +6,8 @@ import time
 from io import FileIO
 from typing import Any
 
+import trio
+
 from mfs.cache.chunk_cache import ChunkCache
 from mfs.cache.chunk_state import ObjectState
 from mfs.errors import MfsError
@@ -17,7 +19,6 @@ from mfs.tree.nodes import Node
 from mfs.types import ByteRange
 from mfs.whole import WholeFiles
 from mfs.workers.frames import object_from_wire, object_to_wire
-from mfs.workers.job import DISK_TIMEOUT_S
 from mfs.workers.pool import WorkerPool
 
 _ATTRIBUTES_S = 5.0  # that an xattr waits for what a worker knows; without it the others are shown
@@ -198,13 +199,13 @@ class ObjectReader:
     def _handle(self, state: ObjectState, keeper: Keeper | None) -> OpenObject:
         return OpenObject(state, self._cache, self._prefetcher, self._whole_files, self._log, self._loads, keeper)
 
-    async def residency(self, nodes: list[Node], *, timeout_s: float = DISK_TIMEOUT_S) -> list[tuple[int, int, bool]]:
+    async def residency(self, nodes: list[Node]) -> list[tuple[int, int, bool]]:
         """(bytes on SSD, bytes in RAM, pinned) of each node; zeros for what is no file. Raises: MfsError."""
         files = [node for node in nodes if node.object is not None]
         rows: list[tuple[int, bool]] = []
         if files:
             wire = [object_to_wire(node.object) for node in files if node.object]
-            rows = (await self._pool.call("residency", objects=wire, timeout_s=timeout_s))["rows"]
+            rows = (await self._pool.call("residency", objects=wire))["rows"]
         answers = iter(rows)
         result = []
         for node in nodes:
@@ -224,8 +225,9 @@ class ObjectReader:
         if obj.digest:
             found["digest"] = obj.digest
         try:
-            [(ssd_bytes, ram_bytes, pinned)] = await self.residency([node], timeout_s=_ATTRIBUTES_S)
-        except MfsError:  # attributes are no place to fail: a worker may just be restarting
+            with trio.fail_after(_ATTRIBUTES_S):  # no deadline of the worker's, which it would be killed for
+                [(ssd_bytes, ram_bytes, pinned)] = await self.residency([node])
+        except (MfsError, trio.TooSlowError):  # attributes are no place to fail: a worker may just be restarting
             return found
         return found | {
             "resident.ssd": str(ssd_bytes), "resident.ram": str(ram_bytes), "pinned": str(int(pinned)),

@@ -167,7 +167,15 @@ class Service:
         }  # fmt: skip
 
     async def loads(self, path: str) -> Json:
-        return {"loads": self._mount.loads.describe(path)}
+        found = []
+        for load in self._mount.loads.describe(path):
+            found.append(load)
+            await trio.lowlevel.checkpoint()
+        return {"loads": found}
+
+    async def latest_load(self, path: str, number: int) -> Json:
+        count, load = self._mount.loads.describe_latest(path, number)
+        return {"count": count, "load": load}
 
     async def watch(self) -> AsyncIterator[Json]:
         with self._mount.oplog.watching() as watcher:

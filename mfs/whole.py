@@ -219,7 +219,9 @@ class WholeFiles:
         """Give up the file in RAM that was given least recently, of those that nobody has had open for so long."""
         until = time.monotonic() - idle_s
         for state, closed_at in list(self._in_ram.items()):
-            if state not in self._given and closed_at <= until and self._cache.drop_whole(state):
+            if state.ram is None or not state.ram.given:  # somebody evicted it
+                del self._in_ram[state]
+            elif state not in self._given and closed_at <= until and self._cache.drop_whole(state):
                 del self._in_ram[state]
                 self.on_dropped()
                 return True

@@ -140,7 +140,12 @@ def test_config_keeps_step_with_the_rooms_it_configures() -> None:
     assert SIGNED_SCHEMES == layout.SCHEMES
     options = {field.name for field in dataclasses.fields(SourceOptions)}
     ours = {field.name for field in dataclasses.fields(SourceConfig)}
-    assert ours - {"url", "name"} == options - {"connections_max", "mountpoint", "cache_directory"}  # the mount's
+    assert ours - {"url", "name"} == options - {
+        "connections_max",
+        "mountpoint",
+        "cache_directory",
+        "unpack_directory",
+    }  # the mount's
 
 
 @pytest.mark.parametrize(
@@ -198,12 +203,15 @@ def test_sources_that_cannot_work_are_refused() -> None:
     assert SourceConfig("s3://b", dragonfly="http://[::1]:4001/").dragonfly == "http://[::1]:4001/"
     with pytest.raises(ConfigError, match=r"require_signature is 'key.pub': expected an absolute path"):
         SourceConfig("mfs+s3://b", require_signature=Path("key.pub"))
+    with pytest.raises(ConfigError, match=r"beneath is 'srv': expected an absolute path"):
+        SourceConfig("/srv/models", beneath=Path("srv"))
 
 
 def test_a_key_stands_beside_the_file_that_names_it(tmp_path: Path) -> None:
-    text = '[mount]\nmountpoint="/m"\n[sources.a]\nurl="mfs+s3://b/r"\nrequire_signature="team.pub"'
+    text = '[mount]\nmountpoint="/m"\n[sources.a]\nurl="mfs+s3://b/r"\nrequire_signature="team.pub"\nbeneath="/srv"'
     config = load(tmp_path, text)
     assert config.sources[0].require_signature == tmp_path / "team.pub"
+    assert config.sources[0].options()["beneath"] == "/srv"
     assert MountConfig.from_json(config.to_json()) == config
     file = written(tmp_path, config_file.dump(config.masked()))
     assert config_file.load(file, mount={}, source={}) == config

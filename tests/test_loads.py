@@ -95,7 +95,7 @@ def test_what_is_open_and_not_read_is_no_load(loads: Loads, clock: Clock) -> Non
     """A daemon that takes a mount over opens what its predecessor had open."""
     load = loads.opened((0, "m"))
     clock.now_s += 11
-    assert loads.describe("") == []
+    assert not list(loads.describe(""))
     assert load.is_over
 
 
@@ -113,7 +113,7 @@ def test_the_last_loads_are_kept_and_the_longest_waits_of_each(loads: Loads, clo
         for number in range(READS_MAX + 20):
             wait(loads, clock, 1 / 1024 if number % 2 else 1 / 64)
         close(loads, load, clock)
-    found = loads.describe("m")
+    found = list(loads.describe("m"))
     assert len(found) == LOADS_MAX
     assert [(len(one["reads"]), one["left_out"], one["waits_count"]) for one in found] == [(64, 20, 84)] * LOADS_MAX
     assert sum(read["waited_s"] == 1 / 64 for read in found[0]["reads"]) == (READS_MAX + 20) // 2
@@ -146,6 +146,9 @@ def test_paths_choose_models(loads: Loads, path: str, models: list[str]) -> None
     for group in ((0, "m"), (1, "m"), (1, "")):
         loads.opened(group)
     assert [found["model"] for found in loads.describe(path)] == models
+    for number, model in enumerate([*reversed(models), None]):
+        count, found = loads.describe_latest(path, number)
+        assert (count, found and found["model"]) == (len(models), model)
 
 
 def test_a_wait_of_a_kind_that_is_not_known_is_another(loads: Loads, clock: Clock) -> None:
@@ -153,4 +156,4 @@ def test_a_wait_of_a_kind_that_is_not_known_is_another(loads: Loads, clock: Cloc
     clock.now_s += 1
     load.note(clock.now_s - 1, 1.0, "moonshine", "m/w", 0, 1)
     close(loads, load, clock)
-    assert loads.describe("m")[0]["phases"]["other"] == 1.0
+    assert next(loads.describe("m"))["phases"]["other"] == 1.0

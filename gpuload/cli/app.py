@@ -57,7 +57,8 @@ $XDG_RUNTIME_DIR/gpuload.sock or /tmp/gpuload-UID/gpuload.sock    the server's s
 $XDG_CACHE_HOME/gpuload/digests or ~/.cache/gpuload/digests       digests of files""",
         "Environment": f"""\
 {SOCKET_VARIABLE}    another place for the socket
-GPULOAD_AUTO      1: programs load through the server, where `gpuload hook install` was run""",
+GPULOAD_AUTO      1: programs load through the server, where `gpuload hook install` was run
+GPULOAD_ZERO_COPY 1: what they load on a GPU is the server's memory, not a copy: they must never write to it""",
     }
 
 
@@ -81,7 +82,13 @@ def cli(**_: Any) -> None:
     metavar="DEVICE=SIZE",
     help="Memory to take, once per device.  [cpu=4G]",
 )
-@click.option("--mode", default="600", show_default=True, metavar="OCTAL", help="Of the socket: who may attach.")
+@click.option(
+    "--mode",
+    default="600",
+    show_default=True,
+    metavar="OCTAL",
+    help="Of the socket: who may attach; on GPUs this user alone.",
+)
 @digests_option
 @click.option(
     "--metrics-addr", metavar="HOST:PORT", help="Answer Prometheus there, at /metrics; whoever can connect is told."
@@ -403,9 +410,19 @@ def doctor(devices: tuple[str, ...], as_json: bool, socket_path: str | None) -> 
 @click.option("--device", default="cpu", show_default=True, metavar="NAME")
 @click.option("--size", type=Size(), default="1G", show_default=True, help="Of the model that is made up for it.")
 @click.option("--dir", "folder", default="/tmp", show_default=True, type=click.Path(file_okay=False))
+@click.option("--modelled", is_flag=True, help="The share of a link that loads reach on a model of a GPU; needs none.")
 @json_option
-def bench(device: str, size: int, folder: str, as_json: bool) -> None:
-    """Measure loading, attaching and swapping on this machine, beside safetensors and the bare copy."""
+def bench(device: str, size: int, folder: str, modelled: bool, as_json: bool) -> None:
+    """Measure loading, attaching and swapping on this machine, beside safetensors and the bare copy.
+
+    --modelled, from a checkout and with a C compiler: loads on a driver that is a model (tools/gpu/simulate has its
+    prices). It shows what gpuload's own code leaves of a link, and says what it cannot tell.
+    """
+    if modelled:
+        from gpuload.cli.bench_modelled import run_modelled
+
+        printing.show_modelled(run_modelled(size, folder), as_json)
+        return
     from gpuload.cli.bench import run_bench
 
     printing.show_bench(run_bench(device, size, folder), as_json)

@@ -106,7 +106,7 @@ def _digests() -> Finding:
     from gpuload.server.digest_files import trouble_with
 
     folder = Path(default_digests())
-    if not folder.exists():
+    if not os.path.exists(folder):
         return ok("digests", f"none kept in {folder} yet; `gpuload digest MODEL` computes them ahead")
     trouble = trouble_with(folder)
     if trouble is not None:

@@ -46,7 +46,8 @@ gpuload digest /mnt/models/llama-b
 gpuload digest /mnt/models/llama-b --world 4    for ranks of four""",
     "bench": """\
 gpuload bench --size 4G --dir /nvme
-gpuload bench --device cuda:0 --size 16G""",
+gpuload bench --device cuda:0 --size 16G
+gpuload bench --modelled --size 2G                   without a GPU""",
     "run": """\
 gpuload run -- python server.py
 gpuload run -- vllm serve /mnt/models/llama""",

@@ -194,6 +194,25 @@ def show_bench(found: dict[str, Any], as_json: bool) -> None:
     _show_table(("what", ">seconds", ">GB/s", ">of the bare copy"), map(_bench_row, found["rows"]))
 
 
+def show_modelled(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    scale = found["scale"]
+    reads, hashes, both, link = (scale[name] for name in ("reads_gb_s", "hashes_gb_s", "both_gb_s", "link_gb_s"))
+    print(f"A modelled device on {found['cores']} cores. 'Reads modelled': 16 GB over a link of 55 GB/s.")
+    print(
+        f"'Reads real': all cores read {reads:.1f} GB/s or hash {hashes:.1f}, both 1 / (1/{reads:.1f} + 1/{hashes:.1f})"
+        f" = {both:.2f}; the link is half of that,"
+        f"\n{link:.2f} GB/s. One of 55 wants {scale['times']:.0f} times these cores."
+    )
+    rows = [
+        (row["what"], f"{row['seconds']:.3f}", f"{row['gb_s']:.2f}", f"{row['of_link']:.2f}") for row in found["rows"]
+    ]
+    _show_table(("what", ">seconds", ">GB/s", ">of the link"), rows)
+    print("The model cannot tell: " + "; ".join(found["cannot_tell"]) + ".")
+
+
 def _bench_row(row: dict[str, Any]) -> Sequence[str]:
     rate = f"{row['gb_s']:.2f}" if row["gb_s"] else ""
     share = f"{row['of_ceiling']:.2f}" if row["of_ceiling"] else ""

@@ -7,9 +7,11 @@ child share the connection.
 
 from __future__ import annotations
 
+import atexit
 import copy
+import os
 import socket
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -17,10 +19,10 @@ from typing import Any
 import torch
 
 from gpuload import wire
-from gpuload.client import tensors
+from gpuload.client import rings, tensors
 from gpuload.client.asking import ATTACH_S, LOAD_S, connect, exchange
 from gpuload.descriptors import park, room_for
-from gpuload.device import open_device
+from gpuload.device import identity_of, open_device
 from gpuload.device.base import Mapping as DeviceMapping
 from gpuload.errors import ServerError
 
@@ -29,14 +31,16 @@ class Attached(dict[str, torch.Tensor]):
     """name -> tensor, on memory that the server holds for us.
 
     Tensors are zero-copy. On the CPU a write goes to this process's own copy of that page; on CUDA the driver maps the
-    memory read-only and a kernel that writes to it fails. Copies of it (`copy`, `torch.save`, `pickle`) are plain
-    dictionaries, as of what `load_file` gives; deep ones and saved ones stand on memory of their own.
+    memory read-only, and a kernel that writes to it ends this process's use of the card: clone what is to be changed.
+    Copies of it (`copy`, `torch.save`, `pickle`) are plain dictionaries, as of what `load_file` gives; deep ones and
+    saved ones stand on memory of their own.
     """
 
     model: str
     device: str
     """Where it stands; several devices joined by ','."""
     devices: Sequence[str]
+    """As this process calls them; a card of which nothing was asked for, by its UUID."""
     digest: str
     """Of the whole content; equal digests are equal models."""
     generation: int
@@ -49,7 +53,8 @@ class Attached(dict[str, torch.Tensor]):
     def __init__(self, made: Mapping[str, torch.Tensor], reply: Mapping[str, Any], held: _Held) -> None:
         super().__init__(made)
         self.model, self.digest = reply["model"], reply["digest"]
-        self.device, self.devices = reply["device"], tuple(reply["devices"])
+        self.devices = tuple(part["device"] for part in reply["parts"])
+        self.device = ",".join(self.devices)
         self.generation, self.metadata, self.report = reply["generation"], reply["metadata"], reply.get("report")
         self._held = held
 
@@ -64,38 +69,96 @@ class Attached(dict[str, torch.Tensor]):
         return copy.deepcopy(dict(self), memo)
 
 
+_left: deque[tuple[list[DeviceMapping], socket.socket]] = deque()
+"""What nobody uses any more, and what to unmap has to wait for the device: no business of a finalizer's."""
+
+
 class _Held:
     """The mappings and the connection that stands for their lease; unmapped first, released then."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.mappings: list[DeviceMapping] = []
+        self._pid = os.getpid()
 
     def close(self) -> None:
         """Idempotent."""
-        while self.mappings:
-            self.mappings.pop().close()
-        self.sock.close()
+        try:
+            while self.mappings:
+                self.mappings.pop().close()
+        finally:
+            self.sock.close()
 
     def __del__(self) -> None:
         try:
-            self.close()
+            if self._pid == os.getpid() and any(mapping.waits_to_close for mapping in self.mappings):
+                _left.append((self.mappings, self.sock))
+            else:
+                self.close()
         except Exception:  # while the interpreter ends, parts of it are gone; the kernel unmaps and closes then
             pass
 
 
+def let_go() -> None:
+    """Give back the weights on GPUs whose last tensor is gone, and the rings that loads are done with. Waits for
+    kernels that are queued on those GPUs.
+
+    Their memory goes neither with the last tensor nor by a timer: to unmap it has to wait for the device, which would
+    break a CUDA graph that is being captured. So it goes here, at the next `attach`, or when the process ends. While
+    this thread captures a graph nothing is done; do not call it while another does.
+    """
+    close_left()
+    if not tensors.is_capturing():
+        rings.let_go()
+
+
+def close_left() -> None:
+    """The weights alone, as `let_go`; nothing while this thread captures a graph."""
+    if tensors.is_capturing():
+        return
+    while _left:
+        try:
+            mappings, sock = _left.popleft()
+        except IndexError:  # another thread was first
+            return
+        with sock:
+            while mappings:
+                mappings.pop().close()
+
+
+def _leave() -> None:
+    """At the end of the process: the kernel unmaps, and closes the connections afterwards."""
+    while _left:
+        _left.popleft()[1].detach()
+
+
+os.register_at_fork(after_in_child=close_left)  # what was left is the parent's: the child only lets go of the lease
+atexit.register(_leave)
+
+
 def attach(
-    model: str, device: str | int | None = None, *, socket_path: str | None = None, timeout_s: float = ATTACH_S
+    model: str,
+    device: str | int | None = None,
+    *,
+    digest: str | None = None,
+    socket_path: str | None = None,
+    timeout_s: float = ATTACH_S,
 ) -> Attached:
     """The tensors of a resident model, without a copy.
 
     device: only what stands on this one, which is how a rank is attached; None: all of it, wherever it stands (of
         several models with that name, the one on the server's first device).
-    Raises: AwayError if no server answers, NotFoundError if it has no such model, AccessError, DeviceError.
+    digest: refuse any other content. Several ranks attach one after the other, and a swap may fall between: the first
+        attaches and tells the others its `Attached.digest`; whoever is refused makes all of them begin anew. It is the
+        same for all ranks of a model that was loaded as one (`ranks`, `device_map`).
+    Raises: AwayError if no server answers, NotFoundError if it has no such model, ChangedError if its content is not
+        `digest`, AccessError, DeviceError.
     """
     request = {"op": "attach", "model": model}
     if device is not None:
-        request["device"] = str(device) if not isinstance(device, int) else f"cuda:{device}"
+        request["device"] = identity_of(device)
+    if digest is not None:
+        request["digest"] = digest
     return _attach(request, (), socket_path, timeout_s)
 
 
@@ -116,8 +179,8 @@ def open_resident(
     """
     request: dict[str, Any] = {
         "op": "open",
-        "device": device,
-        "device_map": dict(device_map or {}),
+        "device": None if device is None else identity_of(device),
+        "device_map": {prefix: identity_of(one) for prefix, one in (device_map or {}).items()},
         "files": list(labels),
     }
     request["left_out"] = dict(left_out or {})
@@ -126,6 +189,7 @@ def open_resident(
 
 def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None, timeout_s: float) -> Attached:
     tensors.check_mode()
+    let_go()
     held = _Held(connect(socket_path, timeout_s))
     try:
         reply, flat = _mapped(held, request, fds)
@@ -156,14 +220,22 @@ def _flat(held: _Held, reply: dict[str, Any], got: Sequence[int]) -> list[torch.
     for name, dtype, shape, *_ in reply["tensors"]:  # before anything stands on what an error would unmap
         tensors.torch_dtype(dtype, name)
         tensors.storage_shape(dtype, shape, name)
+    used = {part for _, _, _, part, _, _ in reply["tensors"]}
     at = 0
-    for part in reply["parts"]:
-        runs = [(first, count) for first, count in part["runs"]]
+    for index, part in enumerate(reply["parts"]):
         own, at = got[at : at + part["fds"]], at + part["fds"]
+        if index not in used:  # another rank's, on a card that this process may not even see
+            flat.append(torch.empty(0, dtype=torch.uint8))
+            continue
+        if part["device"].startswith("cuda"):  # a number, which here may be another card's
+            raise ServerError("the gpuload server is older than this program: restart it")
+        device = open_device(part["device"])
+        part["device"] = device.name
+        runs = [(first, count) for first, count in part["runs"]]
         if not runs:
             flat.append(torch.empty(0, dtype=torch.uint8, device=part["device"]))
             continue
-        mapping = open_device(part["device"]).attach(own, runs)
+        mapping = device.attach(own, runs)
         held.mappings.append(mapping)
         flat.append(tensors.over_memory(held, mapping.address, mapping.nbytes, part["device"]))
     return flat

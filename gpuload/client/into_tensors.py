@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import torch
 import trio
 
-from gpuload.client import tensors
+from gpuload.client import rings, tensors
 from gpuload.device import open_device
 from gpuload.device.base import Device
 from gpuload.moving.pipeline import Limits, move_batches
 from gpuload.moving.plan import Batch, Piece, Transfer, plan_batches
 from gpuload.moving.pool import open_source
 from gpuload.moving.shards import Shard
+from gpuload.moving.slabs import plan_slabs
+
+DIRECT_BYTES = 16 << 20
+"""Read at once where no buffer is between: small enough that two readers share a file of 32 MiB."""
 
 
 async def move_all(
@@ -28,9 +32,13 @@ async def move_all(
 def batches_of(transfers: Sequence[Transfer], limits: Limits) -> dict[str, list[Batch]]:
     """Device -> what is moved to it, in order."""
     return {
-        name: plan_batches(transfers, buffer_bytes=limits.buffer_bytes, device=name)
+        name: plan_batches(transfers, buffer_bytes=_batch_bytes(name, limits), device=name)
         for name in dict.fromkeys(t.device for t in transfers)
     }
+
+
+def _batch_bytes(device: str, limits: Limits) -> int:
+    return min(limits.buffer_bytes, DIRECT_BYTES) if device.startswith("cpu") else limits.buffer_bytes
 
 
 async def move_to_addresses(
@@ -47,10 +55,13 @@ async def move_to_addresses(
         return [(addresses[piece.transfer] + piece.offset, piece.nbytes)]
 
     async def move_to(device: Device, own: Sequence[Batch]) -> None:
-        with closing(device):
+        with ExitStack() as held:
+            held.callback(device.close)
+            ring = None if device.is_direct else held.enter_context(rings.lent(device.name, limits)).ring
             await move_batches(
-                own, source=source, device=device, runs_of=runs_of, limits=limits, on_landed=on_landed, admit=admit
-            )
+                own, source=source, device=device, runs_of=runs_of, limits=limits, on_landed=on_landed, admit=admit,
+                lent=ring,
+            )  # fmt: skip
 
     with closing(open_source(shards)) as source:
         async with trio.open_nursery() as nursery:
@@ -60,7 +71,20 @@ async def move_to_addresses(
 
 def make_all(transfers: Sequence[Transfer]) -> list[torch.Tensor]:
     """Memory for every transfer, free of the caller's earlier kernels. Call it in their thread, as streams are."""
-    made = [tensors.empty(t.dtype, t.shape, t.name, t.device) for t in transfers]
+    slabbed = [t.device.startswith("cuda") for t in transfers]
+    places, sizes = plan_slabs([t for t, is_slabbed in zip(transfers, slabbed, strict=True) if is_slabbed])
+    rest = iter(places)
+    slabs: dict[int, torch.Tensor] = {}
+    made: list[torch.Tensor] = []
+    for t, is_slabbed in zip(transfers, slabbed, strict=True):
+        place = next(rest) if is_slabbed else None
+        if place is None:
+            made.append(tensors.empty(t.dtype, t.shape, t.name, t.device))
+            continue
+        if place.slab not in slabs:
+            slabs[place.slab] = tensors.empty("U8", (sizes[place.slab],), t.name, t.device)
+        part = slabs[place.slab][place.offset : place.offset + t.nbytes]
+        made.append(tensors.view_as(part, t.dtype, t.shape, t.name))
     for device in dict.fromkeys(t.device for t in transfers):
         tensors.settle(device)
     return made

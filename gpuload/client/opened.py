@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gpuload.client import rings
 from gpuload.client.device_maps import DeviceName, check_there
 from gpuload.client.door import run_inside
 from gpuload.client.into_tensors import make_all, move_all
@@ -106,7 +107,15 @@ class safe_open:
             return [(address + piece.offset, piece.nbytes)]
 
         batches = plan_batches([transfer], buffer_bytes=limits.buffer_bytes)
-        move_one_by_one(batches, source=FileSource(self._shards), device=self._device, runs_of=runs_of, limits=limits)
+        source = FileSource(self._shards)
+        if self._device.is_direct:
+            move_one_by_one(batches, source=source, device=self._device, runs_of=runs_of, limits=limits)
+            return made
+        with rings.lent(self._name, limits) as kept:
+            move_one_by_one(
+                batches, source=source, device=self._device, runs_of=runs_of, limits=limits, ring=kept.ring,
+                stream=kept.stream(),
+            )  # fmt: skip
         return made
 
 

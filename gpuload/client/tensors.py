@@ -69,6 +69,11 @@ def fresh(tensor: torch.Tensor) -> torch.Tensor:
     return made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()).data
 
 
+def is_capturing() -> bool:
+    """Whether this thread captures a CUDA graph just now."""
+    return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())  # type: ignore[no-untyped-call]
+
+
 def settle(device: str) -> None:
     """Wait for kernels queued by the caller: fresh memory may still be in use by one of them, on another stream."""
     if device.startswith("cuda"):

@@ -41,6 +41,10 @@ class Stream(Protocol):
         """From host memory at `src`, staging or such as the device `reaches`, to device memory at `dst`."""
         ...
 
+    def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """`copy_in` for each (dst, src, nbytes)."""
+        ...
+
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         """Rows that stand `pitch_bytes` apart on the host, packed on the device."""
         ...
@@ -84,9 +88,12 @@ class Mapping(Protocol):
 
     address: int
     nbytes: int
+    waits_to_close: bool
+    """Whether `close` waits for the device. Then no finalizer and no timer may call it: they run in the middle of
+    anything, the capture of a CUDA graph too, which that would break."""
 
     def close(self) -> None:
-        """Unmap. Nobody may use the addresses afterwards."""
+        """Unmap. Nobody may use the addresses afterwards. In a forked child, what is its parent's alone stays."""
         ...
 
 
@@ -94,7 +101,12 @@ class Device(Protocol):
     """One device of this machine, as this process sees it."""
 
     name: str
-    """As torch writes it: 'cpu', 'cuda:0'."""
+    """As torch writes it: 'cpu', 'cuda:0'. A card's number is this process's own (CUDA_VISIBLE_DEVICES)."""
+    identity: str
+    """Who it is, to every process of this machine: 'GPU-' and the card's UUID; in host memory its name."""
+    exports_read_only: bool
+    """Whether nobody who attaches can come to write, whatever they call: so for a sealed memfd, not for CUDA, where the
+    importer chooses the access."""
     granule_bytes: int
     """The unit of an arena: what one model holds, another cannot use a part of."""
     is_direct: bool

@@ -7,6 +7,7 @@ installed, for what neither tells.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Callable
 from ctypes import c_int
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuload.device import driver as cu
+from gpuload.errors import DeviceError
 
 _GT_S = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}
 _LANE_GB_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
@@ -57,6 +59,25 @@ def look(driver: cu.Driver) -> list[Card]:
     return [_card(driver, index) for index in range(driver.number("cuDeviceGetCount", c_int))]
 
 
+def identity_at(driver: cu.Driver, index: int) -> str:
+    """Of the card that this process numbers so. Raises: DeviceError if it has none such."""
+    count = driver.number("cuDeviceGetCount", c_int)
+    if index >= count:
+        raise DeviceError(f"no cuda:{index}: this process sees {count} CUDA devices")
+    return driver.identity_of(driver.number("cuDeviceGet", c_int, index))
+
+
+def index_of(driver: cu.Driver, identity: str) -> int:
+    """How this process numbers a card. Raises: DeviceError naming those that it sees, if not that one."""
+    seen = [identity_at(driver, index) for index in range(driver.number("cuDeviceGetCount", c_int))]
+    if identity not in seen:
+        raise DeviceError(
+            f"{identity} is not among the cards that this process sees: {', '.join(seen) or 'none'}; is it left out of"
+            " CUDA_VISIBLE_DEVICES, or not given to this container?"
+        )
+    return seen.index(identity)
+
+
 def _card(driver: cu.Driver, index: int) -> Card:
     ordinal = driver.number("cuDeviceGet", c_int, index)
 
@@ -95,6 +116,11 @@ def numa_node_of(card: Card, root: Path = Path("/")) -> int | None:
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None
+
+
+def mps_is_there() -> bool:
+    """Whether CUDA processes share cards through NVIDIA's Multi-Process Service here, as its control pipe tells."""
+    return os.path.exists(os.path.join(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control"))
 
 
 def driver_release(root: Path = Path("/")) -> str:

@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import time
 from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
 
 from gpuload.device import driver as cu
 from gpuload.device.base import Memory, Run
-from gpuload.device.host import view_of
-from gpuload.errors import BusyError, DeviceError, FitError
+from gpuload.device.cards import mps_is_there
+from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
 
 GRANULE_BYTES = 8 << 20
 """Four times the hardware's smallest: 2,000 imports and mappings for a 16 GB model rather than 8,000, for a waste below
 one granule per block. Not yet measured."""
 
-POLL_S = 50e-6
-"""Between two looks at an event: an eighth of what 16 MiB take at 50 GB/s."""
+CLOSE_S = 60.0
+"""Longest wait for what is queued when a stream ends; no copy of ours takes a second."""
+
+POLL_S, POLL_MOST_S = 50e-6, 400e-6
+"""Between two looks at an event: at first, and after some. Four buffers of 32 MiB are 2.4 ms of a link of 55 GB/s, and
+each look costs Python some 15 us that others wait for."""
 
 
 class CudaEvent:
@@ -38,10 +43,12 @@ class CudaEvent:
 
     def wait(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
+        pause = POLL_S
         while not self._is_ready():
             if time.monotonic() > deadline:
                 raise BusyError(f"a copy to {self._device.name} was not done after {timeout_s:.0f} s")
-            time.sleep(POLL_S)
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_MOST_S)
 
     def _is_ready(self) -> bool:
         with self._device.current():
@@ -63,6 +70,11 @@ class CudaStream:
 
     def copy_in(self, dst: int, src: int, nbytes: int) -> None:
         self._device.call("cuMemcpyHtoDAsync_v2", dst, src, nbytes, self._handle)
+
+    def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        with self._device.current():
+            for dst, src, nbytes in copies:
+                self._device.driver.call("cuMemcpyHtoDAsync_v2", dst, src, nbytes, self._handle)
 
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         copy = cu.Memcpy2D(
@@ -88,24 +100,39 @@ class CudaStream:
         handle, self._handle = self._handle, None
         if handle is not None:
             try:
-                self._device.call("cuStreamSynchronize", handle)
+                CudaEvent(self._device, handle).wait(CLOSE_S)
+            except BusyError:  # its buffers can never be given back: the card still reads them
+                raise DeviceLostError(f"{self._device.name} did not end its copies in {CLOSE_S:.0f} s") from None
             finally:
-                self._device.call("cuStreamDestroy_v2", handle)
+                self._device.give_back("cuStreamDestroy_v2", handle)
 
 
 class CudaStaging:
-    """See `base.Staging`. Page-locked by the driver, for every context."""
+    """See `base.Staging`. Huge pages, touched and then page-locked, for every context: a fifth of what cudaHostAlloc
+    takes for as much (NVIDIA/cudf#23457: 1.55 s and 7.9 s for 16 GiB)."""
 
     def __init__(self, device: CudaDevice, nbytes: int) -> None:
         self._device = device
-        self.address = device.number("cuMemHostAlloc", c_void_p, max(nbytes, 1), cu.MEMHOSTALLOC_PORTABLE)
-        self.view = view_of(self.address, nbytes)
+        size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages: small ones do
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        ctypes.memset(self.address, 0, size)
+        try:
+            device.call("cuMemHostRegister_v2", self.address, size, cu.MEMHOSTREGISTER_PORTABLE)
+        except BaseException:
+            self._map.close()
+            raise
+        self.view = memoryview(self._map)[:nbytes]
 
     def close(self) -> None:
         if self.address:
             self.view.release()
-            self._device.call("cuMemFreeHost", self.address)
+            self._device.give_back("cuMemHostUnregister", self.address)
             self.address = 0
+            with contextlib.suppress(BufferError):  # a failed read's traceback may hold a part of it a while longer
+                self._map.close()
 
 
 class _Mapped:
@@ -130,8 +157,8 @@ class _Mapped:
         if not self.address:
             return
         for i in range(self._mapped_count):
-            self._device.call("cuMemUnmap", self.address + i * self._unit, self._unit)
-        self._device.call("cuMemAddressFree", self.address, self.nbytes)
+            self._device.give_back("cuMemUnmap", self.address + i * self._unit, self._unit)
+        self._device.give_back("cuMemAddressFree", self.address, self.nbytes)
         self.address = self._mapped_count = 0
 
 
@@ -172,11 +199,13 @@ class CudaArena:
     def close(self) -> None:
         self._mapped.close()
         while self._handles:
-            self._device.call("cuMemRelease", self._handles.pop())
+            self._device.give_back("cuMemRelease", self._handles.pop())
 
 
 class CudaMapping:
-    """See `base.Mapping`. Read-only: the driver faults a kernel that writes."""
+    """See `base.Mapping`. Read-only: a kernel that writes fails, and with it its process's use of the card."""
+
+    waits_to_close = True
 
     def __init__(self, device: CudaDevice, fds: Sequence[int]) -> None:
         self._device = device
@@ -196,8 +225,10 @@ class CudaMapping:
             raise
 
     def close(self) -> None:
+        if self._device.driver.is_inherited:  # it is the parent's, and stays so
+            return
         if self._mapped.address:
-            self._device.call("cuCtxSynchronize")  # a kernel that reads these weights may still be queued
+            self._device.give_back("cuCtxSynchronize")  # a kernel that reads these weights may still be queued
         self._mapped.close()
 
 
@@ -205,6 +236,7 @@ class CudaDevice:
     """See `base.Device`. Uses the primary context, which torch uses too."""
 
     is_direct = False
+    exports_read_only = False
 
     def __init__(self, index: int, *, granule_bytes: int = GRANULE_BYTES, driver: cu.Driver | None = None) -> None:
         self.driver = driver or cu.load_driver()
@@ -213,6 +245,7 @@ class CudaDevice:
         if index >= count:
             raise DeviceError(f"no {self.name}: this machine has {count} CUDA devices")
         self._ordinal = self.driver.number("cuDeviceGet", c_int, index)
+        self.identity = self.driver.identity_of(self._ordinal)
         self._context = c_void_p()
         self.driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._ordinal)
         self.properties = cu.MemAllocationProp(
@@ -239,6 +272,11 @@ class CudaDevice:
         with self.current():
             self.driver.call(name, *args)
 
+    def give_back(self, name: str, *args: object) -> None:
+        """A call that ends something. After a DeviceLostError nothing is there any more that could be ended."""
+        with contextlib.suppress(DeviceLostError):
+            self.call(name, *args)
+
     def number(self, name: str, kind: type, *args: object) -> int:
         with self.current():
             return self.driver.number(name, kind, *args)
@@ -261,12 +299,22 @@ class CudaDevice:
         return CudaStaging(self, nbytes)
 
     def create_arena(self, nbytes: int) -> CudaArena:
+        self._check_shared()
         free = self.memory().free_bytes
         if nbytes > free:
             raise FitError(
                 f"an arena of {nbytes} bytes does not fit {self.name}: {free} bytes free", shortfall_bytes=nbytes - free
             )
         return CudaArena(self, nbytes // self.granule_bytes)
+
+    def _check_shared(self) -> None:
+        """Raises: DeviceError if nobody could attach beside us."""
+        mode = self.driver.number("cuDeviceGetAttribute", c_int, cu.ATTRIBUTE_COMPUTE_MODE, self._ordinal)
+        if mode == cu.COMPUTEMODE_EXCLUSIVE_PROCESS and not mps_is_there():
+            raise DeviceError(
+                f"{self.name} ({self.identity}) is in exclusive-process mode: an arena there would lock every engine"
+                f" out; run `nvidia-smi -i {self.identity} -c DEFAULT`, or NVIDIA's MPS"
+            )
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> CudaMapping:
         if len(fds) != sum(count for _, count in runs):
@@ -289,7 +337,7 @@ class CudaDevice:
     def unregister(self, address: int) -> None:
         with self.driver.registering:
             if self.driver.registered.remove(address):
-                self.call("cuMemHostUnregister", address)
+                self.give_back("cuMemHostUnregister", address)
 
     def reaches(self, address: int, nbytes: int) -> bool:
         return self.driver.registered.holds(address, nbytes)
@@ -302,5 +350,6 @@ class CudaDevice:
     def close(self) -> None:
         """Give up this object's hold on the primary context; others' (torch's, another device object's) remain."""
         if self._context:
-            self.driver.call("cuDevicePrimaryCtxRelease_v2", self._ordinal)
+            with contextlib.suppress(DeviceLostError):
+                self.driver.call("cuDevicePrimaryCtxRelease_v2", self._ordinal)
             self._context = c_void_p()

@@ -9,19 +9,28 @@ library that was compiled from the same prototypes.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_ushort, c_void_p
 from functools import cache
 from typing import Any
+from uuid import UUID
 
 from gpuload.device.ranges import Ranges
-from gpuload.errors import DeviceError
+from gpuload.errors import DeviceError, DeviceLostError
 
 LIBRARY = "libcuda.so.1"
 
 SUCCESS, ERROR_OUT_OF_MEMORY, ERROR_NOT_READY = 0, 2, 600
+LOST = {
+    "ECC_UNCORRECTABLE": 214, "NVLINK_UNCORRECTABLE": 220, "ILLEGAL_ADDRESS": 700, "LAUNCH_TIMEOUT": 702,
+    "CONTEXT_IS_DESTROYED": 709, "ASSERT": 710, "HARDWARE_STACK_ERROR": 714, "ILLEGAL_INSTRUCTION": 715,
+    "MISALIGNED_ADDRESS": 716, "INVALID_ADDRESS_SPACE": 717, "INVALID_PC": 718, "LAUNCH_FAILED": 719,
+}  # fmt: skip
+"""Errors after which a process gets nothing else until it ends. Source: cuda.h, at CUDA_ERROR_…"""
 EVENT_DISABLE_TIMING = 0x2
 STREAM_NON_BLOCKING = 0x1
+STREAM_CAPTURE_MODE_RELAXED = 2
 MEMHOSTALLOC_PORTABLE = 0x1
 MEMHOSTREGISTER_PORTABLE, MEMHOSTREGISTER_READ_ONLY = 0x1, 0x8
 ATTRIBUTE_COMPUTE_MODE, ATTRIBUTE_ECC_ENABLED = 20, 32
@@ -75,6 +84,10 @@ class Memcpy2D(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Uuid(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_ubyte * 16)]
+
+
 _PROTOTYPES: dict[str, list[Any]] = {
     "cuInit": [c_uint],
     "cuGetErrorName": [c_int, POINTER(c_char_p)],
@@ -83,6 +96,7 @@ _PROTOTYPES: dict[str, list[Any]] = {
     "cuDeviceGet": [POINTER(c_int), c_int],
     "cuDeviceGetName": [c_char_p, c_int, c_int],
     "cuDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
+    "cuDeviceGetUuid_v2": [POINTER(Uuid), c_int],
     "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
     "cuDevicePrimaryCtxRelease_v2": [c_int],
     "cuCtxPushCurrent_v2": [c_void_p],
@@ -93,6 +107,7 @@ _PROTOTYPES: dict[str, list[Any]] = {
     "cuMemFreeHost": [c_void_p],
     "cuMemHostRegister_v2": [c_void_p, c_size_t, c_uint],
     "cuMemHostUnregister": [c_void_p],
+    "cuThreadExchangeStreamCaptureMode": [POINTER(c_int)],
     "cuStreamCreate": [POINTER(c_void_p), c_uint],
     "cuStreamSynchronize": [c_void_p],
     "cuStreamDestroy_v2": [c_void_p],
@@ -118,6 +133,16 @@ _PROTOTYPES: dict[str, list[Any]] = {
 """Source: CUDA Driver API reference; the _v2 names are what cuda.h maps the plain ones to."""
 
 
+_UNSAFE_IN_CAPTURE = frozenset(
+    {"cuEventQuery", "cuMemFreeHost", "cuMemHostAlloc", "cuMemHostRegister_v2", "cuMemHostUnregister",
+     "cuMemcpyDtoH_v2", "cuStreamSynchronize"}
+)  # fmt: skip
+"""What would end, in any thread, the capture of a graph in the default mode. Ours touch no stream of anybody's, so they
+are made in the relaxed mode. cuCtxSynchronize is not here: it is wrong in every mode.
+Source: CUDA C++ Programming Guide, Prohibited and Unhandled Operations; cuThreadExchangeStreamCaptureMode.
+"""
+
+
 class Driver:
     """The loaded library. Calls release the GIL."""
 
@@ -131,28 +156,62 @@ class Driver:
             raise DeviceError(f"the CUDA driver is too old for virtual memory management: {error}") from None
         for name, function in self._functions.items():
             function.argtypes, function.restype = _PROTOTYPES[name], c_int
+        self.path = path
+        self._pid = os.getpid()
         self.registered = Ranges()
         """Host memory of others that is page-locked; one table, since it is so for every context of this process."""
         self.registering = threading.Lock()
         self.call("cuInit", 0)
 
     def call(self, name: str, *args: Any) -> None:
-        """Raises: DeviceError naming the call and the driver's word for what went wrong."""
-        result = self._functions[name](*args)
+        """Raises: DeviceError naming the call and the driver's word for what went wrong; DeviceLostError if nothing
+        else will come from now on.
+        """
+        result = self._result(name, *args)
         if result != SUCCESS:
-            raise DeviceError(f"{name} failed: {self._name_of(result)}")
+            raise self._error(f"{name} failed", result)
 
     def is_ready(self, event: c_void_p) -> bool:
-        result = self._functions["cuEventQuery"](event)
+        result = self._result("cuEventQuery", event)
         if result not in (SUCCESS, ERROR_NOT_READY):
-            raise DeviceError(f"a copy to the GPU failed: {self._name_of(result)}")
-        return bool(result == SUCCESS)
+            raise self._error("a copy to the GPU failed", result)
+        return result == SUCCESS
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child of the process that has it: a child may call nothing."""
+        return os.getpid() != self._pid
+
+    def _result(self, name: str, *args: Any) -> int:
+        if self.is_inherited:
+            raise DeviceError("CUDA does not survive a fork: start the process anew (multiprocessing: 'spawn')")
+        if name not in _UNSAFE_IN_CAPTURE:
+            return int(self._functions[name](*args))
+        exchange, mode = self._functions["cuThreadExchangeStreamCaptureMode"], c_int(STREAM_CAPTURE_MODE_RELAXED)
+        exchange(ctypes.byref(mode))
+        try:
+            return int(self._functions[name](*args))
+        finally:
+            exchange(ctypes.byref(mode))
+
+    def _error(self, what: str, result: int) -> DeviceError:
+        if result in LOST.values():
+            return DeviceLostError(f"{what}: {self._name_of(result)}; this process can no longer use the card")
+        return DeviceError(f"{what}: {self._name_of(result)}")
 
     def number(self, name: str, kind: Any, *args: Any) -> int:
         """A call whose first argument is where it writes one number, which is returned."""
         out = kind()
         self.call(name, ctypes.byref(out), *args)
         return int(out.value or 0)
+
+    def identity_of(self, ordinal: int) -> str:
+        """'GPU-' and the UUID of a card, or of the slice of one (MIG) that this process was given: the driver tells
+        both alike. Needs no context.
+        """
+        found = Uuid()
+        self.call("cuDeviceGetUuid_v2", ctypes.byref(found), ordinal)
+        return f"GPU-{UUID(bytes=bytes(found.bytes))}"
 
     def _name_of(self, result: int) -> str:
         text = c_char_p()

@@ -73,6 +73,10 @@ class HostStream:
     def copy_in(self, dst: int, src: int, nbytes: int) -> None:
         self._queue.put(lambda: ctypes.memmove(dst, src, nbytes))
 
+    def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        for copy in copies:
+            self.copy_in(*copy)
+
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         def copy() -> None:
             for row in range(rows_count):
@@ -153,6 +157,8 @@ class HostArena:
 class HostMapping:
     """See `base.Mapping`. Private and writable: a write copies that page for this process alone."""
 
+    waits_to_close = False
+
     def __init__(self, fd: int, runs: Sequence[Run], granule_bytes: int) -> None:
         self.nbytes = sum(count for _, count in runs) * granule_bytes
         self.address = 0
@@ -200,6 +206,7 @@ class HostDevice:
         if granule_bytes % mmap.PAGESIZE:
             raise ValueError(f"granule of {granule_bytes} bytes: expected a multiple of {mmap.PAGESIZE}")
         self.name, self.granule_bytes, self.is_direct = name, granule_bytes, is_direct
+        self.identity, self.exports_read_only = name, True
         self._reaches_all = is_direct if reaches_all is None else reaches_all
         self._registered = Ranges()
 

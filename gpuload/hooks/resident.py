@@ -12,6 +12,8 @@ from typing import Any
 
 log = logging.getLogger("gpuload.hooks")
 
+ZERO_COPY_VARIABLE = "GPULOAD_ZERO_COPY"
+
 RETRY_S = 30.0
 """After a server did not answer, how long it is not asked again."""
 
@@ -25,6 +27,16 @@ _has_logged = False
 def is_away() -> bool:
     """True for RETRY_S after nobody answered."""
     return time.monotonic() < _away_until
+
+
+def is_copied(device: str) -> bool:
+    """Whether programs get copies of what the server holds there.
+
+    They write to what they have loaded: they merge adapters, quantise in place. On the CPU the page is copied then; on
+    a GPU a kernel that writes to shared memory costs its program the card. ZERO_COPY_VARIABLE says that this one only
+    reads.
+    """
+    return device.startswith("cuda") and os.environ.get(ZERO_COPY_VARIABLE) != "1"
 
 
 def attach_file(

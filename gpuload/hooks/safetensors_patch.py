@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuload.hooks.counts import counts
-from gpuload.hooks.resident import attach_file, is_away
+from gpuload.hooks.resident import attach_file, is_away, is_copied
 
 KNOWN_MAX = 1 << 17
 """Open files, and slices not yet dropped with their file, that are remembered; an older one falls back to the library.
@@ -54,8 +54,8 @@ class _File:
         self._tensors: Any = None
         self._is_refused = False
 
-    def tensor(self, name: str) -> Any:
-        """The tensor, of the caller's own and in his mode; None if the library must serve it."""
+    def tensor(self, name: str, key: Any = ...) -> Any:
+        """The tensor, or what `key` cuts from it, of the caller's own and in his mode; None: ask the library."""
         from gpuload.client import tensors  # torch is there by now
 
         if not tensors.has_memory():  # a tracer's: the library has its own words for it
@@ -68,13 +68,22 @@ class _File:
                 if self._tensors is not None:
                     _idle.add(self)
             found = None if self._tensors is None else self._tensors.get(name)
-        return None if found is None else tensors.fresh(found)
+        if found is None:
+            return None
+        if is_copied(self.device):
+            return found[key].clone()
+        whole = tensors.fresh(found)
+        return whole if key is ... else tensors.fresh(whole[key])  # a view remembers the mode that it was taken in
 
     def close(self) -> None:
         """Give up the lease; slices that outlive their file are the library's."""
         with self._lock:
-            self._tensors, self._is_refused = None, True
+            had, self._tensors, self._is_refused = self._tensors is not None, None, True
         _idle.remove(self)
+        if had:
+            from gpuload.client.attached import close_left
+
+            close_left()
 
     def release_if_idle(self) -> bool:
         """True if the lease was given up."""
@@ -225,12 +234,8 @@ def install() -> None:
 
     def __getitem__(self: Any, key: Any) -> Any:
         file, name = _slices.get(self) or (None, "")
-        tensor = _or_library(file, name, lambda: None)
-        if tensor is None:
-            return real_getitem(self, key)
-        from gpuload.client import tensors
-
-        return tensors.fresh(tensor[key])  # a view remembers the mode that it was taken in
+        tensor = _or_library(file, name, lambda: None, key)
+        return real_getitem(self, key) if tensor is None else tensor
 
     opened.__init__, opened.__exit__ = __init__, __exit__
     opened.get_tensor, opened.get_slice = get_tensor, get_slice
@@ -241,8 +246,8 @@ def install() -> None:
     _is_installed = True
 
 
-def _or_library(file: _File | None, name: str, library: Callable[[], Any]) -> Any:
-    tensor = file.tensor(name) if file is not None else None
+def _or_library(file: _File | None, name: str, library: Callable[[], Any], key: Any = ...) -> Any:
+    tensor = file.tensor(name, key) if file is not None else None
     if tensor is None:
         counts.add(left=1)
         return library()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpuload.hooks.counts import counts
-from gpuload.hooks.resident import attach_file, tell_once
+from gpuload.hooks.resident import attach_file, is_copied, tell_once
 from gpuload.moving.model_files import picked_by_others
 
 
@@ -27,10 +27,13 @@ def weights_of(
     for file, others in zip(files, picked_by_others(files), strict=True):
         attached = attach_file(file, device, socket_path=socket_path)
         if attached is not None:
-            for item in attached.items():
-                if item[0] not in others:
-                    counts.add(served=1)
-                    yield item
+            for name in [name for name in attached if name not in others]:
+                counts.add(served=1)
+                yield name, attached[name].clone() if is_copied(device) else attached[name]
+            del attached
+            from gpuload.client.attached import close_left
+
+            close_left()
         else:
             yield from (item for item in _streamed(file) if item[0] not in others)
 

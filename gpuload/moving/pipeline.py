@@ -1,36 +1,45 @@
 """The conductor of one load: batches → source → ring of buffers → copy stream, overlapped, cancelled as one.
 
-    feeder ──batch──> readers_count readers, each:   take a buffer, wait until its last copy is done   (thread)
-                                                     fill it from the source, check it                  (thread)
-                                                     queue the copies, put it back with their event     (trio)
-                      lander: waits for the events in order, tells which transfers are complete         (thread)
+    readers_count threads, each:   take a batch and a buffer, wait until the buffer's last copy is done,
+                                   fill it from the source, check it, queue the copies, put it back with their event
+    one thread more:               waits for the events in order, tells which transfers are complete
+    and while they are at work:    one page-locks the buffers that are still missing
+
+A thread stays with its work from the first batch to the last: handing each batch from thread to thread cost more than
+a link needs for it (decisions/0007-link-speed.md).
 
 A source that lends its bytes where the device reaches them fills no buffer: the copies are queued from there, and the
-lander gives the loan back when their event has come. The bounded way to the lander bounds the loans.
+loan is given back when their event has come. The bounded way there bounds the loans.
 
 Where the CPU reaches device memory (`device.is_direct`) a batch of plain runs is read straight into its place: the same
-bytes by a shorter way, and tests/gpuload/moving/test_pipeline.py holds both to be equal. There are no stop flags: the
-first failure cancels the nursery, and leaving it waits for the copies that are queued before any buffer is given back.
+bytes by a shorter way, and tests/gpuload/moving/test_pipeline.py holds both to be equal. What fails or cancels a load
+stops the way of the batches; the threads end after the batch they are at, and the copies that are queued before any
+buffer is given back.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import threading
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
 
 import trio
 
 from gpuload.device.base import Device, Event, Stream
 from gpuload.device.host import view_of
 from gpuload.errors import one_error
-from gpuload.moving.moves import Runs, plan_moves, plan_parts
+from gpuload.moving.moves import Move, Runs, plan_moves, plan_parts
 from gpuload.moving.plan import Batch, Piece
 from gpuload.moving.source import Loan, Source, copy_out
-from gpuload.moving.staging import Buffer, Ring, open_ring
+from gpuload.moving.staging import Buffer, Ring
 from gpuload.moving.timing import Timing
+from mfs.errors import MfsError
 
 RunsOf = Callable[[Piece], Sequence[tuple[int, int]]]
 """Where a piece belongs: (address, nbytes) runs on the device, in order; empty where it is not wanted there."""
@@ -39,20 +48,28 @@ Check = Callable[[Piece, Sequence[memoryview]], None]
 """Looks at a piece's bytes before they count, in a reader's thread; raises to refuse them. The views, joined, are the
 piece as it arrives; they die with the call."""
 
+GROWERS_COUNT = 4
+"""Threads that page-lock what is missing of a ring: touching fresh pages costs each of them more than locking them."""
+
 
 @dataclass(frozen=True)
 class Limits:
     """How much a load may use at once."""
 
-    buffer_bytes: int = 16 << 20
-    """One staging buffer. At 50 GB/s a fill lasts 0.3 ms, ten times what a hop between threads costs."""
-    buffers_count: int = 6
+    buffer_bytes: int = 32 << 20
+    """One staging buffer. At 50 GB/s a fill lasts 0.6 ms, three times what Python needs to see to it."""
+    buffers_count: int = max(2, min(8, os.cpu_count() or 2)) + 4
+    """One for each reader, and four whose copies are queued: 2 ms of a link at work while readers come and go."""
     readers_count: int = max(2, min(8, os.cpu_count() or 2))
-    """Threads that fill buffers; 8 saturate the memory of the machines we know of."""
+    """Threads that fill buffers, hash, and queue copies. Six that read 10 GB/s each fill a link of 55."""
     ahead_bytes: int = 256 << 20
     """Tensors a stream makes ahead of its consumer: more than all buffers hold, so that the pipeline never runs dry."""
     step_timeout_s: float = 120.0
     """Longest wait for one buffer's copies; beyond it the device hangs."""
+
+
+Decide = Callable[[Batch], None]
+"""Told a batch that was checked, in its reader's thread, before `runs_of` is asked about its pieces."""
 
 
 async def move_batches(
@@ -63,6 +80,8 @@ async def move_batches(
     runs_of: RunsOf,
     limits: Limits,
     check: Check | None = None,
+    checks_later: bool = False,
+    decide: Decide | None = None,
     on_landed: Callable[[int], None] | None = None,
     admit: Callable[[Batch], Awaitable[None]] | None = None,
     lent: Ring | None = None,
@@ -72,128 +91,217 @@ async def move_batches(
 
     lent: a ring to use, whose buffers hold the largest batch; all its buffers are back in it afterwards, whatever
         happens. None: one is made for this call.
-    runs_of: called on the trio thread where a copy is queued, in a reader's thread for direct reads.
+    runs_of: called in a reader's thread.
+    check: see `Check`. checks_later: it may look while the copy is under way, so that one costs no time of the other;
+        bytes that it refuses may be in their place then.
     admit: awaited before each batch, in order: it may be read, and has a place to go to.
     timing: told how long copies were waited for.
-    on_landed: told, on the trio thread, the index of each transfer as its last byte is in place, in no fixed order.
+    on_landed: told, in a thread of the load, the index of each transfer once all of it is in place, in no fixed order.
     Raises: what source, device or check raise. Cancellation: safe; the destination's bytes are undefined.
     """
     if not batches:
         return
-    landing = _Landing(batches, on_landed)
     staged = not device.is_direct or any(not _is_plain(batch) for batch in batches)
     readers_count = min(limits.readers_count, len(batches))
     buffers_count = min(limits.buffers_count, len(batches)) if staged else 0
-    threads = trio.CapacityLimiter(readers_count)
-    feed_in, feed_out = trio.open_memory_channel[Batch](0)
-    over = trio.Event()
-    events_in, events_out = trio.open_memory_channel[tuple[Event, Batch, Loan | None]](max(1, buffers_count))
     buffer_bytes = max(batch.nbytes for batch in batches) if staged else 0
     if lent is not None and lent.buffer_bytes < buffer_bytes:
         raise ValueError(f"a batch of {buffer_bytes} bytes does not fit the lent buffers of {lent.buffer_bytes}")
+    ring = lent if lent is not None else Ring(device, buffer_bytes=buffer_bytes, count=buffers_count)
+    ways = _Ways(batches if admit is None else (), ring, copies_most=max(1, buffers_count))
+    landing = _Landing(batches, on_landed)
+    readers_left = readers_count
 
     async def feed() -> None:
-        async with feed_in:
-            for batch in batches:
-                if admit is not None:
-                    await admit(batch)
-                await feed_in.send(batch)
+        assert admit is not None
+        for batch in batches:
+            await admit(batch)
+            ways.add(batch)
+        ways.is_fed()
 
-    async def read(own: trio.MemorySendChannel[tuple[Event, Batch, Loan | None]]) -> None:
-        async with own:
-            async for batch in feed_out:
-                if device.is_direct and _is_plain(batch):
-                    await trio.to_thread.run_sync(_read_direct, batch, source, runs_of, check, limiter=threads)
-                    landing.add(batch)
-                    continue
-                buffer = await ring.take()
+    def read() -> None:
+        try:
+            read_all()
+        except MfsError:
+            if not ways.is_stopped:  # else the load has its end already, and the source was told to fail
+                raise
+
+    def read_all() -> None:
+        while (batch := ways.next_batch()) is not None:
+            if device.is_direct and _is_plain(batch):
+                _read_direct(batch, source, runs_of, check)
+                landing.add(batch)
+                continue
+            buffer = ring.take()
+            if buffer is None:
+                return
+            try:
+                sources, loan = _bring(batch, buffer, source, device, limits)
                 try:
-                    sources, loan = await trio.to_thread.run_sync(
-                        _bring, batch, buffer, source, device, check, limits, limiter=threads
-                    )
-                    if loan is not None:
-                        loans.add(loan)
-                    event = queue_copies(stream, batch, sources, runs_of)
+                    if not checks_later:
+                        _look(batch, sources, check)
+                    if decide is not None:
+                        decide(batch)
+                    moves = _moves_of(batch, sources, runs_of)
+                    with ways.queueing:
+                        number, event = ways.next_number(), queue_moves(stream, moves)
                     if loan is None:
                         buffer.pending = event
+                    else:
+                        held.add(loan)
                 finally:
-                    ring.put(buffer)
-                await own.send((event, batch, loan))
+                    if loan is not None and loan not in held:
+                        loan.release()
+                if checks_later:
+                    _look(batch, sources, check)
+            finally:
+                ring.put(buffer)
+            if not ways.add_copies(_Copies(number, event, batch, loan)):
+                return
 
-    async def land() -> None:
-        async for event, batch, loan in events_out:
-            with timing.within("copy") if timing is not None else nullcontext():
-                await trio.to_thread.run_sync(event.wait, limits.step_timeout_s)
-            if loan is not None:
-                loan.release()
-                loans.remove(loan)
-            landing.add(batch)
+    async def run_reader() -> None:
+        nonlocal readers_left
+        await trio.to_thread.run_sync(read, limiter=threads)
+        readers_left -= 1
+        if not readers_left:
+            ways.is_read()
+
+    def wait(event: Event) -> None:
+        with timing.within("copy") if timing is not None else nullcontext():
+            event.wait(limits.step_timeout_s)
+
+    def land() -> None:
+        last: _Copies | None = None
+        while (copies := ways.next_copies()) is not None:
+            last = copies if last is None or copies.number > last.number else last
+            if copies.loan is not None or on_landed is not None or timing is not None:
+                wait(copies.event)
+                landing.add(copies.batch)
+            if copies.loan is not None:
+                copies.loan.release()
+                held.discard(copies.loan)
+        if last is not None:
+            wait(last.event)
+
+    async def grow() -> None:
+        await trio.to_thread.run_sync(ring.grow)
+
+    async def run_lander() -> None:
+        await trio.to_thread.run_sync(land, limiter=threads)
         over.set()
 
     async def watch() -> None:
         try:
             await over.wait()
-        except trio.Cancelled:
-            source.interrupt()  # readers may wait there for what this very load holds
-            raise
+        finally:
+            if not over.is_set():
+                ways.stop()
+                source.interrupt()  # readers may wait there for what this very load holds
+            ring.stop()  # whoever still page-locks more of it need not
 
+    over, threads = trio.Event(), trio.CapacityLimiter(readers_count + 2)
     with one_error():
         async with (
-            _ring(lent, device, buffer_bytes, buffers_count) as ring,
-            _no_loans_left() as loans,
+            _at_rest(ring, is_lent=lent is not None),
+            _no_loans_left() as held,
             _open_stream(device) as stream,
             trio.open_nursery() as nursery,
         ):
-            nursery.start_soon(feed)
-            nursery.start_soon(land)
             nursery.start_soon(watch)
-            async with events_in:
-                for _ in range(readers_count):
-                    nursery.start_soon(read, events_in.clone())
+            if staged:
+                for _ in range(min(GROWERS_COUNT, buffers_count)):
+                    nursery.start_soon(grow)
+            nursery.start_soon(run_lander)
+            for _ in range(readers_count):
+                nursery.start_soon(run_reader)
+            if admit is not None:
+                nursery.start_soon(feed)
 
 
 def move_one_by_one(
-    batches: Iterable[Batch], *, source: Source, device: Device, runs_of: RunsOf, limits: Limits
+    batches: Iterable[Batch],
+    *,
+    source: Source,
+    device: Device,
+    runs_of: RunsOf,
+    limits: Limits,
+    ring: Ring | None = None,
+    stream: Stream | None = None,
 ) -> None:
-    """`move_batches` in the caller's thread, without overlap: less to set up, so quicker for one small tensor."""
+    """`move_batches` in the caller's thread, without overlap: less to set up, so quicker for one small tensor.
+
+    ring, stream: both, that nobody else uses now, or none; a buffer of the ring holds the largest batch. With them
+        nothing is page-locked for the call.
+    """
     for batch in batches:
         if device.is_direct and _is_plain(batch):
             _read_direct(batch, source, runs_of, None)
             continue
+        if ring is not None and stream is not None:
+            _move_through(batch, ring, stream, source, device, runs_of, limits)
+            continue
         with ExitStack() as held:
             staging = held.enter_context(closing(device.alloc_staging(batch.nbytes)))
-            sources, loan = _bring(batch, Buffer(staging), source, device, None, limits)
+            sources, loan = _bring(batch, Buffer(staging), source, device, limits)
             if loan is not None:
                 held.callback(loan.release)
             stream = held.enter_context(closing(device.open_stream()))  # ends first: it may copy from the others
-            queue_copies(stream, batch, sources, runs_of).wait(limits.step_timeout_s)
+            queue_moves(stream, _moves_of(batch, sources, runs_of)).wait(limits.step_timeout_s)
 
 
-def queue_copies(stream: Stream, batch: Batch, sources: Runs, runs_of: RunsOf) -> Event:
-    """Queue the copies of a batch that stands at `sources`; the event says when those may be used otherwise again."""
+def _move_through(
+    batch: Batch, ring: Ring, stream: Stream, source: Source, device: Device, runs_of: RunsOf, limits: Limits
+) -> None:
+    ring.grow(1)
+    buffer = ring.take()
+    assert buffer is not None
+    loan = None
+    try:
+        sources, loan = _bring(batch, buffer, source, device, limits)
+        queue_moves(stream, _moves_of(batch, sources, runs_of)).wait(limits.step_timeout_s)
+    finally:
+        if loan is not None:
+            loan.release()
+        ring.put(buffer)
+
+
+def _moves_of(batch: Batch, sources: Runs, runs_of: RunsOf) -> list[Move]:
+    """The copies of a batch that stands at `sources`. What lies side by side at both ends is one copy, but none
+    crosses two sources, which may be page-locked each by itself."""
+    moves: list[Move] = []
+    edges = {address for address, _ in sources}
+    first = sources[0][0] - batch.start if len(sources) == 1 else None
     for piece in batch.pieces:
-        for move in plan_moves(piece, piece.start - batch.start, sources, runs_of(piece)):
-            if move.rows_count == 1:
-                stream.copy_in(move.dst, move.src, move.row_bytes)
-            else:
-                stream.copy_in_rows(
-                    move.dst,
-                    move.src,
-                    row_bytes=move.row_bytes,
-                    rows_count=move.rows_count,
-                    pitch_bytes=move.pitch_bytes,
-                )
+        runs = runs_of(piece)
+        if first is not None and piece.rows_count == 1 and len(runs) == 1:  # nearly all; no cursors for those
+            own: Iterable[Move] = (Move(runs[0][0], first + piece.start, piece.row_bytes, 1, piece.row_bytes),)
+        else:
+            own = plan_moves(piece, piece.start - batch.start, sources, runs)
+        for move in own:
+            if move.rows_count == 1 and moves and moves[-1].rows_count == 1 and move.src not in edges:
+                last = moves[-1]
+                if last.src + last.row_bytes == move.src and last.dst + last.row_bytes == move.dst:
+                    nbytes = last.row_bytes + move.row_bytes
+                    moves[-1] = Move(last.dst, last.src, nbytes, 1, nbytes)
+                    continue
+            moves.append(move)
+    return moves
+
+
+def queue_moves(stream: Stream, moves: Sequence[Move]) -> Event:
+    """Queue copies; the event says when their sources may be used otherwise again."""
+    stream.copy_all([(m.dst, m.src, m.row_bytes) for m in moves if m.rows_count == 1])
+    for m in moves:
+        if m.rows_count > 1:
+            stream.copy_in_rows(m.dst, m.src, row_bytes=m.row_bytes, rows_count=m.rows_count, pitch_bytes=m.pitch_bytes)
     return stream.record()
 
 
-def _bring(
-    batch: Batch, buffer: Buffer, source: Source, device: Device, check: Check | None, limits: Limits
-) -> tuple[Runs, Loan | None]:
+def _bring(batch: Batch, buffer: Buffer, source: Source, device: Device, limits: Limits) -> tuple[Runs, Loan | None]:
     """Have a batch where `device` can copy from: in place, on a loan that is now the caller's, or in the buffer."""
     loan = source.borrow(batch.shard, batch.start, batch.stop)
     try:
         if loan is not None and all(device.reaches(address, nbytes) for address, nbytes in loan.runs):
-            _look(batch, loan.runs, check)
             kept, loan = loan, None
             return kept.runs, kept
         buffer.settle(limits.step_timeout_s)
@@ -205,9 +313,7 @@ def _bring(
     finally:
         if loan is not None:
             loan.release()
-    sources = [(buffer.staging.address, batch.nbytes)]
-    _look(batch, sources, check)
-    return sources, None
+    return [(buffer.staging.address, batch.nbytes)], None
 
 
 def _look(batch: Batch, sources: Runs, check: Check | None) -> None:
@@ -235,16 +341,98 @@ def _is_plain(batch: Batch) -> bool:
     return all(piece.rows_count == 1 for piece in batch.pieces)
 
 
+class _Copies(NamedTuple):
+    """Of one batch, queued."""
+
+    number: int
+    """In the order of the stream."""
+    event: Event
+    batch: Batch
+    loan: Loan | None
+
+
+class _Ways:
+    """Between the threads of one load: batches on their way to readers, queued copies on their way to the lander."""
+
+    def __init__(self, batches: Iterable[Batch], ring: Ring, *, copies_most: int) -> None:
+        """batches: that may be read at once; if there are none, `add` brings them and `is_fed` says that was all."""
+        self.queueing = threading.Lock()
+        """A stream belongs to one thread at a time."""
+        self._ring = ring
+        self._changed = threading.Condition()
+        self._batches = deque(batches)
+        self._is_fed = bool(self._batches)
+        self._copies: deque[_Copies] = deque()
+        self._copies_most = copies_most
+        self._is_read = self._is_stopped = False
+        self._numbers = count()
+
+    def next_number(self) -> int:
+        """Of copies that are queued now; `queueing` is the caller's."""
+        return next(self._numbers)
+
+    def add(self, batch: Batch) -> None:
+        with self._changed:
+            self._batches.append(batch)
+            self._changed.notify_all()
+
+    def is_fed(self) -> None:
+        with self._changed:
+            self._is_fed = True
+            self._changed.notify_all()
+
+    def next_batch(self) -> Batch | None:
+        """Blocks; None when there are no more, or the load ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._batches or self._is_fed or self._is_stopped)
+            return self._batches.popleft() if self._batches and not self._is_stopped else None
+
+    def add_copies(self, copies: _Copies) -> bool:
+        """Blocks while the lander has too many; whether the load goes on."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._copies) < self._copies_most or self._is_stopped)
+            self._copies.append(copies)
+            self._changed.notify_all()
+            return not self._is_stopped
+
+    def is_read(self) -> None:
+        with self._changed:
+            self._is_read = True
+            self._changed.notify_all()
+
+    def next_copies(self) -> _Copies | None:
+        """Blocks; None after the last, or when the load ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._copies or self._is_read or self._is_stopped)
+            if self._is_stopped or not self._copies:
+                return None
+            copies = self._copies.popleft()
+            self._changed.notify_all()
+            return copies
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._is_stopped
+
+    def stop(self) -> None:
+        """The load ends early."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+        self._ring.stop()
+
+
 @asynccontextmanager
-async def _ring(lent: Ring | None, device: Device, buffer_bytes: int, count: int) -> AsyncIterator[Ring]:
-    if lent is None:
-        async with open_ring(device, buffer_bytes=buffer_bytes, count=count) as ring:
-            yield ring
-        return
+async def _at_rest(ring: Ring, *, is_lent: bool) -> AsyncIterator[None]:
+    """Afterwards no stream copies from the ring any more: it is given back, or ready for the next load."""
     try:
-        yield lent
+        yield
     finally:
-        lent.forget_copies()  # the stream is closed by now; a failed copy must not fail the next load
+        if is_lent:
+            ring.rest()  # a failed copy must not fail the next load
+        else:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(ring.close)
 
 
 @asynccontextmanager
@@ -269,20 +457,25 @@ async def _open_stream(device: Device) -> AsyncIterator[Stream]:
 
 
 class _Landing:
-    """Counts the pieces of each transfer that are still on their way."""
+    """Counts the pieces of each transfer that are still on their way. Thread-safe."""
 
     def __init__(self, batches: Sequence[Batch], on_landed: Callable[[int], None] | None) -> None:
         self._on_landed = on_landed
+        self._lock = threading.Lock()
         self._waiting: dict[int, int] = {}
-        for batch in batches:
-            for piece in batch.pieces:
-                self._waiting[piece.transfer] = self._waiting.get(piece.transfer, 0) + 1
+        if on_landed is not None:
+            for batch in batches:
+                for piece in batch.pieces:
+                    self._waiting[piece.transfer] = self._waiting.get(piece.transfer, 0) + 1
 
     def add(self, batch: Batch) -> None:
-        for piece in batch.pieces:
-            self._waiting[piece.transfer] -= 1
-            if not self._waiting[piece.transfer] and self._on_landed is not None:
-                self._on_landed(piece.transfer)
+        if self._on_landed is None:
+            return
+        with self._lock:
+            for piece in batch.pieces:
+                self._waiting[piece.transfer] -= 1
+                if not self._waiting[piece.transfer]:
+                    self._on_landed(piece.transfer)
 
 
 def buffers_bytes(limits: Limits, wanted_bytes: int) -> int:

@@ -16,17 +16,27 @@ import socket
 import stat
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 
 from gpuload.device.base import Device
-from gpuload.errors import AwayError, BusyError, FitError, ServerError, first_error, one_error, to_wire
+from gpuload.errors import (
+    AwayError,
+    BusyError,
+    DeviceError,
+    DeviceLostError,
+    FitError,
+    ServerError,
+    first_error,
+    one_error,
+    to_wire,
+)
 from gpuload.moving.kept import KeptFiles
 from gpuload.moving.pipeline import Limits
-from gpuload.moving.staging import open_ring
+from gpuload.moving.staging import Ring
 from gpuload.server.catalog import Catalog, Model
 from gpuload.server.client_files import REQUESTS_MAX, ClientFiles, Shares
 from gpuload.server.digest_files import DigestFiles
@@ -52,8 +62,15 @@ VERSION = "0.1.0"
 STOP_S = 8.0
 """Longest way from a signal to the end. Beyond it a call hangs that cannot be cancelled: on a file, most likely."""
 
+HEALTH_S = 5.0
+"""Between two looks whether each card still answers. One that does not must not keep its memory, nor others waiting."""
+
 ACCEPT_PAUSE_S = 0.2
 """After a failed accept, before the next: long enough not to spin, short enough not to be noticed."""
+
+
+READERS_COUNT = max(2, min(20, os.cpu_count() or 2))
+"""Threads that read and hash. At 10 and 4.3 GB/s each takes 3 GB/s to the device: eighteen fill a link of 55."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,7 @@ class ServerConfig:
     """See `digests.DigestCache`."""
     digests_folder: str | None = None
     """Where digests outlive the process; None: nowhere. See `digest_files`."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = field(default_factory=lambda: Limits(readers_count=READERS_COUNT, buffers_count=READERS_COUNT + 4))
     metrics_addr: str | None = None
     """HOST:PORT to answer Prometheus on; None: nowhere but through the socket."""
 
@@ -89,12 +106,14 @@ async def serve(
     open_one: Callable[[str], Device],
     *,
     must: list[Callable[[], object]] | None = None,
+    on_lost: Callable[[], object] = lambda: None,
     task_status: trio.TaskStatus[Mapping[str, Site]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled. `task_status.started` gets the sites, once the socket listens.
 
     must: gets what is to be called by somebody who ends the process while this has not returned.
-    Raises: ConfigError, FitError, DeviceError, BusyError, all before it listens.
+    on_lost: called when a card is lost, which ends this: what still waits for that card may keep it a while.
+    Raises: ConfigError, FitError, DeviceError, BusyError, all before it listens; later DeviceLostError alone.
     """
     if not config.arena_bytes:
         raise ConfigError("no device to serve: give one, such as cpu=4G or cuda:0=70G")
@@ -127,6 +146,7 @@ async def serve(
             stack.callback(exporting.close)
             stack.push_async_callback(tracer.flush, exporting.export)
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(_ending_if_lost, on_lost, _look_after, devices)
                 if tracer.fault:
                     log.warning("%s", tracer.fault)
                 nursery.start_soon(tracer.run, exporting.export)
@@ -147,7 +167,32 @@ async def serve(
                     except trio.WouldBlock:
                         _refuse(client, config.connections_max)
                         continue
-                    nursery.start_soon(_connection, client, operations, config, places, strangers, shares)
+                    serving = (_connection, client, operations, config, places, strangers, shares)
+                    nursery.start_soon(_ending_if_lost, on_lost, *serving)
+
+
+async def _look_after(devices: Mapping[str, Device]) -> None:
+    """See that every card answers. Raises: DeviceLostError."""
+    cards = [device for name, device in devices.items() if not name.startswith("cpu")]
+    while cards:
+        await trio.sleep(HEALTH_S)
+        for card in cards:
+            try:
+                await trio.to_thread.run_sync(card.memory, abandon_on_cancel=True)
+            except DeviceLostError:
+                raise
+            except DeviceError as error:
+                log.warning("%s: %s", card.name, error)
+
+
+async def _ending_if_lost(on_lost: Callable[[], object], work: Callable[..., Awaitable[None]], *args: object) -> None:
+    """`work`, with a word for the log when a card is lost. Only the end of this process frees that card's memory."""
+    try:
+        await work(*args)
+    except DeviceLostError as error:
+        log.error("a card is lost, and the weights on it; ending, so that its memory is free again: %s", error)
+        on_lost()
+        raise
 
 
 class _Exporting:
@@ -203,7 +248,9 @@ async def _open_site(stack: contextlib.AsyncExitStack, name: str, device: Device
     stack.callback(arena.close)
     catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
     buffer_bytes, count = max(config.limits.buffer_bytes, PIECE_BYTES), config.limits.buffers_count
-    ring = await stack.enter_async_context(open_ring(device, buffer_bytes=buffer_bytes, count=count))
+    ring = Ring(device, buffer_bytes=buffer_bytes, count=count)
+    stack.callback(ring.close)
+    await trio.to_thread.run_sync(ring.grow)
     return Site(name, device, arena, catalog, ring)
 
 
@@ -257,6 +304,10 @@ async def _connection(
                 await channel.send(answer.message, answer.fds, message_s=config.message_s)
             finally:
                 close_all(answer.fds)
+                if answer.lost is not None:
+                    raise answer.lost
+    except DeviceLostError:
+        raise
     except (ServerError, BusyError) as error:  # AwayError too
         log.info("connection ended: %s", error)
         with contextlib.suppress(AwayError):
@@ -296,7 +347,7 @@ async def _answered(
             raise
         if not isinstance(error, MfsError):
             log.error("unexpected: %s", error, exc_info=error)
-        return Answer(to_wire(error))
+        return Answer(to_wire(error), lost=error if isinstance(error, DeviceLostError) else None)
     return answers[0] if answers else None
 
 
@@ -353,25 +404,30 @@ def _listening(config: ServerConfig):  # type: ignore[no-untyped-def]
 
 def run(config: ServerConfig, open_one: Callable[[str], Device], on_ready: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGTERM or SIGINT, then leave nothing behind. The process is the server's own from here on: it ends
-    STOP_S after a signal, whatever its threads are at.
+    STOP_S after a signal, or after a card was lost, whatever its threads are at. Raises: as `serve`.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a 16 GB model on CUDA is handed out as 2000 descriptors
 
     must: list[Callable[[], object]] = []
-    end = threading.Timer(STOP_S, _end, [must])
-    end.daemon = True
+    ends: list[threading.Timer] = []
+
+    def end_in_time(status: int) -> None:
+        ends.append(threading.Timer(STOP_S, _end, [must, status]))
+        ends[-1].daemon = True
+        ends[-1].start()
 
     async def main() -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
-                await nursery.start(partial(serve, must=must), config, open_one)
+                serving = partial(serve, must=must, on_lost=partial(end_in_time, 1))
+                await nursery.start(serving, config, open_one)
                 nursery.start_soon(ping)
                 on_ready()
                 notify("READY=1\nSTATUS=serving")
                 await anext(signals)
                 notify("STOPPING=1")
-                end.start()
+                end_in_time(0)
                 nursery.cancel_scope.cancel()
 
     try:
@@ -379,12 +435,13 @@ def run(config: ServerConfig, open_one: Callable[[str], Device], on_ready: Calla
     except BaseExceptionGroup as group:
         raise first_error(group) from None
     finally:
-        end.cancel()
+        for end in ends:
+            end.cancel()
 
 
-def _end(must: Sequence[Callable[[], object]]) -> None:
-    log.warning("a file does not answer: ended without waiting for it")
+def _end(must: Sequence[Callable[[], object]], status: int) -> None:
+    log.warning("a file or a card does not answer: ended without waiting for it")
     for step in must:
         with contextlib.suppress(Exception):
             step()
-    os._exit(0)
+    os._exit(status)

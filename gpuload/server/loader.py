@@ -27,7 +27,7 @@ import trio
 from gpuload.device.base import Device
 from gpuload.device.host import HostDevice
 from gpuload.errors import BusyError, FitError, one_error
-from gpuload.moving.pipeline import Limits, RunsOf, move_batches
+from gpuload.moving.pipeline import Decide, Limits, RunsOf, move_batches
 from gpuload.moving.plan import Batch, Piece, Transfer, pack_pieces, plan_transfers
 from gpuload.moving.pool import Mapper, open_source
 from gpuload.moving.source import Source
@@ -273,6 +273,7 @@ class Loader:
         found: dict[PieceKey, tuple[Block, int]] = {}  # each of these blocks is held, once for each piece
         outside: list[Piece] = []
         undecided: set[PieceKey] = set()
+        sizes: dict[PieceKey, int] = {}
 
         def is_there(key: PieceKey) -> bool:
             there = site.catalog.find_piece(work.digests[key])
@@ -281,13 +282,22 @@ class Loader:
                 found[key] = there
             return there is not None
 
+        def find(keys: Sequence[PieceKey]) -> None:
+            for key in keys:
+                if not is_there(key):
+                    report.bytes_copied += sizes[key]
+
+        def decide(batch: Batch) -> None:
+            """Its pieces are hashed by now: look for them, once for the batch, where the catalog is looked at."""
+            keys = [key for piece in batch.pieces if (key := (piece.transfer, piece.offset)) in undecided]
+            if keys:
+                trio.from_thread.run_sync(find, keys)
+
         def runs_of(piece: Piece) -> list[tuple[int, int]]:
-            """Where it goes; nowhere if its bytes, hashed by now, are there already (asked on the trio thread then)."""
+            """Where it goes; nowhere if its bytes are there already."""
             key = (piece.transfer, piece.offset)
-            if key in undecided:
-                if is_there(key):
-                    return []
-                report.bytes_copied += piece.nbytes
+            if key in undecided and key in found:
+                return []
             block, offset = places[key]
             return site.runs(block, offset, piece.nbytes)
 
@@ -303,6 +313,7 @@ class Loader:
                         places[key] = (block, placed.offset + piece.offset)
                         if key not in work.digests:
                             undecided.add(key)
+                            sizes[key] = piece.nbytes
                             report.bytes_hashed += piece.nbytes
                         elif is_there(key):
                             continue
@@ -314,7 +325,7 @@ class Loader:
                 # looked at before it is written: most may have no need to be
                 device = HostDevice(is_direct=False, reaches_all=True)
             report.bytes_copied += sum(p.nbytes for p in outside if (p.transfer, p.offset) not in undecided)
-            await self._read(work, part, source, outside, device, runs_of)
+            await self._read(work, part, source, outside, device, runs_of, decide if undecided else None)
             await self._think(lambda: work.learn_part(part))
             self._share_in_place(work, part)
             inside: list[InsideCopy] = [
@@ -346,9 +357,17 @@ class Loader:
                 work.report.bytes_kept += placed_bytes(plan)
 
     async def _read(
-        self, work: Work, part: PartWork, source: Source, pieces: Sequence[Piece], device: Device, runs_of: RunsOf
+        self,
+        work: Work,
+        part: PartWork,
+        source: Source,
+        pieces: Sequence[Piece],
+        device: Device,
+        runs_of: RunsOf,
+        decide: Decide | None = None,
     ) -> None:
-        """Move `pieces`; every byte that passes is hashed, and refused if it is not what was remembered."""
+        """Move `pieces`; every byte that passes is hashed, and refused if it is not what was remembered: before
+        `decide` has looked for it, or while its copy is under way."""
         job = work.job
 
         def check(piece: Piece, views: Sequence[memoryview]) -> None:
@@ -376,6 +395,8 @@ class Loader:
             runs_of=runs_of,
             limits=self._limits,
             check=check,
+            checks_later=decide is None,
+            decide=decide,
             lent=part.site.ring,
             timing=job.timing,
         )

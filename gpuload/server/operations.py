@@ -14,8 +14,9 @@ from typing import Any
 
 import trio
 
-from gpuload.device import canonical_name
-from gpuload.device.base import Run
+from gpuload.device import canonical_name, card_of
+from gpuload.device.base import Arena, Run
+from gpuload.errors import DeviceLostError
 from gpuload.moving.kept import KeptFiles
 from gpuload.moving.model_files import without
 from gpuload.moving.plan import Placement
@@ -30,7 +31,7 @@ from gpuload.server.tally import LoadTally, gathered, processes
 from gpuload.server.versions import Version, look
 from gpuload.server.work import Job, Report
 from gpuload.wire import close_all
-from mfs.errors import AccessError, NotFoundError, UsageError
+from mfs.errors import AccessError, ChangedError, NotFoundError, UsageError
 from mfs.metrics.families import Families, Text
 from mfs.metrics.processes import add_processes
 from mfs.tracing.spans import parse_traceparent
@@ -39,7 +40,7 @@ from mfs.tracing.tracer import Tracer
 NAME_LENGTH_MAX = 200
 RULES_MAX = 10_000
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever an old client could misread a new server."""
 
 CHANGES = frozenset({"load", "swap", "open", "unload", "pin"})
@@ -61,11 +62,12 @@ class Peer:
 
 @dataclass
 class Answer:
-    """What goes back; `lease` is what this connection holds from now on."""
+    """What goes back; `lease`: what this connection holds from now on; `lost`: the server ends once that is said."""
 
     message: dict[str, Any]
     fds: Sequence[int] = ()
     lease: Model | None = None
+    lost: DeviceLostError | None = None
 
 
 class Operations:
@@ -99,9 +101,11 @@ class Operations:
             case "load" | "swap":
                 return await self._load(request, files)
             case "open":
-                return await self._open(request, files)
+                return await self._open(request, files, peer)
             case "attach":
-                return await self._attach(self._find(request), self._only(request), {})
+                model = self._find(request)
+                _check_digest(model, _text(request, "digest"))
+                return await self._attach(model, self._only(request), {}, peer)
             case "unload":
                 return self._unload(request)
             case "pin":
@@ -117,9 +121,10 @@ class Operations:
         model, report, explained = await self._loaded(name, request, files)
         return Answer({**_summary(model), "report": report.as_dict(), **explained})
 
-    async def _open(self, request: dict[str, Any], files: ClientFiles | None) -> Answer:
+    async def _open(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
         model, report, _ = await self._loaded(None, {**request, "pinned": False, "retain": "lru"}, files)
-        return await self._attach(model, None, {"report": report.as_dict()})  # no checkpoint since `load` returned
+        told = {"report": report.as_dict()}
+        return await self._attach(model, None, told, peer)  # no checkpoint since `load` returned
 
     async def _loaded(
         self, name: str | None, request: dict[str, Any], files: ClientFiles | None
@@ -202,10 +207,17 @@ class Operations:
             raise UsageError(f"ranks on {', '.join(names)}: each needs a device of its own")
         return [Placement(name, {}, rank, len(names), rules) for rank, name in enumerate(names)]
 
-    async def _attach(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
+    async def _attach(self, model: Model, only: Site | None, extra: dict[str, Any], peer: Peer) -> Answer:
         """only: the device whose part is wanted; None: all of it. The lease is on the whole model in any case, and from
         the first moment on.
         """
+        for part in model.parts:
+            site = self._sites[part.catalog.device]
+            if only in (None, site) and not (site.device.exports_read_only or peer.may_change):
+                raise AccessError(
+                    f"user {peer.uid} may not attach to {site.name} of user {os.geteuid()}: CUDA leaves it to him who"
+                    " attaches whether he can write to everybody's weights; run a server of your own"
+                )
         model.lease()
         try:
             return await self._handed_out(model, only, extra)
@@ -216,6 +228,7 @@ class Operations:
     async def _handed_out(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
         parts: list[dict[str, Any]] = []
         begins: list[list[int]] = []
+        exports: list[tuple[Arena, list[Run]]] = []
         fds: list[int] = []
         wanted = [only is None or part.catalog is only.catalog for part in model.parts]
         if len(model.placements) > 1 and only is None:
@@ -227,9 +240,16 @@ class Operations:
             for part, is_wanted in zip(model.parts, wanted, strict=True):
                 runs, offsets = _runs(part.blocks, part.catalog.granule_bytes)
                 begins.append(offsets)
-                own = self._sites[part.catalog.device].arena.export(runs) if is_wanted and runs else []
-                fds += own
-                parts.append({"device": part.catalog.device, "runs": runs if is_wanted else [], "fds": len(own)})
+                site = self._sites[part.catalog.device]
+                parts.append({"device": site.device.identity, "runs": runs if is_wanted else [], "fds": 0})
+                exports.append((site.arena, runs if is_wanted else []))
+
+            def export() -> None:
+                """On CUDA a call for each granule, thousands of them: not on the loop, where all others wait."""
+                for part, (arena, runs) in zip(parts, exports, strict=True):
+                    own = arena.export(runs) if runs else []
+                    part["fds"] = len(own)
+                    fds.extend(own)
 
             def rows() -> list[list[Any]]:
                 def at(t: ResidentTensor) -> int:
@@ -238,6 +258,7 @@ class Operations:
                 kept = (t for t in model.tensors if wanted[t.part])
                 return [[t.name, t.dtype, t.shape, t.part, at(t), t.nbytes] for t in kept]
 
+            await trio.to_thread.run_sync(export)
             table = await trio.to_thread.run_sync(rows)
         except BaseException:
             close_all(fds)
@@ -260,6 +281,7 @@ class Operations:
             devices.append(
                 {
                     "device": name,
+                    "identity": site.device.identity,
                     "device_bytes": memory.total_bytes,
                     "device_free_bytes": memory.free_bytes,
                     "arena_bytes": site.arena.granules_count * unit,
@@ -278,10 +300,14 @@ class Operations:
             return next(iter(self._sites.values()))
         if given is None:
             raise UsageError(f"this server has several devices: say which of {', '.join(self._sites)}")
-        name = canonical_name(str(given)[:100])
-        if name not in self._sites:
-            raise NotFoundError(f"this server has no arena on {name}; it has: {', '.join(self._sites)}")
-        return self._sites[name]
+        card = card_of(str(given)[:100])
+        name = card or canonical_name(str(given)[:100])
+        for site in self._sites.values():
+            if name in (site.name, site.device.identity):
+                return site
+        raise NotFoundError(
+            f"this server has no arena on {name}; it has: {', '.join(map(_named, self._sites.values()))}"
+        )
 
     def _only(self, request: dict[str, Any]) -> Site | None:
         return None if request.get("device") is None else self._site(request["device"])
@@ -304,6 +330,11 @@ class Operations:
         return self._find(request)
 
 
+def _named(site: Site) -> str:
+    identity = site.device.identity
+    return site.name if identity == site.name else f"{site.name} ({identity})"
+
+
 def _exposed(families: Families, accept: str) -> Text:
     from mfs.metrics.exposition import exposed  # only where somebody asks
 
@@ -315,6 +346,15 @@ def _missing(name: str, catalogs: Sequence[Catalog]) -> Model:
     """Raises: NotFoundError naming what there is."""
     there = ", ".join(sorted({n for catalog in catalogs for n in catalog.models})) or "none"
     raise NotFoundError(f"no model {name!r} is resident; there are: {there}")
+
+
+def _check_digest(model: Model, wanted: str) -> None:
+    """Raises: ChangedError if certain content is wanted, and that is not it."""
+    if wanted not in ("", model.digest):
+        raise ChangedError(
+            f"{model.name!r} is now {model.digest[:16]}…, asked for was {wanted[:16]}…: it was swapped in between;"
+            " attach every rank again, so that all have the same weights"
+        )
 
 
 def _runs(blocks: Sequence[Block], unit: int) -> tuple[list[Run], list[int]]:

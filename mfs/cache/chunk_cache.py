@@ -39,7 +39,7 @@ from mfs.cache.filling import Filler
 from mfs.cache.ram import Place, RamTier
 from mfs.cache.saving import Saver
 from mfs.cache.slots import Slots
-from mfs.errors import MfsError, StoreError
+from mfs.errors import MfsError, StoreError, TransientStoreError
 from mfs.types import ByteRange, ObjectId
 from mfs.waits import Cause, Waited, Waits
 from mfs.workers.frames import Frame, object_to_wire
@@ -49,8 +49,8 @@ from mfs.workers.shares import Group
 
 logger = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S = 0.01  # whether a worker still reads a chunk that is to be moved
 _GIVEN_IDLE_S = 10.0  # after which a file given from RAM goes before chunks that are read through us
+_TURN_S = 0.005  # of counting for who looks, without giving way to readers
 _SLOTS_FOR_READERS = 2  # that a model's chunks brought ahead of need leave to its readers
 
 
@@ -416,22 +416,19 @@ class ChunkCache:
         """Have a chunk that the caller has leased stand in its object's own file. Who else has leased it does not mind:
         no view of it is kept over a checkpoint, but by who has it there already.
 
-        Raises: StoreError.
+        Raises: TransientStoreError if there is no room soon; StoreError if there is no memory.
         """
         with trio.move_on_after(self._config.timeout_s):
             while not chunk.is_own:
-                if chunk.saving is not None:
-                    await chunk.saving.wait()
-                elif chunk.fills:
+                if chunk.fills:
                     await chunk.fills[0].done.wait()
-                elif chunk.looks:
-                    await trio.sleep(_LOOK_AGAIN_S)
                 elif (place := self._take_slot_nowait(chunk.state, chunk.index, own=True, allow_loss=True)) is None:
                     await self.slots.wait(None)
                 else:
                     self.slots.move(chunk, place)
+                    await trio.lowlevel.checkpoint()  # a loan may move many
             return
-        raise StoreError(f"{chunk.state.object}: no room in its file within {self._config.timeout_s:g} s")
+        raise TransientStoreError(f"{chunk.state.object}: no room in its file within {self._config.timeout_s:g} s")
 
     def leave(self, state: ObjectState) -> None:
         """Nobody is expected any more: what was brought ahead and not read was so in vain."""
@@ -453,15 +450,15 @@ class ChunkCache:
         state = self._states.get((obj.cache_id, source))
         return {index: chunk.valid for index, chunk in state.chunks.items()} if state is not None else {}
 
-    def ram_bytes_by_group(self) -> Counter[Group]:
-        """Bytes in RAM of each model that has any."""
-        held = Counter[Group]()
-        for state in self._states.values():
-            if state.chunks:
-                held[state.group] += sum(
-                    chunk.length if chunk.complete else mask_bytes(chunk.valid, chunk.length)
-                    for chunk in state.chunks.values()
-                )
+    async def ram_bytes_by_group(self) -> Counter[Group]:
+        """Bytes in RAM of each model that has any, or had a moment ago. Gives way to readers."""
+        held, turn_ends = Counter[Group](), time.monotonic() + _TURN_S
+        for state in list(self._states.values()):
+            for chunk in list(state.chunks.values()):
+                held[state.group] += chunk.length if chunk.complete else mask_bytes(chunk.valid, chunk.length)
+                if time.monotonic() > turn_ends:
+                    await trio.lowlevel.checkpoint()
+                    turn_ends = time.monotonic() + _TURN_S
         return held
 
     def evict(self, obj: ObjectId, source: int) -> int:

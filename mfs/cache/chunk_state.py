@@ -83,8 +83,8 @@ class Chunk:
     """A chunk that has a slot."""
 
     __slots__ = (
-        "changed_at", "coming", "delivered", "file_lost", "fills", "index", "is_clean", "keep", "leases", "length",
-        "looks", "place", "saved", "saving", "state", "sums", "unread", "valid", "written",
+        "changed_at", "coming", "delivered", "file_lost", "fills", "index", "is_clean", "keep", "leases", "left",
+        "length", "looks", "place", "saved", "saving", "state", "sums", "unread", "valid", "written",
     )  # fmt: skip
 
     def __init__(self, state: ObjectState, index: int, place: Place) -> None:
@@ -94,6 +94,8 @@ class Chunk:
         """Where its slot is."""
         self.is_clean = True
         """No worker that was given up may still write there."""
+        self.left: list[tuple[Place, bool]] = []
+        """Where it stood before, while a worker reads there; and whether that is clean."""
         self.length = len(state.object.chunk_range(index))
         self.valid = 0
         """Blocks whose bytes may be handed out."""

@@ -58,6 +58,23 @@ def check_directory(directory: Path, *, shared: bool = False) -> None:
         raise _refusal(directory, error) from error
 
 
+def look_at_directory(directory: Path, *, shared: bool = False) -> None:
+    """What `check_directory` would find of a directory that stands, without changing or writing anything.
+
+    Raises: as `check_directory`; whether its disk has room only writing tells.
+    """
+    try:
+        _check_owner(directory, shared, mend=False)
+        if os.statvfs(directory).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if not stat.S_ISDIR(os.stat(directory).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _refusal(directory, error) from error
+
+
 def open_directory(directory: Path, *, shared: bool = False, create: bool = True) -> None:
     """Make the cache, or see that it is one of ours, with all its parts.
 
@@ -109,8 +126,11 @@ def _refusal(directory: Path, error: OSError) -> ConfigError | StoreError:
     return ConfigError(f"cache directory {directory} cannot be written: {why}; name another one with --cache-dir")
 
 
-def _check_owner(directory: Path, shared: bool) -> None:
-    """Raises: ConfigError if others could put things here, or another directory in its place."""
+def _check_owner(directory: Path, shared: bool, *, mend: bool = True) -> None:
+    """Raises: ConfigError if others could put things here, or another directory in its place.
+
+    mend: take others' right to write from one that is ours and empty; else it is only known that this would be done.
+    """
     status = os.stat(directory)
     if shared:
         return
@@ -119,12 +139,16 @@ def _check_owner(directory: Path, shared: bool) -> None:
             f"cache directory {directory} belongs to uid {status.st_uid}: expected uid {os.geteuid()}, or root's: "
             f"its owner decides what readers get; name another --cache-dir, or trust them with --cache-shared"
         )
-    if status.st_mode & _OTHERS and status.st_uid == os.geteuid() and not os.listdir(directory):
-        os.chmod(directory, stat.S_IMODE(status.st_mode) & ~_OTHERS)  # a new one, made with a lax umask
-        status = os.stat(directory)
-    if status.st_mode & _OTHERS:
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & _OTHERS and status.st_uid == os.geteuid() and not os.listdir(directory):  # a new one, of a lax umask
+        if mend:
+            os.chmod(directory, mode & ~_OTHERS)
+            mode = stat.S_IMODE(os.stat(directory).st_mode)
+        else:
+            mode &= ~_OTHERS
+    if mode & _OTHERS:
         raise ConfigError(
-            f"cache directory {directory} has mode {stat.S_IMODE(status.st_mode):04o}: others can write to it, and "
+            f"cache directory {directory} has mode {mode:04o}: others can write to it, and "
             f"decide what readers get; empty it and 'chmod go-w' it, or trust them with --cache-shared"
         )
     for parent in Path(os.path.realpath(directory)).parents:

@@ -20,6 +20,7 @@ import itertools
 import mmap
 import os
 import resource
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from mfs.types import CHUNK_BYTES
 SLOTS_COUNT_MIN = 16
 """Fewer cannot hold the readers, fills and SSD writes of even one stream."""
 
-_WARM_MAX = 256  # pieces touched ahead: what a load takes before its first chunks are on SSD and give theirs up
+_WARM_MAX = 256  # pieces kept without a user: what a load takes before its first chunks are on SSD and give theirs up
 _SLACK_BYTES = 64 << 20  # of the tmpfs beyond the budget: a borrower who touches what he was not lent takes memory
 _OTHER_DESCRIPTORS = 512  # of the daemon: sockets, workers, logs
 _MAPPINGS_MAX = 65530  # vm.max_map_count's default
@@ -146,12 +147,14 @@ class RamTier:
         self._objects: set[RamFile] = set()
         self._held_bytes = 0
         self._common: RamFile | None = None
-        self._warm: list[int] = []
+        self._warm: deque[int] = deque()
         """Pieces of the common file that have memory and no user, the last used last: where each begins."""
         self._cold: list[int] = []
         """Those that had memory once and have none."""
         self._touched = 0
         """Where the part of the common file begins that was never used."""
+        self._is_cooled = False
+        """Memory without a user is given back until somebody takes a slot again."""
 
     # -- files
 
@@ -224,16 +227,24 @@ class RamTier:
         """A slot in an object's own file, for the chunk that begins at `start`."""
         self.slots_used += 1
         obj.slots_count += 1
-        self._cool(self.slots_free)
+        if self._warm:
+            self._cool(self.slots_free)
         return Place(obj, start, next(self._serials))
 
     def take_common(self) -> Place:
         """A slot in the common file. Raises: StoreError if that cannot be had."""
-        return self._in_common(self._warm.pop() if self._warm else self._cold_piece())
+        self._is_cooled = False
+        return self._in_common(warm=True)
 
-    def _in_common(self, start: int) -> Place:
+    @property
+    def common(self) -> RamFile | None:
+        """The common file; None before somebody took a slot there."""
+        return self._common
+
+    def _in_common(self, *, warm: bool) -> Place:
         if self._common is None:
             self._common = self.open(self.size_bytes)
+        start = self._warm.pop() if warm and self._warm else self._cold_piece()
         self.slots_used += 1
         self._common.slots_count += 1
         return Place(self._common, start, next(self._serials))
@@ -244,7 +255,8 @@ class RamTier:
         """
         assert not place.file.given
         self._leave(place.file, 1)
-        if place.file is self._common and is_clean and len(self._warm) < self.slots_free:
+        is_kept = is_clean and not self._is_cooled and len(self._warm) < min(_WARM_MAX, self.slots_free)
+        if place.file is self._common and is_kept:
             self._warm.append(place.start)
             return
         _punch(place.file, place.start)
@@ -287,18 +299,24 @@ class RamTier:
         It is to be given back by `give`. Raises: StoreError if that file cannot be had.
         """
         used_count = self._common.slots_count if self._common is not None else 0
-        if len(self._warm) >= min(_WARM_MAX - used_count, self.slots_free):
+        if self._is_cooled or len(self._warm) >= min(_WARM_MAX - used_count, self.slots_free):
             return None
-        return self._in_common(self._cold_piece())
+        return self._in_common(warm=False)
+
+    @property
+    def warm_bytes(self) -> int:
+        """Memory without a user."""
+        return len(self._warm) * CHUNK_BYTES
 
     def cool_down(self) -> None:
-        """Give back the memory that nobody uses."""
+        """Give back the memory that nobody uses, also what will be given back, until somebody takes a slot again."""
+        self._is_cooled = True
         self._cool(0)
 
     def _cool(self, kept_count: int) -> None:
         while len(self._warm) > kept_count:
             assert self._common is not None
-            self._cold.append(self._warm.pop(0))
+            self._cold.append(self._warm.popleft())
             _punch(self._common, self._cold[-1])
 
     def _cold_piece(self) -> int:

@@ -72,6 +72,7 @@ class Saver:
     def _saved(self, chunk: Chunk, mask: int, result: Frame | None, error: MfsError | None) -> None:
         saving, chunk.saving = chunk.saving, None
         assert saving is not None
+        self._slots.give_left(chunk)
         if error is not None and (self._pool.closing or isinstance(error, WorkerEndedError)):
             logger.warning("%s; the chunk is saved later, if it still can be", error)
         elif error is not None:

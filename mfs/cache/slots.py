@@ -45,7 +45,7 @@ class Slots:
 
         Raises: StoreError if the file cannot be had.
         """
-        if not self._memory.has_room(state.ram if own else None):
+        if not self._memory.has_room(state.ram if own else self._memory.common):
             return None
         return self._memory.take(self._file(state), index * CHUNK_BYTES) if own else self._memory.take_common()
 
@@ -66,7 +66,8 @@ class Slots:
         self.wake()
 
     def move(self, chunk: Chunk, place: Place) -> None:
-        """Have an idle chunk stand in its object's own file, at a slot that was taken there. Copies: a millisecond.
+        """Have a chunk that nobody fills stand in its object's own file, at a slot that was taken there. Copies: a
+        millisecond. Who reads it now, or saves it, reads on where it stood.
 
         Raises: StoreError if there is no memory for it; then it stands where it stood, and the slot is free again.
         """
@@ -75,9 +76,17 @@ class Slots:
         except StoreError:
             self._memory.give(place)
             raise
-        self._memory.give(chunk.place, is_clean=chunk.is_clean)
+        chunk.left.append((chunk.place, chunk.is_clean))
         chunk.place, chunk.is_clean = place, True
-        self.wake()
+        self.give_left(chunk)
+
+    def give_left(self, chunk: Chunk) -> None:
+        """Free the slots where a chunk stood before, once no worker has them any more."""
+        if chunk.left and chunk.saving is None and not chunk.looks:
+            for place, is_clean in chunk.left:
+                self._memory.give(place, is_clean=is_clean)
+            chunk.left.clear()
+            self.wake()
 
     def cool_down(self) -> None:
         """Give memory without a user back."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -54,7 +56,9 @@ The source is listed as a mount lists it; then blocks of 128 KiB and chunks of
 registry, frames of chunks as they are stored, tables, and what differences
 stand on. Time is the listing's, and bytes over bandwidth or round trips over
 connections, whichever is more: both measured by reading up to 64 MiB for three
-seconds, unless given. The disk, the CPU and other traffic are not in it.""",
+seconds, unless given. The disk, the CPU and other traffic are not in it.
+--cache-dir is only looked at: compressed layers of oci:// that it lacks are
+unpacked in $TMPDIR, and removed there.""",
     },
 )
 @click.argument("source")
@@ -99,11 +103,13 @@ def estimate(
         link_bytes_s=link_bytes_s, latency_s=latency_s, price=price,
     )  # fmt: skip
     options = config.options(cache_directory=os.fspath(directory or ""))
-    opened = open_source(config.url, SourceOptions(**options))
-    try:
-        found = find(opened, question, Cached(directory), deadline_s=time.monotonic() + timeout_s)
-    finally:
-        opened.close()
+    with contextlib.ExitStack() as stack:
+        if directory is not None and config.url.startswith("oci://"):
+            room = tempfile.TemporaryDirectory(prefix="mfs-estimate-", ignore_cleanup_errors=True)
+            options["unpack_directory"] = stack.enter_context(room)
+        cached = Cached(directory)
+        opened = stack.enter_context(contextlib.closing(open_source(config.url, SourceOptions(**options))))
+        found = find(opened, question, cached, deadline_s=time.monotonic() + timeout_s)
     _show(found, as_json)
 
 

@@ -73,6 +73,10 @@ class DaemonApi(Protocol):
         """
         ...
 
+    async def latest_load(self, path: str, number: int) -> Json:
+        """Of `loads` the last, or that many before it. {count: of all, load: None if there are not so many}"""
+        ...
+
     def prefetch(self, paths: Sequence[str], tier: Tier, *, wait: bool) -> AsyncIterator[Json]:
         """Bring files (directories: all below) into a tier. Yields {total_bytes, done_bytes, files_count, path} at most
         ten times a second and lastly {done: true, total_bytes, done_bytes, files_count, failed: [{path, error}]}.

@@ -375,7 +375,7 @@ def _folders(uid: int | None) -> list[Path]:
     """
     own = directory()
     if uid is None or uid == os.geteuid() or "MFS_RUNTIME_DIR" in os.environ:
-        if own.is_symlink() or own.exists():
+        if os.path.lexists(own):
             try:
                 _check_owner(own, os.geteuid())
             except AccessError as error:

@@ -135,7 +135,7 @@ def parse(context: Mapping[str, str], secrets: Mapping[str, str], limits: Limits
     role = fields.pop("role", "")
     namespace = context.get(f"{POD_INFO}pod.namespace", "")
     own = {name: fields.pop(name) for name in _OF_SOURCE if name in fields}
-    _check_url(own.get("url", ""), limits)
+    own["beneath"] = _check_url(own.get("url", ""), limits)
     fields["cache_bytes"] = _within("cacheSize", fields.get("cache_bytes"), limits.cache_bytes)
     fields["ram_bytes"] = _within("ramSize", fields.get("ram_bytes"), limits.ram_bytes)
     try:
@@ -150,7 +150,12 @@ def parse(context: Mapping[str, str], secrets: Mapping[str, str], limits: Limits
     return Volume(source, fields, mine, namespace, role, account, token)
 
 
-def _check_url(url: str, limits: Limits) -> None:
+def _check_url(url: str, limits: Limits) -> Path | None:
+    """Of a folder, the directory that it may not lead out of: now, and with what its owner changes later.
+
+    Raises: UsageError.
+    """
+    beneath = None
     if not url:
         raise UsageError(
             "volume attribute source is missing: expected a URL such as s3://bucket/prefix or hf://org/name"
@@ -161,13 +166,16 @@ def _check_url(url: str, limits: Limits) -> None:
         raise UsageError(f"volume attribute source: {error}") from None
     if parts.scheme == "" or parts.scheme in _FOLDER_SCHEMES:
         folder = Path(os.path.realpath(folder_path(url.removeprefix("mfs+"))))
-        if not any(folder.is_relative_to(os.path.realpath(root)) for root in limits.folders):
+        roots = (Path(os.path.realpath(root)) for root in limits.folders)
+        beneath = next((root for root in roots if folder.is_relative_to(root)), None)
+        if beneath is None:
             raise UsageError(
                 f"volume attribute source is {mask_url(url)}: folders of this node are no sources, "
                 f"other than those that 'mfs csi --folders' names"
             )
     if "@" in parts.netloc and parts.scheme in ("http", "https", "mfs+http", "mfs+https"):
         raise UsageError("volume attribute source holds a user or a password: put them into the volume's Secret")
+    return beneath
 
 
 def _token(text: str) -> str:

@@ -50,16 +50,18 @@ PAUSE_S_MAX = 60.0
 UNFIT_S = 60.0
 """Without the cache for one object of which it had something else."""
 
-WAITING_S_MAX = 30.0
-"""Of a wait that came through the cache, what is believed: it may be the cache's own word."""
+WAIT_S_MAX = 30.0
+"""Of a wait that came through the cache, what is believed of it alone: the cache may have said it by itself."""
 
 WAITING_GRACE_S = 5.0
-"""Beyond the wait that came through the cache: who is still put off then asks the origin whether that is so."""
+"""Beyond that: who is still put off then asks the origin whether that is so."""
 
 REMEMBERED_MAX = 4096
 """Objects of which something is remembered; at the limit all is forgotten, which costs a request each."""
 
 _NAME = "Mfs-Object"
+_WAIT_STATUS = 429
+"""And not 503, even with Retry-After: caches say that too, by themselves, where they cannot reach the origin."""
 _DRAGONFLY_FAULTS = ("proxy", "dfdaemon")  # and not 'backend', which is the origin
 
 Check = Callable[[HTTPMessage], None]
@@ -231,8 +233,8 @@ class Route:
         if reply.headers.get("X-Dragonfly-Error-Type", "").lower() in _DRAGONFLY_FAULTS:
             self._health.fail(ticket, f"status {reply.status} of its own")
             return _Found(reply, has_answered=False)
-        # Who is asked to wait does not go past the cache to the one that asks for it. A 503 may be the cache's own.
-        wish_s = wished_pause_s(reply.headers) if reply.status == 429 else None
+        # Who is asked to wait does not go past the cache to the one that asks for it.
+        wish_s = wished_pause_s(reply.headers) if reply.status == _WAIT_STATUS else None
         return _Found(reply, is_answer=wish_s is not None and self._health.waits(wish_s))
 
 
@@ -310,11 +312,13 @@ class _Health:
             log.info("cache %s: in use again", self._name)
 
     def waits(self, wish_s: float) -> bool:
-        """Whether an answer 'not now' through the cache is believed: as long as was asked for and a little longer."""
+        """Whether an answer 'not now' through the cache is believed: as long as was asked for and a little longer, and
+        never longer than WAIT_S_MAX and that little.
+        """
         with self._lock:
             now_s = time.monotonic()
             if not self._waiting_until_s:
-                self._waiting_until_s = now_s + min(wish_s, WAITING_S_MAX) + WAITING_GRACE_S
+                self._waiting_until_s = now_s + min(wish_s, WAIT_S_MAX) + WAITING_GRACE_S
             if now_s < self._waiting_until_s:
                 return True
             self._waiting_until_s = 0.0

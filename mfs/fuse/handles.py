@@ -65,6 +65,10 @@ class OpenFiles:
         self._inherited: dict[int, OpenFile] = {}
         """By node."""
         self._inherited_counts: dict[int, int] = {}
+        self._passed = set[int]()
+        """Open nodes that the kernel reads by itself."""
+        self.passed_through_count = 0
+        """Handles on them."""
         self._handle = time.monotonic_ns()
         """The last one given. No daemon before us has come as far, at less than one a nanosecond."""
 
@@ -81,15 +85,11 @@ class OpenFiles:
         own = {node for node, file in self._files.values() if file.state is state}
         return own | {node for node, file in self._inherited.items() if file.state is state}
 
-    @property
-    def passed_through_count(self) -> int:
-        """Handles that the kernel reads by itself."""
-        return sum(self._count(node) for node in {*self._own, *self._inherited} if self.way_of(node))
-
     def add(self, node: int, entry: Node, file: OpenFile, backing: int, renewals: int) -> int:
         """A handle on a node, written down before the kernel hears of it."""
         self._handle += 1
         self._own[node] += 1
+        self._count_passed(node, 1, backing)
         self._note(node, FileRow(entry.kind, 0, entry.mtime_ns, entry.path, file.export(), backing, renewals, False))
         self._files[self._handle] = node, file
         return self._handle
@@ -116,8 +116,10 @@ class OpenFiles:
         if own is not None:
             own[1].close()
             self._own[node] -= 1
+            self._count_passed(node, -1)
         elif node in self._inherited:
             self._inherited_counts[node] -= 1
+            self._count_passed(node, -1)
             if self._inherited_counts[node] <= 0:
                 self._drop_inherited(node)
         else:
@@ -141,6 +143,7 @@ class OpenFiles:
         """Handles of another daemon."""
         file = self._inherited[node] = self._reopen(row.exported)
         self._inherited_counts[node] = row.handles_count
+        self._count_passed(node, row.handles_count, row.backing)
         if row.backing:
             file.pass_through()
 
@@ -152,13 +155,21 @@ class OpenFiles:
         self._own.clear()
         self._inherited.clear()
         self._inherited_counts.clear()
+        self._passed.clear()
+        self.passed_through_count = 0
 
     def _drop_inherited(self, node: int) -> None:
         self._inherited.pop(node).close()
-        del self._inherited_counts[node]
+        self._count_passed(node, -self._inherited_counts.pop(node))
 
     def _count(self, node: int) -> int:
         return self._own[node] + self._inherited_counts.get(node, 0)
+
+    def _count_passed(self, node: int, more: int, backing: int = 0) -> None:
+        if backing:
+            self._passed.add(node)
+        if node in self._passed:
+            self.passed_through_count += more
 
     def _note_again(self, node: int) -> None:
         row = self._journal.row(node)
@@ -169,6 +180,7 @@ class OpenFiles:
             self._journal.forget(node)
         if not self._count(node):
             del self._own[node]
+            self._passed.discard(node)
             self._on_closed(node, backing)
 
     def _note(self, node: int, row: FileRow) -> None:

@@ -63,6 +63,7 @@ class _Door:
         self._scrape = scrape
         self._turn = trio.Lock()
         self._count = 0
+        self._is_failing = False
 
     async def handle(self, stream: trio.SocketStream) -> None:
         connection = HttpConnection(stream, _LIMITS)
@@ -82,26 +83,35 @@ class _Door:
             self._count -= 1
 
     async def _answer(self, connection: HttpConnection) -> bool:
-        """One request and its answer. Returns whether another may follow."""
+        """One request and its answer. Returns whether another may follow. Raises: what a client does that goes."""
         try:
             request = await connection.receive_request()
             if request is None:
                 return False
             _check(request)
-            with trio.move_on_after(SCRAPE_S) as scope:
-                async with self._turn:
-                    text = await self._scrape(request.accept)
-            if scope.cancelled_caught:
-                raise TransientStoreError(f"no metrics within {SCRAPE_S:g} s")
+            text = await self._scraped(request.accept)
         except MfsError as error:
             await connection.refuse(error)
             return connection.can_continue()
-        except Exception as error:
-            logger.exception("a scrape failed")
-            await connection.refuse(StoreError(f"internal error, see the log: {type(error).__name__}"))
-            return connection.can_continue()
         await connection.send_whole(200, *text)
         return connection.can_continue()
+
+    async def _scraped(self, accept: str) -> Text:
+        """The metrics. Raises: MfsError, whatever went wrong; a defect is logged once, however often it is met."""
+        with trio.move_on_after(SCRAPE_S):
+            async with self._turn:
+                try:
+                    text = await self._scrape(accept)
+                except MfsError:
+                    raise
+                except Exception as error:
+                    if not self._is_failing:
+                        logger.exception("a scrape failed")
+                    self._is_failing = True
+                    raise StoreError(f"internal error, see the log: {type(error).__name__}") from error
+                self._is_failing = False
+                return text
+        raise TransientStoreError(f"no metrics within {SCRAPE_S:g} s")
 
 
 def _check(request: Request) -> None:

@@ -56,7 +56,9 @@ class OciSource:
         self._client = RegistryClient(
             reference, connections_max=options.connections_max, cache=cache_at(options.via, options.dragonfly)
         )
-        self._unpacked = UnpackedLayers(options.cache_directory, self._client.stopped)
+        self._unpacked = UnpackedLayers(
+            options.cache_directory, self._client.stopped, elsewhere=options.unpack_directory
+        )
         self._kept: OrderedDict[str, tuple[int, Pages]] = OrderedDict()
         self._guard = threading.Lock()
         self._is_warm = False

@@ -71,8 +71,11 @@ class _Work:
 class UnpackedLayers:
     """The layers of one source. Thread-safe."""
 
-    def __init__(self, cache_directory: str, stopped: threading.Event) -> None:
-        self._folder = root_of(Path(cache_directory)) / LAYERS if cache_directory else None
+    def __init__(self, cache_directory: str, stopped: threading.Event, *, elsewhere: str = "") -> None:
+        """elsewhere: a directory to unpack into, so that what the cache has is read and nothing in it changed."""
+        cache = root_of(Path(cache_directory)) / LAYERS if cache_directory else None
+        self._folder = root_of(Path(elsewhere)) / LAYERS if elsewhere else cache
+        self._looked_into = cache if elsewhere else None
         self._most = MEMORY_BYTES_MAX if self._folder is None else LAYERS_BYTES_MAX
         self._stopped = stopped
         self._guard = threading.Lock()
@@ -145,6 +148,10 @@ class UnpackedLayers:
                 raise work.error
 
     def _known(self, digest: str) -> tuple[int, int] | None:
+        if self._looked_into is not None:
+            with suppress(OSError):  # not there, or not ours to read
+                fd = open_own(self._path(self._looked_into, digest), os.O_RDONLY)
+                return fd, os.fstat(fd).st_size
         if self._folder is not None:  # not kept open: a file that somebody removes for its room must give it back
             path = self._path(self._folder, digest)
             try:

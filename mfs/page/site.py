@@ -23,7 +23,6 @@ import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl
 
 import trio
@@ -176,13 +175,11 @@ class Site(Server):
         if not number.isascii() or not number.isdecimal() or len(number) > 6:
             raise UsageError(f"number is {number[:20]!r}: expected how many loads ago")
         arguments = wire.parse_arguments(wire.Operation("GET", takes_path=True), {"path": query.get("path", "")})
-        ask: Any = getattr(self._api, "loads", None)
-        loads = (await ask(**arguments))["loads"] if ask is not None else []
-        latest_first = sorted(loads, key=lambda load: load["began_at"], reverse=True)
-        if int(number) >= len(loads):
-            return {"count": len(loads), "svg": None}
-        svg = await trio.to_thread.run_sync(lambda: timeline_svg(latest_first[int(number)], bare=True))
-        return {"count": len(loads), "svg": svg}
+        found = await self._api.latest_load(**arguments, number=int(number))
+        if found["load"] is None:
+            return {"count": found["count"], "svg": None}
+        svg = await trio.to_thread.run_sync(lambda: timeline_svg(found["load"], bare=True))
+        return {"count": found["count"], "svg": svg}
 
 
 def check_where_from(request: Request) -> None:

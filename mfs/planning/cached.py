@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from mfs.cache.chunk_places import ChunkPlaces
 from mfs.cache.chunks import block_mask, chunk_spans
 from mfs.cache.directory import root_of
 from mfs.cache.ssd import SsdConfig, SsdTier
+from mfs.errors import AccessError
 from mfs.types import ByteRange, ObjectId
 
 
@@ -16,8 +18,8 @@ class Cached:
     """One cache directory, or none."""
 
     def __init__(self, directory: Path | None, *, shared: bool = False) -> None:
-        """directory: need not be there yet."""
-        is_there = directory is not None and root_of(directory).is_dir()
+        """directory: need not be there yet. Raises: AccessError if it is not ours to look at."""
+        is_there = directory is not None and _is_cache(directory)
         self._tier: SsdTier | None = None
         self._places: ChunkPlaces | None = None
         if directory is not None and is_there:
@@ -52,3 +54,14 @@ class Cached:
             standing = self._tier.standing(cache_id)
             found = self._known[cache_id] = standing.masks if standing is not None else []
         return found
+
+
+def _is_cache(directory: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(root_of(directory)).st_mode)
+    except PermissionError as error:
+        raise AccessError(
+            f"cache directory {directory} cannot be looked at: {error.strerror}; ask as its owner"
+        ) from None
+    except OSError:
+        return False

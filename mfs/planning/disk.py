@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mfs.cache.directory import check_directory
+from mfs.cache.directory import look_at_directory
 from mfs.control import mountinfo
 from mfs.control.mountinfo import Mount
 from mfs.errors import MfsError
@@ -53,7 +53,7 @@ class Speed:
 
 
 def examine(wanted: Wanted, *, measure: bool = True) -> Iterator[Finding]:
-    """measure: also how fast it is, which writes up to SPEED_BYTES_MAX."""
+    """measure: also what it can do and how fast, which writes up to SPEED_BYTES_MAX. Nothing is changed otherwise."""
     if wanted.cache_dir is None:
         yield note("cache", "no --cache-dir: every cold read goes to the origin", "name a directory on a local disk")
         return
@@ -66,7 +66,7 @@ def examine(wanted: Wanted, *, measure: bool = True) -> Iterator[Finding]:
     standing = _standing(directory)
     if standing == directory:
         try:
-            check_directory(directory, shared=wanted.cache_shared)
+            look_at_directory(directory, shared=wanted.cache_shared)
         except MfsError as error:
             yield fault("cache", str(error), "name another directory with --cache-dir, or mend this one")
             return
@@ -74,18 +74,24 @@ def examine(wanted: Wanted, *, measure: bool = True) -> Iterator[Finding]:
     elif os.access(standing, os.W_OK | os.X_OK) and not os.statvfs(standing).f_flag & os.ST_RDONLY:
         yield ok("cache", f"{directory} is not there yet, and can be made in {standing}")
     else:
-        yield fault("cache", f"{directory} is not there, and cannot be made in {standing}", "make it, or name another")
+        yield fault("cache", f"{directory} is not there, or not to be seen, and cannot be made in {standing}",
+                    "make it, or name another")  # fmt: skip
         return
     yield _file_system(standing)
     yield from _room(standing, wanted)
-    if measure:
+    if not measure:
+        return
+    try:
         yield from _abilities(standing)
-        yield _speed(standing)
+    except OSError as error:  # rights and mount allow it, and the disk does not
+        yield fault("cache: writing", f"{standing}: {error.strerror}", "free some space, or name another directory")
+        return
+    yield _speed(standing)
 
 
 def _standing(directory: Path) -> Path:
-    """The directory, or what there is of the way to it."""
-    return next(place for place in (directory, *directory.parents) if place.exists())
+    """The directory, or what there is to be seen of the way to it."""
+    return next(place for place in (directory, *directory.parents) if os.path.exists(place))
 
 
 def mount_of(directory: Path) -> Mount | None:
@@ -142,7 +148,7 @@ def _used(directory: Path, wanted: Wanted) -> int:
 
     try:
         return sum(item.ssd_bytes for item in scan(directory))
-    except MfsError:  # none yet
+    except (MfsError, OSError):  # none yet, or not ours to read
         return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from mfs.control import detach, runtime
 from mfs.control.runtime import Served
@@ -44,7 +43,7 @@ def _is_stale(served: Served) -> bool:
 
 def _runtime_directory() -> Finding:
     folder = runtime.directory()
-    above = next(place for place in (folder, *folder.parents) if place.exists())
+    above = next(place for place in (folder, *folder.parents) if os.path.exists(place))
     if not os.access(above, os.W_OK | os.X_OK):
         return fault(
             "runtime directory", f"{folder} cannot be made or written", "set XDG_RUNTIME_DIR to one that is yours"
@@ -57,6 +56,6 @@ def _runtime_directory() -> Finding:
 
 
 def _manager() -> Finding:
-    if Path("/run/systemd/system").is_dir():
+    if os.path.isdir("/run/systemd/system"):
         return ok("service manager", "systemd; 'mfs mount --foreground' under Type=notify says when it is ready")
     return ok("service manager", "none that is known: mounts go on in the background")

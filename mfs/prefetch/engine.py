@@ -333,6 +333,7 @@ class Prefetcher:
                 found = await self._pool.call("tensor_boundaries", piece=chunk.piece, file_bytes=state.object.size)
             finally:
                 chunk.looks -= 1
+                self._cache.slots.give_left(chunk)
                 self._cache.release(chunk)
             track.pattern.set_table(array("Q", found["boundaries"]))
         except MfsError as error:  # a foreign file with this suffix, or a read that its reader will hear of

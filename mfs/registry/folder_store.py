@@ -26,7 +26,7 @@ from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, NotF
 from mfs.errors import TransientStoreError as Transient
 from mfs.registry.layout import is_key
 from mfs.registry.store import SMALL_BYTES_MAX, Stored
-from mfs.sources.folder import folder_path
+from mfs.sources.folder import folder_path, open_beneath
 from mfs.sources.options import SourceOptions
 from mfs.types import ByteRange
 
@@ -52,9 +52,12 @@ class FolderStore:
 
     can_write = True
 
-    def __init__(self, root: str) -> None:
-        """root: absolute path; looked at only when used. It may be a link, what is below it not."""
-        self._root = os.path.normpath(root)
+    def __init__(self, root: str, *, beneath: str = "") -> None:
+        """root: absolute path; looked at only when used. It may be a link, what is below it not.
+
+        beneath: see `SourceOptions`.
+        """
+        self._root, self._beneath = os.path.normpath(root), beneath
         self.identity = f"mfs+file://{self._root}"
         self._decides: bool | None = None
         """Whether one of two that create at once wins; None before the first."""
@@ -168,7 +171,11 @@ class FolderStore:
         """A descriptor of a directory below the root, reached without following a link; made, if wanted."""
         if is_made:
             os.makedirs(self._root, exist_ok=True)
-        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        if self._beneath:
+            fd = open_beneath(self._beneath, os.path.realpath(self._root), flags)
+        else:
+            fd = os.open(self._root, flags)
         try:
             mode = stat.S_IMODE(os.fstat(fd).st_mode)
             for part in parts:
@@ -357,6 +364,8 @@ def _translate(error: OSError, shown: str) -> MfsError:
     match error.errno:
         case errno.ENOENT | errno.ENOTDIR:
             return NotFoundError(f"{shown}: no such file or directory")
+        case errno.EXDEV:
+            return NotFoundError(f"{shown}: {said}")
         case errno.ELOOP:
             return StoreError(f"{shown}: it, or a directory on the way, is a link, and a registry follows none")
         case errno.EACCES | errno.EPERM | errno.EROFS:
@@ -371,4 +380,4 @@ def _translate(error: OSError, shown: str) -> MfsError:
 
 def open_place(place: str, options: SourceOptions) -> FolderStore:
     """The store at file:///folder. Raises: UsageError."""
-    return FolderStore(folder_path(place))
+    return FolderStore(folder_path(place), beneath=options.beneath)

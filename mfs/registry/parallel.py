@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sized
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -56,3 +56,46 @@ def for_each(
         raise
     if errors:
         raise errors[0]
+
+
+class Beside(Generic[T]):
+    """A call for a pool's thread, which can be taken back while none has begun it; also where the pool could not start
+    a thread for it (RuntimeError), and yet has it in its queue.
+    """
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._lock = threading.Lock()
+        self._is_taken = False
+        self._ended = threading.Event()
+        self._result: list[T] = []
+        self._error: BaseException | None = None
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._is_taken:
+                return
+            self._is_taken = True
+        try:
+            self._result.append(self._call())
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ended.set()
+
+    def withdraw(self) -> None:
+        """It is not begun any more."""
+        with self._lock:
+            if not self._is_taken:
+                self._is_taken = True
+                self._ended.set()
+
+    def wait(self) -> None:
+        """Until it has ended, or was withdrawn."""
+        self._ended.wait()
+
+    def result(self) -> T:
+        """What the call returned, once it has ended. Raises: what the call raised."""
+        if self._error is not None:
+            raise self._error
+        return self._result[0]

@@ -15,8 +15,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 
 from mfs.cache.chunk_places import Content
@@ -27,6 +28,7 @@ from mfs.registry.frames import FrameReader
 from mfs.registry.layout import Address
 from mfs.registry.manifest import Chunk
 from mfs.registry.opening import Place, open_address, store_at
+from mfs.registry.parallel import Beside
 from mfs.registry.resident import Resident
 from mfs.registry.revisions import FileOfRevision, Part, Revision, Revisions
 from mfs.registry.signing import Verifier
@@ -139,14 +141,19 @@ class RegistrySource:
             for part, view in zip(parts, views, strict=True):
                 moved += read(part, view)
             return moved
-        others = [
-            self._pool.submit(copy_context().run, read, part, view)  # in the order's trace
-            for part, view in zip(parts[1:], views[1:], strict=True)
-        ]
+        others: list[Beside[Moved]] = []
         try:
+            for part, view in zip(parts[1:], views[1:], strict=True):
+                others.append(Beside(partial(copy_context().run, read, part, view)))  # in the order's trace
+                self._pool.submit(others[-1])
             moved += read(parts[0], views[0])
+        except BaseException:
+            for other in others:
+                other.withdraw()
+            raise
         finally:
-            wait(others)  # `out` must be left alone by all when this returns
+            for other in others:  # `out` must be left alone by all when this returns
+                other.wait()
         found = [moved, *(other.result() for other in others)]
         decode_s = max(one.decode_s for one in found)  # side by side
         for one in found[1:]:

@@ -7,6 +7,8 @@ Requests for a first listing: one scandir per directory, nothing ahead.
 Traps: a file changed within the file system's clock tick and of equal size keeps its version; some network file systems
 renumber inodes on remount, which costs a refetch. Nothing outside the root is named to readers: a link that stays
 inside is reported as a link, one that leads outside is served as what it points to, because the operator put it there.
+Where a stranger may have (`beneath`), what leads out of that directory is not there: it is opened step by step, without
+a link on the way, so that whoever changes one in the meantime leads nowhere.
 Mounts of ours and caches below the root are not shown (`mfs.sources.fence`).
 """
 
@@ -17,6 +19,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import unquote, urlsplit
 
 from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, NotFoundError, StoreError, UsageError
@@ -29,15 +32,18 @@ from mfs.types import ByteRange, Entry, EntryKind, ObjectId
 READ_BYTES_MAX = 4 << 20
 """One preadv at most, so that the deadline is looked at in between."""
 
+_STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 class FolderSource:
     """A directory tree. Thread-safe: each call opens what it needs."""
 
-    def __init__(self, root: str, *, mountpoint: str = "", cache_directory: str = "") -> None:
+    def __init__(self, root: str, *, mountpoint: str = "", cache_directory: str = "", beneath: str = "") -> None:
         """root: absolute path of the folder; looked at only when used. The others: see `SourceOptions`."""
         self._root = os.path.normpath(root)
-        self._mountpoint, self._cache_directory = mountpoint, cache_directory
-        self.identity = f"file://{self._root}"
+        self._mountpoint, self._cache_directory, self._beneath = mountpoint, cache_directory, beneath
+        # What is remembered of mounts that showed more says nothing of what may be shown here.
+        self.identity = f"file://{self._root}" + ("#beneath" if beneath else "")
 
     @property
     def address(self) -> str:
@@ -59,7 +65,7 @@ class FolderSource:
         entries: list[Entry] = []
         left_out = bounds.LeftOut()
         try:
-            with os.scandir(directory) as found:
+            with self._scanned(directory) as found:
                 for item in found:
                     if time.monotonic() >= deadline_s:
                         raise Transient(f"{directory}: listing not done before the deadline")
@@ -81,8 +87,9 @@ class FolderSource:
     def get_range(self, obj: ObjectId, span: ByteRange, *, out: memoryview, deadline_s: float) -> None:
         """Fill `out` from the file; see `mfs.sources.base.Source.get_range`."""
         path = self._resolve(obj.path)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = open_beneath(self._beneath, path, flags) if self._beneath else os.open(path, flags)
         except OSError as e:
             raise _translate(e, path) from e
         try:
@@ -111,14 +118,32 @@ class FolderSource:
     def _resolve(self, path: str) -> str:
         """The real path of a listed name. Links are followed here, once, so that O_NOFOLLOW can hold afterwards.
 
-        Raises: NotFoundError for names that cannot have come from a listing, or are gone.
+        Raises: NotFoundError for names that cannot have come from a listing, are gone, or lead where none may.
         """
         if path and any(name_fault(part) for part in path.split("/")):
             raise NotFoundError(f"{self._root}: no such name: {path!r}")
+        place = os.path.join(self._root, path) if path else self._root
         try:
-            return os.path.realpath(os.path.join(self._root, path) if path else self._root, strict=True)
+            real = os.path.realpath(place, strict=True)
         except OSError as e:
-            raise _translate(e, os.path.join(self._root, path) if path else self._root) from e
+            raise _translate(e, place) from e
+        if self._beneath and not _is_inside(real, self._beneath):
+            raise NotFoundError(f"{place}: leads out of {self._beneath}")
+        return real
+
+    @contextmanager
+    def _scanned(self, directory: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        """The names in a real path. Raises: OSError."""
+        if not self._beneath:
+            with os.scandir(directory) as found:
+                yield found
+            return
+        fd = open_beneath(self._beneath, directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with os.scandir(fd) as found:
+                yield found
+        finally:
+            os.close(fd)
 
     def _not_ours_to_show(self, path: str, what: str) -> Page:
         """The page of a directory that turns out to be one of ours: empty. Raises: StoreError if it is the root."""
@@ -141,19 +166,22 @@ class FolderSource:
             return "an mfs mount"
         nothing = "no regular file, directory or valid link"
         try:
-            status = item.stat(follow_symlinks=True)
-            if item.is_symlink():
-                target = os.path.realpath(item.path)
+            is_link = item.is_symlink()
+            target = os.path.realpath(place) if is_link else ""
+            if is_link and self._beneath and not _is_inside(target, self._beneath):
+                return f"leads out of {self._beneath}"
+            status = self._status(item, target)
+            if is_link:
                 if around.mount_of(target):
                     return "leads into an mfs mount"
                 if self._is_in_cache(target, around):
                     return "leads into the mount's own cache"
-                if (link := _inside_target(item, status, real_root)) is not None:
+                if (link := _inside_target(place, target, status, real_root)) is not None:
                     return Entry(item.name, EntryKind.SYMLINK, version=link)
             if stat.S_ISDIR(status.st_mode):
                 if around.is_cache(status):
                     return "the mount's own cache"
-                if item.is_symlink() and self._leads_around(item, path):
+                if is_link and self._leads_around(target, path):
                     return nothing
                 return Entry(item.name, EntryKind.DIRECTORY, mtime_ns=bounds.shown_ns(status.st_mtime_ns))
         except OSError:
@@ -164,6 +192,18 @@ class FolderSource:
         entry = Entry(item.name, EntryKind.FILE, status.st_size, shown_ns, file_version(status))
         return bounds.value_fault(entry) or entry
 
+    def _status(self, item: os.DirEntry[str], target: str) -> os.stat_result:
+        """Of what a name stands for. target: the real path that it leads to, '' for no link. Raises: OSError."""
+        if not self._beneath:
+            return item.stat(follow_symlinks=True)
+        if not target:
+            return item.stat(follow_symlinks=False)
+        fd = open_beneath(self._beneath, target, os.O_PATH)
+        try:
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
+
     def _is_in_cache(self, path: str, around: fence.Fence) -> bool:
         """Whether a real path is the mount's own cache, or lies in it."""
         while around.cache and len(path) > 1:
@@ -172,21 +212,19 @@ class FolderSource:
             path = os.path.dirname(path)
         return False
 
-    def _leads_around(self, item: os.DirEntry[str], path: str) -> bool:
+    def _leads_around(self, target: str, path: str) -> bool:
         """Whether a link leads to a directory that holds one on the way down to it: a tree without end."""
-        target = os.path.realpath(item.path)
         parts = path.split("/") if path else []
         way_down = (os.path.join(self._root, *parts[:depth]) for depth in range(len(parts) + 1))
         return any(_is_inside(os.path.realpath(above), target) for above in way_down)
 
 
-def _inside_target(item: os.DirEntry[str], status: os.stat_result, real_root: str) -> str | None:
+def _inside_target(link: str, target: str, status: os.stat_result, real_root: str) -> str | None:
     """The relative target of a link that stays below the root, else None: then the thing is served, not the link.
 
     The target is rewritten against the link's real place, so that no step of it can lead outside.
     """
-    target = os.path.realpath(item.path)
-    place = os.path.realpath(os.path.dirname(item.path))
+    place = os.path.realpath(os.path.dirname(link))
     if not _is_inside(target, real_root) or not _is_inside(place, real_root):
         return None  # a place outside means that a directory above was itself linked from outside
     relative = os.path.relpath(target, place)
@@ -194,6 +232,25 @@ def _inside_target(item: os.DirEntry[str], status: os.stat_result, real_root: st
     if not is_served or any(name_fault(part) for part in relative.split("/") if part not in ("..", ".")):
         raise FileNotFoundError(target)  # would dangle in the tree
     return relative
+
+
+def open_beneath(directory: str, path: str, flags: int) -> int:
+    """Open a real path in a directory, itself a real path. No step between them follows a link.
+
+    Raises: OSError: EXDEV for what lies elsewhere, as openat2(2) has it; ELOOP or ENOTDIR where a step became a link.
+    """
+    if not _is_inside(path, directory):
+        raise OSError(errno.EXDEV, f"leads out of {directory}")
+    *above, last = os.path.relpath(path, directory).split("/")
+    fd = os.open(directory, _STEP)
+    try:
+        for name in above:
+            inner = os.open(name, _STEP, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+        return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    finally:
+        os.close(fd)
 
 
 def _is_inside(path: str, folder: str) -> bool:
@@ -229,7 +286,12 @@ def _translate(error: OSError, path: str) -> MfsError:
 
 def open_url(url: str, options: SourceOptions) -> FolderSource:
     """The folder a file URL or absolute path names. Raises: UsageError."""
-    return FolderSource(folder_path(url), mountpoint=options.mountpoint, cache_directory=options.cache_directory)
+    return FolderSource(
+        folder_path(url),
+        mountpoint=options.mountpoint,
+        cache_directory=options.cache_directory,
+        beneath=options.beneath,
+    )
 
 
 def folder_path(url: str) -> str:

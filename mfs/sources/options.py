@@ -32,6 +32,10 @@ class SourceOptions:
     mountpoint: str = ""
     """Folder: real path of the mount's own directory, which no folder shows."""
     cache_directory: str = ""
-    """Folder: the mount's own cache, which no folder shows."""
+    """Folder: the mount's own cache, which no folder shows. OCI: compressed layers stand there unpacked."""
+    unpack_directory: str = ""
+    """OCI: where layers are unpacked by who may only look into that cache; '' for the cache itself."""
+    beneath: str = ""
+    """Folder, and a registry in one: real path of the directory that nothing may lead out of; '' lets links do so."""
     connections_max: int = 32
     """Connections kept per origin and process; readers beyond it wait inside their deadline."""

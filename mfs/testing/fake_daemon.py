@@ -164,6 +164,9 @@ class FakeDaemon:
     async def loads(self, path: str) -> Json:
         return {"loads": []}
 
+    async def latest_load(self, path: str, number: int) -> Json:
+        return {"count": 0, "load": None}
+
     async def prefetch(self, paths: Sequence[str], tier: Tier, *, wait: bool) -> AsyncIterator[Json]:
         chosen = self._below(paths)
         total_bytes = sum(self.files[path].size for path in chosen)

@@ -36,12 +36,15 @@ class Tracer:
         self._sampler: Any = None
         self._is_failing = False
         if settings.is_wanted(environment):
-            self.fault = settings.fault(environment)
-            if not self.fault:
-                from opentelemetry.sdk.trace import TracerProvider
+            try:
+                self.fault = settings.fault(environment)
+                if not self.fault:
+                    from opentelemetry.sdk.trace import TracerProvider
 
-                self._sampler = TracerProvider(shutdown_on_exit=False).sampler
-                logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # we say it ourselves, once
+                    self._sampler = TracerProvider(shutdown_on_exit=False).sampler
+                    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # we say it ourselves, once
+            except Exception as error:  # of a malformed variable, or of packages that do not fit each other
+                self.fault = _fault(error)
 
     @property
     def is_on(self) -> bool:
@@ -67,8 +70,13 @@ class Tracer:
             flags = TraceFlags(TraceFlags.SAMPLED if parent.is_sampled else TraceFlags.DEFAULT)
             known = SpanContext(int(trace_id, 16), int(parent.span_id, 16), is_remote=True, trace_flags=flags)
             above = set_span_in_context(NonRecordingSpan(known))
-        found = self._sampler.should_sample(above, int(trace_id, 16), name, attributes=attributes)
-        return bool(found.decision.is_sampled())
+        try:
+            found = self._sampler.should_sample(above, int(trace_id, 16), name, attributes=attributes)
+            return bool(found.decision.is_sampled())
+        except Exception as error:  # of one that somebody installed: who opens a file must not fail for it
+            self._sampler, self.fault = None, _fault(error)
+            logger.warning("%s", self.fault)
+            return False
 
     async def run(self, send: Send) -> None:
         """Send what ended, once a second. Until cancelled; then `flush` does the rest."""
@@ -96,3 +104,8 @@ class Tracer:
             if self._is_failing:
                 logger.warning("traces are exported again")
             self._is_failing = False
+
+
+def _fault(error: Exception) -> str:
+    said = f"{type(error).__name__}: {mask(str(error))}"
+    return f"no traces: OpenTelemetry cannot be used as the OTEL_ variables say: {said}"

@@ -103,6 +103,28 @@ def test_memory_without_a_user_gives_way_to_the_files_of_objects(memory: RamTier
     assert memory_of(common) == 0
 
 
+def test_what_was_cooled_down_stays_so_until_somebody_takes_a_slot(memory: RamTier) -> None:
+    """The mount is handed over: what is dropped then is the next daemon's to take."""
+    first, second = memory.take_common(), memory.take_common()
+    put(first, ramp(CHUNK_BYTES))
+    put(second, ramp(CHUNK_BYTES))
+    memory.give(first)
+    assert memory.warm_bytes == CHUNK_BYTES
+    memory.cool_down()
+    memory.give(second)
+    assert memory_of(first.file) == memory.warm_bytes == 0
+    assert memory.warm_up() is None
+    memory.give(memory.take_common())
+    assert memory.warm_bytes == CHUNK_BYTES
+
+
+def test_a_slot_in_the_common_file_needs_no_further_file(memory: RamTier) -> None:
+    memory.give(memory.take_common())
+    memory.objects_max = 1
+    assert not memory.has_room(None)
+    assert memory.has_room(memory.common)
+
+
 def test_what_is_touched_ahead_fits_into_the_budget(memory: RamTier) -> None:
     obj = memory.open(CHUNK_BYTES)
     fill(memory, obj, CHUNK_BYTES)

@@ -241,6 +241,42 @@ def test_what_is_no_cache_directory_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists(), "looking makes nothing"
 
 
+def test_looking_at_a_cache_changes_nothing(tmp_path: Path) -> None:
+    """Not the mode of one that a mount would mend either, nor, with --quick, the time at which it was changed."""
+    place = tmp_path / "c"
+    place.mkdir()
+    place.chmod(0o777)
+    os.utime(place, ns=(0, 0))
+    assert level_of(doctor("--cache-dir", place, "--quick", status=None), "cache") == "ok"
+    assert (place.stat().st_mode & 0o777, place.stat().st_mtime_ns) == (0o777, 0)
+    (place / "x").touch()
+    found = doctor("--cache-dir", place, "--quick", status=1)
+    assert "has mode 0777" in found["cache"]["value"], "what a mount would refuse is refused"
+
+
+@needs_root
+def test_directories_that_are_not_ours_to_enter(tmp_path: Path) -> None:
+    """Those of another user, as after `su` without a new session."""
+    closed = tmp_path / "closed"
+    (closed / "cache").mkdir(parents=True)
+    closed.chmod(0o700)
+    code = (
+        "import os, json; from pathlib import Path\n"
+        "from mfs.errors import AccessError; from mfs.planning.cached import Cached\n"
+        "from mfs.planning import disk, mounts; from mfs.planning.wanted import Wanted\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "try:\n    Cached(Path(os.environ['CLOSED'], 'cache')); raise SystemExit('taken for empty')\n"
+        "except AccessError: pass\n"
+        "found = [*mounts.examine(), *disk.examine(Wanted(cache_dir=Path(os.environ['CLOSED'], 'cache')))]\n"
+        "print(json.dumps({one.what: one.level for one in found}))\n"
+    )
+    env = os.environ | {"CLOSED": str(closed), "MFS_RUNTIME_DIR": str(closed / "run")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    levels = json.loads(done.stdout)
+    assert (levels["cache"], levels["runtime directory"]) == ("fault", "fault")
+
+
 def test_a_kill_in_the_middle_of_measuring_leaves_nothing(tmp_path: Path) -> None:
     place = tmp_path / "c"
     place.mkdir()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,14 +20,17 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
+from mfs.cache.directory import LAYERS, open_directory, root_of
 from mfs.cli.app import cli
 from mfs.cli.estimate import parse_rate
 from mfs.errors import UsageError
+from mfs.oci.unpacked import UnpackedLayers
 from mfs.planning import prices
 from mfs.testing.mounting import TestMount
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES
 from tests.cli.conftest import DEADLINE_S, Mfs
 from tests.mount import origins
+from tests.oci import artifacts
 from tests.servers.chaos import ChaosProxy
 from tests.servers.docker_registry import DockerRegistry
 from tests.servers.hub import HubServer
@@ -391,3 +395,28 @@ def test_prices() -> None:
     assert prices.parse("aws").of(10 << 30) == pytest.approx(0.9)
     with pytest.raises(UsageError):
         prices.parse("-1")
+
+
+def test_a_cache_is_only_looked_at(registry: DockerRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compressed layers are unpacked elsewhere, and what the cache has unpacked is not fetched again."""
+    there = artifacts.RegistryOrigin(registry, packing="gzip")
+    there.put_all({"w.bin": os.urandom(3 << 20), "config.json": b"{}" * 500})
+    place = Place(there.url, lambda: (0, 0), lambda: None)
+    cache, room = tmp_path / "cache", tmp_path / "room"
+    room.mkdir()
+    open_directory(cache)
+    monkeypatch.setattr("tempfile.tempdir", str(room))
+    before = sorted(cache.rglob("*"))
+    assert estimate(place, "--cache-dir", cache, *GIVEN)["files_count"] == 2
+    assert sorted(cache.rglob("*")) == before
+    assert list(room.iterdir()) == []
+    layers = root_of(cache) / LAYERS
+    source = there.source(cache_directory=str(cache))
+    list(source.list("", deadline_s=time.monotonic() + DEADLINE_S))
+    source.close()
+    (layer,) = layers.glob("*.tar")
+    os.utime(layer, ns=(0, 0))
+    monkeypatch.setattr(UnpackedLayers, "_run", lambda *args: pytest.fail("unpacked again"))
+    assert estimate(place, "--cache-dir", cache, *GIVEN)["files_count"] == 2
+    assert layer.stat().st_mtime_ns == 0, "nor is it said to have been used"
+    there.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,24 @@ def test_what_cannot_be_published(driver: Driver, models: Path) -> None:
     assert driver.keys == []
     assert driver.left() == []
     assert "hush" not in driver.log
+
+
+def test_links_in_a_folder_do_not_lead_out_of_what_is_allowed(driver: Driver, models: Path) -> None:
+    (models.parent / "node").mkdir()
+    (models.parent / "node" / "key").write_text("canary")
+    (models / "team" / "m").mkdir(parents=True)
+    (models / "team" / "m" / "config.json").write_text("{}")
+    (models / "team" / "key").symlink_to(models.parent / "node" / "key")
+    (models / "team" / "node").symlink_to("../../node")
+    (models / "team" / "latest").symlink_to("m")
+    (models / "link").symlink_to("team")
+    for name, source in (("a", "team"), ("b", "link")):
+        driver.publish(name, {"source": str(models / source)})
+        assert sorted(os.listdir(driver.pods / name)) == ["latest", "m"]
+        assert (driver.pods / name / "latest" / "config.json").read_text() == "{}"
+    (models / "link").unlink()
+    (models / "link").symlink_to(models.parent / "node")
+    assert "no sources" in refused(driver.publish, "c", {"source": str(models / "link")})[1]
 
 
 def test_calls_about_one_target_at_once(driver: Driver, models: Path) -> None:

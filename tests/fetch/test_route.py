@@ -169,11 +169,12 @@ def cut_short(request: Request) -> Answer:
         lambda request: Answer(502),
         lambda request: Answer(504),
         lambda request: Answer(503),
+        lambda request: Answer(503, b"", (("Retry-After", "5"),)),  # as varnish says by itself
         broken,
         cut_short,
         lambda request: Answer(500, b"", (("X-Dragonfly-Error-Type", "proxy"),)),
     ],
-    ids=["500", "502", "504", "503", "reset", "cut", "dfdaemon"],
+    ids=["500", "502", "504", "503", "503-retry-after", "reset", "cut", "dfdaemon"],
 )
 def test_a_cache_that_fails_is_left_alone_and_tried_again(
     nodes: Nodes, say: Callable[[Request], Answer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -246,16 +247,21 @@ def test_who_is_asked_to_wait_does_not_go_past_the_cache(nodes: Nodes, monkeypat
     assert nodes.counts == (1, 1)
 
 
-def test_a_cache_s_own_503_is_passed_by(nodes: Nodes) -> None:
-    nodes.say = lambda request: Answer(503, b"", (("Retry-After", "5"),))  # as varnish when its own request failed
+def test_an_origin_that_asks_to_wait_with_503_says_so_itself(nodes: Nodes) -> None:
+    nodes.say = nodes.origin_says = lambda request: Answer(503, b"", (("Retry-After", "9"),))
+    reply, _ = nodes.read()
+    assert (reply.status, reply.headers["Retry-After"]) == (503, "9")
+    assert nodes.counts == (1, 1)
+    nodes.say = truth
+    assert nodes.read()[1] == CONTENT[10:5000]
+    assert nodes.counts == (1, 0), "the cache did nothing wrong"
+
+
+def test_a_wait_of_a_day_is_not_believed_of_the_cache_alone(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(route, "WAITING_GRACE_S", 5.0 - route.WAIT_S_MAX - 10.0)  # what is believed is over
+    nodes.say = lambda request: Answer(429, b"", (("Retry-After", "86400"),))
     assert nodes.read()[1] == CONTENT[10:5000]
     assert nodes.counts == (1, 1)
-
-
-def test_a_long_wait_through_the_cache_is_believed_for_a_while(nodes: Nodes) -> None:
-    nodes.say = lambda request: Answer(429, b"", (("Retry-After", "86400"),))
-    assert nodes.read()[0].status == 429
-    assert nodes.route._health._waiting_until_s < time.monotonic() + 60
 
 
 def test_a_limit_of_the_cache_s_own_is_passed_by(nodes: Nodes) -> None:

@@ -10,7 +10,7 @@ import trio
 from mfs.errors import StoreError
 from mfs.fuse.backing import NodeIds
 from mfs.fuse.files import FileOperations
-from mfs.fuse.handles import FileRow
+from mfs.fuse.handles import FileRow, OpenFiles
 from mfs.fuse.journal import Journal
 from mfs.fuse.waiting import Waiting
 from mfs.tree.listing import Drafts
@@ -25,6 +25,9 @@ class Reopened:
     """A file of which nothing is asked."""
 
     def pass_through(self) -> None: ...
+
+    def export(self) -> list[Any]:
+        return []
 
     def close(self) -> None: ...
 
@@ -87,3 +90,26 @@ def test_the_latest_of_several_nodes_counts_in_whatever_order_they_were_noted(
     _, node_ids, names = inherited(journal)
     assert node_ids.node_of(INODE) == INODE | 2
     assert {name for _, name in names} == {"w.bin"}
+
+
+def test_handles_that_the_kernel_reads_by_itself_are_counted(journal: Journal) -> None:
+    closed: list[int] = []
+    file: Any = Reopened()
+    files = OpenFiles(journal, lambda exported: file, lambda node, backing: closed.append(node))
+    entries = {node: FileRow(*row(f"m/{node}", 0)).entry(node) for node in (16, 32, 48)}
+    files.inherit(16, FileRow(*row("m/16", 0, backing=7))._replace(handles_count=3))
+    files.inherit(32, FileRow(*row("m/32", 0)))
+    ways = [(16, 7), (32, 0), (48, 8), (48, 8)]
+    own = [files.add(node, entries[node], file, backing, 0) for node, backing in ways]
+    assert (len(files), files.passed_through_count) == (8, 6)
+    files.release(16, 1)
+    files.release(48, own[2])
+    assert (len(files), files.passed_through_count) == (6, 4)
+    files.forget(16)  # whatever other daemons have given of it
+    assert (len(files), files.passed_through_count) == (4, 2)
+    files.release(48, own[3])
+    files.release(32, own[1])
+    files.add(48, entries[48], file, 0, 0)
+    assert (len(files), files.passed_through_count, closed) == (3, 1, [48])
+    files.close_all()
+    assert files.passed_through_count == 0

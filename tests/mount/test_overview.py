@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+
 from mfs.config import SourceConfig
 from mfs.control.api import Json
+from mfs.control.rows import ORDERS
+from mfs.overview import Overview
 from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
+from mfs.tree.models import ModelSize
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES
+from mfs.workers.shares import Group
 from tests.mount import origins, touching
 from tests.mount.conftest import Mounted
 from tests.servers.liar import LiarServer, Lie
@@ -69,6 +80,43 @@ class TestModels:
         folder.remove_empty_folders()
         mount.client.refresh()
         assert mount.wait_for(lambda: set(models(mount)) == {"n", "o"})
+
+
+@pytest.mark.parametrize("sort", ORDERS)
+async def test_what_goes_on_is_sorted_into_an_order_that_stands(sort: str) -> None:
+    models = [ModelSize(0, f"m{number * 7 % 40:02}", number % 5, 1) for number in range(40)]
+    columns = dict[str, Counter[Group]](ram=Counter(), open=Counter(), origin=Counter())
+
+    async def look() -> list[ModelSize]:
+        await trio.lowlevel.checkpoint()
+        return models
+
+    async def ram_bytes_by_group() -> Counter[Group]:
+        await trio.lowlevel.checkpoint()
+        return columns["ram"]
+
+    mount: Any = SimpleNamespace(
+        config=SimpleNamespace(sources=[SimpleNamespace(name="")], cache_dir=None), namespace=None,
+        pool=SimpleNamespace(identities=(), under_way=list), arrived=columns["origin"],
+        prefetcher=SimpleNamespace(handles_by_group=lambda: columns["open"]),
+        cache=SimpleNamespace(ram_bytes_by_group=ram_bytes_by_group, waits=SimpleNamespace(listeners=[])),
+    )  # fmt: skip
+    async with trio.open_nursery() as nursery:
+        seen = Overview(mount, nursery)
+        seen._sizes = SimpleNamespace(look=look)  # type: ignore[assignment]
+        for number in range(6):
+            for column, step in zip(columns.values(), (3, 5, 11), strict=True):
+                column.clear()
+                column.update({(0, f"m{number * step % 40:02}"): 1 + number % 2, (0, "m39"): 1, (0, "gone"): 1})
+            whole = await seen.models(sort=sort, match="", count=100)
+            assert whole["rows"] == sorted(whole["rows"], key=ORDERS[sort])
+            assert sum(row["ram_bytes"] for row in whole["rows"]) == columns["ram"].total() - 1
+            some = await seen.models(sort=sort, match="M1", count=3)
+            matching = [row for row in whole["rows"] if row["path"].startswith("m1")]
+            assert some == {"count": 40, "matched_count": 10, "rows": matching[:3]}
+            if number == 3:
+                seen._renew_after_s = 0
+        nursery.cancel_scope.cancel()
 
 
 class TestHeat:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from mfs.durations import Durations
 from mfs.errors import AccessError, StoreError
+from mfs.metrics import door
 from mfs.metrics.exposition import OPENMETRICS, PROMETHEUS, accepts_openmetrics, exposed, parsed
-from mfs.metrics.families import Families
+from mfs.metrics.families import Families, Text
 from mfs.metrics.tally import MODELS_MAX, OTHER, Tally
 from mfs.testing import ramp
 from mfs.testing.mounting import MountFailedError
@@ -101,6 +104,40 @@ def test_models_are_counted_by_name_up_to_a_bound_and_together_beyond_it() -> No
     tally.list_failed(AccessError("no"))
     tally.list_failed(StoreError("no"))
     assert (tally.list_errors["access"], tally.list_errors["failed"]) == (1, 1)
+
+
+async def test_what_strangers_do_at_the_door_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    scrapes = 0
+
+    async def scrape(accept: str) -> Text:
+        nonlocal scrapes
+        await trio.lowlevel.checkpoint()
+        scrapes += 1
+        raise RuntimeError("a defect")
+
+    async def ask(sent: bytes, *, reset: bool = False) -> bytes:
+        async with await trio.open_tcp_stream("127.0.0.1", door.port_of(listeners)) as stream:
+            await stream.send_all(sent)
+            if reset:
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return b""
+            await stream.send_eof()
+            return b"".join([part async for part in stream])
+
+    whole = b"GET /metrics HTTP/1.1\r\nHost: m\r\nConnection: close\r\n\r\n"
+    listeners = await door.listen("127.0.0.1:0")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(door.serve, listeners, scrape)
+        for sent in (b"", b"GET /met", b"POST /metrics HTTP/1.1\r\nHost: m\r\nContent-Length: 9\r\n\r\nhalf"):
+            await ask(sent, reset=True)
+            await ask(sent)
+        assert b"404" in await ask(b"GET / HTTP/1.1\r\nHost: m\r\nConnection: close\r\n\r\n")
+        assert not caplog.records
+        for _ in range(3):
+            assert b"internal error, see the log: RuntimeError" in await ask(whole)
+        nursery.cancel_scope.cancel()
+    assert scrapes == 3
+    assert [record.getMessage() for record in caplog.records] == ["a scrape failed"]
 
 
 # -- of a mount

@@ -215,6 +215,9 @@ class BusyDaemon(FakeDaemon):
     async def loads(self, path: str) -> Json:
         return {"loads": [made_up_load()]}
 
+    async def latest_load(self, path: str, number: int) -> Json:
+        return {"count": 1, "load": made_up_load() if number == 0 else None}
+
 
 def made_up_load() -> Json:
     """A cold start of 38 s whose readers wait for the origin mostly, and in the middle for room in RAM."""

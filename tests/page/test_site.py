@@ -35,6 +35,10 @@ class LoadedDaemon(FakeDaemon):
         loads = [{"model": f"m{n}", "began_at": float(n), "seconds": 1.0, "phases": {"open": 1.0}} for n in (1, 3, 2)]
         return {"loads": loads}
 
+    async def latest_load(self, path: str, number: int) -> Json:
+        loads = sorted((await self.loads(path))["loads"], key=lambda load: load["began_at"], reverse=True)
+        return {"count": len(loads), "load": loads[number] if number < len(loads) else None}
+
 
 class Door:
     """A site that is served, as a client of it knows it."""

@@ -37,6 +37,10 @@ class Receiver:
         self.paths: set[str] = set()
         self.status = 200
         """Of the next answers."""
+        self.may_answer = threading.Event()
+        """Cleared, requests come in and hang."""
+        self.may_answer.set()
+        self.requests_count = 0
 
     def by_id(self) -> dict[str, Received]:
         return {span.span_id: span for span in self.spans}
@@ -85,6 +89,8 @@ def receiving() -> Iterator[Receiver]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
+            receiver.requests_count += 1
+            receiver.may_answer.wait()
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
             if receiver.status == 200:
@@ -104,5 +110,6 @@ def receiving() -> Iterator[Receiver]:
         try:
             yield receiver
         finally:
+            receiver.may_answer.set()
             server.shutdown()
             thread.join()

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from mfs.errors import AccessError, ChangedError, NotFoundError, StoreError, UsageError
+from mfs.registry.layout import MARKER_BODY, MARKER_KEY
 from mfs.sources import fence, open_source
 from mfs.sources.bounds import MTIME_NS_MAX
-from mfs.sources.folder import FolderSource
+from mfs.sources.folder import FolderSource, file_version, open_beneath
+from mfs.sources.options import SourceOptions
 from mfs.testing import ramp
 from mfs.testing.suite import SourceSuite, deadline, list_tree, object_of, read
-from mfs.types import EntryKind
+from mfs.types import Entry, EntryKind
 
 
 class FolderOrigin:
@@ -151,6 +153,95 @@ def test_an_unreadable_directory_is_an_access_error(root: Path) -> None:
     finally:
         os.seteuid(uid)
         (root / "m").chmod(0o755)
+
+
+class TestWhereStrangersMayWrite:
+    """A folder below `beneath`: who may put links there still sees nothing that lies elsewhere."""
+
+    @pytest.fixture
+    def allowed(self, root: Path) -> Path:
+        """The directory above `root`; beside it, what only the node may read, and another model that all may."""
+        allowed = root.parent / "allowed"
+        allowed.mkdir()
+        root.rename(allowed / "team")
+        (allowed / "other").mkdir()
+        (allowed / "other" / "w.bin").write_bytes(ramp(50))
+        (root.parent / "node" / "m").mkdir(parents=True)
+        (root.parent / "node" / "m" / "w.bin").write_bytes(b"secret")
+        return allowed
+
+    def source(self, allowed: Path) -> FolderSource:
+        return FolderSource(str(allowed / "team"), beneath=str(allowed))
+
+    def test_links_that_lead_out_are_left_out(self, allowed: Path, caplog: pytest.LogCaptureFixture) -> None:
+        team = allowed / "team"
+        (team / "shadow").symlink_to(allowed.parent / "node" / "m" / "w.bin")
+        (team / "node").symlink_to("../../node")
+        (team / "chain").symlink_to("shadow")
+        (team / "gone").symlink_to("/nowhere")
+        (team / "latest").symlink_to("m")
+        (team / "other").symlink_to(allowed / "other")
+        (team / "file").symlink_to(allowed / "other" / "w.bin")
+        with caplog.at_level(logging.WARNING):
+            source = self.source(allowed)
+            found = list_tree(source)
+        assert set(found) == {"m", "m/w.bin", "latest", "other", "other/w.bin", "file"}
+        assert found["latest"].kind is EntryKind.SYMLINK
+        for path, content in (("m/w.bin", ramp(100)), ("other/w.bin", ramp(50)), ("file", ramp(50))):
+            assert read(source, object_of(source, path, found[path])) == content
+        assert f"leads out of {allowed}" in caplog.text
+
+    def test_directories_that_become_links_later(self, allowed: Path) -> None:
+        """Whoever saw the version of what is outside may ask for it by that."""
+        source, team, node = self.source(allowed), allowed / "team", allowed.parent / "node"
+        (team / "m").rename(allowed / "was")
+        (team / "m").symlink_to(node / "m")
+        outside = Entry("w.bin", EntryKind.FILE, 6, 0, file_version((node / "m" / "w.bin").stat()))
+        with pytest.raises(NotFoundError, match="leads out of"):
+            read(source, object_of(source, "m/w.bin", outside))
+        with pytest.raises(NotFoundError, match="leads out of"):
+            list(source.list("m", deadline_s=deadline()))
+        team.rename(allowed / "away")
+        team.symlink_to(node)
+        with pytest.raises(NotFoundError, match="leads out of"):
+            list(source.list("", deadline_s=deadline()))
+
+    def test_steps_that_become_links_once_they_were_looked_at(
+        self, allowed: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the look and the opening: as if a link had been put there at the worst instant."""
+        source, team = self.source(allowed), allowed / "team"
+        obj = object_of(source, "m/w.bin", list_tree(source)["m/w.bin"])
+        (team / "m").rename(allowed / "was")
+        (team / "m").symlink_to(allowed.parent / "node" / "m")
+        monkeypatch.setattr(os.path, "realpath", lambda path, strict=False: str(path))
+        with pytest.raises(NotFoundError, match="not a directory"):
+            read(source, obj)
+        with pytest.raises((NotFoundError, ChangedError)):
+            list(source.list("m", deadline_s=deadline()))
+        assert set(list_tree(source)) == set()
+
+    def test_what_lies_elsewhere_is_not_opened(self, allowed: Path) -> None:
+        with pytest.raises(OSError, match="leads out of"):
+            open_beneath(str(allowed), str(allowed.parent / "node"), os.O_RDONLY)
+        with pytest.raises(OSError, match="leads out of"):
+            open_beneath(str(allowed), f"{allowed}-too", os.O_RDONLY)
+        os.close(open_beneath(str(allowed), str(allowed), os.O_RDONLY))
+
+    def test_what_was_remembered_without_it_says_nothing_here(self, allowed: Path) -> None:
+        assert self.source(allowed).identity != FolderSource(str(allowed / "team")).identity
+
+    def test_a_registry_in_such_a_folder(self, allowed: Path) -> None:
+        """Also the place above the one that is named, where its marker is looked for."""
+        options = SourceOptions(beneath=str(allowed))
+        for place in (allowed.parent, allowed.parent / "node", allowed / "team"):
+            (place / MARKER_KEY).write_bytes(MARKER_BODY)
+        (allowed / "link").symlink_to(allowed.parent / "node")
+        for url in (f"mfs+file://{allowed}", f"mfs+file://{allowed}/link"):
+            with pytest.raises(NotFoundError, match="no registry"):
+                list(open_source(url, options).list("", deadline_s=deadline()))
+        for url, given in ((f"mfs+file://{allowed}/team", options), (f"mfs+file://{allowed}/link", SourceOptions())):
+            assert list(open_source(url, given).list("", deadline_s=deadline())) == [("", [])]
 
 
 class TestWhatIsOurs:

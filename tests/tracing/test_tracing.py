@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import trio
 
 from mfs.errors import StoreError
-from mfs.tracing import settings
+from mfs.mount import Mount
+from mfs.tracing import export, settings
 from mfs.tracing.requests import REQUESTS_MAX, Request, current, recording
 from mfs.tracing.spans import ROWS_MAX, Context, Outbox, Row, parse_traceparent
 from mfs.tracing.tracer import Tracer
+from mfs.workers import pool
 from tests.servers.otlp import receiving
+from tests.workers.rig import running_rig, until
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+ROW: Row = [TRACE, SPAN, "", "load", 1, 10**18, 10**18 + 5, "", {}]
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
 
 
@@ -41,6 +50,26 @@ def test_a_protocol_that_is_not_spoken_is_said(monkeypatch: pytest.MonkeyPatch) 
     assert "http/protobuf" in tracer.fault
     monkeypatch.setattr(settings, "_NEEDED", ("no_such_package.at_all",))
     assert "mfs[trace]" in Tracer(ENDPOINT).fault
+
+
+def test_an_opentelemetry_that_cannot_be_used_is_a_fault_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many")
+        tracer = Tracer(ENDPOINT)
+        assert not tracer.is_on
+        assert "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT" in tracer.fault
+        assert tracer.begin("load", {}) is None
+    tracer = Tracer(ENDPOINT)
+    tracer._sampler = object()
+    assert tracer.begin("load", {}) is None
+    assert (tracer.is_on, "AttributeError" in tracer.fault) == (False, True)
+    exporter = export.Exporter("mfs")
+    for module in ("opentelemetry.sdk.trace.export", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
+        monkeypatch.setitem(sys.modules, module, None)  # its import fails
+    with pytest.raises(StoreError, match=r"opentelemetry\.sdk\.trace\.export"):
+        exporter.export([ROW])
+    with pytest.raises(StoreError, match="cannot be used"):
+        export.Exporter("mfs")
 
 
 @pytest.mark.parametrize(
@@ -135,13 +164,11 @@ async def test_a_collector_that_is_away_costs_its_batch_and_one_warning(caplog: 
 
 
 def test_the_exporter_speaks_otlp(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mfs.tracing.export import Exporter
-
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
         monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
-        exporter = Exporter("mfs")
+        exporter = export.Exporter("mfs")
         exporter.export([
             [TRACE, SPAN, "", "load", 1, 10**18, 10**18 + 5, "", {"mfs.model": "m"}],
             [TRACE, SPAN[::-1], SPAN, "GET", 3, 10**18, 10**18 + 5, "TransientStoreError", {"a": [1, 2], "b": True}],
@@ -158,3 +185,35 @@ def test_the_exporter_speaks_otlp(monkeypatch: pytest.MonkeyPatch) -> None:
         SPAN, 3, "TransientStoreError", {"a": [1, 2], "b": True},
     )  # fmt: skip
     assert two.end_ns - two.start_ns == 5
+
+
+@pytest.mark.parametrize("is_ill", ["hangs", "answers 503"])
+def test_an_ill_collector_holds_an_exporter_up_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch, is_ill: str) -> None:
+    monkeypatch.setattr(export, "TIMEOUT_MAX_S", 0.3)
+    with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600")
+        if is_ill == "hangs":
+            receiver.may_answer.clear()
+        receiver.status = 503
+        exporter = export.Exporter("mfs")
+        with pytest.raises(StoreError, match="did not take them"):
+            exporter.export([ROW])
+        exporter.close()
+
+
+async def test_a_collector_that_hangs_costs_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_WATCH_S", 0.01)
+    with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        receiver.may_answer.clear()
+        async with running_rig(tmp_path) as rig, trio.open_nursery() as nursery:
+            monkeypatch.setattr(pool, "_GRACE_S", -3600.0)  # whatever has a deadline has passed it
+            mount: Any = SimpleNamespace(pool=rig.pool)
+            nursery.start_soon(Mount._export_spans, mount, [ROW])
+            await until(lambda: receiver.requests_count > 0, "the request")
+            await trio.sleep(0.1)
+            assert rig.pool.restarts_count == 0
+            assert [worker["inflight"] for worker in rig.pool.describe()].count(1) == 1
+            receiver.may_answer.set()
+    assert [span.name for span in receiver.spans] == ["load"]

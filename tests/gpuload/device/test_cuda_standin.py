@@ -21,7 +21,7 @@ import torch
 
 import gpuload.client.attached
 from gpuload.client.asking import load_resident
-from gpuload.client.attached import attach
+from gpuload.client.attached import attach, let_go
 from gpuload.device import driver as cu
 from gpuload.device.base import Device
 from gpuload.device.cuda import CudaDevice
@@ -162,6 +162,7 @@ def test_the_server_on_it(
         assert_same(held, old)
         del held, now
         gc.collect()
+        let_go()
         assert server.gauges("cuda:0")["leases"] == 0
 
 
@@ -204,3 +205,4 @@ def test_a_model_of_more_granules_than_a_process_may_have_files(
         assert_same(held, made)
         del held
         gc.collect()
+        let_go()

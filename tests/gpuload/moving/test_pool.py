@@ -198,6 +198,10 @@ class _WatchedStream:
         self._sources.append((src, nbytes))
         self._inner.copy_in(dst, src, nbytes)
 
+    def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        for copy in copies:
+            self.copy_in(*copy)
+
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         self._sources.append((src, row_bytes * rows_count))
         self._inner.copy_in_rows(dst, src, row_bytes=row_bytes, rows_count=rows_count, pitch_bytes=pitch_bytes)

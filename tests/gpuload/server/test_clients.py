@@ -8,6 +8,8 @@ import os
 import socket
 import struct
 import tempfile
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +19,14 @@ import pytest
 import gpuload.client.tensors
 from gpuload.client.asking import ask, connect, load_resident
 from gpuload.client.attached import attach, open_resident
+from gpuload.device.base import Run
 from gpuload.device.host import HostDevice
 from gpuload.errors import BusyError
 from gpuload.server.daemon import ServerConfig
-from gpuload.testing import ServerThread, random_tensors, running_server, write
+from gpuload.testing import ServerThread, assert_same, random_tensors, running_server, write
 from gpuload.wire import receive_blocking
 from mfs.errors import ConfigError, IntegrityError, NotFoundError, UsageError
-from tests.gpuload.server.test_leases import NOBODY, in_child
+from tests.gpuload.server.test_leases import NOBODY, in_child, one_way
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_a_client_that_breaks_the_protocol_harms_nobody(server: ServerThread, se
         sock.settimeout(30)
         while sock.recv(4096):
             pass
-    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 2
+    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 3
 
 
 def test_unwanted_descriptors_are_closed(server: ServerThread) -> None:
@@ -188,3 +191,28 @@ def test_tensors_that_this_torch_does_not_have_leave_no_lease(
         attach("m", socket_path=server.socket_path)
     assert kept.value is not None
     assert server.gauges()["leases"] == 0, "though the error, with all it refers to, is still held"
+
+
+@one_way
+def test_others_are_answered_while_the_driver_hands_out_a_model(
+    server: ServerThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA it is a call for each granule."""
+    want = random_tensors(1, {"w": (50, 50)})
+    load_resident(write(tmp_path / "a.safetensors", want), "m", "cpu", socket_path=server.socket_path)
+    arena = server.sites["cpu"].arena
+    export, began, go_on = arena.export, threading.Event(), threading.Event()
+
+    def slow(runs: Sequence[Run]) -> list[int]:
+        began.set()
+        assert go_on.wait(60)
+        return export(runs)
+
+    monkeypatch.setattr(arena, "export", slow)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(attach, "m", socket_path=server.socket_path)
+        assert began.wait(60)
+        assert ask({"op": "ping"}, socket_path=server.socket_path, timeout_s=60)["protocol"] == 3
+        go_on.set()
+        assert_same(held.result(), want)
+    del held

@@ -94,11 +94,46 @@ def test_another_user_may_attach_and_nothing_else(config: ServerConfig, small_gr
                 )
 
             process, out, hold = in_child(work)
-            assert json.loads(os.read(out, 10_000)) == [["unload", "pin", "load", "swap", "open"], ["w"], 2]
+            assert json.loads(os.read(out, 10_000)) == [["unload", "pin", "load", "swap", "open"], ["w"], 3]
             os.close(hold)
             os.waitpid(process, 0)
             os.close(out)
             assert server.gauges()["models"] == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_another_user_is_not_handed_what_he_could_write_to(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA arenas are: the importer chooses the access. Our own user is trusted with it."""
+
+    def open_one(name: str) -> HostDevice:
+        device = HostDevice(granule_bytes=4096)
+        device.exports_read_only = False
+        return device
+
+    monkeypatch.setattr(gpuload.client.attached, "open_device", open_one)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        want = random_tensors(1, {"w": (50, 50)})
+        config = replace(config, socket_path=f"{folder}/s.sock", socket_mode=0o666)
+        with running_server(config, open_one) as server:
+            load_resident(write(Path(folder) / "a.safetensors", want), "m", "cpu", socket_path=server.socket_path)
+
+            def work() -> str:
+                os.setuid(NOBODY)
+                return json.dumps(list(attach("m", socket_path=server.socket_path)))
+
+            process, out, hold = in_child(work)
+            said = json.loads(os.read(out, 10_000))
+            assert said["error"] == "AccessError"
+            assert f"user {NOBODY} may not attach to cpu of user 0" in said["message"]
+            os.close(hold)
+            os.waitpid(process, 0)
+            os.close(out)
+            assert server.gauges()["leases"] == 0
+            assert_same(attach("m", socket_path=server.socket_path), want)
+            gc.collect()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")

@@ -21,7 +21,7 @@ from gpuload.device.host import HostDevice
 from gpuload.errors import DeviceError, FitError
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import FaultyDevice, Gate, ServerThread, assert_same, random_tensors, running_server, write
-from mfs.errors import NotFoundError, UsageError
+from mfs.errors import ChangedError, NotFoundError, UsageError
 
 DEVICES = ["cpu", "cpu:1", "cpu:2"]
 MAP = {"": "cpu", "l.2": "cpu:1", "l.3": "cpu:1", "l.4": "cpu:2", "l.5": "cpu:2"}
@@ -287,6 +287,21 @@ def rank_of(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tens
 
 
 RULES = {"x.q_proj.weight": 0, "x.o_proj.weight": 1}
+
+
+def test_ranks_never_mix_what_a_swap_falls_between(spread: ServerThread, tmp_path: Path) -> None:
+    shapes = {"x.q_proj.weight": (64, 64), "x.o_proj.weight": (64, 64), "norm": (64,)}
+    old, new = random_tensors(1, shapes), random_tensors(2, shapes)
+    ranks = ["cpu:1", "cpu"]
+    load(spread, write(tmp_path / "a.safetensors", old), device_map={}, ranks=ranks, rules=RULES)
+    first = attached(spread, ranks[0])
+    swap(spread, write(tmp_path / "b.safetensors", new))
+    with pytest.raises(ChangedError, match=f"'m' is now .*asked for was {first.digest[:16]}.*attach every rank again"):
+        attach("m", ranks[1], digest=first.digest, socket_path=spread.socket_path)
+    first = attached(spread, ranks[0])
+    second = attach("m", ranks[1], digest=first.digest, socket_path=spread.socket_path)
+    assert_same(first, rank_of(new, 0))
+    assert_same(second, rank_of(new, 1))
 
 
 def test_all_ranks_are_one_model_and_swapped_as_one(

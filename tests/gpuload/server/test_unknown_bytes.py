@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ class _CountingStream:
     def copy_in(self, dst: int, src: int, nbytes: int) -> None:
         self._device.bytes_over_the_bus += nbytes
         self._inner.copy_in(dst, src, nbytes)
+
+    def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        for copy in copies:
+            self.copy_in(*copy)
 
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         self._device.bytes_over_the_bus += row_bytes * rows_count

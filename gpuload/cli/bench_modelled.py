@@ -1,0 +1,200 @@
+"""`gpuload bench --modelled`: how much of a link our own code leaves, on a model of a device, where there is no GPU.
+
+Every row is a process of its own under tools/gpu/simulate, which has the model and the table of its prices. Two kinds:
+
+- *reads modelled*: a file of `MODELLED_BYTES` that has no bytes, read at a price per thread and copied at the real
+  link's rate. Neither takes this machine's CPU, so what is lost is lost to Python and to waiting.
+- *reads real*: bytes out of the page cache, hashed by the server, over a link that is slowed down until this machine's
+  cores could feed twice as much. What is lost is lost to a step that waits for another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from gpuload.cli.modelled_load import Rounds
+from gpuload.client.asking import load_resident
+from gpuload.errors import DeviceError
+from mfs import children
+from mfs.errors import UsageError
+
+SIMULATE = Path(__file__).resolve().parents[2] / "tools/gpu/simulate"
+MODELLED_BYTES = 16_000_000_000
+LARGE_COUNT, SMALL_COUNT = 300, 30_000
+"""Tensors of the two models: of 53 MB and of 533 KB each where reads are modelled."""
+LINK_GB_S = 55.0
+SPARE = 2.0
+"""How many times the scaled link this machine's cores could feed."""
+CANNOT_TELL = (
+    "what the real driver's calls cost, or refuse",
+    "what the memory of a host gives all its readers together, beside one of them",
+    "several cards behind one root port or one socket",
+    "torch on CUDA, kernels, NVLink, MIG",
+)
+TIMEOUT_S = 300.0
+ROUNDS = 5
+
+
+def run_modelled(nbytes: int, folder: str) -> dict[str, Any]:
+    """All rows. nbytes: of the models whose bytes are read. Raises: UsageError where there is no source tree."""
+    if not SIMULATE.exists():
+        raise UsageError(f"--modelled needs the source tree: {SIMULATE} is not there; run gpuload from a checkout")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=os.path.abspath(folder), prefix="gpuload-modelled-") as name:
+        scratch = Path(name)
+        for count in (LARGE_COUNT, SMALL_COUNT):
+            path = write_model(scratch / f"{count}.safetensors", MODELLED_BYTES, count, has_bytes=False)
+            for hashed in (False, True):
+                rows += _pipeline_rows(path, MODELLED_BYTES, count, LINK_GB_S, hashed=hashed, models_reads=True)
+            path.unlink()
+        one = write_model(scratch / "large.safetensors", nbytes, LARGE_COUNT)
+        two = write_model(scratch / "small.safetensors", nbytes, SMALL_COUNT)
+        time.sleep(2.1)  # settled long enough for digests to be remembered
+        reads, hashes = _rate(_reader(one)), _rate(_hasher())
+        both = 1 / (1 / reads + 1 / hashes)
+        link = round(both / SPARE, 2)
+        for path, count in ((one, LARGE_COUNT), (two, SMALL_COUNT)):
+            rows += _pipeline_rows(path, nbytes, count, link, hashed=False, models_reads=False)
+            rows += _server_rows(path, nbytes, count, link, scratch)
+    return {
+        "device": "modelled",
+        "cores": os.cpu_count(),
+        "scale": {"reads_gb_s": reads, "hashes_gb_s": hashes, "both_gb_s": both, "link_gb_s": link,
+                  "times": LINK_GB_S / link},
+        "cannot_tell": CANNOT_TELL,
+        "rows": rows,
+    }  # fmt: skip
+
+
+def write_model(path: Path, nbytes: int, count: int, *, has_bytes: bool = True) -> Path:
+    """A safetensors file of `count` equal tensors; no two MiB of it are equal. has_bytes=False: a hole of that size."""
+    each = nbytes // count // 512 * 512
+    table = {
+        f"layers.{i:05}.weight": {"dtype": "BF16", "shape": [each // 2], "data_offsets": [i * each, (i + 1) * each]}
+        for i in range(count)
+    }
+    head = json.dumps(table).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        if not has_bytes:
+            file.truncate(8 + len(head) + each * count)
+            return path
+        block = bytearray(os.urandom(1 << 20))
+        for at in range(0, each * count, len(block)):
+            block[:8] = at.to_bytes(8, "little")
+            file.write(memoryview(block)[: each * count - at])
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def _pipeline_rows(
+    path: Path, nbytes: int, count: int, link: float, *, hashed: bool, models_reads: bool
+) -> Iterator[dict[str, Any]]:
+    options = ["--moves-nothing", "--set", f"LINK_GB_S={link}"]
+    if models_reads:
+        options += ["--model-reads", str(path.parent)]
+    command = _simulated(options, children.python("-m", "gpuload.cli.modelled_load", str(path), str(ROUNDS),
+                                                   "hashed" if hashed else "plain"))  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=children.CWD, env=children.environment()
+    )
+    if done.returncode:
+        raise DeviceError(f"the modelled load failed: {done.stderr.strip().splitlines()[-1:]}")
+    found = Rounds(**json.loads(done.stdout.splitlines()[-1]))
+    how = f"{count} tensors, {'reads modelled' if models_reads else 'reads real'}{', hashed' if hashed else ''}"
+    yield _row(f"load, {how}", nbytes, found.best_s, link) | {"cpu_seconds": found.cpu_s}
+    yield _row(f"first load of a process, {how}", nbytes, found.first_s, link)
+
+
+def _server_rows(path: Path, nbytes: int, count: int, link: float, scratch: Path) -> Iterator[dict[str, Any]]:
+    """The first load of a server, digests unknown and known."""
+    for known in (False, True):
+        digests = scratch / f"digests-{count}"
+        if known:
+            subprocess.run(
+                children.python("-m", "gpuload", "digest", str(path), "--digests", str(digests)),
+                check=True, capture_output=True, timeout=TIMEOUT_S, cwd=children.CWD, env=children.environment(),
+            )  # fmt: skip
+        with _server(digests if known else scratch / "none", nbytes, link, scratch) as socket_path:
+            report = load_resident(path, "bench", "cuda:0", socket_path=socket_path)["report"]
+        what = f"server, {count} tensors, digests {'known' if known else 'unknown'}, reads real"
+        yield _row(what, nbytes, report["seconds"], link)
+
+
+@contextmanager
+def _server(digests: Path, nbytes: int, link: float, scratch: Path) -> Iterator[str]:
+    path = str(scratch / "s.sock")
+    command = children.python("-m", "gpuload", "serve", "--socket", path, "--digests", str(digests))
+    command += ["--arena", f"cuda:0={int(nbytes * 1.1) + (256 << 20)}"]
+    options = ["--moves-nothing", "--set", f"LINK_GB_S={link}"]
+    with subprocess.Popen(
+        _simulated(options, command), stderr=subprocess.PIPE, text=True, cwd=children.CWD, env=children.environment()
+    ) as server:
+        try:
+            assert server.stderr is not None
+            said = server.stderr.readline()
+            if "serving" not in said:
+                raise DeviceError(f"the modelled server did not start: {said.strip()}")
+            yield path
+        finally:
+            server.terminate()
+
+
+def _simulated(options: list[str], command: list[str]) -> list[str]:
+    return [sys.executable, str(SIMULATE), *options, "--", *command]
+
+
+def _rate(work: Callable[[], int]) -> float:
+    """GB/s of all cores together, the best of three."""
+    best = 0.0
+    for _ in range(3):
+        done: list[int] = []
+        threads = [threading.Thread(target=lambda done=done: done.append(work())) for _ in range(os.cpu_count() or 1)]
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, sum(done) / (time.monotonic() - began) / 1e9)
+    return best
+
+
+def _reader(path: Path) -> Callable[[], int]:
+    def read() -> int:
+        buffer, total = bytearray(16 << 20), 0
+        with open(path, "rb", buffering=0) as file, closing(file):
+            while total < 512 << 20 and (got := file.readinto(buffer)):
+                total += got
+        return total
+
+    return read
+
+
+def _hasher() -> Callable[[], int]:
+    block = os.urandom(16 << 20)
+
+    def work() -> int:
+        for _ in range(8):
+            blake3(block).digest()
+        return 8 * len(block)
+
+    return work
+
+
+def _row(what: str, nbytes: int, seconds: float, link: float) -> dict[str, Any]:
+    rate = nbytes / seconds / 1e9
+    return {"what": what, "seconds": seconds, "gb_s": rate, "of_link": rate / link, "link_gb_s": link}
