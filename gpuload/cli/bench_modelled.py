@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -155,7 +154,7 @@ def _server(digests: Path, nbytes: int, link: float, scratch: Path) -> Iterator[
 
 
 def _simulated(options: list[str], command: list[str]) -> list[str]:
-    return [sys.executable, str(SIMULATE), *options, "--", *command]
+    return [*children.python(str(SIMULATE)), *options, "--", *command]
 
 
 def _rate(work: Callable[[], int]) -> float:

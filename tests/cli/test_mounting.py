@@ -180,6 +180,13 @@ def test_a_source_that_cannot_be_used(mfs: Mfs, mnt: Path, tmp_path: Path) -> No
     assert mountinfo.mount_at(str(mnt)) is None
 
 
+def told(manager: socket.socket) -> bytes:
+    """The next word to a service manager that is not about descriptors to keep (`tests/mount/test_service_manager`)."""
+    while (said := manager.recv(4096)).startswith(b"FDSTORE"):
+        pass
+    return said
+
+
 class TestHandover:
     """`mfs mount --handover`; what readers see of it is tested in tests/mount/test_handover.py."""
 
@@ -273,16 +280,16 @@ class TestHandover:
             command = [sys.executable, "-m", "mfs", "mount", str(models), str(mnt), "--foreground", *SMALL]
             environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
             with subprocess.Popen(command, env=environment, stderr=journal) as process:
-                assert manager.recv(4096).startswith(b"READY=1\n")
+                assert told(manager).startswith(b"READY=1\n")
                 mfs("mount", "--handover", mnt)
                 record = runtime.read_record(str(mnt))
                 assert record is not None
-                said = {manager.recv(4096).partition(b"\n")[0] for _ in range(2)}  # by two processes: in either order
+                said = {told(manager).partition(b"\n")[0] for _ in range(2)}  # by two processes: in either order
                 assert said == {f"MAINPID={record.holder_pid}".encode(), b"READY=1"}
                 assert process.wait(DEADLINE_S) == 0
             assert f'"pid": {record.pid},' in (tmp_path / "journal").read_text()
             mfs("umount", mnt)
-            assert manager.recv(4096) == b"STOPPING=1"
+            assert told(manager) == b"STOPPING=1"
 
 
 def test_umount_ends_no_process_that_a_planted_record_names(
@@ -411,7 +418,7 @@ def test_foreground_tells_the_service_manager_and_ends_on_sigterm(models: Path, 
         command = [sys.executable, "-m", "mfs", "mount", str(models), str(mnt), "--foreground", *SMALL]
         environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
         with subprocess.Popen(command, env=environment) as process:
-            assert manager.recv(4096).startswith(b"READY=1\n")
+            assert told(manager).startswith(b"READY=1\n")
             record = runtime.read_record(str(mnt))
             assert record is not None
             assert record.holder_pid == process.pid
