@@ -26,7 +26,7 @@ from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, NotF
 from mfs.errors import TransientStoreError as Transient
 from mfs.registry.layout import is_key
 from mfs.registry.store import SMALL_BYTES_MAX, Stored
-from mfs.sources.folder import folder_path, open_beneath
+from mfs.sources.folder import PASSING, folder_path, open_beneath
 from mfs.sources.options import SourceOptions
 from mfs.types import ByteRange
 
@@ -372,7 +372,7 @@ def _translate(error: OSError, shown: str) -> MfsError:
             return AccessError(f"{shown}: {said}, for uid {os.geteuid()}; check the modes of the registry's folder")
         case errno.ENOSPC | errno.EDQUOT:
             return StoreError(f"{shown}: {said}: make room, or collect with 'mfs gc'")
-        case errno.EIO | errno.ESTALE | errno.ETIMEDOUT | errno.EAGAIN | errno.EMFILE | errno.ENFILE:
+        case number if number in PASSING:
             return Transient(f"{shown}: {said}")
         case _:
             return StoreError(f"{shown}: {said}")

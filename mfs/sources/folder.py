@@ -32,6 +32,9 @@ from mfs.types import ByteRange, Entry, EntryKind, ObjectId
 READ_BYTES_MAX = 4 << 20
 """One preadv at most, so that the deadline is looked at in between."""
 
+PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE})
+"""Errors of a file system after which it may go well another time."""
+
 _STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -278,7 +281,7 @@ def _translate(error: OSError, path: str) -> MfsError:
             return ChangedError(f"{path}: became a symbolic link while it was opened")
         case errno.EACCES | errno.EPERM:
             return AccessError(f"{path}: not readable for uid {os.geteuid()}; check its mode and those above it")
-        case errno.EIO | errno.ESTALE | errno.ETIMEDOUT | errno.EAGAIN | errno.EMFILE | errno.ENFILE:
+        case number if number in PASSING:
             return Transient(f"{path}: {error.strerror}")
         case _:
             return StoreError(f"{path}: {error.strerror}")

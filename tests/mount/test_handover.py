@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,26 @@ def scan_slowly(path: str, begun: str, until: str) -> list[str]:
         while not os.path.exists(until):
             time.sleep(0.01)
         return sorted([first, *(entry.name for entry in entries)])
+
+
+@contextmanager
+def three_waiting(liar: LiarServer, mounted: Mounted) -> Iterator[TestMount]:
+    """A mount with a read, a fault of a mapping and an open in hand, whose origin is silent; all are answered after."""
+    (liar.files / "w.safetensors").write_bytes(ramp(SIZE))
+    (liar.files / "v.bin").write_bytes(ramp(SIZE, 3))
+    mount = mounted(liar.url, timeout_s=60)
+    readers = [mount.outside() for _ in range(3)]
+    readers[1].call(touching.hold_map, "map", str(mount.path / "v.bin"))
+    liar.lie(Lie.SILENCE, pattern="*.[bs]*")
+    readers[0].start(touching.pread, str(mount.path / "v.bin"), 2_000, 4_500_000)
+    readers[1].start(touching.held_map, "map", 8_600_000, 2_000)
+    readers[2].start(touching.pread, str(mount.path / "w.safetensors"), 2_000, 4_500_000)
+    assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] >= 2)
+    yield mount
+    liar.tell_truth()
+    assert readers[0].finish() == ramp(2_000, 4_500_003)
+    assert readers[1].finish() == ramp(2_000, 8_600_003)
+    assert readers[2].finish() == ramp(2_000, 4_500_000)
 
 
 class TestReaders:
@@ -121,22 +142,9 @@ class TestReaders:
 
     def test_waiting_reads_are_answered_by_the_new_daemon(self, liar: LiarServer, mounted: Mounted) -> None:
         """A read that the old daemon had in hand, a fault of a mapping and an open all get their answers."""
-        (liar.files / "w.safetensors").write_bytes(ramp(SIZE))
-        (liar.files / "v.bin").write_bytes(ramp(SIZE, 3))
-        mount = mounted(liar.url, timeout_s=60)
-        readers = [mount.outside() for _ in range(3)]
-        readers[1].call(touching.hold_map, "map", str(mount.path / "v.bin"))
-        liar.lie(Lie.SILENCE, pattern="*.[bs]*")
-        readers[0].start(touching.pread, str(mount.path / "v.bin"), 2_000, 4_500_000)
-        readers[1].start(touching.held_map, "map", 8_600_000, 2_000)
-        readers[2].start(touching.pread, str(mount.path / "w.safetensors"), 2_000, 4_500_000)
-        assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] >= 2)
-        mount.hand_over()
-        assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] >= 2)
-        liar.tell_truth()
-        assert readers[0].finish() == ramp(2_000, 4_500_003)
-        assert readers[1].finish() == ramp(2_000, 8_600_003)
-        assert readers[2].finish() == ramp(2_000, 4_500_000)
+        with three_waiting(liar, mounted) as mount:
+            mount.hand_over()
+            assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] >= 2)
 
     def test_a_replaced_version_that_is_open_keeps_its_bytes(
         self, folder: origins.FolderOrigin, mounted: Mounted

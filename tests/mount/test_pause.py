@@ -15,7 +15,7 @@ from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
 from tests.mount import crash_soak, origins, touching
 from tests.mount.conftest import Mounted
-from tests.mount.test_handover import heir_that_signals, loop_reads, scan_slowly
+from tests.mount.test_handover import heir_that_signals, loop_reads, scan_slowly, three_waiting
 from tests.mount.test_life import worker_is_gone
 from tests.servers.liar import LiarServer, Lie
 
@@ -52,23 +52,10 @@ class TestReaders:
 
     def test_requests_that_were_under_way_are_answered(self, liar: LiarServer, mounted: Mounted) -> None:
         """A read, a fault of a mapping and an open that the killed daemon had in hand."""
-        (liar.files / "w.safetensors").write_bytes(ramp(SIZE))
-        (liar.files / "v.bin").write_bytes(ramp(SIZE, 3))
-        mount = mounted(liar.url, timeout_s=60)
-        readers = [mount.outside() for _ in range(3)]
-        readers[1].call(touching.hold_map, "map", str(mount.path / "v.bin"))
-        liar.lie(Lie.SILENCE, pattern="*.[bs]*")
-        readers[0].start(touching.pread, str(mount.path / "v.bin"), 2_000, 4_500_000)
-        readers[1].start(touching.held_map, "map", 8_600_000, 2_000)
-        readers[2].start(touching.pread, str(mount.path / "w.safetensors"), 2_000, 4_500_000)
-        assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] >= 2)
-        for _ in range(2):
-            mount.wait_successor(mount.crash())
-            assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] >= 2)
-        liar.tell_truth()
-        assert readers[0].finish() == ramp(2_000, 4_500_003)
-        assert readers[1].finish() == ramp(2_000, 8_600_003)
-        assert readers[2].finish() == ramp(2_000, 4_500_000)
+        with three_waiting(liar, mounted) as mount:
+            for _ in range(2):
+                mount.wait_successor(mount.crash())
+                assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] >= 2)
 
     def test_many_readers_through_many_kills(
         self, folder: origins.FolderOrigin, mounted: Mounted, tmp_path: Path
