@@ -175,8 +175,8 @@ def managed(card: Card) -> Managed | None:
 
 
 def holders_of(identity: str) -> list[Holder]:
-    """Processes that have memory of the card with this UUID, largest first. In a container NVML may see none, or only its
-    own; empty where NVML is not there."""
+    """Processes that have memory of the card with this UUID, largest first. In a container NVML may see none, or only
+    its own; empty where NVML is not there."""
     try:
         import pynvml
 

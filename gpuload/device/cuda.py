@@ -1,8 +1,9 @@
 """A CUDA device. With `driver.py` the only place that knows CUDA. NOT YET RUN ON A GPU; see driver.py for what was.
 
-Arenas are separate physical granules (cuMemCreate), made when they are needed, given back when they are not, and mapped
-side by side for their owner. A client imports the granules of its model as file descriptors and maps them, read-only, in
-the order of its layout: no address has to match between processes, no legacy IPC handle is involved, and PID namespaces do not matter.
+Arenas are separate physical granules (cuMemCreate), made when they are needed, given back when they are not, and
+mapped side by side for their owner. A client imports the granules of its model as file descriptors and maps them,
+read-only, in the order of its layout: no address has to match between processes, no legacy IPC handle is involved, and
+PID namespaces do not matter.
 Source: CUDA Driver API, chapter Virtual Memory Management.
 """
 
