@@ -2,7 +2,7 @@
 
     blocks known to be resident ──> held in place
     the rest ──free room for all of it?──no──> hash pass over what is not known (moves nothing): now the sum is exact
-             └─> memory that lacks (or refuse) → make room → granules → one pass over the files, pieces hashed on the way:
+             └─> memory that lacks (or refuse) → make room → granules → one pass over the files, each piece hashed:
                     found in the arena → its block held, nothing crosses the bus
                     else               → to its place
     blocks that turned out to be resident → held in place, their granules given back; other found pieces → copied inside

@@ -175,7 +175,8 @@ def test_nobody_is_evicted_and_nothing_moves_for_memory_that_others_hold(
     with pytest.raises(
         FitError,
         match=r"needs 128 K on cpu: the arena may have 400 K and has 128 K, but others hold the device's memory; "
-        r"could be had 32\.0 K, .*short by 96\.0 K; nothing was evicted; cpu: others hold 864 K of 1\.0 M: \S.* \(\d+\) 864 K",
+        r"could be had 32\.0 K, .*short by 96\.0 K; nothing was evicted; cpu: others hold 864 K of 1\.0 M: "
+        r"\S.* \(\d+\) 864 K",
     ) as caught:
         load(server, made(tmp_path, 2)[0], "b")
     assert caught.value.shortfall_bytes == 24 * UNIT
