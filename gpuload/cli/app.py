@@ -88,7 +88,7 @@ def cli(**_: Any) -> None:
     "floors",
     multiple=True,
     metavar="DEVICE=SIZE",
-    help="Of that, what it takes at start and keeps. Default: nothing.",
+    help="Of that, what it takes at start and keeps.  [cards: nothing; host memory: all]",
 )
 @click.option(
     "--mode",
@@ -121,9 +121,9 @@ def serve(
     """Hold weights for every process of this node, until SIGTERM or Ctrl-C.
 
     Memory is taken when a model needs it and given back a moment after the last one that stood there, so that an engine
-    beside it has the rest; nothing fragments. What --floor keeps is always there: a swap waits for nobody. Users that
-    the socket's mode admits may attach and look; only this user and root may load, swap, pin, unload and resize.
-    'cpu:1', 'cpu:2' and so on are further arenas in host memory.
+    beside it has the rest; nothing fragments. What --floor keeps is always there: a swap waits for nobody, and in host
+    memory not for the kernel to zero it. Users that the socket's mode admits may attach and look; only this user and
+    root may load, swap, pin, unload and resize. 'cpu:1', 'cpu:2' and so on are further arenas in host memory.
     """
     from gpuload.device import open_device
     from gpuload.server.daemon import ServerConfig, run
@@ -132,6 +132,7 @@ def serve(
     floor = parse_arenas(floors, "--floor")
     for name in floor.keys() - budget.keys():
         raise UsageError(f"--floor {name}={floor[name]}: there is no --arena on {name}")
+    floor = {name: size for name, size in budget.items() if name.startswith("cpu")} | floor
     if not re.fullmatch(r"[0-7]{3,4}", mode):
         raise UsageError(f"--mode {mode!r}: expected an octal mode such as 660")
     path = socket_path or default_socket()
