@@ -91,6 +91,9 @@ class CudaStream:
         )
         self._device.call("cuMemcpy2DAsync_v2", ctypes.byref(copy), self._handle)
 
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        self._device.call("cuMemcpyDtoHAsync_v2", dst, src, nbytes, self._handle)
+
     def copy_within(self, dst: int, src: int, nbytes: int) -> None:
         self._device.call("cuMemcpyDtoDAsync_v2", dst, src, nbytes, self._handle)
 
@@ -126,11 +129,13 @@ class CudaStaging:
         except BaseException:
             self._map.close()
             raise
+        device.driver.registered.add(self.address, size)
         self.view = memoryview(self._map)[:nbytes]
 
     def close(self) -> None:
         if self.address:
             self.view.release()
+            self._device.driver.registered.remove(self.address)
             self._device.give_back("cuMemHostUnregister", self.address)
             self.address = 0
             with contextlib.suppress(BufferError):  # a failed read's traceback may hold a part of it a while longer

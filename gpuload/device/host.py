@@ -90,6 +90,9 @@ class HostStream:
 
         self._queue.put(copy)
 
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        self.copy_in(dst, src, nbytes)
+
     def copy_within(self, dst: int, src: int, nbytes: int) -> None:
         self.copy_in(dst, src, nbytes)
 
@@ -118,13 +121,15 @@ class HostStream:
 class HostStaging:
     """See `base.Staging`. Ordinary memory, touched once so that no page fault falls into a copy."""
 
-    def __init__(self, nbytes: int) -> None:
-        self._map = mmap.mmap(-1, max(nbytes, 1))
+    def __init__(self, nbytes: int, reached: Ranges) -> None:
+        self._map, self._reached = mmap.mmap(-1, max(nbytes, 1)), reached
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         ctypes.memset(self.address, 0, nbytes)
+        reached.add(self.address, nbytes)
 
     def close(self) -> None:
+        self._reached.remove(self.address)
         self.view.release()
         with contextlib.suppress(BufferError):  # the traceback of a failed read may hold a part of it a while longer
             self._map.close()
@@ -250,7 +255,7 @@ class HostDevice:
         return HostStream()
 
     def alloc_staging(self, nbytes: int) -> HostStaging:
-        return HostStaging(nbytes)
+        return HostStaging(nbytes, self._registered)
 
     def reserve_arena(self, nbytes: int) -> HostArena:
         return HostArena(nbytes, self.granule_bytes)

@@ -82,3 +82,8 @@ def plan_blocks(transfers: Sequence[Transfer], granule_bytes: int, device: str |
             close_small()
     close_small()
     return blocks
+
+
+def placed_bytes(plan: BlockPlan) -> int:
+    """Bytes of tensors in a block."""
+    return sum(piece.nbytes for placed in plan.placed for piece in placed.pieces)

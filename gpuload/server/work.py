@@ -15,6 +15,7 @@ from gpuload.server.client_files import ClientFiles
 from gpuload.server.digest_files import Digest, Geometry
 from gpuload.server.digests import digest_block, geometry
 from gpuload.server.layout import BlockPlan, plan_blocks
+from gpuload.server.returning import Returning
 from gpuload.server.site import Site
 from gpuload.server.versions import Version
 from mfs.tracing.spans import Span
@@ -60,8 +61,10 @@ class Report:
     """In blocks that were resident and are shared in place."""
     bytes_moved_inside: int = 0
     """Copied from one place of the device to another."""
+    bytes_from_ram: int = 0
+    """Brought back from the page-locked RAM tier, over the bus."""
     bytes_copied: int = 0
-    """Brought to the device from outside, over the bus."""
+    """Brought to the device from files, or a mount's RAM, over the bus."""
     bytes_hashed: int = 0
     """Read from the files while looking for what differs: their digests were not known."""
     bytes_hashed_before: int = 0
@@ -86,6 +89,11 @@ class PartWork:
     known."""
     digests: list[Digest | None] = field(default_factory=list)
     """Of each planned block, where its pieces are known."""
+    returning: Returning = field(init=False)
+    """What of it comes from the RAM tier."""
+
+    def __post_init__(self) -> None:
+        self.returning = Returning(self.site.tier)
 
     @property
     def is_known(self) -> bool:
@@ -101,6 +109,7 @@ class PartWork:
 
     def let_go(self) -> None:
         """Give everything back; idempotent."""
+        self.returning.let_go()
         own, self.own = self.own, []
         for block in own:
             if block is not None:
