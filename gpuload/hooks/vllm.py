@@ -54,7 +54,17 @@ def register() -> None:
         flagless = _flagless_loader(default_loader)
         for load_format in FLAGLESS_FORMATS:
             register_model_loader(load_format)(flagless)
+    _register_sleep()
     _is_registered = True
+
+
+def _register_sleep() -> None:
+    """Our backend of its sleep mode, where this vLLM knows several: `vllm_sleep`, imported when it is asked for."""
+    try:
+        from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+    except ImportError:
+        return
+    SleepModeBackendFactory.register_backend("gpuload", "gpuload.hooks.vllm_sleep", "GpuloadBackend")
 
 
 def _named_loader(module: Any) -> type:
