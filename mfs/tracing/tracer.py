@@ -88,10 +88,12 @@ class Tracer:
                 await self._send(send)
 
     async def flush(self, send: Send) -> None:
-        """Send what is left, within seconds."""
+        """Send what is left, within seconds, and see what was under way taken."""
         with trio.move_on_after(_LAST_S, shield=True):
-            while len(self.outbox):
+            while self.is_on:
                 await self._send(send)
+                if not len(self.outbox):
+                    return
 
     async def _send(self, send: Send) -> None:
         try:
