@@ -2,7 +2,7 @@
 
     settings    whether traces are wanted, from the environment
     spans       what a span is to us: ids, times and attributes as plain values, and the bounded box of those that ended
-    tracer      begins traces, as the SDK's sampler decides; has what ended sent away once a second
+    tracer      begins traces, as the SDK's sampler decides; has what ended sent away
     requests    a worker's side: the requests of one order, and their `traceparent`
     beside      the daemon's side of a process that exports, `process`; it has no reader and fetches nothing
     export      rows of plain values as OTLP, by OpenTelemetry's protobuf classes

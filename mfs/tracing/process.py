@@ -19,7 +19,7 @@ from mfs.tracing.export import Exporter
 _NICE = 19
 _RECEIVE_BYTES = 1 << 18
 FRAME_BYTES_MAX = 64 << 20
-"""Of a batch; 512 rows are 150 KB."""
+"""Of a batch, which has 600 KB."""
 
 
 def main() -> None:

@@ -42,8 +42,8 @@ _COPIES = 5
 """Of the model, each new to the mount; the first is its first load."""
 _PATTERN = "pread"
 """What loaders do that do not map. Of all that read whole models it makes the most waits, so also the most spans."""
-_TRACED_S = 3.5
-"""A load is over two seconds after its last close, and what ended is sent once a second."""
+_TRACED_S = 5.5
+"""A load is over two seconds after its last close, and what ended is sent when for a second no more came."""
 _WAYS = ("off", "metrics", "traces", "on")
 _SCRAPE_EVERY_S = 15.0  # as in Prometheus' own example of a configuration
 _SCRAPES = 30
