@@ -31,11 +31,12 @@ from gpuload.errors import BusyError, one_error
 from gpuload.moving.pipeline import Decide, Limits, RunsOf, move_batches
 from gpuload.moving.plan import Batch, Piece, Transfer, pack_pieces, plan_transfers
 from gpuload.moving.pool import Mapper, open_source
-from gpuload.moving.source import Source
+from gpuload.moving.source import FileSource, Source
 from gpuload.moving.timing import TimedSource
 from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
 from gpuload.server.digests import DigestCache, digest_views, now_ns
 from gpuload.server.layout import placed_bytes
+from gpuload.server.pulled import PulledSource
 from gpuload.server.returning import Returning, TierSource
 from gpuload.server.room import STEP, take_places
 from gpuload.server.site import InsideCopy, Site
@@ -196,7 +197,11 @@ class Loader:
 
     def _open_source(self, job: Job) -> Source:
         traceparent = job.span.context.traceparent if job.span is not None else ""
-        source = open_source(job.shards, self._mapper, traceparent)
+        source: Source
+        if job.asked_fd is not None:
+            source = PulledSource(FileSource(job.shards), job.shards[0].fd, job.asked_fd)
+        else:
+            source = open_source(job.shards, self._mapper, traceparent)
         return TimedSource(source, job.timing) if job.timing is not None else source
 
     def _must_know(self, part: PartWork) -> bool:
@@ -363,6 +368,8 @@ class Loader:
                 raise ChangedError(f"{job.shards[shard].path} changed while it was loaded; load it again")
 
         def check_files() -> None:
+            if job.asked_fd is not None:  # written while it is read, by whoever brought it
+                return
             for shard, version in zip(job.shards, work.versions, strict=True):
                 if stamp_of(os.fstat(shard.fd)) != version.stamp:
                     raise ChangedError(f"{shard.path} changed while it was loaded; load it again")

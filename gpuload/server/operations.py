@@ -22,6 +22,7 @@ from gpuload.moving.model_files import without
 from gpuload.moving.plan import Placement
 from gpuload.moving.shards import Shard
 from gpuload.moving.timing import Timing
+from gpuload.server import pulled
 from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor, namesakes
 from gpuload.server.client_files import ClientFiles
 from gpuload.server.loader import CONTENT_PREFIX, Loader
@@ -47,7 +48,7 @@ MEMORY_WAIT_MAX_S = 600.0
 PROTOCOL = 3
 """Raised whenever an old client could misread a new server."""
 
-CHANGES = frozenset({"load", "swap", "open", "unload", "pin", "resize"})
+CHANGES = frozenset({"load", "swap", "open", "commit", "unload", "pin", "resize"})
 """Operations that take or give up room, which only the server's own user and root may."""
 
 
@@ -106,6 +107,8 @@ class Operations:
                 return await self._load(request, files)
             case "open":
                 return await self._open(request, files, peer)
+            case "commit":
+                return await self._commit(request, files, peer)
             case "attach":
                 model = self._find(request)
                 _check_digest(model, _text(request, "digest"))
@@ -132,6 +135,16 @@ class Operations:
         told = {"report": report.as_dict()}
         return await self._attach(model, None, told, peer)  # no checkpoint since `load` returned
 
+    async def _commit(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
+        """As `open`, of bytes that the client has in memory, under a name; see `pulled`."""
+        if files is None:
+            raise UsageError("a commit brings two descriptors: a file in memory that holds the table, and a socket")
+        name = _name(request.get("model"))
+        if name.startswith(CONTENT_PREFIX):
+            raise UsageError(f"names that begin with {CONTENT_PREFIX!r} are the server's own")
+        model, report, _ = await self._loaded(name, request, files)
+        return await self._attach(model, None, {"report": report.as_dict()}, peer)  # no checkpoint since it was loaded
+
     async def _loaded(
         self, name: str | None, request: dict[str, Any], files: ClientFiles | None
     ) -> tuple[Model, Report, dict[str, Any]]:
@@ -156,10 +169,11 @@ class Operations:
         return model, report, {"explained": timing.describe()} if timing is not None else {}
 
     async def _job(self, name: str | None, request: dict[str, Any], files: ClientFiles | None) -> Job:
+        is_commit = request.get("op") == "commit"
         is_swap = request.get("op") == "swap"
         placements = self._placements(name if is_swap else None, request)
         labels = request.get("files")
-        count = len(files.fds) if files is not None else 0
+        count = (len(files.fds) - is_commit) if files is not None else 0
         if files is None or not isinstance(labels, list) or len(labels) != count:
             raise UsageError(f"{count} files came, expected as many names in 'files', and one at least")
         retain = request.get("retain", "lru")
@@ -167,7 +181,11 @@ class Operations:
             raise UsageError(f"retain {str(retain)[:50]!r}: expected 'lru' or 'lease'")
         paths = [_printable(str(label))[:500] for label in labels]
         left_out = _left_out(request, count)
+        if is_commit:
+            await files.call(lambda: pulled.check(files.fds))
         shards, versions = await files.call(lambda: _shards(paths, files, left_out))
+        if is_commit:
+            versions = [replace(version, key=None) for version in versions]  # a name for nothing: it is filled later
         return Job(
             name=name,
             label=_printable(str(request.get("label", paths[0])))[:500],
@@ -175,7 +193,8 @@ class Operations:
             versions=versions,
             files=files,
             placements=placements,
-            is_swap=is_swap,
+            is_swap=is_swap or is_commit,
+            asked_fd=files.fds[-1] if is_commit else None,
             allow_gap=_flag(request, "allow_gap", False),
             is_pinned=_flag(request, "pinned", False),
             retain=retain,
@@ -464,7 +483,7 @@ def _shards(
     and is only believed where it leads to that very file: else a client could name what it may not read.
     """
     shards, versions, tensors_count = [], [], 0
-    for path, fd in zip(paths, files.fds, strict=True):
+    for path, fd in zip(paths, files.fds, strict=False):  # behind a commit's file comes its socket
         name = path if _is_same_file(path, fd) else f"(descriptor) {path}"
         versions.append(look(fd))
         shards.append(Shard(name, fd, read_table(fd, name, files.who, tensors_max=TENSORS_MAX - tensors_count)))

@@ -40,6 +40,8 @@ class Job:
     """One; or one for each tensor-parallel rank, each on a device of its own: their parts are one model."""
     is_swap: bool = False
     """Replace whoever has the name."""
+    asked_fd: int | None = None
+    """A commit's socket, by which its one file is filled as it is read; see `pulled`."""
     allow_gap: bool = False
     """If both do not fit, give up the old model first; a failure then leaves neither."""
     is_pinned: bool = False
