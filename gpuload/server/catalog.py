@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from gpuload.device.base import Run
 from gpuload.errors import FitError
 from gpuload.moving.plan import Placement
+from gpuload.moving.pool import Range
 from gpuload.server.digest_files import Digest
 from gpuload.server.granules import Granules
 from gpuload.server.piece_index import PieceIndex
@@ -39,6 +40,8 @@ class Block:
     pieces: list[tuple[int, int, Digest]] = field(default_factory=list)
     """(offset, nbytes, digest), in order."""
     holds: int = 0
+    lenders: Sequence[Range] = ()
+    """Where on mounts the bytes of all its tensors came from; empty if some came from elsewhere."""
 
     @property
     def granules_count(self) -> int:

@@ -143,6 +143,9 @@ async def serve(
                 tier.is_resident = lambda digest: any(digest in site.catalog.blocks for site in sites.values())
             kept = KeptFiles(list(devices.values()))
             stack.callback(kept.close)
+            for site in sites.values():
+                if site.leaving is not None:
+                    site.leaving.is_held_elsewhere = kept.holds
             tracer = Tracer()
             operations = Operations(Loader(sites, digests, config.limits, kept), kept, tracer, version=VERSION)
             if must is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ import trio
 
 from gpuload.device.base import Arena, Device, Event
 from gpuload.errors import BusyError, DeviceError, DeviceLostError
+from gpuload.moving.pool import Range
 from gpuload.server.catalog import Block
 from gpuload.server.ram_tier import Kept, RamTier
 
@@ -64,11 +65,15 @@ class Leaving:
     _queue: deque[_Copy] = field(default_factory=deque)
     _pending: dict[int, int] = field(default_factory=dict)
     """Granule -> copies out of it that are not done."""
+    is_held_elsewhere: Callable[[Sequence[Range]], bool] = lambda ranges: False
+    """Whether all of these bytes are page-locked in a mount's RAM: then they are not held twice."""
     _there_is_some: trio.Event = field(default_factory=trio.Event)
 
     def add(self, block: Block) -> None:
         """Copy a complete block out, whose last hold is gone, if the tier has room for it. Its granules may be taken
         by others from now on."""
+        if self.is_held_elsewhere(block.lenders):
+            return
         kept = self.tier.admit(block.digest, block.nbytes, block.pieces)
         if kept is None:
             return

@@ -30,7 +30,7 @@ from gpuload.device.host import HostDevice
 from gpuload.errors import BusyError, one_error
 from gpuload.moving.pipeline import Decide, Limits, RunsOf, move_batches
 from gpuload.moving.plan import Batch, Piece, Transfer, pack_pieces, plan_transfers
-from gpuload.moving.pool import Mapper, open_source
+from gpuload.moving.pool import Mapper, lenders_of, open_source
 from gpuload.moving.source import FileSource, Source
 from gpuload.moving.timing import TimedSource
 from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
@@ -176,6 +176,8 @@ class Loader:
                     model = self._resident(work) if work.is_known else None
                     if model is not None:
                         return model
+                if any(part.site.tier is not None for part in work.parts):
+                    work.lenders = await work.job.files.call(lambda: lenders_of(work.job.shards))
                 was_known = work.is_known
                 await take_places(work)
                 with _traced(work.job, "fill"), one_error():
@@ -187,7 +189,7 @@ class Loader:
             if model is None:
                 table = await self._think(work.table)
                 for part in work.parts:
-                    await self._complete(part)
+                    await self._complete(work, part)
                 return self._publish(work, table)
             work.let_go()
             return model
@@ -393,7 +395,7 @@ class Loader:
         )
         await job.files.call(check_files)
 
-    async def _complete(self, part: PartWork) -> None:
+    async def _complete(self, work: Work, part: PartWork) -> None:
         """Its bytes are all in place: let other loads find them."""
         catalog = part.site.catalog
         for i, block in enumerate(part.own):
@@ -406,6 +408,7 @@ class Loader:
             while digest not in catalog.blocks and len(block.pieces) + STEP < len(pieces):
                 catalog.index(block, pieces[len(block.pieces) :][:STEP])
                 await trio.lowlevel.checkpoint()
+            block.lenders = work.lenders_of(part.plans[i])
             part.own[i] = catalog.complete(block, digest, pieces)
 
     def _publish(self, work: Work, table: list[ResidentTensor]) -> Model:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from blake3 import blake3
 
 from gpuload.moving.plan import Piece, Placement, Transfer
+from gpuload.moving.pool import Range
 from gpuload.moving.shards import Shard
 from gpuload.moving.timing import Timing
 from gpuload.server.catalog import Block, ResidentTensor
@@ -132,6 +134,8 @@ class Work:
         """Once all digests are known: the whole model's, and that of what stands on each device."""
         self.inherits_pin = False
         """A pin belongs to the name, so a swap passes it on."""
+        self.lenders: Sequence[Path | None] = ()
+        """The mount's door of each shard, if that was asked."""
         self.report = Report(bytes_total=sum(t.nbytes for t in transfers))
 
     @property
@@ -169,6 +173,16 @@ class Work:
                 if digest is not None:
                     self.digests[piece.transfer, piece.offset] = digest
         self.learn()
+
+    def lenders_of(self, plan: BlockPlan) -> list[Range]:
+        """Where on mounts a block's bytes stand; nothing if some do not, or as rows."""
+        found = []
+        for transfer in (self.transfers[placed.transfer] for placed in plan.placed) if any(self.lenders) else ():
+            door = self.lenders[transfer.shard]
+            if door is None or transfer.rows_count > 1:
+                return []
+            found.append(Range(door, self.job.shards[transfer.shard].inode, transfer.start, transfer.stop))
+        return found
 
     def found(self) -> list[list[tuple[Geometry, Digest]]]:
         """What is known by now, for each shard."""
