@@ -58,6 +58,8 @@ class Placement:
             raise UsageError(f"rank {self.rank} of {self.world}: expected 0 <= rank < world")
 
     def device_of(self, name: str) -> str:
+        if not self.device_map:
+            return self.device
         prefix = name
         while True:
             if prefix in self.device_map:
