@@ -119,14 +119,18 @@ class HostStream:
 
 
 class HostStaging:
-    """See `base.Staging`. Ordinary memory, touched once so that no page fault falls into a copy."""
+    """See `base.Staging`. Ordinary memory; touched once, no page fault falls into a copy."""
 
-    def __init__(self, nbytes: int, reached: Ranges) -> None:
+    def __init__(self, nbytes: int, reached: Ranges, *, is_touched: bool) -> None:
         self._map, self._reached = mmap.mmap(-1, max(nbytes, 1)), reached
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        ctypes.memset(self.address, 0, nbytes)
+        if is_touched:
+            ctypes.memset(self.address, 0, nbytes)
         reached.add(self.address, nbytes)
+
+    def lock(self, nbytes: int) -> None:
+        return None
 
     def close(self) -> None:
         self._reached.remove(self.address)
@@ -254,8 +258,8 @@ class HostDevice:
     def open_stream(self) -> HostStream:
         return HostStream()
 
-    def alloc_staging(self, nbytes: int) -> HostStaging:
-        return HostStaging(nbytes, self._registered)
+    def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> HostStaging:
+        return HostStaging(nbytes, self._registered, is_touched=is_locked)
 
     def reserve_arena(self, nbytes: int) -> HostArena:
         return HostArena(nbytes, self.granule_bytes)
