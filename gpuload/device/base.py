@@ -153,6 +153,8 @@ class Device(Protocol):
     exports_read_only: bool
     """Whether nobody who attaches can come to write, whatever they call: so for a sealed memfd, not for CUDA, where the
     importer chooses the access."""
+    node: int | None
+    """The NUMA node that it hangs at; None where there is but one, or nobody says."""
     granule_bytes: int
     """The unit of an arena: what one model holds, another cannot use a part of."""
     is_direct: bool

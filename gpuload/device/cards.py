@@ -79,6 +79,12 @@ def index_of(driver: cu.Driver, identity: str) -> int:
     return seen.index(identity)
 
 
+def _pci_at(driver: cu.Driver, ordinal: int) -> str:
+    attributes = (cu.ATTRIBUTE_PCI_DOMAIN_ID, cu.ATTRIBUTE_PCI_BUS_ID, cu.ATTRIBUTE_PCI_DEVICE_ID)
+    domain, bus, slot = (driver.number("cuDeviceGetAttribute", c_int, one, ordinal) for one in attributes)
+    return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
+
+
 def _card(driver: cu.Driver, index: int) -> Card:
     ordinal = driver.number("cuDeviceGet", c_int, index)
 
@@ -87,7 +93,6 @@ def _card(driver: cu.Driver, index: int) -> Card:
 
     name = ctypes.create_string_buffer(256)
     driver.call("cuDeviceGetName", name, len(name), ordinal)
-    domain, bus, slot = map(ask, (cu.ATTRIBUTE_PCI_DOMAIN_ID, cu.ATTRIBUTE_PCI_BUS_ID, cu.ATTRIBUTE_PCI_DEVICE_ID))
     return Card(
         index=index,
         name=name.value.decode("utf-8", "replace"),
@@ -95,7 +100,7 @@ def _card(driver: cu.Driver, index: int) -> Card:
         compute_mode=ask(cu.ATTRIBUTE_COMPUTE_MODE),
         has_ecc=bool(ask(cu.ATTRIBUTE_ECC_ENABLED)),
         exports_descriptors=bool(ask(cu.ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED)),
-        pci=f"{domain:04x}:{bus:02x}:{slot:02x}.0",
+        pci=_pci_at(driver, ordinal),
     )
 
 
@@ -110,10 +115,19 @@ def bus_of(card: Card, root: Path = Path("/")) -> Bus | None:
     return Bus(_GT_S.get(speeds[0], 0), lanes[0], _GT_S.get(speeds[1], 0), lanes[1]) if all(lanes) else None
 
 
+def node_at(driver: cu.Driver, ordinal: int) -> int | None:
+    """As `numa_node_of`, of the card that the driver calls so."""
+    return _node_of(_pci_at(driver, ordinal), Path("/"))
+
+
 def numa_node_of(card: Card, root: Path = Path("/")) -> int | None:
     """The memory node that a card hangs at; None where there is but one, or nobody says."""
+    return _node_of(card.pci, root)
+
+
+def _node_of(pci: str, root: Path) -> int | None:
     try:
-        node = int(_text(root / "sys/bus/pci/devices" / card.pci / "numa_node"))
+        node = int(_text(root / "sys/bus/pci/devices" / pci / "numa_node"))
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None
