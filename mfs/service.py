@@ -81,6 +81,7 @@ class Service:
             "ssd": await self._ssd_status(),
             "ram": {
                 "used_bytes": memory.used_bytes,
+                "warm_bytes": memory.warm_bytes,
                 "budget_bytes": memory.size_bytes,
                 "slots_count": memory.slots_count,
                 "slots_free": memory.slots_free,

@@ -74,7 +74,8 @@ def _tiers(status: Json) -> Table:
         state = "" if ssd["state"] == "ok" else f"{ssd['state']}; "
         grid.add_row("  SSD", _bar(ssd), _of(ssd), Text(clean(f"{state}{files}, {free} free in {status['cache_dir']}")))
     note = ram["note"] or "huge pages, never swapped out"
-    grid.add_row("  RAM", _bar(ram), _of(ram), f"{count(ram['slots_leased'], 'slot')} in use; {note}")
+    warm = f", {size(ram['warm_bytes'])} kept ready" if ram["warm_bytes"] else ""
+    grid.add_row("  RAM", _bar(ram), _of(ram), f"{count(ram['slots_leased'], 'slot')} in use{warm}; {note}")
     return grid
 
 

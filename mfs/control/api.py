@@ -27,7 +27,8 @@ class DaemonApi(Protocol):
         None, is_dragonfly, listed_directories, last_refresh_at, last_error}], tree: {files_count, bytes} of the
         directories listed so far, cache_dir, ssd: {used_bytes, budget_bytes, free_disk_bytes, objects_count,
         pinned_count, pinned_bytes, sealed_count, sealed_bytes: whole and verified, state, hits_bytes},
-        ram: {used_bytes, budget_bytes, slots_count, slots_free, slots_leased, hits_bytes, note},
+        ram: {used_bytes, warm_bytes: memory kept ready for what comes, beside that, budget_bytes, slots_count,
+        slots_free, slots_leased, hits_bytes, note},
         origin: {fetched_bytes, shared_bytes, requests_count, errors_count, inflight; of sources that have a cache,
         cache_bytes came through it and direct_bytes past it, and it failed cache_faults times}, reads: {count, bytes,
         errors_count, waiting}, open_files, passthrough: {open_files: read by the kernel itself, sealed_count: became

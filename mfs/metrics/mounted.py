@@ -83,6 +83,7 @@ def _add_tiers(families: Families, mount: Mount, ssd: Json) -> None:
     families.counter("mfs_tier_evictions", "Chunks that lost their place.", by[5], ["tier"])
     families.counter("mfs_tier_evicted_bytes", "Bytes that lost their place.", by[6], ["tier"])
     families.gauge("mfs_ram_free_slots", "Slots of 4 MiB that are free.", memory.slots_free)
+    families.gauge("mfs_ram_warm_bytes", "Memory kept ready for what comes, that holds nothing.", memory.warm_bytes)
     families.gauge("mfs_ram_leases", "Holds on chunks in RAM now.", cache.leases_count)
     families.counter("mfs_ram_lost_bytes", "Given up before the SSD had taken them.", counters.lost_bytes)
     families.counter("mfs_ssd_written_bytes", "Written to the SSD tier.", counters.saved_bytes)

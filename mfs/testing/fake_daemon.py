@@ -81,7 +81,7 @@ class FakeDaemon:
                 "note": None,
             },
             "ram": {
-                "used_bytes": used_ram, "budget_bytes": slots_count * CHUNK_BYTES,
+                "used_bytes": used_ram, "warm_bytes": 0, "budget_bytes": slots_count * CHUNK_BYTES,
                 "slots_count": slots_count, "slots_free": slots_count - slots_used, "slots_leased": 0,
                 "hits_bytes": 0, "note": "",
             },

@@ -45,7 +45,8 @@ export function Tiers({ status, rates }) {
           ssd.pinned_count ? `, ${ssd.pinned_count.toLocaleString("en")} pinned (${size(ssd.pinned_bytes)})` : ""}, ${
           size(ssd.free_disk_bytes)} free on its disk`}
       state=${ssd.state === "ok" || isOff ? "" : ssd.state} />
-    <${Tier} name="RAM" kind="ram" tier=${ram} facts=${`${count(ram.slots_leased, "slot")} in use`} state="" />
+    <${Tier} name="RAM" kind="ram" tier=${ram} facts=${`${count(ram.slots_leased, "slot")} in use${
+      ram.warm_bytes ? `, ${size(ram.warm_bytes)} kept ready` : ""}`} state="" />
     <div class="card">
       <h2>Origin</h2>
       <p class="big">${rates ? rate(rates.origin) : "…"}</p>
