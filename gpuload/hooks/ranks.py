@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from gpuload.client import tensors
 from gpuload.client.streaming import stream_transfers
+from gpuload.hooks.counts import counts
 from gpuload.moving.model_files import without
 from gpuload.moving.pipeline import Limits
 from gpuload.moving.plan import Placement, Transfer, plan_transfers
@@ -204,6 +205,7 @@ def _fill(flat: torch.Tensor, turn: Turn, landing: Iterator[tuple[str, torch.Ten
     try:
         for offset in turn.offsets:
             _, tensor = next(landing)
+            counts.add(read_bytes=tensor.nbytes)
             flat[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
             del tensor
         return None
