@@ -16,7 +16,7 @@ import trio
 
 from gpuload.device import canonical_name, card_of
 from gpuload.device.base import Arena, Run
-from gpuload.errors import DeviceLostError
+from gpuload.errors import DeviceLostError, FitError
 from gpuload.moving.kept import KeptFiles
 from gpuload.moving.model_files import without
 from gpuload.moving.plan import Placement
@@ -37,14 +37,18 @@ from mfs.metrics.families import Families, Text
 from mfs.metrics.processes import add_processes
 from mfs.tracing.spans import parse_traceparent
 from mfs.tracing.tracer import Tracer
+from mfs.units import format_size
 
 NAME_LENGTH_MAX = 200
 RULES_MAX = 10_000
 
+MEMORY_WAIT_MAX_S = 600.0
+"""Longest wait that may be asked for; others' loads of that device wait as well."""
+
 PROTOCOL = 3
 """Raised whenever an old client could misread a new server."""
 
-CHANGES = frozenset({"load", "swap", "open", "commit", "unload", "pin"})
+CHANGES = frozenset({"load", "swap", "open", "commit", "unload", "pin", "resize"})
 """Operations that take or give up room, which only the server's own user and root may."""
 
 
@@ -110,7 +114,9 @@ class Operations:
                 _check_digest(model, _text(request, "digest"))
                 return await self._attach(model, self._only(request), {}, peer)
             case "unload":
-                return self._unload(request)
+                return await self._unload(request)
+            case "resize":
+                return await self._resize(request)
             case "pin":
                 model = self._find_one(request)
                 model.is_pinned = _flag(request, "pinned", True)
@@ -192,6 +198,7 @@ class Operations:
             allow_gap=_flag(request, "allow_gap", False),
             is_pinned=_flag(request, "pinned", False),
             retain=retain,
+            wait_s=_seconds(request, "wait_s"),
         )
 
     def _placements(self, swapped: str | None, request: dict[str, Any]) -> list[Placement]:
@@ -285,27 +292,56 @@ class Operations:
         message = {**_summary(model), **extra, "parts": parts, "tensors": table, "metadata": model.metadata}
         return Answer(message, fds, model)
 
-    def _unload(self, request: dict[str, Any]) -> Answer:
+    async def _unload(self, request: dict[str, Any]) -> Answer:
         model = self._find_one(request)
         name, leases = model.name, model.leases_count
         model.retire()
+        for device in model.devices:
+            await self._sites[device].trim()  # whoever asks for this wants the memory
         return Answer({**_where(model), "model": name, "leases": leases, "released": not leases})
+
+    async def _resize(self, request: dict[str, Any]) -> Answer:
+        """Another budget, and perhaps floor, for an arena. What goes back has gone back, and what the floor keeps is
+        there, when this is answered."""
+        site = self._site(request.get("device"))
+        unit, most = site.arena.granule_bytes, site.arena.granules_count
+        budget, floor = _bytes(request, "bytes"), _bytes(request, "floor_bytes", site.floor_count * unit)
+        if budget > most * unit:
+            raise UsageError(
+                f"{format_size(budget)}: the arena on {site.name} was started with {format_size(most * unit)}, which is"
+                " the most it may have; serve with a larger --arena"
+            )
+        if "floor_bytes" in request and floor > budget:
+            raise UsageError(f"a floor of {format_size(floor)} is more than the arena of {format_size(budget)}")
+        evicts, wait_s = _flag(request, "evict", False), _seconds(request, "wait_s")
+        victims = site.catalog.make_budget(budget // unit)
+        if victims and not evicts:
+            names = ", ".join(str(v.name) for v in victims)
+            raise FitError(
+                f"models hold {format_size(site.catalog.granules.taken_count * unit)} of the arena on {site.name};"
+                f" {format_size(budget)} would do without {names}: say --evict, or unload them; nothing was changed"
+            )
+        evicted = [v.name for v in victims]
+        for victim in victims:
+            victim.retire()
+        site.catalog.budget_count = budget // unit  # no checkpoint since the sum
+        site.floor_count = floor // unit
+        await site.trim()
+        await site.fill_floor(wait_s)
+        return Answer({**_sizes(site), "evicted": evicted})
 
     def _status(self) -> dict[str, Any]:
         devices = []
-        for name, site in self._sites.items():
+        for site in self._sites.values():
             memory, catalog = site.device.memory(), site.catalog
-            unit = site.arena.granule_bytes
+            catalog.obtainable_count = memory.free_bytes // site.arena.granule_bytes
             models = [*catalog.models.values(), *catalog.retired]
             devices.append(
                 {
-                    "device": name,
                     "identity": site.device.identity,
                     "device_bytes": memory.total_bytes,
                     "device_free_bytes": memory.free_bytes,
-                    "arena_bytes": site.arena.granules_count * unit,
-                    "arena_free_bytes": catalog.granules.free_count * unit,
-                    "arena_room_bytes": catalog.room_count * unit,
+                    **_sizes(site),
                     "loads": site.waiting_count,
                     "gauges": catalog.gauges(),
                     "models": [{**_summary(m), "bytes_here": _bytes_here(m, catalog)} for m in models],
@@ -392,6 +428,23 @@ def _runs(blocks: Sequence[Block], unit: int) -> tuple[list[Run], list[int]]:
     return runs, begins
 
 
+def _sizes(site: Site) -> dict[str, Any]:
+    """An arena's bytes. free: of the budget, what no model holds; evictable: what goes with models
+    that may go; room: what can be had with that, of the budget and of the device."""
+    unit, catalog = site.arena.granule_bytes, site.catalog
+    counts = {
+        "arena": catalog.budget_count,
+        "arena_most": site.arena.granules_count,
+        "arena_floor": min(site.floor_count, catalog.budget_count),
+        "arena_committed": catalog.granules.present_count,
+        "arena_used": catalog.granules.taken_count,
+        "arena_free": catalog.budget_count - catalog.granules.taken_count,
+        "arena_evictable": catalog.evictable_count,
+        "arena_room": catalog.room_count,
+    }
+    return {"device": site.name, **{f"{name}_bytes": count * unit for name, count in counts.items()}}
+
+
 def _where(model: Model) -> dict[str, Any]:
     """'device': for people, and as ever where there is one."""
     return {"device": ",".join(model.devices), "devices": model.devices}
@@ -472,6 +525,20 @@ def _text(request: dict[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{key!r} must be a text")
     return value[:500]
+
+
+def _bytes(request: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = request.get(key, default)
+    if type(value) is not int or not 0 <= value < 1 << 60:
+        raise UsageError(f"{key!r} must be a number of bytes")
+    return value
+
+
+def _seconds(request: dict[str, Any], key: str) -> float:
+    value = request.get(key, 0.0)
+    if type(value) not in (int, float) or not 0 <= value <= MEMORY_WAIT_MAX_S:
+        raise UsageError(f"{key!r} must be a number of seconds, {MEMORY_WAIT_MAX_S:.0f} at most")
+    return float(value)
 
 
 def _flag(request: dict[str, Any], key: str, default: bool) -> bool:

@@ -45,6 +45,8 @@ class Job:
     """If both do not fit, give up the old model first; a failure then leaves neither."""
     is_pinned: bool = False
     retain: str = "lru"
+    wait_s: float = 0.0
+    """Longest wait for memory of a device that others still hold."""
     timing: Timing | None = None
     """Told where the time goes, if somebody asks."""
     span: Span | None = None
