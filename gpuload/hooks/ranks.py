@@ -16,6 +16,7 @@ long a rank waits for one that is gone is the group's own deadline.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -183,9 +184,10 @@ def _in_turns(
     own = [transfers[i] for turn in turns if turn.rank == group.rank for i in turn.members]
     landing = stream_transfers(shards, own, limits)
     try:
+        begun = _begun(landing)
         for turn in turns:
             flat = torch.empty(turn.nbytes, dtype=torch.uint8, device=device)
-            failure = _fill(flat, turn, landing) if turn.rank == group.rank else None
+            failure = _fill(flat, turn, begun) if turn.rank == group.rank else None
             group.broadcast(flat, turn.rank)
             if failure is not None:
                 raise failure
@@ -197,6 +199,21 @@ def _in_turns(
     finally:
         landing.close()  # type: ignore[attr-defined]
         close_shards(shards)
+
+
+def _begun(landing: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, at work by now; what went wrong comes with the first, when the others listen."""
+    try:
+        return itertools.chain([next(landing)], landing)
+    except StopIteration:
+        return landing
+    except Exception as error:
+        return _failing(error)
+
+
+def _failing(error: Exception) -> Iterator[tuple[str, torch.Tensor]]:
+    raise error
+    yield
 
 
 def _fill(flat: torch.Tensor, turn: Turn, landing: Iterator[tuple[str, torch.Tensor]]) -> Exception | None:
