@@ -293,9 +293,9 @@ class FaultyDevice:
     def open_stream(self) -> Stream:
         return _GatedStream(self._inner.open_stream(), self._gate)
 
-    def alloc_staging(self, nbytes: int) -> Staging:
+    def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> Staging:
         self.staging_count += 1
-        return _CountedStaging(self._inner.alloc_staging(nbytes), self)
+        return _CountedStaging(self._inner.alloc_staging(nbytes, is_locked=is_locked), self)
 
     def reserve_arena(self, nbytes: int) -> Arena:
         return self._inner.reserve_arena(nbytes)
@@ -328,7 +328,7 @@ class FaultyDevice:
 class _CountedStaging:
     def __init__(self, inner: Staging, device: FaultyDevice) -> None:
         self._inner, self._device = inner, device
-        self.address, self.view = inner.address, inner.view
+        self.address, self.view, self.lock = inner.address, inner.view, inner.lock
 
     def close(self) -> None:
         self._device.staging_count -= 1

@@ -74,6 +74,13 @@ class Staging(Protocol):
     address: int
     view: memoryview
 
+    def lock(self, nbytes: int) -> None:
+        """See that the first `nbytes` are page-locked: before a stream copies from them, and while none does.
+
+        Raises: DeviceError if the driver refuses.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -151,7 +158,9 @@ class Device(Protocol):
 
     def open_stream(self) -> Stream: ...
 
-    def alloc_staging(self, nbytes: int) -> Staging: ...
+    def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> Staging:
+        """is_locked=False: `Staging.lock` does it, once somebody has filled it and so touched its pages."""
+        ...
 
     def reserve_arena(self, nbytes: int) -> Arena:
         """Addresses for so much; no memory. Raises: DeviceError."""

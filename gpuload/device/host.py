@@ -116,13 +116,17 @@ class HostStream:
 
 
 class HostStaging:
-    """See `base.Staging`. Ordinary memory, touched once so that no page fault falls into a copy."""
+    """See `base.Staging`. Ordinary memory; touched once, no page fault falls into a copy."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, is_touched: bool) -> None:
         self._map = mmap.mmap(-1, max(nbytes, 1))
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        ctypes.memset(self.address, 0, nbytes)
+        if is_touched:
+            ctypes.memset(self.address, 0, nbytes)
+
+    def lock(self, nbytes: int) -> None:
+        return None
 
     def close(self) -> None:
         self.view.release()
@@ -249,8 +253,8 @@ class HostDevice:
     def open_stream(self) -> HostStream:
         return HostStream()
 
-    def alloc_staging(self, nbytes: int) -> HostStaging:
-        return HostStaging(nbytes)
+    def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> HostStaging:
+        return HostStaging(nbytes, is_touched=is_locked)
 
     def reserve_arena(self, nbytes: int) -> HostArena:
         return HostArena(nbytes, self.granule_bytes)

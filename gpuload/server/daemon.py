@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import resource
@@ -68,6 +69,9 @@ HEALTH_S = 5.0
 ACCEPT_PAUSE_S = 0.2
 """After a failed accept, before the next: long enough not to spin, short enough not to be noticed."""
 
+GARBAGE_COUNT = 100_000
+"""Objects made until the collector looks for circles: a table is that many that stay, and looking at them again and
+again while it is made took as long as making it."""
 
 READERS_COUNT = max(2, min(20, os.cpu_count() or 2))
 """Threads that read and hash. At 10 and 4.3 GB/s each takes 3 GB/s to the device: eighteen fill a link of 55."""
@@ -429,6 +433,7 @@ def run(config: ServerConfig, open_one: Callable[[str], Device], on_ready: Calla
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a 16 GB model on CUDA is handed out as 2000 descriptors
 
+    gc.set_threshold(GARBAGE_COUNT)
     must: list[Callable[[], object]] = []
     ends: list[threading.Timer] = []
 

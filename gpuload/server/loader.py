@@ -89,7 +89,7 @@ class Loader:
             began_ns = now_ns()
             work = await self._think(lambda: Work(job, transfers, sites))
             await self._recall(work)
-            model = self._resident(work) if work.is_known else None
+            model = await self._resident(work) if work.is_known else None
             if model is None:
                 model = await self._bring(work, began_ns)
             work.report.seconds = time.monotonic() - began
@@ -144,10 +144,13 @@ class Loader:
         await work.job.files.call(tell)
         await self._think(work.learn)
 
-    def _resident(self, work: Work) -> Model | None:
+    async def _resident(self, work: Work) -> Model | None:
         """The model that already is what the job asks for, if there is one. All digests must be known."""
         job = work.job
         catalogs = [part.site.catalog for part in work.parts]
+        if not any(catalog.models for catalog in catalogs):
+            return None
+        await self._think(work.find_content)
         assert work.content is not None
         _, content = work.content
         if job.name is None:
@@ -174,7 +177,7 @@ class Loader:
                     with _traced(work.job, "hash"):
                         await self._hash_pass(work, unsure, source)
                     await self._remember(work, began_ns)
-                    model = self._resident(work) if work.is_known else None
+                    model = await self._resident(work) if work.is_known else None
                     if model is not None:
                         return model
                 was_known = work.is_known
@@ -183,10 +186,12 @@ class Loader:
                     async with trio.open_nursery() as nursery:
                         for part in work.parts:
                             nursery.start_soon(self._fill, work, part, source)
+                        table = await self._think(work.table)  # what needs no bytes, while these are on their way
+                        await self._think(work.describe)
             await self._remember(work, began_ns)
-            model = None if was_known else self._resident(work)
+            model = None if was_known else await self._resident(work)
             if model is None:
-                table = await self._think(work.table)
+                await self._think(work.find_content)
                 for part in work.parts:
                     await self._complete(part)
                 return self._publish(work, table)
