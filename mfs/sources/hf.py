@@ -78,7 +78,7 @@ class HfSource:
         self._addresses: dict[tuple[str, str], _Address] = {}
         self._asking: dict[tuple[str, str], threading.Lock] = {}
         """Held by who asks for a file's address; others that want the same file wait for his answer."""
-        self._last_tree: tuple[str, list[Page]] | None = None
+        self._last_tree: tuple[str, tuple[Page, ...]] | None = None
         """A commit, and what `_tree` found of it."""
         self._guard = threading.Lock()
         """Around changes of both tables, never while the Hub is asked."""
@@ -96,7 +96,7 @@ class HfSource:
         where = f"hf://{self._repo}@{self._revision}"
         commit, is_gated = self._pin(where, deadline_s)
         listed = self._tree(commit, where, deadline_s)
-        found = iter(listed)
+        found: Iterator[Page] = iter(listed)
         if self._is_cache:
             found = iter(hf_cache.cache_pages(found, where, self._revision, commit))
         pages = [page for page in found if not path or page[0] == path or page[0].startswith(f"{path}/")]
@@ -106,7 +106,7 @@ class HfSource:
             self._check_access(commit, listed, where, deadline_s)
         yield from pages
 
-    def _tree(self, commit: str, where: str, deadline_s: float) -> list[Page]:
+    def _tree(self, commit: str, where: str, deadline_s: float) -> tuple[Page, ...]:
         """All directories of a commit, which never change: the last one's are kept, unless they are large."""
         last = self._last_tree
         if last is not None and last[0] == commit:
@@ -121,7 +121,7 @@ class HfSource:
             trail.see(reply.body if count else b"")
             following = next_url(reply.headers, answered.url)
             page = self._page_at(following, answered) if following else None
-        pages = list(tree.pages())
+        pages = tuple(tree.pages())
         is_small = sum(len(entries) for _, entries in pages) <= KEPT_NAMES_MAX
         self._last_tree = (commit, pages) if is_small else None
         return pages
