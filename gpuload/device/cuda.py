@@ -1,8 +1,9 @@
 """A CUDA device. With `driver.py` the only place that knows CUDA. NOT YET RUN ON A GPU; see driver.py for what was.
 
-Arenas are made of separate physical granules (cuMemCreate), mapped side by side for their owner. A client imports the
-granules of its model as file descriptors and maps them, read-only, in the order of its layout: no address has to match
-between processes, no legacy IPC handle is involved, and PID namespaces do not matter.
+Arenas are separate physical granules (cuMemCreate), made when they are needed, given back when they are not, and
+mapped side by side for their owner. A client imports the granules of its model as file descriptors and maps them,
+read-only, in the order of its layout: no address has to match between processes, no legacy IPC handle is involved, and
+PID namespaces do not matter.
 Source: CUDA Driver API, chapter Virtual Memory Management.
 """
 
@@ -16,13 +17,17 @@ from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
 
 from gpuload.device import driver as cu
-from gpuload.device.base import Memory, Run
-from gpuload.device.cards import mps_is_there
+from gpuload.device.base import Holder, Memory, Run, whole
+from gpuload.device.cards import holders_of, mps_is_there
 from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
+from mfs.units import format_size
 
 GRANULE_BYTES = 8 << 20
 """Four times the hardware's smallest: 2,000 imports and mappings for a 16 GB model rather than 8,000, for a waste below
 one granule per block. Not yet measured."""
+
+LOCKED_BYTES_MIN = 2 << 20
+"""Of staging that is page-locked as it is used: one huge page, 0.2 ms, for who loads little."""
 
 CLOSE_S = 60.0
 """Longest wait for what is queued when a stream ends; no copy of ours takes a second."""
@@ -111,25 +116,42 @@ class CudaStaging:
     """See `base.Staging`. Huge pages, touched and then page-locked, for every context: a fifth of what cudaHostAlloc
     takes for as much (NVIDIA/cudf#23457: 1.55 s and 7.9 s for 16 GiB)."""
 
-    def __init__(self, device: CudaDevice, nbytes: int) -> None:
+    def __init__(self, device: CudaDevice, nbytes: int, *, is_locked: bool) -> None:
         self._device = device
-        size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._bytes = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map = mmap.mmap(-1, self._bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without huge pages: small ones do
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        ctypes.memset(self.address, 0, size)
-        try:
-            device.call("cuMemHostRegister_v2", self.address, size, cu.MEMHOSTREGISTER_PORTABLE)
-        except BaseException:
-            self._map.close()
-            raise
+        self._locked_bytes = 0
+        if is_locked:
+            ctypes.memset(self.address, 0, self._bytes)
+            try:
+                self.lock(self._bytes)
+            except BaseException:
+                self._map.close()
+                raise
         self.view = memoryview(self._map)[:nbytes]
+
+    def lock(self, nbytes: int) -> None:
+        """See `base.Staging.lock`. A little of it at first, where that is enough; one range in any case, since no copy
+        may cross two."""
+        if nbytes <= self._locked_bytes:
+            return
+        wanted = min(self._bytes, LOCKED_BYTES_MIN) if nbytes <= LOCKED_BYTES_MIN else self._bytes
+        self._unlock()
+        self._device.call("cuMemHostRegister_v2", self.address, wanted, cu.MEMHOSTREGISTER_PORTABLE)
+        self._locked_bytes = wanted
+
+    def _unlock(self) -> None:
+        if self._locked_bytes:
+            self._locked_bytes = 0
+            self._device.give_back("cuMemHostUnregister", self.address)
 
     def close(self) -> None:
         if self.address:
             self.view.release()
-            self._device.give_back("cuMemHostUnregister", self.address)
+            self._unlock()
             self.address = 0
             with contextlib.suppress(BufferError):  # a failed read's traceback may hold a part of it a while longer
                 self._map.close()
@@ -150,8 +172,7 @@ class _Mapped:
         self._mapped_count += 1
 
     def allow(self, access: int) -> None:
-        description = cu.MemAccessDesc(cu.MemLocation(cu.LOCATION_TYPE_DEVICE, self._device.index), access)
-        self._device.call("cuMemSetAccess", self.address, self.nbytes, ctypes.byref(description), 1)
+        self._device.call("cuMemSetAccess", self.address, self.nbytes, self._device.access(access), 1)
 
     def close(self) -> None:
         if not self.address:
@@ -168,19 +189,71 @@ class CudaArena:
     def __init__(self, device: CudaDevice, granules_count: int) -> None:
         self._device = device
         self.granule_bytes, self.granules_count = device.granule_bytes, granules_count
-        self._handles: list[int] = []
-        self._mapped = _Mapped(device, granules_count)
-        self.address = self._mapped.address
+        self._handles: dict[int, int] = {}
+        """By granule, of those that are mapped."""
+        self.address = device.number("cuMemAddressReserve", c_ulonglong, self._nbytes, 0, 0, 0)
+
+    @property
+    def _nbytes(self) -> int:
+        return self.granules_count * self.granule_bytes
+
+    def commit(self, runs: Sequence[Run]) -> None:
+        nbytes = sum(count for _, count in runs) * self.granule_bytes
+        free = self._device.memory().free_bytes
+        if nbytes > free:
+            raise FitError(
+                f"{format_size(nbytes)} more do not fit {self._device.name}: {format_size(free)} are free",
+                shortfall_bytes=nbytes - free,
+                waits=True,
+            )
         try:
-            for _ in range(granules_count):
-                properties = ctypes.byref(device.properties)
-                handle = device.number("cuMemCreate", c_ulonglong, self.granule_bytes, properties, 0)
-                self._handles.append(handle)
-                self._mapped.add(handle)
-            self._mapped.allow(cu.ACCESS_READWRITE)
-        except BaseException:
-            self.close()
+            with self._device.current():
+                for run in runs:
+                    self._commit(*run)
+        except BaseException as error:
+            self.release(runs)
+            if isinstance(error, DeviceError) and error.code == cu.ERROR_OUT_OF_MEMORY:
+                text = (
+                    f"{format_size(nbytes)} more of {self._device.name}: {error}, though {format_size(free)} were free"
+                )
+                raise FitError(text, shortfall_bytes=1, waits=True) from None
             raise
+
+    def _commit(self, first: int, count: int) -> None:
+        driver, unit = self._device.driver, self.granule_bytes
+        properties = ctypes.byref(self._device.properties)
+        for granule in range(first, first + count):
+            handle = driver.number("cuMemCreate", c_ulonglong, unit, properties, 0)
+            try:
+                driver.call("cuMemMap", self.address + granule * unit, unit, 0, handle, 0)
+            except BaseException:
+                self._device.give_back("cuMemRelease", handle)
+                raise
+            self._handles[granule] = handle
+        driver.call(
+            "cuMemSetAccess", self.address + first * unit, count * unit, self._device.access(cu.ACCESS_READWRITE), 1
+        )
+
+    def release(self, runs: Sequence[Run]) -> None:
+        refused: list[DeviceError] = []
+        with self._device.current():
+            for first, count in runs:
+                for granule in range(first, first + count):
+                    handle = self._handles.pop(granule, None)
+                    if handle is not None:
+                        self._release(granule, handle, refused)
+        if refused:
+            raise refused[0]
+
+    def _release(self, granule: int, handle: int, refused: list[DeviceError]) -> None:
+        at = self.address + granule * self.granule_bytes
+        for name, args in (("cuMemUnmap", (at, self.granule_bytes)), ("cuMemRelease", (handle,))):
+            try:
+                self._device.driver.call(name, *args)
+            except DeviceLostError:  # nothing is there any more that could be ended
+                pass
+            except DeviceError as error:  # the others go back all the same
+                refused.append(error)
 
     def export(self, runs: Sequence[Run]) -> list[int]:
         from gpuload.wire import close_all
@@ -188,8 +261,8 @@ class CudaArena:
         fds: list[int] = []
         try:
             for first, count in runs:
-                for handle in self._handles[first : first + count]:
-                    kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+                for granule in range(first, first + count):
+                    kind, handle = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, self._handles[granule]
                     fds.append(self._device.number("cuMemExportToShareableHandle", c_int, handle, kind, 0))
         except BaseException:
             close_all(fds)
@@ -197,9 +270,10 @@ class CudaArena:
         return fds
 
     def close(self) -> None:
-        self._mapped.close()
-        while self._handles:
-            self._device.give_back("cuMemRelease", self._handles.pop())
+        if self.address:
+            self.release([(0, self.granules_count)])
+            self._device.give_back("cuMemAddressFree", self.address, self._nbytes)
+            self.address = 0
 
 
 class CudaMapping:
@@ -295,17 +369,22 @@ class CudaDevice:
     def open_stream(self) -> CudaStream:
         return CudaStream(self)
 
-    def alloc_staging(self, nbytes: int) -> CudaStaging:
-        return CudaStaging(self, nbytes)
+    def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> CudaStaging:
+        return CudaStaging(self, nbytes, is_locked=is_locked)
+
+    def access(self, flags: int) -> object:
+        """As cuMemSetAccess takes it: this card's own."""
+        return ctypes.byref(cu.MemAccessDesc(cu.MemLocation(cu.LOCATION_TYPE_DEVICE, self.index), flags))
+
+    def reserve_arena(self, nbytes: int) -> CudaArena:
+        self._check_shared()
+        return CudaArena(self, nbytes // self.granule_bytes)
 
     def create_arena(self, nbytes: int) -> CudaArena:
-        self._check_shared()
-        free = self.memory().free_bytes
-        if nbytes > free:
-            raise FitError(
-                f"an arena of {nbytes} bytes does not fit {self.name}: {free} bytes free", shortfall_bytes=nbytes - free
-            )
-        return CudaArena(self, nbytes // self.granule_bytes)
+        return whole(self.reserve_arena(nbytes))
+
+    def holders(self) -> Sequence[Holder]:
+        return holders_of(self.identity)
 
     def _check_shared(self) -> None:
         """Raises: DeviceError if nobody could attach beside us."""

@@ -12,7 +12,6 @@ import hashlib
 import logging
 import mmap
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,8 +29,6 @@ from mfs.errors import StoreError
 from mfs.fetch.retry import telling
 from mfs.safetensors import parse_header
 from mfs.sources.base import Moved, Source
-from mfs.tracing.export import Exporter
-from mfs.tracing.spans import Row
 from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.frames import Frame, object_from_wire
 from mfs.workers.tier import Parts, Tier
@@ -49,8 +46,6 @@ class Jobs:
     def __init__(self, sources: Sequence[Source], tier: Tier) -> None:
         self._sources = sources
         self._tier = tier
-        self._exporter: Exporter | None = None
-        self._exporting = threading.Lock()
         self._sums = ModelSums()
 
     @property
@@ -380,16 +375,6 @@ class Jobs:
         return {"checked_bytes": checked, "bad": bad}
 
     # -- the mount
-
-    def export_spans(self, *, rows: list[Row], emit: Emit) -> Frame:
-        """Send spans that have ended, of the daemon and of all workers, to the collector of traces. {}
-
-        Here, since encoding them takes an interpreter for milliseconds.
-        """
-        with self._exporting:
-            exporter = self._exporter = self._exporter or Exporter("mfs")
-        exporter.export(rows)
-        return {}
 
     def stat_path(self, *, path: str, emit: Emit) -> Frame:
         """os.stat of a path, asked from here because the daemon must never touch its own mount. {st_dev}"""
