@@ -79,12 +79,6 @@ def index_of(driver: cu.Driver, identity: str) -> int:
     return seen.index(identity)
 
 
-def _pci_at(driver: cu.Driver, ordinal: int) -> str:
-    attributes = (cu.ATTRIBUTE_PCI_DOMAIN_ID, cu.ATTRIBUTE_PCI_BUS_ID, cu.ATTRIBUTE_PCI_DEVICE_ID)
-    domain, bus, slot = (driver.number("cuDeviceGetAttribute", c_int, one, ordinal) for one in attributes)
-    return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
-
-
 def _card(driver: cu.Driver, index: int) -> Card:
     ordinal = driver.number("cuDeviceGet", c_int, index)
 
@@ -100,8 +94,15 @@ def _card(driver: cu.Driver, index: int) -> Card:
         compute_mode=ask(cu.ATTRIBUTE_COMPUTE_MODE),
         has_ecc=bool(ask(cu.ATTRIBUTE_ECC_ENABLED)),
         exports_descriptors=bool(ask(cu.ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED)),
-        pci=_pci_at(driver, ordinal),
+        pci=pci_of(driver, ordinal),
     )
+
+
+def pci_of(driver: cu.Driver, ordinal: int) -> str:
+    """'0000:65:00.0', as sysfs calls a card. Raises: DeviceError."""
+    wanted = (cu.ATTRIBUTE_PCI_DOMAIN_ID, cu.ATTRIBUTE_PCI_BUS_ID, cu.ATTRIBUTE_PCI_DEVICE_ID)
+    domain, bus, slot = (driver.number("cuDeviceGetAttribute", c_int, attribute, ordinal) for attribute in wanted)
+    return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
 
 
 def bus_of(card: Card, root: Path = Path("/")) -> Bus | None:
@@ -113,24 +114,6 @@ def bus_of(card: Card, root: Path = Path("/")) -> Bus | None:
     except (OSError, ValueError, IndexError):
         return None
     return Bus(_GT_S.get(speeds[0], 0), lanes[0], _GT_S.get(speeds[1], 0), lanes[1]) if all(lanes) else None
-
-
-def node_at(driver: cu.Driver, ordinal: int) -> int | None:
-    """As `numa_node_of`, of the card that the driver calls so."""
-    return _node_of(_pci_at(driver, ordinal), Path("/"))
-
-
-def numa_node_of(card: Card, root: Path = Path("/")) -> int | None:
-    """The memory node that a card hangs at; None where there is but one, or nobody says."""
-    return _node_of(card.pci, root)
-
-
-def _node_of(pci: str, root: Path) -> int | None:
-    try:
-        node = int(_text(root / "sys/bus/pci/devices" / pci / "numa_node"))
-    except (OSError, ValueError):
-        return None
-    return node if node >= 0 else None
 
 
 def mps_is_there() -> bool:

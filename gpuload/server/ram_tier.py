@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import trio
 
 from gpuload.device.base import Device, Run, Staging
-from gpuload.device.numa import on_node
+from gpuload.device.nodes import on_node
 from gpuload.errors import DeviceError, DeviceLostError
 from gpuload.server.digest_files import Digest
 from gpuload.server.granules import RunSet

@@ -19,7 +19,7 @@ import torch
 from gpuload.client.asking import ask, load_resident
 from gpuload.client.attached import attach
 from gpuload.device.host import HostDevice, HostStream
-from gpuload.device.numa import on_node
+from gpuload.device.nodes import on_node
 from gpuload.errors import DeviceError, FitError
 from gpuload.server import loader, ram_tier
 from gpuload.server.daemon import ServerConfig
