@@ -27,6 +27,7 @@ from typing import Any
 
 from gpuload.hooks.counts import counts
 from gpuload.hooks.resident import attach_file, is_away, is_copied, tell_once
+from mfs.errors import UsageError
 
 KNOWN_MAX = 1 << 17
 """Open files, and slices not yet dropped with their file, that are remembered; an older one falls back to the library.
@@ -208,6 +209,7 @@ def install() -> None:
     opened: Any = safetensors.safe_open
     real = {n: getattr(opened, n) for n in ("__init__", "__exit__", "get_tensor", "get_slice")}
     real_get_tensors = getattr(opened, "get_tensors", None)  # since 0.8
+    real_prefetch = getattr(opened, "prefetch", None)  # since 0.9
     slice_type = _slice_type(opened)
     real_getitem = slice_type.__getitem__
 
@@ -245,10 +247,16 @@ def install() -> None:
         tensor = _or_library(file, name, lambda: None, key)
         return real_getitem(self, key) if tensor is None else tensor
 
+    def prefetch(self: Any, plan: Any = None, *, device: Any = None, threads: int = 8) -> Any:
+        made = _prefetched(self, plan, device)
+        return real_prefetch(self, plan, device=device, threads=threads) if made is None else made  # type: ignore[misc]
+
     opened.__init__, opened.__exit__ = __init__, __exit__
     opened.get_tensor, opened.get_slice = get_tensor, get_slice
     if real_get_tensors is not None:
         opened.get_tensors = get_tensors
+    if real_prefetch is not None:
+        opened.prefetch = prefetch
     slice_type.__getitem__ = __getitem__
     os.register_at_fork(after_in_child=_start_afresh)
     _is_installed = True
@@ -261,6 +269,23 @@ def _or_library(file: _File | None, name: str, library: Callable[[], Any], key: 
         return library()
     counts.add(served=1)
     return tensor
+
+
+def _prefetched(opened: Any, plan: Any, device: Any) -> Any:
+    """A loader of the server's tensors; None leaves it to the library."""
+    from safetensors import SafetensorError
+
+    from gpuload.hooks import prefetched
+
+    file = _files.get(opened)
+    place = None if file is None else file.device if device is None else _canonical(device)
+    if file is None or place is None or not place.startswith("cuda"):  # it loads to no other
+        return None
+    names = prefetched.plan_of(plan, {name: opened.get_tensor_meta(name).shape for name in opened.offset_keys()})
+    held = attach_file(file.path, place, seen=file._seen) if names is not None else None
+    if names is None or held is None:
+        return None
+    return prefetched.Prefetched(held, names, place, SafetensorError)
 
 
 def _slice_type(opened: Any) -> Any:
@@ -277,14 +302,23 @@ def _slice_type(opened: Any) -> Any:
 
 def _served(filename: Any = None, framework: Any = None, device: Any = "cpu", **_: Any) -> _File | None:
     """What to serve for these arguments of safe_open; None leaves it to the library."""
-    from gpuload.device import canonical_name
-
-    if framework not in _NAMES or is_away():
+    place = _canonical(device)
+    if framework not in _NAMES or place is None or is_away():
         return None
     try:
-        file = _File(os.fspath(filename), canonical_name(device if isinstance(device, int) else str(device)))
+        file = _File(os.fspath(filename), place)
         return file if file.nbytes >= _small_bytes() else None
-    except Exception:  # another kind of device, or a name the library has already refused
+    except Exception:  # a name the library has already refused
+        return None
+
+
+def _canonical(device: Any) -> str | None:
+    """As `canonical_name`; None for another kind of device."""
+    from gpuload.device import canonical_name
+
+    try:
+        return canonical_name(device if isinstance(device, int) else str(device))
+    except UsageError:
         return None
 
 
