@@ -14,6 +14,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
@@ -193,13 +194,12 @@ class Jobs:
         return {}
 
     def usage(self, *, emit: Emit) -> Frame:
-        """{used_bytes, objects_count, free_disk_bytes} of the SSD tier."""
+        """What `Usage` has, and free_disk_bytes, of the SSD tier."""
         tier, tables = self._ssd()
         usage = tables.usage()
         disk = os.statvfs(tier.config.directory)
         return {
-            "used_bytes": usage.used_bytes,
-            "objects_count": usage.objects_count,
+            **asdict(usage),
             "free_disk_bytes": disk.f_bavail * disk.f_frsize,
         }
 
@@ -284,6 +284,10 @@ class Jobs:
     def fill_page_cache(self, *, obj: list[Any], chunks: Sequence[int], emit: Emit) -> Frame:
         """Read chunks of a sealed object into the page cache, as far as half of the free memory goes. {bytes}"""
         return {"bytes": page_cache.fill(self._ssd()[0], object_from_wire(obj), chunks)}
+
+    def page_cache_front(self, *, obj: list[Any], first: int, filled: int, emit: Emit) -> Frame:
+        """{front} of a sealed object, see `page_cache.front`."""
+        return {"front": page_cache.front(self._ssd()[0], object_from_wire(obj), first, filled)}
 
     def scrub(self, *, after: str, emit: Emit) -> Frame:
         """Verify the sealed object that comes after a cache_id ('' for the first); a bad one is removed.
