@@ -22,7 +22,7 @@ from typing import Protocol, runtime_checkable
 
 from mfs import logs
 from mfs.cache.chunk_places import ChunkPlaces
-from mfs.cache.ram import Piece, mapped
+from mfs.cache.pieces import Common, Piece, mapped
 from mfs.cache.ssd import SsdConfig
 from mfs.errors import MfsError, to_wire
 from mfs.fetch.retry import taken_counts
@@ -179,8 +179,9 @@ def _do(jobs: Jobs, operation: str, arguments: Frame, emit: Callable[[Frame], No
         result = getattr(jobs, operation)(**arguments, emit=emit)
         return result
     to_fill = arguments["mask"] if operation in _FILLS else 0
-    with mapped(arguments.pop("piece"), to_fill=to_fill) as piece:
-        result = getattr(jobs, operation)(**arguments, piece=piece, emit=emit)
+    piece, common = arguments.pop("piece")
+    with mapped(piece, to_fill=to_fill, common=common) as view:
+        result = getattr(jobs, operation)(**arguments, piece=view, emit=emit)
     return result
 
 
@@ -239,8 +240,11 @@ class _Sender:
 
 
 def _receive(channel: socket.socket) -> Iterator[Frame]:
-    """Orders; in place of the daemon's own descriptor each `piece` has the one that came with it, to be closed."""
+    """Orders. Each `piece` has, in place of the daemon's own descriptor, the one that came with it, to be closed; and
+    beside it the common file, if it is there.
+    """
     decoder, came = Decoder(), deque[int]()
+    common: Common | None = None
     while True:
         try:
             data, fds, _, _ = socket.recv_fds(channel, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
@@ -251,7 +255,12 @@ def _receive(channel: socket.socket) -> Iterator[Frame]:
         came.extend(fds)  # with the first byte of its order, and never two in one message
         for frame in decoder.feed(data):
             if "piece" in frame:
-                frame["piece"] = Piece(came.popleft(), *frame["piece"][1:])
+                piece = Piece(*frame["piece"])
+                if piece.fd >= 0:
+                    piece = piece._replace(fd=came.popleft())
+                if piece.stays and piece.fd >= 0:
+                    common, piece = Common(piece.fd), piece._replace(fd=-1)
+                frame["piece"] = piece, common if piece.stays else None
             yield frame
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from mfs import limits
-from mfs.cache.ram import SLOTS_COUNT_MIN, Piece, Place, RamConfig, RamFile, RamTier, mapped
+from mfs.cache.pieces import Piece, mapped
+from mfs.cache.ram import SLOTS_COUNT_MIN, Place, RamConfig, RamFile, RamTier
 from mfs.errors import ConfigError, TransientStoreError
 from mfs.testing import ramp
 from mfs.types import CHUNK_BYTES
@@ -241,6 +242,7 @@ def test_a_budget_beyond_the_machine_is_refused(budget_bytes: int) -> None:
 
 _BORROWER = """
 import mmap, os, sys
+from mfs.cache.pieces import *
 from mfs.cache.ram import *
 if {uid}:
     os.setgroups([]); os.setgid({uid}); os.setuid({uid})
