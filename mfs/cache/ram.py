@@ -34,7 +34,8 @@ from mfs.types import CHUNK_BYTES
 SLOTS_COUNT_MIN = 16
 """Fewer cannot hold the readers, fills and SSD writes of even one stream."""
 
-_WARM_MAX = 256  # pieces kept without a user: what a load takes before its first chunks are on SSD and give theirs up
+_WARM_MAX = 256  # pieces kept without a user
+_WARM_AHEAD_MAX = 160  # touched for the first load: at 1 GiB what it takes before its chunks are on SSD and read
 _SLACK_BYTES = 64 << 20  # of the tmpfs beyond the budget: a borrower who touches what he was not lent takes memory
 _OTHER_DESCRIPTORS = 512  # of the daemon: sockets, workers, logs
 _MAPPINGS_MAX = 65530  # vm.max_map_count's default
@@ -290,7 +291,7 @@ class RamTier:
         It is to be given back by `give`. Raises: StoreError if that file cannot be had.
         """
         used_count = self._common.slots_count if self._common is not None else 0
-        if self._is_cooled or len(self._warm) >= min(_WARM_MAX - used_count, self.slots_free):
+        if self._is_cooled or len(self._warm) >= min(_WARM_AHEAD_MAX - used_count, self.slots_free):
             return None
         return self._in_common(warm=False)
 
