@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mfs import limits
+from mfs import limits, mapping
 from mfs.cache.pieces import Piece, mapped
 from mfs.cache.ram import SLOTS_COUNT_MIN, Place, RamConfig, RamFile, RamTier
 from mfs.errors import ConfigError, TransientStoreError
@@ -140,6 +140,16 @@ def test_what_is_touched_ahead_fits_into_the_budget(memory: RamTier) -> None:
     assert memory.slots_used == 1
     assert memory.take_common().start in seen
     assert memory.warm_up() is None
+
+
+@pytest.mark.parametrize("advice", [mapping._MADV_POPULATE_WRITE, 9999], ids=["asked for", "unknown to the kernel"])
+def test_memory_is_there_before_anybody_fills_it(memory: RamTier, advice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapping, "_MADV_POPULATE_WRITE", advice)
+    obj = memory.open(CHUNK_BYTES)
+    view = mapping.map_file(obj.fd, CHUNK_BYTES, writable=True)
+    assert memory_of(obj) == 0
+    mapping.populate(view)
+    assert memory_of(obj) == CHUNK_BYTES
 
 
 def test_the_page_behind_the_end_is_zeros(memory: RamTier) -> None:
