@@ -33,6 +33,8 @@ _LOOK_S, _LOOK_MAX_S = 0.02, 0.5
 _STILL_S = 10.0
 _LEAST_CHUNKS = 4
 """That a reader must have taken first. A look at a header is less, also where the disk's read-ahead is 8 MiB."""
+_GAP_CHUNKS = 4
+"""Left to the reader and the kernel's read-ahead, if nothing is filled yet: side by side they would wait for each other."""
 _WINDOW_CHUNKS, _WINDOWS = 16, 2
 _AT_ONCE = 2  # orders for one window
 
@@ -132,8 +134,8 @@ class Course:
         if self._began is None or self.front < self._due:
             return range(0)
         window = min(self.front - self._began, _WINDOW_CHUNKS)
-        start = max(self.filled, self.front)
-        if start >= count or start + window > self.front + _WINDOWS * window:
+        start = self.filled if self.filled > self.front else self.front + _GAP_CHUNKS
+        if start >= count or start + window > self.front + _GAP_CHUNKS + _WINDOWS * window:
             self._due = self._left_out[0] + 1 if self._left_out else count
             return range(0)
         self.filled = min(start + window, count)
