@@ -36,6 +36,8 @@ def show_report(reply: dict[str, Any], as_json: bool) -> None:
         f"  kept in place {size(report['bytes_kept'])}, moved inside the device {size(report['bytes_moved_inside'])},"
         f" copied {size(report['bytes_copied'])}",
     ]
+    if report["bytes_from_ram"]:
+        lines.append(f"  back from the RAM tier {size(report['bytes_from_ram'])}")
     if report["bytes_hashed"]:
         lines.append(f"  read and hashed, since nothing was known of them: {size(report['bytes_hashed'])}")
     if report["evicted"]:
@@ -109,6 +111,12 @@ def show_status(reply: dict[str, Any], as_json: bool) -> None:
             continue
         columns = ("model", ">bytes", ">leases", "pinned", ">generation", "rest on", "from")
         _show_table(columns, (_model_row(m, device["device"]) for m in device["models"]))
+    for tier in reply.get("ram_tiers", ()):
+        whom, node = ", ".join(tier["devices"]), tier["node"]
+        where = whom if node is None else f"{whom} on node {node}"
+        used, whole, locked = (size(tier[f"{what}bytes"]) for what in ("used_", "", "locked_"))
+        moved = f"saved {size(tier['saved_bytes'])}, returned {size(tier['returned_bytes'])}"
+        print(f"RAM tier behind {where}: {used} of {whole} used, {locked} page-locked; {moved}")
     for mount in reply.get("mounts", ()):
         locked, whole = size(mount["locked_bytes"]), size(mount["mapped_bytes"])
         print(clean(f"{mount['door']}: {locked} of {whole} page-locked, copied from in place"))

@@ -57,6 +57,10 @@ class Stream(Protocol):
         """Rows that stand `pitch_bytes` apart on the host, packed on the device."""
         ...
 
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        """From device memory at `src` to staging at `dst`; beside copies in of other streams."""
+        ...
+
     def copy_within(self, dst: int, src: int, nbytes: int) -> None:
         """Inside the device; the ranges do not overlap."""
         ...
@@ -69,7 +73,7 @@ class Stream(Protocol):
 
 
 class Staging(Protocol):
-    """Page-locked host memory a stream copies from; page-aligned."""
+    """Page-locked host memory that streams copy from and to; page-aligned. The device `reaches` it."""
 
     address: int
     view: memoryview
@@ -146,6 +150,8 @@ class Device(Protocol):
     """As torch writes it: 'cpu', 'cuda:0'. A card's number is this process's own (CUDA_VISIBLE_DEVICES)."""
     identity: str
     """Who it is, to every process of this machine: 'GPU-' and the card's UUID; in host memory its name."""
+    node: int | None
+    """The memory node (NUMA) that it hangs at; None where there is but one, or nobody says."""
     exports_read_only: bool
     """Whether nobody who attaches can come to write, whatever they call: so for a sealed memfd, not for CUDA, where the
     importer chooses the access."""

@@ -17,8 +17,9 @@ from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
 
 from gpuload.device import driver as cu
+from gpuload.device import nodes
 from gpuload.device.base import Holder, Memory, Run, whole
-from gpuload.device.cards import holders_of, mps_is_there
+from gpuload.device.cards import holders_of, mps_is_there, pci_of
 from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
 from mfs.units import format_size
 
@@ -94,6 +95,9 @@ class CudaStream:
         )
         self._device.call("cuMemcpy2DAsync_v2", ctypes.byref(copy), self._handle)
 
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        self._device.call("cuMemcpyDtoHAsync_v2", dst, src, nbytes, self._handle)
+
     def copy_within(self, dst: int, src: int, nbytes: int) -> None:
         self._device.call("cuMemcpyDtoDAsync_v2", dst, src, nbytes, self._handle)
 
@@ -142,10 +146,12 @@ class CudaStaging:
         self._unlock()
         self._device.call("cuMemHostRegister_v2", self.address, wanted, cu.MEMHOSTREGISTER_PORTABLE)
         self._locked_bytes = wanted
+        self._device.driver.registered.add(self.address, wanted)
 
     def _unlock(self) -> None:
         if self._locked_bytes:
             self._locked_bytes = 0
+            self._device.driver.registered.remove(self.address)
             self._device.give_back("cuMemHostUnregister", self.address)
 
     def close(self) -> None:
@@ -320,6 +326,7 @@ class CudaDevice:
             raise DeviceError(f"no {self.name}: this machine has {count} CUDA devices")
         self._ordinal = self.driver.number("cuDeviceGet", c_int, index)
         self.identity = self.driver.identity_of(self._ordinal)
+        self.node = nodes.node_of(pci_of(self.driver, self._ordinal))
         self._context = c_void_p()
         self.driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._ordinal)
         self.properties = cu.MemAllocationProp(

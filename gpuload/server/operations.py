@@ -26,6 +26,7 @@ from gpuload.server import pulled
 from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor, namesakes
 from gpuload.server.client_files import ClientFiles
 from gpuload.server.loader import CONTENT_PREFIX, Loader
+from gpuload.server.ram_tier import RamTier
 from gpuload.server.site import Site
 from gpuload.server.tables import TENSORS_MAX, read_table
 from gpuload.server.tally import LoadTally, gathered, processes
@@ -295,8 +296,10 @@ class Operations:
     async def _unload(self, request: dict[str, Any]) -> Answer:
         model = self._find_one(request)
         name, leases = model.name, model.leases_count
+        model.is_unwanted = True
+        devices = model.devices
         model.retire()
-        for device in model.devices:
+        for device in devices:
             await self._sites[device].trim()  # whoever asks for this wants the memory
         return Answer({**_where(model), "model": name, "leases": leases, "released": not leases})
 
@@ -348,7 +351,12 @@ class Operations:
                 }
             )
         head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid()}
-        return {**head, "devices": devices, "mounts": self._kept.mounts()}
+        behind: dict[RamTier, list[str]] = {}
+        for name, site in self._sites.items():
+            if site.tier is not None:
+                behind.setdefault(site.tier, []).append(name)
+        ram = [{"devices": names, **tier.described()} for tier, names in behind.items()]
+        return {**head, "devices": devices, "mounts": self._kept.mounts(), "ram_tiers": ram}
 
     def _site(self, given: object) -> Site:
         if given is None and len(self._sites) == 1:
