@@ -90,7 +90,7 @@ class ServerConfig:
     floor_bytes: Mapping[str, int] = field(default_factory=dict)
     """Device name -> of that, what is taken at start and kept; none: nothing."""
     ram_tier_bytes: int = 0
-    """Page-locked host memory for blocks that leave cards."""
+    """Page-locked host memory for blocks that leave cards, on each NUMA node that has some."""
     linger_s: float = 1.0
     """Memory that became free stays for so long: what is loaded next may want it."""
     connections_max: int = 1024
@@ -141,9 +141,12 @@ async def serve(
                 devices[name] = open_one(name)
                 stack.callback(devices[name].close)
             _check_fit(devices, config)
-            tier = _open_tier(stack, devices, config)
-            sites = {name: await _open_site(stack, name, devices[name], config, tier) for name in devices}
-            if tier is not None:
+            tiers = _open_tiers(stack, devices, config)
+            sites = {
+                name: await _open_site(stack, name, device, config, tiers.get(device.node))
+                for name, device in devices.items()
+            }
+            for tier in tiers.values():
                 tier.is_resident = lambda digest: any(digest in site.catalog.blocks for site in sites.values())
             kept = KeptFiles(list(devices.values()))
             stack.callback(kept.close)
@@ -168,7 +171,7 @@ async def serve(
                     nursery.start_soon(_ending_if_lost, on_lost, site.tend, config.linger_s)
                     if site.leaving is not None:
                         nursery.start_soon(_ending_if_lost, on_lost, site.leaving.run)
-                if tier is not None:
+                for tier in tiers.values():
                     nursery.start_soon(_ending_if_lost, on_lost, tier.lock_all)
                 if tracer.fault:
                     log.warning("%s", tracer.fault)
@@ -245,7 +248,7 @@ def _check_fit(devices: Mapping[str, Device], config: ServerConfig) -> None:
     """See that all floors and rings together fit beside what others hold, before any is taken, and that no arena is
     larger than its device. Raises: FitError.
     """
-    staging = _staging_bytes(config) * len(devices) + config.ram_tier_bytes
+    staging = _staging_bytes(config) * len(devices) + config.ram_tier_bytes * len(_nodes(devices))
     sums: dict[str, tuple[Device, int, int]] = {}  # all devices in host memory are one sum
     for name, device in devices.items():
         place = "host memory" if name.startswith("cpu") else name
@@ -270,16 +273,24 @@ def _check_fit(devices: Mapping[str, Device], config: ServerConfig) -> None:
             )
 
 
-def _open_tier(stack: contextlib.AsyncExitStack, devices: Mapping[str, Device], config: ServerConfig) -> RamTier | None:
-    """One for all cards; the stack gives its memory back. Raises: ConfigError."""
-    cards = [device for device in devices.values() if not device.is_direct]
+def _nodes(devices: Mapping[str, Device]) -> dict[int | None, Device]:
+    """One card of each NUMA node that has some."""
+    return {device.node: device for device in devices.values() if not device.is_direct}
+
+
+def _open_tiers(
+    stack: contextlib.AsyncExitStack, devices: Mapping[str, Device], config: ServerConfig
+) -> dict[int | None, RamTier]:
+    """One for the cards of each NUMA node; the stack gives their memory back. Raises: ConfigError."""
     if not config.ram_tier_bytes:
-        return None
+        return {}
+    cards = _nodes(devices)
     if not cards:
         raise ConfigError("a RAM tier stands behind cards: there is none among the arenas")
-    tier = RamTier(config.ram_tier_bytes, cards[0])
-    stack.callback(tier.close)
-    return tier
+    tiers = {node: RamTier(config.ram_tier_bytes, card) for node, card in cards.items()}
+    for tier in tiers.values():
+        stack.callback(tier.close)
+    return tiers
 
 
 async def _open_site(
