@@ -44,7 +44,7 @@ class Attached(dict[str, torch.Tensor]):
     digest: str
     """Of the whole content; equal digests are equal models."""
     generation: int
-    """Counts the swaps of that name; a later `attach` with a higher one got newer weights."""
+    """The server's number for it; what is served later has a higher one."""
     metadata: Sequence[Mapping[str, str] | None]
     """Each shard's own strings."""
     report: Mapping[str, Any] | None

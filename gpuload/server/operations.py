@@ -22,8 +22,9 @@ from gpuload.moving.model_files import without
 from gpuload.moving.plan import Placement
 from gpuload.moving.shards import Shard
 from gpuload.moving.timing import Timing
-from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor, namesakes
+from gpuload.server.catalog import Block, Catalog, Lease, Model, ResidentTensor, namesakes
 from gpuload.server.client_files import ClientFiles
+from gpuload.server.generations import Wanted
 from gpuload.server.loader import CONTENT_PREFIX, Loader
 from gpuload.server.site import Site
 from gpuload.server.tables import TENSORS_MAX, read_table
@@ -66,7 +67,7 @@ class Answer:
 
     message: dict[str, Any]
     fds: Sequence[int] = ()
-    lease: Model | None = None
+    lease: Lease | None = None
     lost: DeviceLostError | None = None
 
 
@@ -82,7 +83,7 @@ class Operations:
 
     async def metrics(self, accept: str) -> Text:
         """What Prometheus is told; see `mfs.metrics`."""
-        families = gathered(self._sites, self._tally, self._version)
+        families = gathered(self._sites, self._tally, self._version, self._loader.generations)
         return await trio.to_thread.run_sync(_exposed, families, accept)
 
     async def answer(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
@@ -106,6 +107,8 @@ class Operations:
                 model = self._find(request)
                 _check_digest(model, _text(request, "digest"))
                 return await self._attach(model, self._only(request), {}, peer)
+            case "wait":
+                return Answer(await self._wait(request, peer))
             case "unload":
                 return self._unload(request)
             case "pin":
@@ -218,14 +221,15 @@ class Operations:
                     f"user {peer.uid} may not attach to {site.name} of user {os.geteuid()}: CUDA leaves it to him who"
                     " attaches whether he can write to everybody's weights; run a server of your own"
                 )
-        model.lease()
+        lease = model.lease(peer.pid, peer.uid)
         try:
-            return await self._handed_out(model, only, extra)
+            return await self._handed_out(lease, only, extra)
         except BaseException:
-            model.end_lease()
+            lease.end()
             raise
 
-    async def _handed_out(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
+    async def _handed_out(self, lease: Lease, only: Site | None, extra: dict[str, Any]) -> Answer:
+        model = lease.model
         parts: list[dict[str, Any]] = []
         begins: list[list[int]] = []
         exports: list[tuple[Arena, list[Run]]] = []
@@ -264,7 +268,24 @@ class Operations:
             close_all(fds)
             raise
         message = {**_summary(model), **extra, "parts": parts, "tensors": table, "metadata": model.metadata}
-        return Answer(message, fds, model)
+        return Answer(message, fds, lease)
+
+    async def _wait(self, request: dict[str, Any], peer: Peer) -> dict[str, Any]:
+        """The model of that name once it is another than the client knows; what there is when the time is over."""
+        name, only = _name(request.get("model")), self._only(request)
+        after, timeout_s = request.get("after", 0), request.get("timeout_s", 0)
+        if type(after) is not int or after < 0 or type(timeout_s) not in (int, float):
+            raise UsageError("'after' must be a generation, from 0, and 'timeout_s' a number")
+
+        def find() -> Model | None:
+            catalogs = self._catalogs if only is None else [only.catalog]
+            return next(iter(namesakes(name, catalogs)), None)
+
+        wanted = Wanted(after, _text(request, "unlike"))
+        changed = await self._loader.generations.wait(wanted, timeout_s, find, is_ours=peer.may_change)
+        model = find()
+        there = {"generation": 0, "digest": ""} if model is None else _summary(model)
+        return {**there, "model": name, "changed": changed}
 
     def _unload(self, request: dict[str, Any]) -> Answer:
         model = self._find_one(request)
@@ -289,10 +310,11 @@ class Operations:
                     "arena_room_bytes": catalog.room_count * unit,
                     "loads": site.waiting_count,
                     "gauges": catalog.gauges(),
-                    "models": [{**_summary(m), "bytes_here": _bytes_here(m, catalog)} for m in models],
+                    "models": [{**_summary(m), **_held(m, catalog)} for m in models],
                 }
             )
         head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid()}
+        head |= {"generation": self._loader.generations.last, "waiting": self._loader.generations.waiting_count}
         return {**head, "devices": devices, "mounts": self._kept.mounts()}
 
     def _site(self, given: object) -> Site:
@@ -394,8 +416,14 @@ def _summary(model: Model) -> dict[str, Any]:
     }
 
 
-def _bytes_here(model: Model, catalog: Catalog) -> int:
-    return sum(t.nbytes for t in model.tensors if model.parts[t.part].catalog is catalog)
+def _held(model: Model, catalog: Catalog) -> dict[str, Any]:
+    """What of it stands in that arena, and whose hands it is in."""
+    return {
+        "bytes_here": sum(t.nbytes for t in model.tensors if model.parts[t.part].catalog is catalog),
+        "bytes_alone": catalog.bytes_alone(model),
+        "holders": [{"pid": lease.pid, "uid": lease.uid} for lease in model.leases],
+        **({} if model.name is not None else {"was": model.was}),
+    }
 
 
 def _shards(
