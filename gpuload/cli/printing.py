@@ -139,7 +139,7 @@ def _laggards(model: dict[str, Any]) -> str:
     more = f" and {len(programs) - HOLDERS_MAX} more" if len(programs) > HOLDERS_MAX else ""
     return (
         f"  generation {model['generation']} of {model['was']} is held by {', '.join(programs[:HOLDERS_MAX])}{more}:"
-        f" {size(model['bytes_alone'])} will be free once they update or let go"
+        f" {size(model['bytes_alone'])} will be free once they refresh or let go"
     )
 
 

@@ -296,7 +296,7 @@ class Catalog:
         told += [f"{len(self.retired) - LAGGARDS_MAX} more"] if len(self.retired) > LAGGARDS_MAX else []
         return (
             f"; old generations still hold {format_size(more)}"
-            f"{', enough if their programs update or let go' if is_enough else ''}: {', '.join(told)}"
+            f"{', enough if their programs refresh or let go' if is_enough else ''}: {', '.join(told)}"
         )
 
     def reserve(self, nbytes: int) -> Block:

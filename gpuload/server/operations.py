@@ -245,8 +245,9 @@ class Operations:
                 runs, offsets = _runs(part.blocks, part.catalog.granule_bytes)
                 begins.append(offsets)
                 site = self._sites[part.catalog.device]
-                parts.append({"device": site.device.identity, "runs": runs if is_wanted else [], "fds": 0})
-                exports.append((site.arena, runs if is_wanted else []))
+                shown = runs if is_wanted else []
+                parts.append({"device": site.device.identity, "arena": site.token, "runs": shown, "fds": 0})
+                exports.append((site.arena, shown))
 
             def export() -> None:
                 """On CUDA a call for each granule, thousands of them: not on the loop, where all others wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,8 @@ class Site:
     catalog: Catalog
     ring: Ring
     """Page-locked once, for all loads: one at a time uses it."""
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Tells clients whether granules of two answers are of one arena: then equal numbers are equal memory."""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """Held by the load that may change what stands here."""
 
