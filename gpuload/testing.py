@@ -18,7 +18,7 @@ import trio.testing
 from safetensors.torch import save_file
 
 from gpuload.client.tensors import TORCH_DTYPES
-from gpuload.device.base import Arena, Device, Event, Memory, Run, Staging, Stream
+from gpuload.device.base import Arena, Device, Event, Holder, Memory, Run, Staging, Stream
 from gpuload.device.base import Mapping as DeviceMapping
 from gpuload.device.host import HostDevice
 from gpuload.errors import DeviceError, FitError, first_error
@@ -183,6 +183,27 @@ class DeviceSuite:
             device.create_arena(device.memory().total_bytes * 2)
         assert caught.value.shortfall_bytes > 0
 
+    def test_memory_comes_and_goes(self, device: Device) -> None:
+        unit = device.granule_bytes
+        arena, staging, stream = device.reserve_arena(8 * unit), device.alloc_staging(16), device.open_stream()
+        staging.view[:] = ramp(16)
+        for _ in range(3):
+            arena.commit([(1, 2), (6, 1)])
+            for granule in (1, 2, 6):
+                stream.copy_in(arena.address + granule * unit, staging.address, 16)
+            stream.record().wait(30)
+            arena.release([(2, 1)])
+            fds = arena.export([(6, 1), (1, 1)])
+            mapping = device.attach(fds, [(6, 1), (1, 1)])
+            assert device.read_back(mapping.address, 16) == device.read_back(mapping.address + unit, 16) == ramp(16)
+            mapping.close()
+            trio_close(fds)
+            arena.release([(1, 1), (6, 1)])
+        with pytest.raises(FitError) as caught:
+            device.reserve_arena(device.memory().total_bytes * 2).commit([(0, device.memory().total_bytes * 2 // unit)])
+        assert caught.value.shortfall_bytes > 0
+        self._close(stream, staging, arena)
+
     def test_memory_is_told(self, device: Device) -> None:
         memory = device.memory()
         assert 0 < memory.free_bytes <= memory.total_bytes
@@ -309,8 +330,14 @@ class FaultyDevice:
         self.staging_count += 1
         return _CountedStaging(self._inner.alloc_staging(nbytes), self)
 
+    def reserve_arena(self, nbytes: int) -> Arena:
+        return self._inner.reserve_arena(nbytes)
+
     def create_arena(self, nbytes: int) -> Arena:
         return self._inner.create_arena(nbytes)
+
+    def holders(self) -> Sequence[Holder]:
+        return self._inner.holders()
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> DeviceMapping:
         return self._inner.attach(fds, runs)

@@ -16,6 +16,7 @@ from gpuload.moving.plan import Batch, Piece, Transfer, plan_batches
 from gpuload.moving.pool import open_source
 from gpuload.moving.shards import Shard
 from gpuload.moving.slabs import plan_slabs
+from gpuload.moving.source import Source
 
 DIRECT_BYTES = 16 << 20
 """Read at once where no buffer is between: small enough that two readers share a file of 32 MiB."""
@@ -48,8 +49,12 @@ async def move_to_addresses(
     limits: Limits,
     on_landed: Callable[[int], None] | None = None,
     admit: Callable[[Batch], Awaitable[None]] | None = None,
+    source: Source | None = None,
 ) -> None:
-    """Move the batches of every device, each transfer to its address; `admit` and `on_landed` as in `move_batches`."""
+    """Move the batches of every device, each transfer to its address; `admit` and `on_landed` as in `move_batches`.
+
+    source: where the bytes come from, if not from the shards' files; it is closed.
+    """
 
     def runs_of(piece: Piece) -> list[tuple[int, int]]:
         return [(addresses[piece.transfer] + piece.offset, piece.nbytes)]
@@ -59,11 +64,11 @@ async def move_to_addresses(
             held.callback(device.close)
             ring = None if device.is_direct else held.enter_context(rings.lent(device.name, limits)).ring
             await move_batches(
-                own, source=source, device=device, runs_of=runs_of, limits=limits, on_landed=on_landed, admit=admit,
+                own, source=opened, device=device, runs_of=runs_of, limits=limits, on_landed=on_landed, admit=admit,
                 lent=ring,
             )  # fmt: skip
 
-    with closing(open_source(shards)) as source:
+    with closing(source or open_source(shards)) as opened:
         async with trio.open_nursery() as nursery:
             for name, own in batches.items():
                 nursery.start_soon(move_to, open_device(name), own)

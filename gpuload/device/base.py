@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 Run = tuple[int, int]
 """(first granule, how many): granules that follow each other in an arena."""
@@ -20,6 +20,14 @@ class Memory:
 
     total_bytes: int
     free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that has memory of a device."""
+
+    pid: int
+    nbytes: int
 
 
 class Event(Protocol):
@@ -70,11 +78,24 @@ class Staging(Protocol):
 
 
 class Arena(Protocol):
-    """Device memory taken once and used for many models: granules 0..count-1, contiguous at `address` for its owner."""
+    """Addresses for granules 0..count-1, contiguous at `address` for their owner, and device memory behind those that
+    were given some. One thread at a time commits, releases or exports."""
 
     address: int
     granule_bytes: int
     granules_count: int
+
+    def commit(self, runs: Sequence[Run]) -> None:
+        """Put memory behind these granules, which have none.
+
+        Raises: FitError if the device has not that much free; DeviceError otherwise. None of them has any then.
+        """
+        ...
+
+    def release(self, runs: Sequence[Run]) -> None:
+        """Give the memory behind these granules back to the device; they keep their addresses, which nobody may use
+        meanwhile."""
+        ...
 
     def export(self, runs: Sequence[Run]) -> list[int]:
         """Descriptors with which another process maps these granules, read-only. The caller closes them."""
@@ -101,6 +122,20 @@ class Change(Protocol):
     def close(self) -> None:
         """Let go of what is not shown. Idempotent."""
         ...
+
+
+A = TypeVar("A", bound=Arena)
+
+
+def whole(arena: A) -> A:
+    """An arena with memory behind all of it. Raises: as `Arena.commit`; it is closed then."""
+    try:
+        if arena.granules_count:
+            arena.commit([(0, arena.granules_count)])
+    except BaseException:
+        arena.close()
+        raise
+    return arena
 
 
 class Mapping(Protocol):
@@ -153,8 +188,16 @@ class Device(Protocol):
 
     def alloc_staging(self, nbytes: int) -> Staging: ...
 
+    def reserve_arena(self, nbytes: int) -> Arena:
+        """Addresses for so much; no memory. Raises: DeviceError."""
+        ...
+
     def create_arena(self, nbytes: int) -> Arena:
-        """Raises: FitError if the device has not that much free; DeviceError otherwise."""
+        """With memory behind all of it. Raises: FitError if the device has not that much free; DeviceError."""
+        ...
+
+    def holders(self) -> Sequence[Holder]:
+        """Who has memory of this device, this process too, as far as anybody says; largest first."""
         ...
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> Mapping:

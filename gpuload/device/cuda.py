@@ -1,8 +1,9 @@
 """A CUDA device. With `driver.py` the only place that knows CUDA. NOT YET RUN ON A GPU; see driver.py for what was.
 
-Arenas are made of separate physical granules (cuMemCreate), mapped side by side for their owner. A client imports the
-granules of its model as file descriptors and maps them, read-only, in the order of its layout: no address has to match
-between processes, no legacy IPC handle is involved, and PID namespaces do not matter.
+Arenas are separate physical granules (cuMemCreate), made when they are needed, given back when they are not, and
+mapped side by side for their owner. A client imports the granules of its model as file descriptors and maps them,
+read-only, in the order of its layout: no address has to match between processes, no legacy IPC handle is involved, and
+PID namespaces do not matter.
 Source: CUDA Driver API, chapter Virtual Memory Management.
 """
 
@@ -16,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
 
 from gpuload.device import driver as cu
-from gpuload.device.base import Memory, Run
-from gpuload.device.cards import mps_is_there
+from gpuload.device.base import Holder, Memory, Run, whole
+from gpuload.device.cards import holders_of, mps_is_there
 from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
+from mfs.units import format_size
 
 GRANULE_BYTES = 8 << 20
 """Four times the hardware's smallest: 2,000 imports and mappings for a 16 GB model rather than 8,000, for a waste below
@@ -164,8 +166,7 @@ class _Mapped:
     def allow(self, access: int, first: int = 0, count: int | None = None) -> None:
         """Of `count` granules from `first` on; of all."""
         nbytes = self.nbytes if count is None else count * self._unit
-        description = cu.MemAccessDesc(cu.MemLocation(cu.LOCATION_TYPE_DEVICE, self._device.index), access)
-        self._device.call("cuMemSetAccess", self.address + first * self._unit, nbytes, ctypes.byref(description), 1)
+        self._device.call("cuMemSetAccess", self.address + first * self._unit, nbytes, self._device.access(access), 1)
 
     def close(self) -> None:
         if not self.address:
@@ -183,19 +184,71 @@ class CudaArena:
     def __init__(self, device: CudaDevice, granules_count: int) -> None:
         self._device = device
         self.granule_bytes, self.granules_count = device.granule_bytes, granules_count
-        self._handles: list[int] = []
-        self._mapped = _Mapped(device, granules_count)
-        self.address = self._mapped.address
+        self._handles: dict[int, int] = {}
+        """By granule, of those that are mapped."""
+        self.address = device.number("cuMemAddressReserve", c_ulonglong, self._nbytes, 0, 0, 0)
+
+    @property
+    def _nbytes(self) -> int:
+        return self.granules_count * self.granule_bytes
+
+    def commit(self, runs: Sequence[Run]) -> None:
+        nbytes = sum(count for _, count in runs) * self.granule_bytes
+        free = self._device.memory().free_bytes
+        if nbytes > free:
+            raise FitError(
+                f"{format_size(nbytes)} more do not fit {self._device.name}: {format_size(free)} are free",
+                shortfall_bytes=nbytes - free,
+                waits=True,
+            )
         try:
-            for _ in range(granules_count):
-                properties = ctypes.byref(device.properties)
-                handle = device.number("cuMemCreate", c_ulonglong, self.granule_bytes, properties, 0)
-                self._handles.append(handle)
-                self._mapped.add(handle)
-            self._mapped.allow(cu.ACCESS_READWRITE)
-        except BaseException:
-            self.close()
+            with self._device.current():
+                for run in runs:
+                    self._commit(*run)
+        except BaseException as error:
+            self.release(runs)
+            if isinstance(error, DeviceError) and error.code == cu.ERROR_OUT_OF_MEMORY:
+                text = (
+                    f"{format_size(nbytes)} more of {self._device.name}: {error}, though {format_size(free)} were free"
+                )
+                raise FitError(text, shortfall_bytes=1, waits=True) from None
             raise
+
+    def _commit(self, first: int, count: int) -> None:
+        driver, unit = self._device.driver, self.granule_bytes
+        properties = ctypes.byref(self._device.properties)
+        for granule in range(first, first + count):
+            handle = driver.number("cuMemCreate", c_ulonglong, unit, properties, 0)
+            try:
+                driver.call("cuMemMap", self.address + granule * unit, unit, 0, handle, 0)
+            except BaseException:
+                self._device.give_back("cuMemRelease", handle)
+                raise
+            self._handles[granule] = handle
+        driver.call(
+            "cuMemSetAccess", self.address + first * unit, count * unit, self._device.access(cu.ACCESS_READWRITE), 1
+        )
+
+    def release(self, runs: Sequence[Run]) -> None:
+        refused: list[DeviceError] = []
+        with self._device.current():
+            for first, count in runs:
+                for granule in range(first, first + count):
+                    handle = self._handles.pop(granule, None)
+                    if handle is not None:
+                        self._release(granule, handle, refused)
+        if refused:
+            raise refused[0]
+
+    def _release(self, granule: int, handle: int, refused: list[DeviceError]) -> None:
+        at = self.address + granule * self.granule_bytes
+        for name, args in (("cuMemUnmap", (at, self.granule_bytes)), ("cuMemRelease", (handle,))):
+            try:
+                self._device.driver.call(name, *args)
+            except DeviceLostError:  # nothing is there any more that could be ended
+                pass
+            except DeviceError as error:  # the others go back all the same
+                refused.append(error)
 
     def export(self, runs: Sequence[Run]) -> list[int]:
         from gpuload.wire import close_all
@@ -203,8 +256,8 @@ class CudaArena:
         fds: list[int] = []
         try:
             for first, count in runs:
-                for handle in self._handles[first : first + count]:
-                    kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+                for granule in range(first, first + count):
+                    kind, handle = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, self._handles[granule]
                     fds.append(self._device.number("cuMemExportToShareableHandle", c_int, handle, kind, 0))
         except BaseException:
             close_all(fds)
@@ -212,9 +265,10 @@ class CudaArena:
         return fds
 
     def close(self) -> None:
-        self._mapped.close()
-        while self._handles:
-            self._device.give_back("cuMemRelease", self._handles.pop())
+        if self.address:
+            self.release([(0, self.granules_count)])
+            self._device.give_back("cuMemAddressFree", self.address, self._nbytes)
+            self.address = 0
 
 
 class CudaMapping:
@@ -393,14 +447,19 @@ class CudaDevice:
     def alloc_staging(self, nbytes: int) -> CudaStaging:
         return CudaStaging(self, nbytes)
 
-    def create_arena(self, nbytes: int) -> CudaArena:
+    def access(self, flags: int) -> object:
+        """As cuMemSetAccess takes it: this card's own."""
+        return ctypes.byref(cu.MemAccessDesc(cu.MemLocation(cu.LOCATION_TYPE_DEVICE, self.index), flags))
+
+    def reserve_arena(self, nbytes: int) -> CudaArena:
         self._check_shared()
-        free = self.memory().free_bytes
-        if nbytes > free:
-            raise FitError(
-                f"an arena of {nbytes} bytes does not fit {self.name}: {free} bytes free", shortfall_bytes=nbytes - free
-            )
         return CudaArena(self, nbytes // self.granule_bytes)
+
+    def create_arena(self, nbytes: int) -> CudaArena:
+        return whole(self.reserve_arena(nbytes))
+
+    def holders(self) -> Sequence[Holder]:
+        return holders_of(self.identity)
 
     def _check_shared(self) -> None:
         """Raises: DeviceError if nobody could attach beside us."""

@@ -1,9 +1,12 @@
-"""The CPU as a device: arenas are sealed memfds, attaching is mmap, copies run in a stream's own thread.
+"""The CPU as a device: arenas are memfds, attaching is mmap, copies run in a stream's own thread.
 
 For CPU inference servers it is the real thing; for tests it stands in for a GPU, having the same queues, events,
-granules and processes. Sharing is read-only in earnest: the owner maps an arena before F_SEAL_FUTURE_WRITE is set,
-and nobody can map it writable afterwards, whatever its user id. A client maps privately (copy on write): a framework
-which edits a weight in place edits its own copy of that page.
+granules and processes. A client maps privately (copy on write): a framework which edits a weight in place edits its own
+copy of that page.
+
+Sharing is read-only: descriptors are handed out open for reading, and the file's mode lets no other user open it for
+more. F_SEAL_FUTURE_WRITE would bind the server's own user and root as well, but no memory could go back then: the
+kernel punches no hole into such a file (mm/shmem.c, shmem_fallocate). decisions/0009 weighs it.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from gpuload.device.base import Memory, Run
+from gpuload.device.base import Holder, Memory, Run, whole
 from gpuload.device.ranges import Ranges
 from gpuload.errors import BusyError, DeviceError, FitError
 from mfs import limits
+from mfs.units import format_size
 
 GRANULE_BYTES = 2 << 20
 """As on CUDA, so that layouts and waste are alike; a multiple of the page, which is all that mmap needs."""
@@ -30,13 +34,15 @@ QUEUE_LENGTH_MAX = 4096
 
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
-# linux/fcntl.h; Python 3.11 has no name for FUTURE_WRITE
-_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 1033, 0x1, 0x2, 0x4, 0x10
+_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x1, 0x2, 0x4  # linux/fcntl.h
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x1, 0x2  # linux/falloc.h
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
 
 def view_of(address: int, nbytes: int) -> memoryview:
@@ -125,24 +131,50 @@ class HostStaging:
 
 
 class HostArena:
-    """See `base.Arena`. All pages are taken at once: a machine without room says so here, not inside a load."""
+    """See `base.Arena`. Memory is taken when it is committed: a machine without room says so there, not in a load."""
 
     def __init__(self, nbytes: int, granule_bytes: int) -> None:
         self.granule_bytes = granule_bytes
         self.granules_count = nbytes // granule_bytes
-        self._nbytes = self.granules_count * granule_bytes
+        size = self.granules_count * granule_bytes
         self._fd = os.memfd_create("gpuload-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self._fd, self._nbytes)
-            if self._nbytes:
-                os.posix_fallocate(self._fd, 0, self._nbytes)
-            self._map = mmap.mmap(self._fd, self._nbytes or mmap.PAGESIZE, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            os.ftruncate(self._fd, size)
+            os.fchmod(self._fd, 0o400)
+            fcntl.fcntl(self._fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
+            self._map = mmap.mmap(self._fd, size or mmap.PAGESIZE, mmap.MAP_SHARED)
         except (OSError, ValueError) as error:
             os.close(self._fd)
-            raise DeviceError(f"cannot take an arena of {self._nbytes} bytes: {error}") from None
+            raise DeviceError(f"cannot reserve an arena of {size} bytes: {error}") from None
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        seals = _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
-        fcntl.fcntl(self._fd, _F_ADD_SEALS, seals)
+
+    def commit(self, runs: Sequence[Run]) -> None:
+        nbytes = sum(count for _, count in runs) * self.granule_bytes
+        free = limits.available().free_bytes
+        if nbytes > free:
+            raise FitError(
+                f"{format_size(nbytes)} more do not fit host memory: {format_size(free)} are free",
+                shortfall_bytes=nbytes - free,
+                waits=True,
+            )
+        try:
+            for start, size in self._ranges(runs):
+                os.posix_fallocate(self._fd, start, size)
+                with contextlib.suppress(OSError):  # an older kernel: pages are mapped one by one as they are written
+                    self._map.madvise(_MADV_POPULATE_WRITE, start, size)
+        except OSError as error:
+            self.release(runs)
+            raise FitError(
+                f"{format_size(nbytes)} more of host memory: {error.strerror}", shortfall_bytes=1, waits=True
+            ) from None
+
+    def release(self, runs: Sequence[Run]) -> None:
+        for start, size in self._ranges(runs):
+            if _libc.fallocate(self._fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, start, size):
+                raise DeviceError(f"memory of an arena cannot be given back: {os.strerror(ctypes.get_errno())}")
+
+    def _ranges(self, runs: Sequence[Run]) -> list[tuple[int, int]]:
+        return [(first * self.granule_bytes, count * self.granule_bytes) for first, count in runs]
 
     def export(self, runs: Sequence[Run]) -> list[int]:
         return [os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)]
@@ -279,13 +311,14 @@ class HostDevice:
     def alloc_staging(self, nbytes: int) -> HostStaging:
         return HostStaging(nbytes)
 
-    def create_arena(self, nbytes: int) -> HostArena:
-        free = self.memory().free_bytes
-        if nbytes > free:
-            raise FitError(
-                f"an arena of {nbytes} bytes does not fit host memory: {free} bytes free", shortfall_bytes=nbytes - free
-            )
+    def reserve_arena(self, nbytes: int) -> HostArena:
         return HostArena(nbytes, self.granule_bytes)
+
+    def create_arena(self, nbytes: int) -> HostArena:
+        return whole(self.reserve_arena(nbytes))
+
+    def holders(self) -> Sequence[Holder]:
+        return ()
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> HostMapping:
         check_one(fds)

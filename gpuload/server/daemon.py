@@ -1,4 +1,4 @@
-"""The resident process: takes the arenas, listens, ties every lease to a connection, and leaves nothing behind.
+"""The resident process: reserves the arenas, listens, ties every lease to a connection, and leaves nothing behind.
 
 A connection holds at most one lease. The kernel closes it when the client dies, however it dies, and a fork shares it,
 so a lease ends exactly when the last process that could use the memory has let go.
@@ -81,7 +81,11 @@ class ServerConfig:
     socket_mode: int = 0o600
     """0600: this user alone. With more, others may attach and look, never change."""
     arena_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Device name -> budget, taken at start."""
+    """Device name -> the most it may ever take."""
+    floor_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Device name -> of that, what is taken at start and kept; none: nothing."""
+    linger_s: float = 1.0
+    """Memory that became free stays for so long: what is loaded next may want it."""
     connections_max: int = 1024
     """Half of them for users who may only attach: they must not keep the server's own user out."""
     idle_s: float = 300.0
@@ -147,6 +151,8 @@ async def serve(
             stack.push_async_callback(tracer.flush, exporting.export)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_ending_if_lost, on_lost, _look_after, devices)
+                for site in sites.values():
+                    nursery.start_soon(_ending_if_lost, on_lost, site.tend, config.linger_s)
                 if tracer.fault:
                     log.warning("%s", tracer.fault)
                 nursery.start_soon(tracer.run, exporting.export)
@@ -219,19 +225,28 @@ def _staging_bytes(config: ServerConfig) -> int:
 
 
 def _check_fit(devices: Mapping[str, Device], config: ServerConfig) -> None:
-    """See that all arenas and rings together fit beside what others hold, before any is taken. Raises: FitError."""
+    """See that all floors and rings together fit beside what others hold, before any is taken, and that no arena is
+    larger than its device. Raises: FitError.
+    """
     staging = _staging_bytes(config) * len(devices)
     sums: dict[str, tuple[Device, int, int]] = {}  # all devices in host memory are one sum
     for name, device in devices.items():
         place = "host memory" if name.startswith("cpu") else name
         _, arenas, _ = sums.get(place, (device, 0, 0))
-        sums[place] = (device, arenas + config.arena_bytes[name], staging if place == "host memory" else 0)
+        sums[place] = (device, arenas + config.floor_bytes.get(name, 0), staging if place == "host memory" else 0)
     for place, (device, arenas, rings) in sums.items():
         memory = device.memory()
+        most = max(config.arena_bytes[n] for n in devices if place == ("host memory" if n.startswith("cpu") else n))
+        if most > memory.total_bytes:
+            raise FitError(
+                f"an arena of {format_size(most)} does not fit {place}, which has {format_size(memory.total_bytes)};"
+                " nothing was taken",
+                shortfall_bytes=most - memory.total_bytes,
+            )
         others, short = memory.total_bytes - memory.free_bytes, arenas + rings - memory.free_bytes
         if short > 0:
             raise FitError(
-                f"this does not fit {place}: arenas {format_size(arenas)}, staging {format_size(rings)}; of its"
+                f"this does not fit {place}: floors {format_size(arenas)}, staging {format_size(rings)}; of its"
                 f" {format_size(memory.total_bytes)} others hold {format_size(others)}, free are"
                 f" {format_size(memory.free_bytes)}; short by {format_size(short)}; nothing was taken",
                 shortfall_bytes=short,
@@ -239,19 +254,24 @@ def _check_fit(devices: Mapping[str, Device], config: ServerConfig) -> None:
 
 
 async def _open_site(stack: contextlib.AsyncExitStack, name: str, device: Device, config: ServerConfig) -> Site:
-    """Take the arena and the ring of one device; the stack gives them back."""
-    nbytes = config.arena_bytes[name]
+    """Take the floor and the ring of one device; the stack gives them back."""
+    nbytes, floor = config.arena_bytes[name], config.floor_bytes.get(name, 0)
+    if floor > nbytes:
+        raise ConfigError(f"a floor of {format_size(floor)} on {name}: its arena has {format_size(nbytes)} at most")
     if nbytes < device.granule_bytes:
         unit = format_size(device.granule_bytes)
         raise ConfigError(f"an arena of {format_size(nbytes)} on {name} is less than one granule of {unit}")
-    arena = device.create_arena(nbytes)
+    arena = device.reserve_arena(nbytes)
     stack.callback(arena.close)
-    catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
+    floor_count = min(-(-floor // arena.granule_bytes), arena.granules_count)
+    if floor_count:
+        await trio.to_thread.run_sync(arena.commit, [(0, floor_count)])
+    catalog = Catalog(name, arena.granules_count, arena.granule_bytes, present_count=floor_count)
     buffer_bytes, count = max(config.limits.buffer_bytes, PIECE_BYTES), config.limits.buffers_count
     ring = Ring(device, buffer_bytes=buffer_bytes, count=count)
     stack.callback(ring.close)
     await trio.to_thread.run_sync(ring.grow)
-    return Site(name, device, arena, catalog, ring)
+    return Site(name, device, arena, catalog, ring, floor_count)
 
 
 def _refuse(client: trio.socket.SocketType, connections_max: int) -> None:

@@ -39,10 +39,14 @@ class Job:
     """One; or one for each tensor-parallel rank, each on a device of its own: their parts are one model."""
     is_swap: bool = False
     """Replace whoever has the name."""
+    asked_fd: int | None = None
+    """A commit's socket, by which its one file is filled as it is read; see `pulled`."""
     allow_gap: bool = False
     """If both do not fit, give up the old model first; a failure then leaves neither."""
     is_pinned: bool = False
     retain: str = "lru"
+    wait_s: float = 0.0
+    """Longest wait for memory of a device that others still hold."""
     timing: Timing | None = None
     """Told where the time goes, if somebody asks."""
     span: Span | None = None

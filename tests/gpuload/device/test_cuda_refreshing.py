@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -67,11 +66,9 @@ def server(
         assert running.gauges("cuda:0")["leases"] == 0
 
 
-def descriptors(server: ServerThread) -> int:
-    """Of this process, which is the server's too."""
-    gc.collect()
-    server.settle()
-    return len(os.listdir("/proc/self/fd"))
+def handles(driver: cu.Driver) -> int:
+    """Granules that the client holds."""
+    return calls(driver, "cuMemImportFromShareableHandle") - calls(driver, "cuMemRelease")
 
 
 def serve(server: ServerThread, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -93,7 +90,7 @@ def bytes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
 def test_a_captured_graph_reads_the_new_bytes(server: ServerThread, driver: cu.Driver, tmp_path: Path) -> None:
     held = attach("m", socket_path=server.socket_path)
     assert held.device == "cuda:1"
-    replay, tensors, open_before = graph(held), dict(held), descriptors(server)
+    replay, tensors, held_before = graph(held), dict(held), handles(driver)
     serve(server, tmp_path, NEW)
     assert replay() == bytes_of(OLD)
     before = {name: calls(driver, name) for name in ("cuMemMap", "cuMemUnmap", "cuCtxSynchronize", "cuMemSetAccess")}
@@ -103,7 +100,7 @@ def test_a_captured_graph_reads_the_new_bytes(server: ServerThread, driver: cu.D
     made = {name: calls(driver, name) - count for name, count in before.items()}
     assert made == {"cuMemMap": 10, "cuMemUnmap": 10, "cuCtxSynchronize": 1, "cuMemSetAccess": 1}, "one tensor differs"
     assert (server.gauges("cuda:0")["retired"], server.gauges("cuda:0")["leases"]) == (0, 1)
-    assert descriptors(server) == open_before, "what is not shown any more is held no more"
+    assert handles(driver) == held_before, "what is not shown any more is held no more"
     serve(server, tmp_path, OTHER)
     assert held.refresh()
     assert replay() == bytes_of(OTHER)
@@ -141,7 +138,7 @@ def test_an_error_in_the_middle_leaves_the_old_content_whole(
     server: ServerThread, driver: cu.Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
     held = attach("m", socket_path=server.socket_path)
-    replay, generation, open_before = graph(held), held.generation, descriptors(server)
+    replay, generation, held_before = graph(held), held.generation, handles(driver)
     serve(server, tmp_path, NEW)
     with monkeypatch.context() as patch:
         Broken(driver, patch, name, number)
@@ -149,7 +146,7 @@ def test_an_error_in_the_middle_leaves_the_old_content_whole(
             held.refresh()
     assert replay() == bytes_of(OLD)
     assert (held.generation, server.gauges("cuda:0")["leases"]) == (generation, 1)
-    assert descriptors(server) == open_before
+    assert handles(driver) == held_before
     assert held.refresh()
     assert replay() == bytes_of(NEW)
 
