@@ -92,9 +92,9 @@ class Attached(dict[str, torch.Tensor]):
     def prepare(self, *, digest: str | None = None, timeout_s: float = ATTACH_S) -> Refresh:
         """Hold what is served now, ready to be shown by `Refresh.apply`; nothing changes yet.
 
-        For several ranks: all prepare, and only when all have, all apply. Whoever is refused tells the others, who
-        `close` theirs: so all get the same content, or none changes.
-        digest: refuse any other content.
+        For several ranks: one prepares, the others with its `digest`, and only when all have, all apply. Whoever could
+        not tells the others, who `close` theirs: so all get the same content, or none changes.
+        digest: as for `attach`.
         Raises: as `attach`; ChangedError too where names, types, shapes or places differ, which only a new `attach` can
             follow; BusyError while another refresh of this is under way; UsageError while this thread captures a graph.
         """
@@ -235,11 +235,12 @@ def attach(
 
     device: only what stands on this one, which is how a rank is attached; None: all of it, wherever it stands (of
         several models with that name, the one on the server's first device).
-    digest: refuse any other content. Several ranks attach one after the other, and a swap may fall between: the first
-        attaches and tells the others its `Attached.digest`; whoever is refused makes all of them begin anew. It is the
-        same for all ranks of a model that was loaded as one (`ranks`, `device_map`).
-    Raises: AwayError if no server answers, NotFoundError if it has no such model, ChangedError if its content is not
-        `digest`, AccessError, DeviceError.
+    digest: that content and no other: what is served, or what somebody attached before it was swapped out. Several
+        ranks attach one after the other, and a swap may fall between: the first attaches, tells the others its
+        `Attached.digest`, and holds on until all have attached. It is the same for all ranks of a model that was loaded
+        as one (`ranks`, `device_map`).
+    Raises: AwayError if no server answers, NotFoundError if it has no such model, ChangedError if it has no content
+        `digest` of that name, AccessError, DeviceError.
     """
     request = {"op": "attach", "model": model}
     if device is not None:

@@ -111,8 +111,7 @@ class Operations:
             case "commit":
                 return await self._commit(request, files, peer)
             case "attach":
-                model = self._find(request)
-                _check_digest(model, _text(request, "digest"))
+                model = self._find_content(request, _text(request, "digest"))
                 return await self._attach(model, self._only(request), {}, peer)
             case "wait":
                 return Answer(await self._wait(request, peer))
@@ -294,7 +293,8 @@ class Operations:
         except BaseException:
             close_all(fds)
             raise
-        message = {**_summary(model), **extra, "parts": parts, "tensors": table, "metadata": model.metadata}
+        told = {**_summary(model), "model": model.name or model.was, **extra}
+        message = {**told, "parts": parts, "tensors": table, "metadata": model.metadata}
         return Answer(message, fds, lease)
 
     async def _wait(self, request: dict[str, Any], peer: Peer) -> dict[str, Any]:
@@ -399,6 +399,25 @@ class Operations:
         found = namesakes(name, self._catalogs)
         return found[0] if found else _missing(name, self._catalogs)
 
+    def _find_content(self, request: dict[str, Any], digest: str) -> Model:
+        """As `_find`, but if certain content is wanted: that, served or only held by somebody still.
+
+        Raises: ChangedError if it is neither.
+        """
+        name, only = _name(request.get("model")), self._only(request)
+        catalogs = self._catalogs if only is None else [only.catalog]
+        served = namesakes(name, catalogs)[:1]
+        held = [old for c in catalogs for old in c.retired if (old.was, old.digest) == (name, digest)]
+        if held and not any(model.digest == digest for model in served):
+            return held[0]
+        model = self._find(request)
+        if digest in ("", model.digest):
+            return model
+        raise ChangedError(
+            f"{model.name!r} is now {model.digest[:16]}…, asked for was {digest[:16]}…: it was swapped in between, and"
+            " nobody holds the other any more; attach every rank again, so that all have the same weights"
+        )
+
     def _find_one(self, request: dict[str, Any]) -> Model:
         """As `_find`, but where several have the name, it must be said which is meant."""
         found = namesakes(_name(request.get("model")), self._catalogs)
@@ -424,15 +443,6 @@ def _missing(name: str, catalogs: Sequence[Catalog]) -> Model:
     """Raises: NotFoundError naming what there is."""
     there = ", ".join(sorted({n for catalog in catalogs for n in catalog.models})) or "none"
     raise NotFoundError(f"no model {name!r} is resident; there are: {there}")
-
-
-def _check_digest(model: Model, wanted: str) -> None:
-    """Raises: ChangedError if certain content is wanted, and that is not it."""
-    if wanted not in ("", model.digest):
-        raise ChangedError(
-            f"{model.name!r} is now {model.digest[:16]}…, asked for was {wanted[:16]}…: it was swapped in between;"
-            " attach every rank again, so that all have the same weights"
-        )
 
 
 def _runs(blocks: Sequence[Block], unit: int) -> tuple[list[Run], list[int]]:

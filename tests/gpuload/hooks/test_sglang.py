@@ -82,7 +82,8 @@ def test_it_registers_once_and_only_if_asked(registry: type[HookRegistry], monke
     monkeypatch.setenv("GPULOAD_AUTO", "1")
     sglang.register()
     sglang.register()
-    assert [target.rpartition(".")[2] for target, _, _ in registry.registered] == list(sglang.ITERATORS)
+    names = [target.rpartition(".")[2] for target, _, _ in registry.registered]
+    assert names == [*sglang.ITERATORS, "_get_weights_iterator"]
 
 
 def test_without_sglang_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
