@@ -179,7 +179,7 @@ def test_a_swap_at_the_server_reaches_a_running_engine_and_no_key_or_value_of_be
     resident: ServerThread, llama: list[Path]
 ) -> None:
     """As engines that began with those weights say; of a prompt whose keys and values were cached with others."""
-    options = [json.dumps({"model": str(folder), "block_size": 16}) for folder in llama]
+    options = [json.dumps({"model": str(folder), "block_size": 32}) for folder in llama]
 
     def run(first: str, *folders: Path) -> Any:
         words = (first, resident.socket_path, *folders)
