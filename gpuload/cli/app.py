@@ -202,8 +202,8 @@ def swap(model: str, allow_gap: bool, **given: Any) -> None:
     """Serve MODEL in place of what has its name; only bytes that differ are moved.
 
     The old model serves until the new one is complete, on all its devices, and goes on serving if anything fails.
-    Programs that are attached keep the old bytes until they let go. Without --device and --device-map the new one
-    stands where the old one stood.
+    Programs that are attached keep the old bytes until they refresh or let go. Without --device and --device-map the
+    new one stands where the old one stood.
     """
     _load(model, is_swap=True, options={"allow_gap": allow_gap}, **given)
 

@@ -155,9 +155,7 @@ class Held:
         if self.fault:
             raise DeviceError(self.fault)
         if self.request.get("op") != "attach":
-            raise UsageError(
-                "weights that were opened as files have no name, under which others could come to be served"
-            )
+            raise UsageError("only what was attached by a name follows it: these were opened as files, or committed")
         return self.request
 
     def close(self) -> None:

@@ -149,11 +149,12 @@ class _Mapped:
 
     def add(self, handle: int) -> None:
         at = self.address + len(self.shown) * self._unit
-        self._device.call("cuMemMap", at, self._unit, 0, handle, 0)
+        self._device.driver.call("cuMemMap", at, self._unit, 0, handle, 0)
         self.shown.append(handle)
 
     def put(self, place: int, handle: int) -> None:
-        """Map a granule in place of another, or of none. Raises: DeviceError; `shown` says what is there then."""
+        """Map a granule in place of another, or of none; the context is current. Raises: DeviceError; `shown` says what
+        is there then."""
         self.take(place)
         self._device.driver.call("cuMemMap", self.address + place * self._unit, self._unit, 0, handle, 0)
         self.shown[place] = handle
@@ -283,9 +284,10 @@ class CudaMapping:
         self._mapped = _Mapped(device, len(fds))
         self.address, self.nbytes = self._mapped.address, self._mapped.nbytes
         try:
-            for fd in fds:
-                self._handles.append(device.import_granule(fd))
-                self._mapped.add(self._handles[-1])
+            with device.current():
+                for fd in fds:
+                    self._handles.append(device.import_granule(fd))
+                    self._mapped.add(self._handles[-1])
             self._mapped.allow(cu.ACCESS_READ)
         except BaseException:
             self._end()
@@ -298,7 +300,8 @@ class CudaMapping:
         places = [i for i, granule in enumerate(after) if not is_same or granule != before[i]]
         handles: list[int] = []
         try:
-            handles.extend(self._device.import_granule(fds[place]) for place in places)
+            with self._device.current():
+                handles.extend(self._device.import_granule(fds[place]) for place in places)
         except BaseException:
             self._device.release(handles)
             raise
@@ -476,13 +479,16 @@ class CudaDevice:
         return CudaMapping(self, fds, runs)
 
     def import_granule(self, fd: int) -> int:
+        """This device's context must be current."""
         kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return self.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
+        return self.driver.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
 
     def release(self, handles: list[int]) -> None:
         """Let go of granules; what is mapped of them stays mapped. Empties the list."""
-        while handles:
-            self.give_back("cuMemRelease", handles.pop())
+        with contextlib.suppress(DeviceLostError), self.current():
+            while handles:
+                self.driver.call("cuMemRelease", handles.pop())
+        handles.clear()
 
     def register(self, address: int, nbytes: int) -> None:
         """See `base.Device.register`. As read-only memory, if the driver knows such; without that it refuses what this

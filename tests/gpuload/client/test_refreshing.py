@@ -92,7 +92,7 @@ def test_it_is_waited_for(server: ServerThread, tmp_path: Path) -> None:
         [os.open(tmp_path / "1.safetensors", os.O_RDONLY)], ["x"], None, socket_path=server.socket_path
     )
     for call in (opened.wait, opened.refresh):
-        with pytest.raises(UsageError, match="opened as files have no name"):
+        with pytest.raises(UsageError, match="only what was attached by a name"):
             call()
 
 
