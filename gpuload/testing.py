@@ -83,6 +83,19 @@ class DeviceSuite:
         assert device.read_back(arena.address + 3 * device.granule_bytes, 5000) == ramp(5000)
         self._close(stream, staging, arena)
 
+    def test_what_is_copied_out_comes_back(self, device: Device) -> None:
+        unit, size = device.granule_bytes, 3 * mmap.PAGESIZE
+        arena, staging, stream = self._arena(device, 2), device.alloc_staging(size), device.open_stream()
+        assert device.reaches(staging.address, size)
+        staging.view[:] = ramp(size)
+        stream.copy_in(arena.address, staging.address, mmap.PAGESIZE)
+        stream.copy_out(staging.address + mmap.PAGESIZE, arena.address, mmap.PAGESIZE)
+        stream.copy_in(arena.address + unit, staging.address + mmap.PAGESIZE, mmap.PAGESIZE)
+        stream.record().wait(30)
+        assert bytes(staging.view[: 2 * mmap.PAGESIZE]) == 2 * ramp(mmap.PAGESIZE)
+        assert device.read_back(arena.address + unit, mmap.PAGESIZE) == ramp(mmap.PAGESIZE)
+        self._close(stream, staging, arena)
+
     def test_rows_are_packed(self, device: Device) -> None:
         arena, staging, stream = self._arena(device, 1), device.alloc_staging(8192), device.open_stream()
         staging.view[:] = ramp(8192)
@@ -326,9 +339,9 @@ class FaultyDevice:
     def open_stream(self) -> Stream:
         return _GatedStream(self._inner.open_stream(), self._gate)
 
-    def alloc_staging(self, nbytes: int) -> Staging:
+    def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> Staging:
         self.staging_count += 1
-        return _CountedStaging(self._inner.alloc_staging(nbytes), self)
+        return _CountedStaging(self._inner.alloc_staging(nbytes, is_locked=is_locked), self)
 
     def reserve_arena(self, nbytes: int) -> Arena:
         return self._inner.reserve_arena(nbytes)
@@ -361,7 +374,7 @@ class FaultyDevice:
 class _CountedStaging:
     def __init__(self, inner: Staging, device: FaultyDevice) -> None:
         self._inner, self._device = inner, device
-        self.address, self.view = inner.address, inner.view
+        self.address, self.view, self.lock = inner.address, inner.view, inner.lock
 
     def close(self) -> None:
         self._device.staging_count -= 1
@@ -387,6 +400,9 @@ class _GatedStream:
 
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         self._inner.copy_in_rows(dst, src, row_bytes=row_bytes, rows_count=rows_count, pitch_bytes=pitch_bytes)
+
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        self.copy_in(dst, src, nbytes)
 
     def copy_within(self, dst: int, src: int, nbytes: int) -> None:
         self.copy_in(dst, src, nbytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 import torch
@@ -12,7 +12,7 @@ from gpuload.client import rings, tensors
 from gpuload.device import open_device
 from gpuload.device.base import Device
 from gpuload.moving.pipeline import Limits, move_batches
-from gpuload.moving.plan import Batch, Piece, Transfer, plan_batches
+from gpuload.moving.plan import Batch, Piece, Transfer, each_batch
 from gpuload.moving.pool import open_source
 from gpuload.moving.shards import Shard
 from gpuload.moving.slabs import plan_slabs
@@ -30,10 +30,10 @@ async def move_all(
     await move_to_addresses(shards, batches_of(transfers, limits), addresses, limits)
 
 
-def batches_of(transfers: Sequence[Transfer], limits: Limits) -> dict[str, list[Batch]]:
-    """Device -> what is moved to it, in order."""
+def batches_of(transfers: Sequence[Transfer], limits: Limits) -> dict[str, Iterator[Batch]]:
+    """Device -> what is moved to it, in order, planned as it is asked for."""
     return {
-        name: plan_batches(transfers, buffer_bytes=_batch_bytes(name, limits), device=name)
+        name: each_batch(transfers, buffer_bytes=_batch_bytes(name, limits), device=name)
         for name in dict.fromkeys(t.device for t in transfers)
     }
 
@@ -44,7 +44,7 @@ def _batch_bytes(device: str, limits: Limits) -> int:
 
 async def move_to_addresses(
     shards: Sequence[Shard],
-    batches: Mapping[str, Sequence[Batch]],
+    batches: Mapping[str, Iterable[Batch]],
     addresses: Sequence[int],
     limits: Limits,
     on_landed: Callable[[int], None] | None = None,
@@ -59,7 +59,7 @@ async def move_to_addresses(
     def runs_of(piece: Piece) -> list[tuple[int, int]]:
         return [(addresses[piece.transfer] + piece.offset, piece.nbytes)]
 
-    async def move_to(device: Device, own: Sequence[Batch]) -> None:
+    async def move_to(device: Device, own: Iterable[Batch]) -> None:
         with ExitStack() as held:
             held.callback(device.close)
             ring = None if device.is_direct else held.enter_context(rings.lent(device.name, limits)).ring

@@ -57,6 +57,10 @@ class Stream(Protocol):
         """Rows that stand `pitch_bytes` apart on the host, packed on the device."""
         ...
 
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        """From device memory at `src` to staging at `dst`; beside copies in of other streams."""
+        ...
+
     def copy_within(self, dst: int, src: int, nbytes: int) -> None:
         """Inside the device; the ranges do not overlap."""
         ...
@@ -69,10 +73,17 @@ class Stream(Protocol):
 
 
 class Staging(Protocol):
-    """Page-locked host memory a stream copies from; page-aligned."""
+    """Page-locked host memory that streams copy from and to; page-aligned. The device `reaches` it."""
 
     address: int
     view: memoryview
+
+    def lock(self, nbytes: int) -> None:
+        """See that the first `nbytes` are page-locked: before a stream copies from them, and while none does.
+
+        Raises: DeviceError if the driver refuses.
+        """
+        ...
 
     def close(self) -> None: ...
 
@@ -186,7 +197,9 @@ class Device(Protocol):
 
     def open_stream(self) -> Stream: ...
 
-    def alloc_staging(self, nbytes: int) -> Staging: ...
+    def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> Staging:
+        """is_locked=False: `Staging.lock` does it, once somebody has filled it and so touched its pages."""
+        ...
 
     def reserve_arena(self, nbytes: int) -> Arena:
         """Addresses for so much; no memory. Raises: DeviceError."""

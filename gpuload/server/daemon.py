@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import resource
@@ -44,6 +45,7 @@ from gpuload.server.digests import SETTLED_S, DigestCache
 from gpuload.server.layout import PIECE_BYTES
 from gpuload.server.loader import Loader
 from gpuload.server.operations import Answer, Operations, Peer
+from gpuload.server.ram_tier import RamTier
 from gpuload.server.site import Site
 from gpuload.wire import Channel, close_all, encode
 from mfs.control.ready import ping
@@ -68,6 +70,9 @@ HEALTH_S = 5.0
 ACCEPT_PAUSE_S = 0.2
 """After a failed accept, before the next: long enough not to spin, short enough not to be noticed."""
 
+GARBAGE_COUNT = 100_000
+"""Objects made until the collector looks for circles: a table is that many that stay, and looking at them again and
+again while it is made took as long as making it."""
 
 READERS_COUNT = max(2, min(20, os.cpu_count() or 2))
 """Threads that read and hash. At 10 and 4.3 GB/s each takes 3 GB/s to the device: eighteen fill a link of 55."""
@@ -84,6 +89,8 @@ class ServerConfig:
     """Device name -> the most it may ever take."""
     floor_bytes: Mapping[str, int] = field(default_factory=dict)
     """Device name -> of that, what is taken at start and kept; none: nothing."""
+    ram_tier_bytes: int = 0
+    """Page-locked host memory for blocks that leave cards."""
     linger_s: float = 1.0
     """Memory that became free stays for so long: what is loaded next may want it."""
     connections_max: int = 1024
@@ -134,9 +141,15 @@ async def serve(
                 devices[name] = open_one(name)
                 stack.callback(devices[name].close)
             _check_fit(devices, config)
-            sites = {name: await _open_site(stack, name, devices[name], config) for name in devices}
+            tier = _open_tier(stack, devices, config)
+            sites = {name: await _open_site(stack, name, devices[name], config, tier) for name in devices}
+            if tier is not None:
+                tier.is_resident = lambda digest: any(digest in site.catalog.blocks for site in sites.values())
             kept = KeptFiles(list(devices.values()))
             stack.callback(kept.close)
+            for site in sites.values():
+                if site.leaving is not None:
+                    site.leaving.is_held_elsewhere = kept.holds
             tracer = Tracer()
             operations = Operations(Loader(sites, digests, config.limits, kept), kept, tracer, version=VERSION)
             if must is not None:
@@ -153,6 +166,10 @@ async def serve(
                 nursery.start_soon(_ending_if_lost, on_lost, _look_after, devices)
                 for site in sites.values():
                     nursery.start_soon(_ending_if_lost, on_lost, site.tend, config.linger_s)
+                    if site.leaving is not None:
+                        nursery.start_soon(_ending_if_lost, on_lost, site.leaving.run)
+                if tier is not None:
+                    nursery.start_soon(_ending_if_lost, on_lost, tier.lock_all)
                 if tracer.fault:
                     log.warning("%s", tracer.fault)
                 nursery.start_soon(tracer.run, exporting.export)
@@ -228,7 +245,7 @@ def _check_fit(devices: Mapping[str, Device], config: ServerConfig) -> None:
     """See that all floors and rings together fit beside what others hold, before any is taken, and that no arena is
     larger than its device. Raises: FitError.
     """
-    staging = _staging_bytes(config) * len(devices)
+    staging = _staging_bytes(config) * len(devices) + config.ram_tier_bytes
     sums: dict[str, tuple[Device, int, int]] = {}  # all devices in host memory are one sum
     for name, device in devices.items():
         place = "host memory" if name.startswith("cpu") else name
@@ -246,14 +263,28 @@ def _check_fit(devices: Mapping[str, Device], config: ServerConfig) -> None:
         others, short = memory.total_bytes - memory.free_bytes, arenas + rings - memory.free_bytes
         if short > 0:
             raise FitError(
-                f"this does not fit {place}: floors {format_size(arenas)}, staging {format_size(rings)}; of its"
-                f" {format_size(memory.total_bytes)} others hold {format_size(others)}, free are"
+                f"this does not fit {place}: floors {format_size(arenas)}, staging and RAM tier {format_size(rings)};"
+                f" of its {format_size(memory.total_bytes)} others hold {format_size(others)}, free are"
                 f" {format_size(memory.free_bytes)}; short by {format_size(short)}; nothing was taken",
                 shortfall_bytes=short,
             )
 
 
-async def _open_site(stack: contextlib.AsyncExitStack, name: str, device: Device, config: ServerConfig) -> Site:
+def _open_tier(stack: contextlib.AsyncExitStack, devices: Mapping[str, Device], config: ServerConfig) -> RamTier | None:
+    """One for all cards; the stack gives its memory back. Raises: ConfigError."""
+    cards = [device for device in devices.values() if not device.is_direct]
+    if not config.ram_tier_bytes:
+        return None
+    if not cards:
+        raise ConfigError("a RAM tier stands behind cards: there is none among the arenas")
+    tier = RamTier(config.ram_tier_bytes, cards[0])
+    stack.callback(tier.close)
+    return tier
+
+
+async def _open_site(
+    stack: contextlib.AsyncExitStack, name: str, device: Device, config: ServerConfig, tier: RamTier | None
+) -> Site:
     """Take the floor and the ring of one device; the stack gives them back."""
     nbytes, floor = config.arena_bytes[name], config.floor_bytes.get(name, 0)
     if floor > nbytes:
@@ -271,7 +302,7 @@ async def _open_site(stack: contextlib.AsyncExitStack, name: str, device: Device
     ring = Ring(device, buffer_bytes=buffer_bytes, count=count)
     stack.callback(ring.close)
     await trio.to_thread.run_sync(ring.grow)
-    return Site(name, device, arena, catalog, ring, floor_count)
+    return Site(name, device, arena, catalog, ring, None if device.is_direct else tier, floor_count)
 
 
 def _refuse(client: trio.socket.SocketType, connections_max: int) -> None:
@@ -429,6 +460,7 @@ def run(config: ServerConfig, open_one: Callable[[str], Device], on_ready: Calla
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a 16 GB model on CUDA is handed out as 2000 descriptors
 
+    gc.set_threshold(GARBAGE_COUNT)
     must: list[Callable[[], object]] = []
     ends: list[threading.Timer] = []
 

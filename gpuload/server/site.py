@@ -10,16 +10,18 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
-from gpuload.device.base import Arena, Device
+from gpuload.device.base import Arena, Device, Run
 from gpuload.errors import DeviceError, DeviceLostError, FitError
 from gpuload.moving.staging import Ring
 from gpuload.server.catalog import Block, Catalog
+from gpuload.server.leaving import Leaving
+from gpuload.server.ram_tier import RamTier
 from mfs.units import format_size
 
 InsideCopy = tuple[Block, int, Block, int, int]
@@ -46,6 +48,8 @@ class Site:
     catalog: Catalog
     ring: Ring
     """Page-locked once, for all loads: one at a time uses it."""
+    tier: RamTier | None = None
+    """Where blocks go that leave it; None: nowhere."""
     floor_count: int = 0
     """Granules whose memory is kept, whether models need it or not."""
     token: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -58,6 +62,9 @@ class Site:
 
     def __post_init__(self) -> None:
         self.catalog.on_freed = lambda: self._freed.set()
+        self.leaving = Leaving(self.device, self.arena, self.tier) if self.tier is not None else None
+        if self.leaving is not None:
+            self.catalog.on_leaving = self.leaving.add
 
     @property
     def waiting_count(self) -> int:
@@ -92,7 +99,7 @@ class Site:
                 return
             runs = granules.going(spare)
             try:
-                await trio.to_thread.run_sync(self.arena.release, runs)
+                await trio.to_thread.run_sync(self._release, runs)
             except trio.Cancelled:  # before it began
                 granules.came(runs)
                 raise
@@ -101,6 +108,11 @@ class Site:
             except DeviceError as error:  # nobody uses them, whatever the device counts
                 log.warning("%s: %s", self.name, error)
             granules.gone(runs)
+
+    def _release(self, runs: Sequence[Run]) -> None:
+        if self.leaving is not None:
+            self.leaving.wait(granules_of(runs))
+        self.arena.release(runs)
 
     async def fill_floor(self, wait_s: float) -> None:
         """Have the memory that the floor keeps, waiting for others to give it back.
@@ -155,6 +167,15 @@ class Site:
                 offset -= size
         return found
 
+    def runs_to_fill(self, block: Block, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        """As `runs`, once nothing that stood there before is copied out any more. For threads. Raises: BusyError."""
+        found = self.runs(block, offset, nbytes)
+        if self.leaving is not None and self.leaving.pending_count:
+            unit, begin = self.arena.granule_bytes, self.arena.address
+            for address, n in found:
+                self.leaving.wait(range((address - begin) // unit, -(-(address + n - begin) // unit)))
+        return found
+
     def copy_inside(self, copies: Sequence[InsideCopy], timeout_s: float) -> None:
         """Copy from block to block, and wait for it. Blocks; holds on all blocks are the caller's.
 
@@ -164,7 +185,7 @@ class Site:
         try:
             for to, to_offset, source, source_offset, nbytes in copies:
                 done = 0
-                for dst, room in self.runs(to, to_offset, nbytes):
+                for dst, room in self.runs_to_fill(to, to_offset, nbytes):
                     for src, n in self.runs(source, source_offset + done, room):
                         stream.copy_within(dst, src, n)
                         dst += n
@@ -172,6 +193,10 @@ class Site:
             stream.record().wait(timeout_s)
         finally:
             stream.close()
+
+
+def granules_of(runs: Iterable[Run]) -> Iterator[int]:
+    return (granule for first, count in runs for granule in range(first, first + count))
 
 
 def _command(pid: int) -> str:

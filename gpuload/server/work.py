@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from blake3 import blake3
 
 from gpuload.moving.plan import Piece, Placement, Transfer
+from gpuload.moving.pool import Range
 from gpuload.moving.shards import Shard
 from gpuload.moving.timing import Timing
 from gpuload.server.catalog import Block, ResidentTensor
@@ -15,6 +17,7 @@ from gpuload.server.client_files import ClientFiles
 from gpuload.server.digest_files import Digest, Geometry
 from gpuload.server.digests import digest_block, geometry
 from gpuload.server.layout import BlockPlan, plan_blocks
+from gpuload.server.returning import Returning
 from gpuload.server.site import Site
 from gpuload.server.versions import Version
 from mfs.tracing.spans import Span
@@ -62,8 +65,10 @@ class Report:
     """In blocks that were resident and are shared in place."""
     bytes_moved_inside: int = 0
     """Copied from one place of the device to another."""
+    bytes_from_ram: int = 0
+    """Brought back from the page-locked RAM tier, over the bus."""
     bytes_copied: int = 0
-    """Brought to the device from outside, over the bus."""
+    """Brought to the device from files, or a mount's RAM, over the bus."""
     bytes_hashed: int = 0
     """Read from the files while looking for what differs: their digests were not known."""
     bytes_hashed_before: int = 0
@@ -88,6 +93,11 @@ class PartWork:
     known."""
     digests: list[Digest | None] = field(default_factory=list)
     """Of each planned block, where its pieces are known."""
+    returning: Returning = field(init=False)
+    """What of it comes from the RAM tier."""
+
+    def __post_init__(self) -> None:
+        self.returning = Returning(self.site.tier)
 
     @property
     def is_known(self) -> bool:
@@ -103,6 +113,7 @@ class PartWork:
 
     def let_go(self) -> None:
         """Give everything back; idempotent."""
+        self.returning.let_go()
         own, self.own = self.own, []
         for block in own:
             if block is not None:
@@ -112,7 +123,8 @@ class PartWork:
 class Work:
     """One job on its way: pure planning results, and the digests known so far.
 
-    What takes long for many tensors (making one, `recall`, `learn`, `found`, `table`) is for threads.
+    What takes long for many tensors (making one, `recall`, `learn`, `describe`, `find_content`, `found`, `table`) is
+    for threads.
     """
 
     def __init__(self, job: Job, transfers: list[Transfer], sites: Sequence[Site]) -> None:
@@ -120,9 +132,12 @@ class Work:
         self.parts = [PartWork(s, plan_blocks(transfers, s.arena.granule_bytes, s.name)) for s in sites]
         self.digests: dict[PieceKey, Digest] = {}
         self.content: tuple[str, dict[str, str]] | None = None
-        """Once all digests are known: the whole model's, and that of what stands on each device."""
+        """The whole model's digest, and that of what stands on each device; by `find_content`."""
+        self._described: dict[str, bytes] = {}
         self.inherits_pin = False
         """A pin belongs to the name, so a swap passes it on."""
+        self.lenders: Sequence[Path | None] = ()
+        """The mount's door of each shard, if that was asked."""
         self.report = Report(bytes_total=sum(t.nbytes for t in transfers))
 
     @property
@@ -137,7 +152,7 @@ class Work:
         """Work out what the digests of pieces, as known by now, come to."""
         for part in self.parts:
             self.learn_part(part)
-        self.content = self._content() if self.is_known else None
+        self.content = None
 
     def learn_part(self, part: PartWork) -> None:
         """The same for what stands on one device."""
@@ -161,6 +176,16 @@ class Work:
                     self.digests[piece.transfer, piece.offset] = digest
         self.learn()
 
+    def lenders_of(self, plan: BlockPlan) -> list[Range]:
+        """Where on mounts a block's bytes stand; nothing if some do not, or as rows."""
+        found = []
+        for transfer in (self.transfers[placed.transfer] for placed in plan.placed) if any(self.lenders) else ():
+            door = self.lenders[transfer.shard]
+            if door is None or transfer.rows_count > 1:
+                return []
+            found.append(Range(door, self.job.shards[transfer.shard].inode, transfer.start, transfer.stop))
+        return found
+
     def found(self) -> list[list[tuple[Geometry, Digest]]]:
         """What is known by now, for each shard."""
         by_shard: list[list[tuple[Geometry, Digest]]] = [[] for _ in self.job.shards]
@@ -171,25 +196,38 @@ class Work:
                     by_shard[self.transfers[piece.transfer].shard].append((geometry(piece), digest))
         return by_shard
 
-    def _content(self) -> tuple[str, dict[str, str]]:
-        """Each with the files' own strings, which are handed out beside the tensors; all digests must be known."""
-        by_transfer: dict[int, list[Digest]] = {}
-        for part in self.parts:
-            for piece in part.pieces():
-                by_transfer.setdefault(piece.transfer, []).append(self.digests[piece.transfer, piece.offset])
-
+    def describe(self) -> None:
+        """What of the model's digests needs no bytes: the files' own strings, which are handed out beside the tensors,
+        and the name, type and shape of every tensor. Once; `find_content` does it where it was not done."""
+        if self._described:
+            return
         strings = [sorted((shard.header.metadata or {}).items()) for shard in self.job.shards]
+        for device in self._devices():
+            rows = [(t.name, t.dtype, t.shape) for t in self.transfers if device in ("", t.device)]
+            self._described[device] = blake3(repr((strings, rows)).encode("utf-8")).digest()
 
-        def digest(wanted: Iterable[tuple[int, Transfer]]) -> str:
-            hasher = blake3(repr(strings).encode("utf-8"))
-            for index, t in wanted:
-                hasher.update(repr((t.name, t.dtype, t.shape)).encode("utf-8"))
-                hasher.update(b"".join(by_transfer.get(index, [])))
-            return hasher.hexdigest()
+    def find_content(self) -> None:
+        """Fill in `content`; all digests must be known."""
+        self.describe()
+        of_pieces: list[tuple[int, str, bytes]] = []
+        for part in self.parts:
+            for plan in part.plans:
+                for placed in plan.placed:
+                    found = b"".join([self.digests[p.transfer, p.offset] for p in placed.pieces])
+                    of_pieces.append((placed.transfer, part.site.name, found))
+        of_pieces.sort()
 
-        all_of = list(enumerate(self.transfers))
+        def digest(device: str) -> str:
+            own = b"".join([found for _, where, found in of_pieces if device in ("", where)])
+            return blake3(self._described[device] + own).hexdigest()
+
+        of = {device: digest(device) for device in self._devices()}
+        self.content = of[self._devices()[0]], {part.site.name: of[part.site.name] for part in self.parts}
+
+    def _devices(self) -> list[str]:
+        """Whose digests are wanted: first all devices', which is '' if they are several."""
         names = [part.site.name for part in self.parts]
-        return digest(all_of), {name: digest((i, t) for i, t in all_of if t.device == name) for name in names}
+        return names if len(names) == 1 else ["", *names]
 
     def table(self) -> list[ResidentTensor]:
         """Where every tensor stands, in the order of the files."""
