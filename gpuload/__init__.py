@@ -4,7 +4,8 @@
     safe_open(filename, 'pt', device)    tensors and slices when asked for, as safetensors.safe_open
     load_model(folder | index, device)   all shards, device maps, tensor-parallel ranks
     stream(folder | file, device)        (name, tensor) as they land
-    attach(name, device)                 tensors that a resident server (`gpuload serve`) holds, without a copy
+    attach(name, device)                 tensors that a resident server (`gpuload serve`) holds, without a copy; their
+                                         `wait` and `refresh` follow what is swapped in, at the same addresses
     let_go()                             gives back attached weights on GPUs whose last tensor is gone
     commit(Identity(...), tensors)       an engine's own weights, for the server to hold; committed, restore
 

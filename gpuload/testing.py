@@ -131,6 +131,39 @@ class DeviceSuite:
         trio_close(fds)
         self._close(stream, staging, arena)
 
+    def test_other_granules_take_the_same_addresses(self, device: Device) -> None:
+        unit = device.granule_bytes
+        arena, staging, stream = self._arena(device, 5), device.alloc_staging(16), device.open_stream()
+        for granule in range(5):
+            staging.view[:] = bytes([granule]) * 16
+            stream.copy_in(arena.address + granule * unit, staging.address, 16)
+            stream.record().wait(30)
+
+        def shown(address: int) -> list[int]:
+            return [device.read_back(address + place * unit, 1)[0] for place in range(3)]
+
+        fds = arena.export([(0, 3)])
+        mapping = device.attach(fds, [(0, 3)])
+        trio_close(fds)
+        fds = arena.export([(3, 1), (1, 1), (4, 1)])
+        runs = [(3, 1), (1, 1), (4, 1)]
+        for is_same in (True, False):
+            change = mapping.prepare(fds, runs, is_same=is_same)
+            assert shown(mapping.address) == [0, 1, 2]
+            change.exchange()
+            assert shown(mapping.address) == [3, 1, 4]
+            if is_same:
+                change.exchange()
+                assert shown(mapping.address) == [0, 1, 2]
+            change.close()
+            change.close()
+        with pytest.raises(ValueError, match="3 granules that are shown"):
+            mapping.prepare(fds[:2], runs[:2] if len(fds) > 1 else [(3, 2)], is_same=True)
+        assert not mapping.is_hidden
+        mapping.close()
+        trio_close(fds)
+        self._close(stream, staging, arena)
+
     def test_memory_of_others_is_copied_from_in_place(self, device: Device) -> None:
         """As the files of a mount come: a file in memory, mapped without the right to write, taken in two pieces."""
         size = 4 * mmap.PAGESIZE

@@ -38,7 +38,7 @@ from mfs.units import parse_address
 class _Front(Front):
     groups = (
         ("Serve", ("serve", "load", "swap", "pin", "unload", "evict", "resize")),
-        ("Look", ("status", "metrics", "plan", "doctor", "bench")),
+        ("Look", ("status", "wait", "metrics", "plan", "doctor", "bench")),
         ("Ahead of need", ("digest",)),
         ("Programs that know nothing of gpuload", ("run", "hook")),
     )
@@ -212,8 +212,8 @@ def swap(model: str, allow_gap: bool, **given: Any) -> None:
     """Serve MODEL in place of what has its name; only bytes that differ are moved.
 
     The old model serves until the new one is complete, on all its devices, and goes on serving if anything fails.
-    Programs that are attached keep the old bytes until they let go. Without --device and --device-map the new one
-    stands where the old one stood.
+    Programs that are attached keep the old bytes until they refresh or let go. Without --device and --device-map the
+    new one stands where the old one stood.
     """
     _load(model, is_swap=True, options={"allow_gap": allow_gap}, **given)
 
@@ -323,6 +323,33 @@ def status(as_json: bool, socket_path: str | None) -> None:
     from gpuload.client.asking import ask
 
     printing.show_status(ask({"op": "status"}, socket_path=socket_path), as_json)
+
+
+@cli.command(
+    short_help="Wait until a model is resident, or swapped.", cls=Page, sections={"Examples": EXAMPLES["wait"]}
+)
+@click.argument("name")
+@click.option(
+    "--after", default=0, type=click.IntRange(0), metavar="GEN", help="A generation; 0: until there is any.  [0]"
+)
+@click.option(
+    "--timeout", "timeout_s", default=60.0, type=click.FloatRange(0), metavar="SECONDS", help="At most 3600.  [60]"
+)
+@device_option
+@json_option
+@socket_option
+def wait(name: str, after: int, timeout_s: float, device: str | None, as_json: bool, socket_path: str | None) -> None:
+    """Wait until NAME is served in a later generation than GEN, and say which. Status 1 if that did not happen in time.
+
+    Generations are numbers that `load`, `swap` and `status` show; each content that comes to be served has a higher one
+    than all before. They begin anew with the server.
+    """
+    from gpuload.client.asking import wait_resident
+
+    reply = wait_resident(name, after=after, device=device, socket_path=socket_path, timeout_s=timeout_s)
+    printing.show_waited(reply, as_json, timeout_s)
+    if not reply["changed"]:
+        raise Failed
 
 
 @cli.command(short_help="Print metrics for Prometheus.", cls=Page, sections={"Examples": EXAMPLES["metrics"]})

@@ -57,6 +57,25 @@ def load_resident(
         return reply
 
 
+def wait_resident(
+    model: str,
+    *,
+    after: int = 0,
+    unlike: str = "",
+    device: str | None = None,
+    socket_path: str | None = None,
+    timeout_s: float,
+) -> dict[str, Any]:
+    """Wait until the server serves a later generation of `model` than `after`, or content whose digest is not `unlike`.
+
+    after: 0 waits until there is any.
+    Returns what is served then: 'generation', 'digest', ...; 'changed' is False if `timeout_s` passed before.
+    Raises: BusyError if too many wait, ChangedError if the server never gave out `after`, AwayError if it ends.
+    """
+    request = {"op": "wait", "model": model, "device": device, "after": after, "unlike": unlike, "timeout_s": timeout_s}
+    return ask(request, socket_path=socket_path, timeout_s=timeout_s + ATTACH_S)
+
+
 def ask(
     request: Mapping[str, Any], fds: Sequence[int] = (), *, socket_path: str | None = None, timeout_s: float = ATTACH_S
 ) -> dict[str, Any]:

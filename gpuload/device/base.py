@@ -115,6 +115,26 @@ class Arena(Protocol):
     def close(self) -> None: ...
 
 
+class Change(Protocol):
+    """Other granules for a mapping, as many, held and ready; nobody sees them yet."""
+
+    waits_to_close: bool
+    """As `Mapping.waits_to_close`."""
+
+    def exchange(self) -> None:
+        """Show these in place of what the mapping shows, and keep that; once more: the other way round. Waits for the
+        device. Nobody may use the addresses meanwhile, nor capture a graph on that device.
+
+        Raises: DeviceError. What was shown is shown again then, every granule of it; or, where not even that succeeds,
+            none: the mapping is hidden.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what is not shown. Idempotent."""
+        ...
+
+
 A = TypeVar("A", bound=Arena)
 
 
@@ -137,6 +157,21 @@ class Mapping(Protocol):
     waits_to_close: bool
     """Whether `close` waits for the device. Then no finalizer and no timer may call it: they run in the middle of
     anything, the capture of a CUDA graph too, which that would break."""
+    is_hidden: bool
+    """See `hide`."""
+
+    def prepare(self, fds: Sequence[int], runs: Sequence[Run], *, is_same: bool) -> Change:
+        """Get ready to show other granules at the same addresses. `fds` as for `Device.attach`; they stay the caller's.
+
+        is_same: they are of the arena that is shown already, whose granules are held: equal numbers are equal bytes.
+        Raises: DeviceError; ValueError for another number of granules.
+        """
+        ...
+
+    def hide(self) -> None:
+        """Show nothing any more: whoever reads there ends, rather than take one content for another. Raises:
+        DeviceError."""
+        ...
 
     def close(self) -> None:
         """Unmap. Nobody may use the addresses afterwards. In a forked child, what is its parent's alone stays."""

@@ -170,23 +170,39 @@ class _Mapped:
         self._device, self._unit = device, device.granule_bytes
         self.nbytes = count * self._unit
         self.address = device.number("cuMemAddressReserve", c_ulonglong, self.nbytes, 0, 0, 0)
-        self._mapped_count = 0
+        self.shown: list[int] = []
+        """The handle of each granule, 0 where none is mapped; whose they are is the caller's business."""
 
     def add(self, handle: int) -> None:
-        at = self.address + self._mapped_count * self._unit
-        self._device.call("cuMemMap", at, self._unit, 0, handle, 0)
-        self._mapped_count += 1
+        at = self.address + len(self.shown) * self._unit
+        self._device.driver.call("cuMemMap", at, self._unit, 0, handle, 0)
+        self.shown.append(handle)
 
-    def allow(self, access: int) -> None:
-        self._device.call("cuMemSetAccess", self.address, self.nbytes, self._device.access(access), 1)
+    def put(self, place: int, handle: int) -> None:
+        """Map a granule in place of another, or of none; the context is current. Raises: DeviceError; `shown` says what
+        is there then."""
+        self.take(place)
+        self._device.driver.call("cuMemMap", self.address + place * self._unit, self._unit, 0, handle, 0)
+        self.shown[place] = handle
+
+    def take(self, place: int) -> None:
+        if self.shown[place]:
+            self._device.driver.call("cuMemUnmap", self.address + place * self._unit, self._unit)
+            self.shown[place] = 0
+
+    def allow(self, access: int, first: int = 0, count: int | None = None) -> None:
+        """Of `count` granules from `first` on; of all."""
+        nbytes = self.nbytes if count is None else count * self._unit
+        self._device.call("cuMemSetAccess", self.address + first * self._unit, nbytes, self._device.access(access), 1)
 
     def close(self) -> None:
         if not self.address:
             return
-        for i in range(self._mapped_count):
-            self._device.give_back("cuMemUnmap", self.address + i * self._unit, self._unit)
+        for i, handle in enumerate(self.shown):
+            if handle:
+                self._device.give_back("cuMemUnmap", self.address + i * self._unit, self._unit)
         self._device.give_back("cuMemAddressFree", self.address, self.nbytes)
-        self.address = self._mapped_count = 0
+        self.address, self.shown = 0, []
 
 
 class CudaArena:
@@ -286,30 +302,112 @@ class CudaMapping:
     """See `base.Mapping`. Read-only: a kernel that writes fails, and with it its process's use of the card."""
 
     waits_to_close = True
+    is_hidden = False
 
-    def __init__(self, device: CudaDevice, fds: Sequence[int]) -> None:
-        self._device = device
+    def __init__(self, device: CudaDevice, fds: Sequence[int], runs: Sequence[Run]) -> None:
+        self._device, self._runs = device, list(runs)
+        self._handles: list[int] = []  # kept: a change that fails half-way maps them again
         self._mapped = _Mapped(device, len(fds))
         self.address, self.nbytes = self._mapped.address, self._mapped.nbytes
         try:
-            for fd in fds:
-                kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-                handle = device.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
-                try:
-                    self._mapped.add(handle)
-                finally:
-                    device.call("cuMemRelease", handle)  # the mapping keeps the memory
+            with device.current():
+                for fd in fds:
+                    self._handles.append(device.import_granule(fd))
+                    self._mapped.add(self._handles[-1])
             self._mapped.allow(cu.ACCESS_READ)
         except BaseException:
-            self._mapped.close()
+            self._end()
             raise
+
+    def prepare(self, fds: Sequence[int], runs: Sequence[Run], *, is_same: bool) -> CudaChange:
+        before, after = _granules(self._runs), _granules(runs)
+        if len(before) != len(after) or len(fds) != len(after):
+            raise ValueError(f"{len(fds)} descriptors of {runs} are not the {len(before)} granules that are shown")
+        places = [i for i, granule in enumerate(after) if not is_same or granule != before[i]]
+        handles: list[int] = []
+        try:
+            with self._device.current():
+                handles.extend(self._device.import_granule(fds[place]) for place in places)
+        except BaseException:
+            self._device.release(handles)
+            raise
+        return CudaChange(self, places, handles, list(runs))
+
+    def exchange(self, places: Sequence[int], handles: list[int], runs: list[Run]) -> list[Run]:
+        """See `base.Change`: granule `places[i]` becomes `handles[i]`, which becomes what was there. Returns the runs
+        that were shown."""
+        self._device.call("cuCtxSynchronize")  # what is queued reads the old bytes
+        before = [self._handles[place] for place in places]
+        try:
+            self._show(places, handles)
+        except Exception:
+            try:
+                changed = [i for i, place in enumerate(places) if self._mapped.shown[place] != before[i]]
+                self._show([places[i] for i in changed], [before[i] for i in changed])
+            except Exception:
+                self.hide()
+            raise
+        for place, handle in zip(places, handles, strict=True):
+            self._handles[place] = handle
+        handles[:] = before
+        shown, self._runs = self._runs, runs
+        return shown
+
+    def _show(self, places: Sequence[int], handles: Sequence[int]) -> None:
+        with self._device.current():
+            for place, handle in zip(places, handles, strict=True):
+                self._mapped.put(place, handle)
+        for first, count in _runs_of(places):
+            self._mapped.allow(cu.ACCESS_READ, first, count)
+
+    def hide(self) -> None:
+        self.is_hidden = True
+        with contextlib.suppress(DeviceError), self._device.current():
+            for place in range(len(self._mapped.shown)):
+                self._mapped.take(place)
 
     def close(self) -> None:
         if self._device.driver.is_inherited:  # it is the parent's, and stays so
             return
         if self._mapped.address:
             self._device.give_back("cuCtxSynchronize")  # a kernel that reads these weights may still be queued
+        self._end()
+
+    def _end(self) -> None:
         self._mapped.close()
+        self._device.release(self._handles)
+
+
+class CudaChange:
+    """See `base.Change`. Only granules that differ are mapped anew."""
+
+    waits_to_close = True
+
+    def __init__(self, mapping: CudaMapping, places: list[int], handles: list[int], runs: list[Run]) -> None:
+        self._mapping, self._places, self._handles, self._runs = mapping, places, handles, runs
+
+    def exchange(self) -> None:
+        self._runs = self._mapping.exchange(self._places, self._handles, self._runs)
+
+    def close(self) -> None:
+        device = self._mapping._device
+        if not device.driver.is_inherited:
+            device.release(self._handles)
+
+
+def _granules(runs: Sequence[Run]) -> list[int]:
+    return [first + i for first, count in runs for i in range(count)]
+
+
+def _runs_of(places: Sequence[int]) -> list[Run]:
+    """The same, those that follow each other as one."""
+    runs: list[Run] = []
+    for place in places:
+        if runs and sum(runs[-1]) == place:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((place, 1))
+    return runs
 
 
 class CudaDevice:
@@ -405,7 +503,19 @@ class CudaDevice:
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> CudaMapping:
         if len(fds) != sum(count for _, count in runs):
             raise DeviceError(f"{len(fds)} granules came, expected {sum(count for _, count in runs)}")
-        return CudaMapping(self, fds)
+        return CudaMapping(self, fds, runs)
+
+    def import_granule(self, fd: int) -> int:
+        """This device's context must be current."""
+        kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return self.driver.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
+
+    def release(self, handles: list[int]) -> None:
+        """Let go of granules; what is mapped of them stays mapped. Empties the list."""
+        with contextlib.suppress(DeviceLostError), self.current():
+            while handles:
+                self.driver.call("cuMemRelease", handles.pop())
+        handles.clear()
 
     def register(self, address: int, nbytes: int) -> None:
         """See `base.Device.register`. As read-only memory, if the driver knows such; without that it refuses what this

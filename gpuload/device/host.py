@@ -199,23 +199,42 @@ class HostMapping:
     """See `base.Mapping`. Private and writable: a write copies that page for this process alone."""
 
     waits_to_close = False
+    is_hidden = False
 
     def __init__(self, fd: int, runs: Sequence[Run], granule_bytes: int) -> None:
+        self.runs, self._unit = list(runs), granule_bytes
         self.nbytes = sum(count for _, count in runs) * granule_bytes
         self.address = 0
         if not self.nbytes:
             return
         self.address = self._mmap(None, self.nbytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-        at = self.address
         try:
-            for first, count in runs:
-                flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
-                protection = mmap.PROT_READ | mmap.PROT_WRITE
-                self._mmap(at, count * granule_bytes, protection, flags, fd, first * granule_bytes)
-                at += count * granule_bytes
+            self.show(fd, self.runs)
         except BaseException:
             self.close()
             raise
+
+    def show(self, fd: int, runs: list[Run]) -> None:
+        """Map all of it anew; no address is ever without a mapping. Raises: DeviceError, with a part of it done."""
+        at = self.address
+        for first, count in runs:
+            flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            self._mmap(at, count * self._unit, protection, flags, fd, first * self._unit)
+            at += count * self._unit
+        self.runs = runs
+
+    def hide(self) -> None:
+        self.is_hidden = True
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
+        self._mmap(self.address, self.nbytes, _PROT_NONE, flags, -1, 0)
+
+    def prepare(self, fds: Sequence[int], runs: Sequence[Run], *, is_same: bool) -> HostChange:
+        check_one(fds)
+        if sum(count for _, count in runs) * self._unit != self.nbytes:
+            raise ValueError(f"{runs} are not the {self.nbytes // self._unit} granules that are shown")
+        HostMapping(fds[0], runs, self._unit).close()  # a rehearsal: the kernel has room for so many mappings
+        return HostChange(self, fds[0], list(runs), is_same=is_same)
 
     def _mmap(self, at: int | None, nbytes: int, protection: int, flags: int, fd: int, offset: int) -> int:
         address = _libc.mmap(at, nbytes, protection, flags, fd, offset)
@@ -227,6 +246,46 @@ class HostMapping:
         if self.address:
             _libc.munmap(self.address, self.nbytes)
             self.address = 0
+
+
+class HostChange:
+    """See `base.Change`. All granules are mapped anew, equal ones too: what this process has written to its copies of
+    pages is gone, everywhere."""
+
+    waits_to_close = False
+
+    def __init__(self, mapping: HostMapping, fd: int, runs: list[Run], *, is_same: bool) -> None:
+        self._mapping, self._runs, self._is_same = mapping, runs, is_same
+        self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        self._is_shown = False
+
+    def exchange(self) -> None:
+        before = self._mapping.runs
+        try:
+            self._show(self._runs, is_new=not self._is_shown)
+        except Exception:
+            try:
+                self._show(before, is_new=self._is_shown)
+            except Exception:
+                self._mapping.hide()
+            raise
+        self._runs, self._is_shown = before, not self._is_shown
+
+    def _show(self, runs: list[Run], *, is_new: bool) -> None:
+        if not is_new and not self._is_same:
+            raise DeviceError("there is no descriptor any more of the arena that was shown before")
+        self._mapping.show(self._fd, runs)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def check_one(fds: Sequence[int]) -> None:
+    """Raises: DeviceError."""
+    if len(fds) != 1:
+        raise DeviceError(f"an arena in host memory comes as one descriptor, got {len(fds)}")
 
 
 class HostDevice:
@@ -272,8 +331,7 @@ class HostDevice:
         return ()
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> HostMapping:
-        if len(fds) != 1:
-            raise DeviceError(f"an arena in host memory comes as one descriptor, got {len(fds)}")
+        check_one(fds)
         return HostMapping(fds[0], runs, self.granule_bytes)
 
     def register(self, address: int, nbytes: int) -> None:

@@ -38,7 +38,7 @@ from gpuload.errors import (
 from gpuload.moving.kept import KeptFiles
 from gpuload.moving.pipeline import Limits
 from gpuload.moving.staging import Ring
-from gpuload.server.catalog import Catalog, Model
+from gpuload.server.catalog import Catalog, Lease
 from gpuload.server.client_files import REQUESTS_MAX, ClientFiles, Shares
 from gpuload.server.digest_files import DigestFiles
 from gpuload.server.digests import SETTLED_S, DigestCache
@@ -333,7 +333,7 @@ async def _connection(
 ) -> None:
     """One client, from accept to its end; gives its place back. No error of a client leaves this function."""
     channel = Channel(sock)
-    lease: Model | None = None
+    lease: Lease | None = None
     taken = [places]
     try:
         peer = _peer(sock)
@@ -381,7 +381,7 @@ async def _connection(
         for place in taken:
             place.release()
         if lease:
-            lease.end_lease()
+            lease.end()
 
 
 async def _answered(

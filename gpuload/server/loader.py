@@ -35,6 +35,7 @@ from gpuload.moving.source import FileSource, Source
 from gpuload.moving.timing import TimedSource
 from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
 from gpuload.server.digests import DigestCache, digest_views, now_ns
+from gpuload.server.generations import Generations
 from gpuload.server.layout import placed_bytes
 from gpuload.server.pulled import PulledSource
 from gpuload.server.returning import Returning, TierSource
@@ -67,6 +68,7 @@ class Loader:
     ) -> None:
         """mapper: keeps what mounts lend over loads; None: every load maps it anew."""
         self.sites = sites
+        self.generations = Generations()
         self._digests, self._limits, self._mapper = digests, limits, mapper
         self._thinkers = trio.CapacityLimiter(4)
 
@@ -436,7 +438,7 @@ class Loader:
             is_pinned=job.is_pinned or work.inherits_pin,
             retain=job.retain,
         )
-        model.publish()
+        self.generations.publish(model)
         return model
 
 

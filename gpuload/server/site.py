@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,8 @@ class Site:
     """Where blocks go that leave it; None: nowhere."""
     floor_count: int = 0
     """Granules whose memory is kept, whether models need it or not."""
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Tells clients whether granules of two answers are of one arena: then equal numbers are equal memory."""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """Held by the load that may change what stands here."""
     _changing: trio.Lock = field(default_factory=trio.Lock)
