@@ -145,6 +145,35 @@ class DeviceSuite:
         arena.close()
         lent.close()
 
+    def test_an_arena_outlives_who_made_it(self, device: Device) -> None:
+        """Its bytes are there for whoever has copies of its descriptors, and who can write and hand out as its maker could.
+        """
+        unit = device.granule_bytes
+        arena, staging, stream = self._arena(device, 3), device.alloc_staging(4096), device.open_stream()
+        staging.view[:] = ramp(4096)
+        stream.copy_in(arena.address + unit, staging.address, 4096)
+        stream.record().wait(30)
+        copies = [os.dup(fd) for fd in arena.descriptors()]
+        arena.close()
+        before = len(os.listdir("/proc/self/fd"))
+        heir = device.adopt_arena(copies, 3 * unit)
+        assert (heir.granules_count, heir.granule_bytes) == (3, unit)
+        assert device.read_back(heir.address + unit, 4096) == ramp(4096)
+        stream.copy_within(heir.address + 2 * unit, heir.address + unit, 4096)
+        stream.record().wait(30)
+        fds = heir.export([(2, 1)])
+        mapping = device.attach(fds, [(2, 1)])
+        trio_close(fds)
+        assert device.read_back(mapping.address, 4096) == ramp(4096)
+        heir.close()
+        assert device.read_back(mapping.address, 4096) == ramp(4096), "who has it mapped keeps it"
+        mapping.close()
+        assert len(os.listdir("/proc/self/fd")) <= before - len(copies), "the copies are the heir's, and closed by it"
+        with pytest.raises(DeviceError, match=r"expected 3|comes as one"):
+            device.adopt_arena([], 3 * unit)
+        stream.close()
+        staging.close()
+
     def test_an_arena_larger_than_the_device_is_refused(self, device: Device) -> None:
         with pytest.raises(FitError) as caught:
             device.create_arena(device.memory().total_bytes * 2)
@@ -278,6 +307,9 @@ class FaultyDevice:
 
     def create_arena(self, nbytes: int) -> Arena:
         return self._inner.create_arena(nbytes)
+
+    def adopt_arena(self, fds: Sequence[int], nbytes: int) -> Arena:
+        return self._inner.adopt_arena(fds, nbytes)
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> DeviceMapping:
         return self._inner.attach(fds, runs)

@@ -80,6 +80,11 @@ class Arena(Protocol):
         """Descriptors with which another process maps these granules, read-only. The caller closes them."""
         ...
 
+    def descriptors(self) -> Sequence[int]:
+        """What its memory lives by, in an order that `Device.adopt_arena` knows: as long as any process has copies of
+        these, however this one ends. They stay the arena's."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -120,6 +125,12 @@ class Device(Protocol):
 
     def create_arena(self, nbytes: int) -> Arena:
         """Raises: FitError if the device has not that much free; DeviceError otherwise."""
+        ...
+
+    def adopt_arena(self, fds: Sequence[int], nbytes: int) -> Arena:
+        """The arena that another process of ours made, with all that stands in it; from copies of its `descriptors`.
+        They are the arena's from here on, and closed if this fails. Raises: DeviceError.
+        """
         ...
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> Mapping:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import time
 from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
@@ -165,18 +166,20 @@ class _Mapped:
 class CudaArena:
     """See `base.Arena`."""
 
-    def __init__(self, device: CudaDevice, granules_count: int) -> None:
+    def __init__(self, device: CudaDevice, granules_count: int, fds: Sequence[int] = ()) -> None:
+        """fds: of all granules of such an arena that is there already; the arena's from here on."""
         self._device = device
         self.granule_bytes, self.granules_count = device.granule_bytes, granules_count
         self._handles: list[int] = []
+        self._fds = list(fds)
+        """Of all granules, once somebody wanted them. Whoever attaches gets copies: nothing says that a granule which
+        was imported may be exported again."""
         self._mapped = _Mapped(device, granules_count)
         self.address = self._mapped.address
         try:
-            for _ in range(granules_count):
-                properties = ctypes.byref(device.properties)
-                handle = device.number("cuMemCreate", c_ulonglong, self.granule_bytes, properties, 0)
-                self._handles.append(handle)
-                self._mapped.add(handle)
+            for i in range(granules_count):
+                self._handles.append(device.imported(fds[i]) if fds else device.made_granule())
+                self._mapped.add(self._handles[-1])
             self._mapped.allow(cu.ACCESS_READWRITE)
         except BaseException:
             self.close()
@@ -188,18 +191,31 @@ class CudaArena:
         fds: list[int] = []
         try:
             for first, count in runs:
-                for handle in self._handles[first : first + count]:
-                    kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-                    fds.append(self._device.number("cuMemExportToShareableHandle", c_int, handle, kind, 0))
+                fds.extend(self._descriptor(at) for at in range(first, first + count))
+        except OSError as error:
+            close_all(fds)
+            raise DeviceError(f"cannot hand out granules of {self._device.name}: {error.strerror}") from None
         except BaseException:
             close_all(fds)
             raise
         return fds
 
+    def _descriptor(self, at: int) -> int:
+        return os.dup(self._fds[at]) if self._fds else self._device.exported(self._handles[at])
+
+    def descriptors(self) -> Sequence[int]:
+        if not self._fds:
+            self._fds = self.export([(0, self.granules_count)])
+        return self._fds
+
     def close(self) -> None:
+        from gpuload.wire import close_all
+
         self._mapped.close()
         while self._handles:
             self._device.give_back("cuMemRelease", self._handles.pop())
+        fds, self._fds = self._fds, []
+        close_all(fds)
 
 
 class CudaMapping:
@@ -213,8 +229,7 @@ class CudaMapping:
         self.address, self.nbytes = self._mapped.address, self._mapped.nbytes
         try:
             for fd in fds:
-                kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-                handle = device.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
+                handle = device.imported(fd)
                 try:
                     self._mapped.add(handle)
                 finally:
@@ -281,6 +296,20 @@ class CudaDevice:
         with self.current():
             return self.driver.number(name, kind, *args)
 
+    def made_granule(self) -> int:
+        """A handle of a new one."""
+        return self.number("cuMemCreate", c_ulonglong, self.granule_bytes, ctypes.byref(self.properties), 0)
+
+    def exported(self, handle: int) -> int:
+        """A descriptor of a granule, the caller's."""
+        kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return self.number("cuMemExportToShareableHandle", c_int, handle, kind, 0)
+
+    def imported(self, fd: int) -> int:
+        """A handle of the granule behind a descriptor, which stays the caller's."""
+        kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return self.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
+
     def model_name(self) -> str:
         """What the card is called."""
         name = ctypes.create_string_buffer(256)
@@ -306,6 +335,17 @@ class CudaDevice:
                 f"an arena of {nbytes} bytes does not fit {self.name}: {free} bytes free", shortfall_bytes=nbytes - free
             )
         return CudaArena(self, nbytes // self.granule_bytes)
+
+    def adopt_arena(self, fds: Sequence[int], nbytes: int) -> CudaArena:
+        """Not known before a GPU was seen: whether a driver keeps granules whose maker has died for as long as one of
+        their descriptors is open, as its documentation has it of handles, and gives them with their bytes."""
+        from gpuload.wire import close_all
+
+        if not fds or len(fds) != nbytes // self.granule_bytes:
+            close_all(fds)
+            raise DeviceError(f"{len(fds)} granules came, expected {nbytes // self.granule_bytes}")
+        self._check_shared()
+        return CudaArena(self, len(fds), fds)
 
     def _check_shared(self) -> None:
         """Raises: DeviceError if nobody could attach beside us."""

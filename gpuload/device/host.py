@@ -1,9 +1,10 @@
 """The CPU as a device: arenas are sealed memfds, attaching is mmap, copies run in a stream's own thread.
 
 For CPU inference servers it is the real thing; for tests it stands in for a GPU, having the same queues, events,
-granules and processes. Sharing is read-only in earnest: the owner maps an arena before F_SEAL_FUTURE_WRITE is set,
-and nobody can map it writable afterwards, whatever its user id. A client maps privately (copy on write): a framework
-which edits a weight in place edits its own copy of that page.
+granules and processes. Others get an arena as a descriptor that cannot write, of a file that its mode lets nobody open
+for writing: a client of another user cannot come to write, one of our own only by changing that mode. The owner's own
+descriptor can, so that a server's successor goes on with the memory (decisions/0011). A client maps privately (copy on
+write): a framework which edits a weight in place edits its own copy of that page.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ QUEUE_LENGTH_MAX = 4096
 
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
-# linux/fcntl.h; Python 3.11 has no name for FUTURE_WRITE
-_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 1033, 0x1, 0x2, 0x4, 0x10
+_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x1, 0x2, 0x4  # linux/fcntl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -127,31 +127,46 @@ class HostStaging:
 class HostArena:
     """See `base.Arena`. All pages are taken at once: a machine without room says so here, not inside a load."""
 
-    def __init__(self, nbytes: int, granule_bytes: int) -> None:
+    def __init__(self, nbytes: int, granule_bytes: int, fd: int | None = None) -> None:
+        """fd: of such an arena that is there already."""
         self.granule_bytes = granule_bytes
         self.granules_count = nbytes // granule_bytes
         self._nbytes = self.granules_count * granule_bytes
-        self._fd = os.memfd_create("gpuload-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._fd = _made_arena(self._nbytes) if fd is None else fd
         try:
-            os.ftruncate(self._fd, self._nbytes)
-            if self._nbytes:
-                os.posix_fallocate(self._fd, 0, self._nbytes)
+            if os.fstat(self._fd).st_size != self._nbytes:
+                raise ValueError(f"it has {os.fstat(self._fd).st_size}")
             self._map = mmap.mmap(self._fd, self._nbytes or mmap.PAGESIZE, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except (OSError, ValueError) as error:
             os.close(self._fd)
             raise DeviceError(f"cannot take an arena of {self._nbytes} bytes: {error}") from None
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        seals = _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
-        fcntl.fcntl(self._fd, _F_ADD_SEALS, seals)
 
     def export(self, runs: Sequence[Run]) -> list[int]:
         return [os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)]
+
+    def descriptors(self) -> Sequence[int]:
+        return [self._fd]
 
     def close(self) -> None:
         if self._fd >= 0:
             self._map.close()
             os.close(self._fd)
             self._fd = -1
+
+
+def _made_arena(nbytes: int) -> int:
+    fd = os.memfd_create("gpuload-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.fchmod(fd, 0o400)
+        os.ftruncate(fd, nbytes)
+        if nbytes:
+            os.posix_fallocate(fd, 0, nbytes)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
+    except OSError as error:
+        os.close(fd)
+        raise DeviceError(f"cannot take an arena of {nbytes} bytes: {error}") from None
+    return fd
 
 
 class HostMapping:
@@ -227,6 +242,14 @@ class HostDevice:
                 f"an arena of {nbytes} bytes does not fit host memory: {free} bytes free", shortfall_bytes=nbytes - free
             )
         return HostArena(nbytes, self.granule_bytes)
+
+    def adopt_arena(self, fds: Sequence[int], nbytes: int) -> HostArena:
+        from gpuload.wire import close_all
+
+        if len(fds) != 1:
+            close_all(fds)
+            raise DeviceError(f"an arena in host memory comes as one descriptor, got {len(fds)}")
+        return HostArena(nbytes, self.granule_bytes, fds[0])
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> HostMapping:
         if len(fds) != 1:

@@ -100,6 +100,8 @@ class Model:
     """Counts the swaps of this name."""
     used_at: int = 0
     """The clock at its last use."""
+    number: int = 0
+    """What the estate knows it by; 0 before that has its record."""
 
     @property
     def devices(self) -> list[str]:
@@ -130,7 +132,7 @@ class Model:
             del part.catalog.models[self.name]
             part.catalog.retired.append(self)
         self.name = None
-        self._drop_if_unused()
+        self.drop_if_unused()
 
     def touch(self) -> None:
         self.used_at = next(_clock)
@@ -142,11 +144,12 @@ class Model:
     def end_lease(self) -> None:
         self.leases_count -= 1
         if self.name is None:
-            self._drop_if_unused()
+            self.drop_if_unused()
         elif self.retain == "lease" and not self.leases_count and not self.is_pinned:
             self.retire()
 
-    def _drop_if_unused(self) -> None:
+    def drop_if_unused(self) -> None:
+        """Give its blocks back, if it is retired and nobody has a lease."""
         if self.leases_count:
             return
         for part in self.parts:

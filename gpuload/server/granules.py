@@ -40,6 +40,17 @@ class Granules:
             self.free_count -= used
         return sorted(taken)
 
+    def claim(self, runs: Iterable[Run]) -> None:
+        """Take exactly these. Raises: ValueError if any of it is taken, or not there."""
+        for first, count in runs:
+            at = bisect.bisect_right(self._free, (first, self.count)) - 1
+            begin, size = self._free[at] if at >= 0 else (0, 0)
+            if count < 1 or not begin <= first <= first + count <= begin + size:
+                raise ValueError(f"granules [{first}, {first + count}) are not free")
+            rest = [(begin, first - begin), (first + count, begin + size - first - count)]
+            self._free[at : at + 1] = [run for run in rest if run[1]]
+            self.free_count -= count
+
     def put(self, runs: Iterable[Run]) -> None:
         """Give back what `take` gave. Raises: ValueError if any of it is free already."""
         for first, count in runs:

@@ -34,6 +34,7 @@ from gpuload.moving.source import Source
 from gpuload.moving.timing import TimedSource
 from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
 from gpuload.server.digests import DigestCache, digest_views, now_ns
+from gpuload.server.estate import Estate
 from gpuload.server.layout import BlockPlan
 from gpuload.server.site import InsideCopy, Site
 from gpuload.server.versions import stamp_of
@@ -62,10 +63,15 @@ class Loader:
     """All loads of a server."""
 
     def __init__(
-        self, sites: Mapping[str, Site], digests: DigestCache, limits: Limits, mapper: Mapper | None = None
+        self,
+        sites: Mapping[str, Site],
+        digests: DigestCache,
+        limits: Limits,
+        estate: Estate,
+        mapper: Mapper | None = None,
     ) -> None:
         """mapper: keeps what mounts lend over loads; None: every load maps it anew."""
-        self.sites = sites
+        self.sites, self._estate = sites, estate
         self._digests, self._limits, self._mapper = digests, limits, mapper
         self._thinkers = trio.CapacityLimiter(4)
 
@@ -185,7 +191,12 @@ class Loader:
                 table = await self._think(work.table)
                 for part in work.parts:
                     await self._complete(part)
-                return self._publish(work, table)
+                made = self._made(work, table)
+                async with self._estate.recorded(made):
+                    for part in work.parts:
+                        part.own = []  # the model holds them from here on
+                    made.publish()
+                return made
             work.let_go()
             return model
         except BaseException:
@@ -255,6 +266,7 @@ class Loader:
                     part.own[i] = part.site.catalog.reserve(plan.nbytes)
                 else:
                     work.report.bytes_kept += placed_bytes(plan)
+        self._estate.sync()  # before a byte goes where victims were: see `estate`
 
     def _victims(self, work: Work, keep: Iterable[Model]) -> list[Model]:
         """Whom to evict so that all parts have room. Raises: FitError; nobody is evicted here."""
@@ -417,16 +429,15 @@ class Loader:
                 await trio.lowlevel.checkpoint()
             part.own[i] = catalog.complete(block, digest, pieces)
 
-    def _publish(self, work: Work, table: list[ResidentTensor]) -> Model:
+    def _made(self, work: Work, table: list[ResidentTensor]) -> Model:
         job = work.job
         parts = []
         assert work.content is not None
         whole, content = work.content
         for part in work.parts:
             blocks = [block for block in part.own if block is not None]
-            part.own = []  # the model holds them from here on
             parts.append(Part(part.site.catalog, content[part.site.name], blocks))
-        model = Model(
+        return Model(
             name=job.name if job.name is not None else content_name(content),
             digest=whole,
             parts=parts,
@@ -437,8 +448,6 @@ class Loader:
             is_pinned=job.is_pinned or work.inherits_pin,
             retain=job.retain,
         )
-        model.publish()
-        return model
 
 
 def _timed(job: Job, phase: str) -> AbstractContextManager[None]:

@@ -24,6 +24,7 @@ from gpuload.moving.shards import Shard
 from gpuload.moving.timing import Timing
 from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor, namesakes
 from gpuload.server.client_files import ClientFiles
+from gpuload.server.estate import Estate
 from gpuload.server.loader import CONTENT_PREFIX, Loader
 from gpuload.server.site import Site
 from gpuload.server.tables import TENSORS_MAX, read_table
@@ -73,8 +74,8 @@ class Answer:
 class Operations:
     """The server's devices, behind the verbs of the protocol."""
 
-    def __init__(self, loader: Loader, kept: KeptFiles, tracer: Tracer, *, version: str) -> None:
-        self._kept, self._tracer = kept, tracer
+    def __init__(self, loader: Loader, kept: KeptFiles, tracer: Tracer, estate: Estate, *, version: str) -> None:
+        self._kept, self._tracer, self._estate = kept, tracer, estate
         self._loader, self._sites = loader, loader.sites
         self._catalogs = [site.catalog for site in loader.sites.values()]
         self._version = version
@@ -292,7 +293,7 @@ class Operations:
                     "models": [{**_summary(m), "bytes_here": _bytes_here(m, catalog)} for m in models],
                 }
             )
-        head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid()}
+        head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid(), **self._estate.life()}
         return {**head, "devices": devices, "mounts": self._kept.mounts()}
 
     def _site(self, given: object) -> Site:

@@ -22,16 +22,36 @@ class TestHostDevice(DeviceSuite):
         return HostDevice(granule_bytes=request.param)
 
 
-def test_nobody_can_map_an_arena_writable() -> None:
+def test_what_is_handed_out_cannot_write() -> None:
     device = HostDevice(granule_bytes=4096)
     arena = device.create_arena(8192)
     fds = arena.export([(0, 2)])
-    writable = os.open(f"/proc/self/fd/{fds[0]}", os.O_RDWR)
     with pytest.raises(PermissionError):
-        mmap.mmap(writable, 8192)
-    with pytest.raises(PermissionError):
-        os.pwrite(writable, b"x", 0)
-    close_all([*fds, writable])
+        mmap.mmap(fds[0], 8192)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pwrite(fds[0], b"x", 0)
+    close_all(fds)
+    arena.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_another_user_cannot_open_it_for_writing() -> None:
+    device = HostDevice(granule_bytes=4096)
+    arena = device.create_arena(8192)
+    fds = arena.export([(0, 2)])
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            os.setuid(65534)
+            mmap.mmap(fds[0], 8192, prot=mmap.PROT_READ)
+            os.open(f"/proc/self/fd/{fds[0]}", os.O_RDWR)
+        except PermissionError:
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(process, 0)[1] == 0
+    close_all(fds)
     arena.close()
 
 

@@ -1,0 +1,173 @@
+"""How a server comes to its door, arenas and clients: anew, from what a dead one left, or from one that lives."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from gpuload.device.base import Device
+from gpuload.errors import FitError
+from gpuload.moving.staging import Ring
+from gpuload.server.catalog import Catalog, Model
+from gpuload.server.config import ServerConfig
+from gpuload.server.door import Door, leads_to, opened
+from gpuload.server.estate import Estate, Index, Store
+from gpuload.server.handover import Heir
+from gpuload.server.layout import PIECE_BYTES
+from gpuload.server.site import Site
+from gpuload.server.succession import Left, check_devices, restore
+from mfs import manager
+from mfs.errors import ConfigError, IntegrityError, MfsError
+from mfs.units import format_size
+
+log = logging.getLogger("gpuload.server")
+
+
+@dataclass
+class Begun:
+    """What a server begins with."""
+
+    door: Door
+    sites: Mapping[str, Site]
+    estate: Estate
+    clients: list[tuple[trio.socket.SocketType, Model | None, int]] = field(default_factory=list)
+    """(connection, what it leases, that lease's number)"""
+
+
+@dataclass
+class Beginning:
+    """All three ways. What they take, the stack gives back."""
+
+    stack: contextlib.AsyncExitStack
+    config: ServerConfig
+    devices: Mapping[str, Device]
+    store: Store
+    version: str
+
+    async def anew(self, left: Left | None = None) -> Begun:
+        """With arenas that nobody has; of `left` the door alone. Raises: ConfigError, BusyError, FitError,
+        DeviceError."""
+        door = self._door(left)
+        if left is not None:  # before memory is asked for that it still has
+            for name in left.close():
+                self.store.remove(name)
+            await self.store.settle()
+            await trio.to_thread.run_sync(manager.barrier)
+        self._check_fit(has_arenas=False)
+        sites = {name: await self._site(self.stack, name) for name in self.devices}
+        return Begun(door, sites, Estate(self.store, self.version))
+
+    async def go_on(self, left: Left) -> Begun | None:
+        """With what a server that is dead left; None, and one line in the log, where that cannot be."""
+        stack = contextlib.AsyncExitStack()
+        try:
+            if not self._has_door(left):
+                raise IntegrityError(f"what a server left is not of {self.config.socket_path}")
+            index = left.read_index()
+            stack.callback(index.close)
+            sites, estate, clients = await self._heritage(stack, left, index)
+        except (MfsError, OSError) as error:
+            log.warning("the weights that were resident are given up: %s", error)
+            await stack.aclose()
+            return None
+        door = self._door(left)
+        self.stack.push_async_exit(stack.pop_all())
+        left.close()
+        return Begun(door, sites, estate, clients)
+
+    async def take_over(self, heir: Heir) -> Begun:
+        """With all that a living one has, which from `heir.hold` on is ours. Raises: MfsError as it or we find."""
+        left, theirs = await heir.begin()
+        self.stack.callback(left.close)
+        check_devices(theirs, self._wanted())
+        door = self._door(left)
+        door.is_left = True  # until it is ours
+        left.index = {"devices": theirs}
+        sites = await self._sites(self.stack, left)
+        await heir.receive_rest(left)
+        index = left.read_index()
+        self.stack.callback(index.close)
+        estate, clients = await self._restored(left, index, sites)
+        clients += [(_trio(left.take(name)), None, 0) for name in list(left.fds) if name.startswith("client.")]
+        return Begun(door, sites, estate, clients)
+
+    async def _heritage(
+        self, stack: contextlib.AsyncExitStack, left: Left, index: Index
+    ) -> tuple[Mapping[str, Site], Estate, list[tuple[trio.socket.SocketType, Model | None, int]]]:
+        check_devices(left.index["devices"], self._wanted())
+        sites = await self._sites(stack, left)
+        return sites, *await self._restored(left, index, sites)
+
+    async def _restored(
+        self, left: Left, index: Index, sites: Mapping[str, Site]
+    ) -> tuple[Estate, list[tuple[trio.socket.SocketType, Model | None, int]]]:
+        estate, leases = await restore(left, index, sites, self.store, self.version)
+        return estate, [(_trio(fd), model, number) for number, model, fd in leases]
+
+    def _has_door(self, left: Left) -> bool:
+        return "lock" in left.fds and "socket" in left.fds and leads_to(left.fds["socket"], self.config.socket_path)
+
+    def _door(self, left: Left | None) -> Door:
+        given = None
+        if left is not None and self._has_door(left):
+            given = (left.take("socket"), left.take("lock"))
+        return self.stack.enter_context(opened(self.config.socket_path, self.config.socket_mode, given))
+
+    def _wanted(self) -> list[tuple[str, str, int, int]]:
+        return [
+            (name, d.identity, d.granule_bytes, self.config.arena_bytes[name] // d.granule_bytes)
+            for name, d in self.devices.items()
+        ]
+
+    async def _sites(self, stack: contextlib.AsyncExitStack, left: Left) -> dict[str, Site]:
+        self._check_fit(has_arenas=True)
+        fds = [left.take_arena(at) for at in range(len(self.devices))]
+        return {name: await self._site(stack, name, fds[at]) for at, name in enumerate(self.devices)}
+
+    async def _site(self, stack: contextlib.AsyncExitStack, name: str, fds: Sequence[int] = ()) -> Site:
+        """One device's arena, which is there already if it has descriptors, and its ring; the stack gives them back."""
+        device, nbytes = self.devices[name], self.config.arena_bytes[name]
+        if nbytes < device.granule_bytes:
+            unit = format_size(device.granule_bytes)
+            raise ConfigError(f"an arena of {format_size(nbytes)} on {name} is less than one granule of {unit}")
+        nbytes = nbytes // device.granule_bytes * device.granule_bytes
+        arena = device.adopt_arena(fds, nbytes) if fds else device.create_arena(nbytes)
+        stack.callback(arena.close)
+        catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
+        limits = self.config.limits
+        ring = Ring(device, buffer_bytes=max(limits.buffer_bytes, PIECE_BYTES), count=limits.buffers_count)
+        stack.callback(ring.close)
+        await trio.to_thread.run_sync(ring.grow)
+        return Site(name, device, arena, catalog, ring)
+
+    def _check_fit(self, *, has_arenas: bool) -> None:
+        """See that all arenas, if they are yet to be taken, and rings together fit beside what others hold, before any
+        is taken. Raises: FitError.
+        """
+        limits = self.config.limits
+        staging = max(limits.buffer_bytes, PIECE_BYTES) * limits.buffers_count * len(self.devices)
+        sums: dict[str, tuple[Device, int, int]] = {}  # all devices in host memory are one sum
+        for name, device in self.devices.items():
+            place = "host memory" if name.startswith("cpu") else name
+            _, arenas, _ = sums.get(place, (device, 0, 0))
+            arenas += 0 if has_arenas else self.config.arena_bytes[name]
+            sums[place] = (device, arenas, staging if place == "host memory" else 0)
+        for place, (device, arenas, rings) in sums.items():
+            memory = device.memory()
+            others, short = memory.total_bytes - memory.free_bytes, arenas + rings - memory.free_bytes
+            if short > 0:
+                raise FitError(
+                    f"this does not fit {place}: arenas {format_size(arenas)}, staging {format_size(rings)}; of its"
+                    f" {format_size(memory.total_bytes)} others hold {format_size(others)}, free are"
+                    f" {format_size(memory.free_bytes)}; short by {format_size(short)}; nothing was taken",
+                    shortfall_bytes=short,
+                )
+
+
+def _trio(fd: int) -> trio.socket.SocketType:
+    return trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
