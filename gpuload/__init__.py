@@ -13,6 +13,7 @@ Names are loaded when first used: `import gpuload` imports no torch. ARCHITECTUR
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from gpuload.client.load import load_file, load_model, stream
     from gpuload.client.opened import safe_open
 
-__all__ = ["attach", "let_go", "load_file", "load_model", "safe_open", "stream"]
+__all__ = ["attach", "include_dir", "let_go", "load_file", "load_model", "safe_open", "stream"]
 
 _HOMES = {
     "attach": "gpuload.client.attached",
@@ -30,6 +31,11 @@ _HOMES = {
     "safe_open": "gpuload.client.opened",
     "stream": "gpuload.client.load",
 }
+
+
+def include_dir() -> str:
+    """The folder of gpuload.h, the client for C and C++."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "include")
 
 
 def __getattr__(name: str) -> Any:

@@ -146,8 +146,7 @@ class DeviceSuite:
         lent.close()
 
     def test_an_arena_outlives_who_made_it(self, device: Device) -> None:
-        """Its bytes are there for whoever has copies of its descriptors, and who can write and hand out as its maker could.
-        """
+        """Its bytes are there for whoever has copies of its descriptors, who can write and hand out as its maker."""
         unit = device.granule_bytes
         arena, staging, stream = self._arena(device, 3), device.alloc_staging(4096), device.open_stream()
         staging.view[:] = ramp(4096)

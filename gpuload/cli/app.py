@@ -40,6 +40,7 @@ class _Front(Front):
         ("Look", ("status", "metrics", "plan", "doctor", "bench")),
         ("Ahead of need", ("digest",)),
         ("Programs that know nothing of gpuload", ("run", "hook")),
+        ("Programs in C and C++", ("include",)),
     )
     sections = {  # noqa: RUF012
         "Examples": """\
@@ -490,3 +491,11 @@ def hook(action: str) -> None:
     else:
         path = pth.install() if action == "install" else pth.remove()
         click.echo(f"{path}: {'installed; set GPULOAD_AUTO=1 to use it' if action == 'install' else 'removed'}")
+
+
+@cli.command(short_help="Print where gpuload.h is.", cls=Page, sections={"Examples": EXAMPLES["include"]})
+def include() -> None:
+    """Print the folder of gpuload.h, the client for C and C++, and of an example that uses it."""
+    from gpuload import include_dir
+
+    click.echo(include_dir())

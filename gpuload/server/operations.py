@@ -242,7 +242,10 @@ class Operations:
                 runs, offsets = _runs(part.blocks, part.catalog.granule_bytes)
                 begins.append(offsets)
                 site = self._sites[part.catalog.device]
-                parts.append({"device": site.device.identity, "runs": runs if is_wanted else [], "fds": 0})
+                unit = site.arena.granule_bytes
+                parts.append(
+                    {"device": site.device.identity, "granule_bytes": unit, "runs": runs if is_wanted else [], "fds": 0}
+                )
                 exports.append((site.arena, runs if is_wanted else []))
 
             def export() -> None:
