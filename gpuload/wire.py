@@ -1,4 +1,4 @@
-"""The protocol's bytes: one JSON object per frame, with file descriptors behind it. The page on it is ARCHITECTURE.md.
+"""The protocol's bytes: one JSON object per frame, with file descriptors behind it. The page on it is PROTOCOL.md.
 
     frame        4 bytes, big-endian length of the JSON; the JSON, UTF-8, an object
     descriptors  for every FDS_PER_MESSAGE of the object's "fds": one byte 'F' with them as SCM_RIGHTS

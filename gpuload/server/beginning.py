@@ -77,7 +77,8 @@ class Beginning:
             return None
         door = self._door(left)
         self.stack.push_async_exit(stack.pop_all())
-        left.close()
+        for name in left.close():  # of clients and models that were gone, or nearly there
+            self.store.remove(name)
         return Begun(door, sites, estate, clients)
 
     async def take_over(self, heir: Heir) -> Begun:

@@ -123,7 +123,7 @@ async def serve(
             stack.callback(connections.close)
             for client in begun.clients:
                 connections.add(*client)
-            giver = Giver(estate, connections, ending, VERSION)
+            giver = Giver(estate, connections, begun.door, ending, VERSION)
             if must is not None:
                 # The kernel keeps a process, with all it has, while one of its threads is in a call on a hung file.
                 must += [estate.stop, begun.door.shut, *(site.arena.close for site in sites.values())]
@@ -154,7 +154,7 @@ async def serve(
                     if not giver.has_given:
                         await connections.pause(STOP_DRAIN_S, "the gpuload server stops; nothing was changed")
                         estate.stop(is_clean=True)
-                    begun.door.is_left = giver.has_given or (store.is_there and config.is_kept_on)
+                        begun.door.is_left = store.is_there and config.is_kept_on
                     nursery.cancel_scope.cancel()
             except BaseExceptionGroup as group:
                 if isinstance(first_error(group), DeviceLostError):

@@ -31,6 +31,7 @@ import trio
 
 from gpuload.errors import AwayError, BusyError, ServerError, from_wire, to_wire
 from gpuload.server.connections import HEIR_OP, Connections, peer_of
+from gpuload.server.door import Door
 from gpuload.server.estate import FORMAT, Estate
 from gpuload.server.succession import Left
 from gpuload.wire import FDS_MAX, Channel, close_all
@@ -56,9 +57,10 @@ WHY = "the gpuload server gives its place to another one just now; nothing was c
 class Giver:
     """The side that has everything. One heir at a time."""
 
-    def __init__(self, estate: Estate, connections: Connections, ending: trio.Event, version: str) -> None:
-        """ending: set once all is another server's."""
-        self._estate, self._connections, self._ending, self._version = estate, connections, ending, version
+    def __init__(self, estate: Estate, connections: Connections, door: Door, ending: trio.Event, version: str) -> None:
+        """ending: set once all is another server's, and that one serves."""
+        self._estate, self._connections, self._version = estate, connections, version
+        self._door, self._ending = door, ending
         self.has_given = False
 
     async def run(self) -> None:
@@ -76,7 +78,7 @@ class Giver:
                     if isinstance(error, MfsError) and not isinstance(error, AwayError):
                         await _refuse(channel, error)
                     continue
-                self.has_given = True
+                self.has_given = self._door.is_left = True
                 log.warning("everything is pid %d's now", pid)
                 with trio.move_on_after(END_S):
                     await channel.wait_closed()

@@ -149,8 +149,9 @@ async def restore(
             log.warning("a lease on %r cannot be followed any more; its memory is held until a restart", model.label)
             model.lease()
         # else its client hung up meanwhile: the store drops such connections
-    for _, model, _ in leases:
+    for number, model, fd in leases:
         model.lease()
+        estate.leases[number] = (model, fd, True)
     for number, (model, name) in models.items():
         estate.records[number] = left.take(f"model.{number}")
         _serve(model, None if model in bad else name)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from safetensors import safe_open
 
 from gpuload import include_dir
@@ -342,3 +343,18 @@ def test_answers_with_any_bytes_changed(hostile: Hostile, dump: Path) -> None:
 def test_where_the_header_is() -> None:
     done = subprocess.run([sys.executable, "-m", "gpuload", "include"], capture_output=True, text=True)
     assert (Path(done.stdout.strip()) / "gpuload.h").exists()
+
+
+def test_digests_are_what_the_protocol_says(server: ServerThread, tmp_path: Path) -> None:
+    made = random_tensors(1, {"b": (5 << 20,), "a": (3, 7), "none": (0, 2)}, "U8")
+    load_resident(write(tmp_path / "a.safetensors", made), "m", "cpu", socket_path=server.socket_path)
+    hasher = blake3(repr([[("format", "pt")]]).encode())
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        names = file.offset_keys()
+    for name in names:
+        data = bits(made[name])
+        hasher.update(repr((name, "U8", tuple(made[name].shape))).encode())
+        for at in range(0, len(data), 4 << 20):
+            hasher.update(blake3(data[at : at + (4 << 20)]).digest())
+    model = ask({"op": "status"}, socket_path=server.socket_path)["devices"][0]["models"][0]
+    assert model["digest"] == hasher.hexdigest()

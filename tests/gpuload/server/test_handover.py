@@ -23,10 +23,14 @@ from gpuload import holder
 from gpuload.client.asking import ask, connect, load_resident
 from gpuload.client.attached import Attached, attach
 from gpuload.errors import BusyError, FitError
-from gpuload.testing import assert_same, random_tensors, write
+from gpuload.testing import assert_same, bits, random_tensors, write
 from gpuload.wire import close_all, receive_blocking, send_blocking
 from mfs.errors import MfsError, NotFoundError
+from tests.gpuload.client.test_c import DUMP, build, parsed, run
+from tests.gpuload.device.conftest import compiled
 from tests.mount.service_manager import ServiceManager
+
+__all__ = ["compiled"]  # a fixture
 
 DEADLINE_S = 60.0
 ARENA = "cpu=64MiB"
@@ -40,10 +44,12 @@ class Served:
         self.folder, self.path = folder, str(folder / "s.sock")
         self.command = [sys.executable, "-m", "gpuload", "serve", "--socket", self.path, "--arena", arena]
         self.command += ["--digests", str(folder / "d")]
+        self.environment: dict[str, str] = {}
         self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, *more: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen([*self.command, *more], stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, **self.environment}
+        process = subprocess.Popen([*self.command, *more], stderr=subprocess.PIPE, text=True, env=environment)
         self.processes.append(process)
         return process
 
@@ -83,8 +89,10 @@ class Served:
             try:
                 process.communicate(timeout=DEADLINE_S)
             except subprocess.TimeoutExpired:
+                there = subprocess.run(["ps", "-eo", "pid,ppid,stat,wchan:20,args"], capture_output=True, text=True)
                 process.kill()
-                process.communicate()
+                _, said = process.communicate()
+                raise AssertionError(f"{process.args} did not end; {said}\n{there.stdout}") from None
 
 
 @pytest.fixture
@@ -378,6 +386,46 @@ class TestReplaced:
             assert half.recv(1) == b""
 
 
+class TestOnCards:
+    """On the stand-in driver, where a granule is there as long as any process has a descriptor or a mapping of it."""
+
+    def test_memory_lives_by_its_descriptors(self, compiled: Path, tmp_path: Path) -> None:
+        served = Served(tmp_path, "cuda:0=64MiB")
+        cards = {
+            "LD_LIBRARY_PATH": str(compiled.parent),
+            "STANDIN_CENSUS": str(os.getpid()),
+            "STANDIN_MEMORY": str(256 << 20),
+        }
+        served.environment = cards
+        program = build(tmp_path / "dump", DUMP, "-DGPULOAD_WITH_CUDA")
+        made = content(1)
+
+        def attached() -> dict[str, bytes]:
+            done = run(program, served.path, "m", "-", "-", "60", **cards)
+            assert done.returncode == 0, done.stderr
+            return {name: data for name, _, _, data in parsed(done.stdout)}
+
+        def free_bytes() -> int:
+            return int(served.ask("status")["devices"][0]["device_free_bytes"])
+
+        try:
+            served.start_serving()
+            load_resident(write(tmp_path / "a.safetensors", made), "m", "cuda:0", socket_path=served.path)
+            assert attached() == {name: bits(tensor) for name, tensor in made.items()}
+            free, pid = free_bytes(), served.pid
+            os.kill(pid, signal.SIGKILL)
+            assert served.pid != pid
+            assert attached() == {name: bits(tensor) for name, tensor in made.items()}
+            served.start_serving("--take-over")
+            assert attached() == {name: bits(tensor) for name, tensor in made.items()}
+            assert served.processes[0].wait(DEADLINE_S) == 0
+            assert free_bytes() == free, "it is the same memory, once"
+            report = load_resident(tmp_path / "a.safetensors", "other", "cuda:0", socket_path=served.path)["report"]
+            assert report["bytes_copied"] == 0
+        finally:
+            served.close()
+
+
 class TestServiceManager:
     def test_restart_kill_and_reload_under_systemds_protocols(self, served: Served, tmp_path: Path) -> None:
         with ServiceManager(tmp_path) as manager:
@@ -398,11 +446,14 @@ class TestServiceManager:
             asking.join(DEADLINE_S)
             assert answers[0]["pid"] == manager.pid
             assert_same(served.attach("m"), content(1))
+            gc.collect()
+            served.wait_for("leases", 1)
 
             manager.kill_group()  # with all that is around it
             again(manager, served)
             status = served.ask("status")
             assert (status["servers_before"], status["outlives_a_crash"]) == (2, True)
+            assert served.gauges()["leases"] == 1
 
             reload = subprocess.Popen([*served.command, "--take-over"], env=manager.environment)  # ExecReload=
             said = len(manager.said)
@@ -417,6 +468,7 @@ class TestServiceManager:
             os.kill(pid, signal.SIGKILL)
             again(manager, served)
             assert served.ask("status")["servers_before"] == 4
+            assert served.gauges()["leases"] == 1
             assert_same(held, content(1))
             del held
             gc.collect()

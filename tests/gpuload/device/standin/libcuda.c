@@ -18,8 +18,8 @@
  *   STANDIN_COMPUTE_MODE=3      exclusive to one process, as attribute 20 says it; nobody is refused
  *   STANDIN_CUDA, STANDIN_CAPABILITY  what driver and card say of themselves: 12040, 80
  *   STANDIN_STICKY=code@n       the n-th copy from now fails, and every later call with it
- *   STANDIN_CENSUS=1            memory in use is that of all processes: a granule is, as long as one has a descriptor or a
- *                               mapping of it (read by each call)
+ *   STANDIN_CENSUS=name         memory in use is that of all processes with this name: a granule is, as long as one has a
+ *                               descriptor or a mapping of it (read by each call)
  *   STANDIN_NO_READ_ONLY=1      attribute 113 is 0 (read by each call)
  * Tests ask it through standin_count, standin_log, standin_fail, standin_capture.
  */
@@ -280,13 +280,17 @@ static size_t counted(unsigned long inode, size_t n) { /* n if it was not seen b
     if (seen_count < (int)(sizeof seen_inodes / sizeof *seen_inodes)) seen_inodes[seen_count++] = inode;
     return n;
 }
+static void name_granule(int card, char out[64], const char *before, const char *after) {
+    const char *name = getenv("STANDIN_CENSUS");
+    snprintf(out, 64, "%sstandin-%d%s%.20s%s", before, card, name ? "." : "", name ? name : "", after);
+}
 static size_t held_by_anybody(int card) {
-    char path[300], target[64], line[512], word[32];
+    char path[300], target[64], line[512], word[64];
     size_t sum = 0;
     DIR *processes = opendir("/proc");
     struct dirent *entry, *file;
     seen_count = 0;
-    snprintf(word, sizeof word, "/memfd:standin-%d ", card);
+    name_granule(card, word, "/memfd:", " ");
     while (processes && (entry = readdir(processes))) {
         if (entry->d_name[0] < '0' || entry->d_name[0] > '9') continue;
         snprintf(path, sizeof path, "/proc/%s/fd", entry->d_name);
@@ -312,7 +316,7 @@ CUresult cuMemGetInfo_v2(size_t *f, size_t *t) {
     ENTER; NEED_CONTEXT;
     *t = total;
     pthread_mutex_lock(&lock);
-    size_t taken = number("STANDIN_CENSUS", 0) != 0 ? held_by_anybody(CARD) : used[CARD];
+    size_t taken = getenv("STANDIN_CENSUS") ? held_by_anybody(CARD) : used[CARD];
     pthread_mutex_unlock(&lock);
     *f = total / 2 > taken ? total / 2 - taken : 0;
     return OK;
@@ -569,8 +573,8 @@ CUresult cuMemCreate(CUhandle *h, size_t n, const CUmemAllocationProp *p, unsign
     ENTER_VMM; NEED_CONTEXT;
     if (n % unit || flags || !is_plain(p)) return INVALID_VALUE;
     int card = visible[p->location.id];
-    char name[32];
-    snprintf(name, sizeof name, "standin-%d", card);
+    char name[64];
+    name_granule(card, name, "", "");
     int fd = memfd_create(name, MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, n)) return OUT_OF_MEMORY;
     used[card] += n;
