@@ -6,6 +6,7 @@
     stream(folder | file, device)        (name, tensor) as they land
     attach(name, device)                 tensors that a resident server (`gpuload serve`) holds, without a copy
     let_go()                             gives back attached weights on GPUs whose last tensor is gone
+    commit(Identity(...), tensors)       an engine's own weights, for the server to hold; committed, restore
 
 Names are loaded when first used: `import gpuload` imports no torch. ARCHITECTURE.md beside this file is the map.
 """
@@ -18,12 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpuload.client.attached import attach, let_go
+    from gpuload.client.committed import Identity, commit, committed, restore
     from gpuload.client.load import load_file, load_model, stream
     from gpuload.client.opened import safe_open
 
-__all__ = ["attach", "include_dir", "let_go", "load_file", "load_model", "safe_open", "stream"]
+__all__ = [
+    "Identity", "attach", "commit", "committed", "include_dir", "let_go", "load_file", "load_model", "restore",
+    "safe_open", "stream",
+]  # fmt: skip
 
 _HOMES = {
+    "Identity": "gpuload.client.committed",
+    "commit": "gpuload.client.committed",
+    "committed": "gpuload.client.committed",
+    "restore": "gpuload.client.committed",
     "attach": "gpuload.client.attached",
     "let_go": "gpuload.client.attached",
     "load_file": "gpuload.client.load",

@@ -27,16 +27,21 @@ class GpuloadError(MfsError):
 class FitError(GpuloadError):
     """The bytes do not fit where they should go. Raised before anything is evicted or copied.
 
-    shortfall_bytes: how much more room would have been needed.
+    shortfall_bytes: how much more room would have been needed. waits: whether it is there as soon as other processes
+        give memory back; known where it is raised, not sent.
     """
 
-    def __init__(self, message: str, *, shortfall_bytes: int = 0) -> None:
+    def __init__(self, message: str, *, shortfall_bytes: int = 0, waits: bool = False) -> None:
         super().__init__(message)
-        self.shortfall_bytes = shortfall_bytes
+        self.shortfall_bytes, self.waits = shortfall_bytes, waits
 
 
 class DeviceError(GpuloadError):
-    """The device or its driver refused or failed."""
+    """The device or its driver refused or failed. code: the driver's own, 0 where it is not the driver's."""
+
+    def __init__(self, message: str, *, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class DeviceLostError(DeviceError):

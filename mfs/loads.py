@@ -20,12 +20,13 @@ import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
 from mfs.phases import Ledger
 from mfs.tracing.spans import Context, Span
+from mfs.types import CHUNK_BYTES
 from mfs.waits import Waited
 from mfs.workers.shares import Group, group_of_file
 
@@ -53,12 +54,23 @@ BeginTrace = Callable[[str, dict[str, Any], Context | None], Span | None]
 """(name, attributes, parent) -> the root of a trace, None where none is wanted."""
 
 
+class _Read(NamedTuple):
+    """Waits of one read, as far as they have ended."""
+
+    since_s: float
+    until_s: float
+    phase: str
+    path: str
+    start: int
+    stop: int
+
+
 class Load:
     """One load of one model."""
 
     __slots__ = (
-        "_ledger", "began_at", "began_s", "files_count", "group", "handles", "is_over", "last_s", "longest", "model",
-        "origin_bytes", "ram_bytes", "span", "ssd_bytes", "waiting", "waits_count",
+        "_ledger", "_read", "began_at", "began_s", "files_count", "group", "handles", "is_over", "last_s", "longest",
+        "model", "origin_bytes", "ram_bytes", "span", "ssd_bytes", "waiting", "waits_count",
     )  # fmt: skip
 
     def __init__(self, group: Group, model: str) -> None:
@@ -79,6 +91,8 @@ class Load:
         """A heap of (waited_s, number, at_s, phase, path in the source, start, stop)."""
         self.ram_bytes = self.ssd_bytes = self.origin_bytes = 0
         self.span: Span | None = None
+        self._read: _Read | None = None
+        """What is traced next: more of it may follow."""
         self._ledger = Ledger(self.began_s, order=_ORDER, idle=IDLE)
 
     def note(self, at_s: float, waited_s: float, cause: str, path: str, start: int, stop: int) -> None:
@@ -92,8 +106,31 @@ class Load:
         elif waited_s > self.longest[0][0]:
             heapq.heapreplace(self.longest, row)
         if self.span is not None:
-            self.span.child("open" if phase in ("open", "header") else "read", at_s).end(at_s + waited_s, attributes={
-                "mfs.waited_for": phase, "mfs.file": path, "mfs.start": start, "mfs.stop": stop})  # fmt: skip
+            self._trace(at_s, at_s + waited_s, phase, path, start, stop)
+
+    def _trace(self, since_s: float, until_s: float, phase: str, path: str, start: int, stop: int) -> None:
+        """Waits at once for what goes on in one chunk are one span: the kernel has cut a read or fault into those."""
+        last = self._read
+        if (
+            last is not None
+            and (last.phase, last.path, last.stop) == (phase, path, start)
+            and start % CHUNK_BYTES
+            and since_s < last.until_s
+        ):
+            self._read = last._replace(
+                since_s=min(last.since_s, since_s), until_s=max(last.until_s, until_s), stop=stop
+            )  # fmt: skip
+        else:
+            self._end_read()
+            self._read = _Read(since_s, until_s, phase, path, start, stop)
+
+    def _end_read(self) -> None:
+        read, self._read = self._read, None
+        if read is not None and self.span is not None:
+            name = "open" if read.phase in ("open", "header") else "read"
+            self.span.child(name, read.since_s).end(read.until_s, attributes={
+                "mfs.waited_for": read.phase, "mfs.file": read.path, "mfs.start": read.start, "mfs.stop": read.stop,
+            })  # fmt: skip
 
     @property
     def moved_bytes(self) -> int:
@@ -108,12 +145,14 @@ class Load:
         """It is over since it was seen last."""
         self.is_over = True
         self._ledger.close(self.last_s)
+        self._end_read()
         if self.span is not None:
             self.span.end(self._ledger.until_s, attributes=self._traced())
             self.span = None
 
     def adopt(self, span: Span) -> None:
         """Go on in another's trace: what comes from now on hangs from there."""
+        self._end_read()
         if self.span is not None:
             self.span.end(attributes=self._traced())
         self.span = span

@@ -39,7 +39,7 @@ from mfs.reader import ObjectReader
 from mfs.registry.layout import names_revision
 from mfs.several import for_each
 from mfs.shown import mask_url
-from mfs.tracing.spans import Row
+from mfs.tracing.beside import Beside
 from mfs.tracing.tracer import Tracer
 from mfs.tree.listing import Drafts
 from mfs.tree.namespace import Namespace
@@ -140,6 +140,7 @@ class Mount:
             )  # fmt: skip
         self.oplog = OpLog([source.name for source in config.sources])
         self.tracer = Tracer()
+        self.exporting = Beside()
         self.loads = Loads([source.name for source in config.sources], self.tracer.begin)
         self.cache.waits.listeners.append(self.loads.note)
         self.cache.filler.span_of = self.loads.span_of
@@ -239,7 +240,7 @@ class Mount:
                     self.session.start()
                     nursery.start_soon(self._maintain)
                     nursery.start_soon(self.loads.run)
-                    nursery.start_soon(self.tracer.run, self._export_spans)
+                    nursery.start_soon(self.tracer.run, self.exporting.send)
                     nursery.start_soon(self.keeper.run)
                     nursery.start_soon(self.operations.files.passthrough.run)
                     nursery.start_soon(self.whole_files.run)
@@ -370,7 +371,8 @@ class Mount:
             if self.publication is not None and self.session.is_ours:  # else the next daemon writes, and knows better
                 await self.publication.write_record()
             await self.cache.saver.wait_saved()
-        await self.tracer.flush(self._export_spans)
+        await self.tracer.flush(self.exporting.send)
+        await self.exporting.close()
 
     # -- from time to time
 
@@ -456,10 +458,6 @@ class Mount:
                 await trio.sleep(_REFRESH_SOON_S)
 
     # -- what the parts ask each other
-
-    async def _export_spans(self, rows: list[Row]) -> None:
-        # No deadline: past it the pool would kill the worker, and with it all fills there, for a collector that is ill.
-        await self.pool.call("export_spans", rows=rows, priority=Priority.BACKGROUND, timeout_s=math.inf)
 
     def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
         self.loads.filled(chunk.state.group, origin_bytes=result["origin_bytes"], ssd_bytes=result["ssd_bytes"])

@@ -1,10 +1,13 @@
 """Whole objects: sealed where they are complete, and given to the kernel as files to read by itself.
 
-An object of which the SSD tier has every block is *sealed*: a worker reads all of it once more, against its checksums
-and into the page cache, and marks it (`cache.sealing`). From then on its file is the object. Who opens it gets that
-file (`fuse.backing`), and reads it at the speed of a local one, without us; also when we are gone. We do not evict it
-while it is open: that would free nothing. Another mount of the same cache directory may, and a mapping whose file is
-closed is not seen; both read on, from a file without a name.
+An object of which the SSD tier has every block is *sealed*: a worker forces it to the disk and marks it, and reads it
+before only where it stands from an earlier life (`cache.sealing`). From then on its file is the object. Who opens it
+gets that file (`fuse.backing`), and reads it at the speed of a local one, without us; also when we are gone. We do not
+evict it while it is open: that would free nothing. Another mount of the same cache directory may, and a mapping whose
+file is closed is not seen; both read on, from a file without a name.
+
+What the kernel was given of it through us stands in the page cache of the old node, where those who come then do not
+find it. It is read into that of the file first, and while a load goes on nobody is sent there: its readers share pages.
 
 What somebody asked into RAM and, where there is no SSD tier, whatever stands there whole, is given from there, up to
 half of RAM. It stays until room is needed and nobody has had it open for a while.
@@ -140,27 +143,44 @@ class WholeFiles:
                 self._cache.close(state)
             self._coming.clear()
 
-    async def seal(self, state: ObjectState) -> bool:
+    async def seal(self, state: ObjectState, *, may_read: bool = True) -> bool:
         """Seal an object if SSD has all of it. Returns whether it is sealed; never raises, but says why it is not.
 
+        may_read: also where that takes a reading of it all; one object at a time then, since the disk is one.
         Cancellation: the worker goes on.
         """
         if self._open_sealed is None or not self.wants(state.object):
             return False
         await self._cache.learned_ssd(state)
-        async with self._sealing:  # one at a time: the disk is one
-            if state.whole or not state.complete_on_ssd:
-                return state.whole
-            try:
-                # No deadline, which would kill a worker that does all it can: one that hangs is found by its silence.
-                found = await self._pool.call("seal", obj=state.wire, priority=Priority.BACKGROUND, timeout_s=math.inf)
-            except MfsError as error:
-                logger.info("%s is not sealed: %s", state.object.path, error)
-                return False
+        if not may_read:
+            return await self._seal(state, may_read=False)
+        async with self._sealing:
+            return await self._seal(state, may_read=True)
+
+    async def _seal(self, state: ObjectState, *, may_read: bool) -> bool:
+        if state.whole or not state.complete_on_ssd:
+            return state.whole
+        priority = Priority.BACKGROUND if may_read else Priority.DEMAND
+        try:
+            # No deadline, which would kill a worker that does all it can: one that hangs is found by its silence.
+            found = await self._pool.call(
+                "seal", obj=state.wire, may_read=may_read, priority=priority, timeout_s=math.inf
+            )
             if not found["sealed"]:
-                self._cache.relearn_ssd(state)
+                if not found["needs_reading"]:
+                    self._cache.relearn_ssd(state)
                 return False
+            if state.whole:  # by another who asked
+                return True
             state.whole = True
+            if given := state.given_whole:
+                await self._pool.call(
+                    "fill_page_cache", obj=state.wire, chunks=given, priority=priority, timeout_s=math.inf
+                )
+        except MfsError as error:
+            logger.info("%s is not sealed, or not in the page cache: %s", state.object.path, error)
+            if not state.whole:
+                return False
         self.sealed_count += 1
         for chunk in state.chunks.values():
             self._cache.slots.demote_if_done(chunk)
@@ -177,9 +197,12 @@ class WholeFiles:
             if found is not None or open_sealed is None:
                 return found
         await self._cache.learned_ssd(state)
+        if not state.whole and state.complete_on_ssd and state not in self._coming:
+            if not state.given_whole:  # else its pages are better than its file
+                with trio.move_on_after(_OPEN_S):
+                    await self.seal(state, may_read=False)
+            self.note(state)
         if not state.whole:
-            if state.complete_on_ssd:
-                self.note(state)
             return None
 
         def opened() -> FileIO | None:

@@ -8,6 +8,7 @@ import pytest
 
 import mfs.loads
 from mfs.loads import ACTIVE_MAX, LOADS_MAX, PHASES, READS_MAX, Load, Loads
+from mfs.tracing.spans import Context, Outbox, Span
 from mfs.waits import Cause, Waited
 
 
@@ -157,3 +158,25 @@ def test_a_wait_of_a_kind_that_is_not_known_is_another(loads: Loads, clock: Cloc
     load.note(clock.now_s - 1, 1.0, "moonshine", "m/w", 0, 1)
     close(loads, load, clock)
     assert next(loads.describe("m"))["phases"]["other"] == 1.0
+
+
+def test_waits_at_once_for_what_goes_on_in_one_chunk_are_one_span(clock: Clock) -> None:
+    outbox = Outbox()
+    loads = Loads([""], lambda name, attributes, parent: Span(outbox, name, Context("1" * 32, "2" * 16), "", 0.0))
+    load = loads.opened((0, "m"))
+    mib = 1 << 20
+    apart = Waited(1003.0, 0.5, Cause.ORIGIN, 0, "m/w", 6 * mib, 7 * mib)
+    for number in (2, 3, 4, 5):  # of two chunks, from 2 MiB on
+        loads.note(Waited(1000.0 + number / 8, 2.0, Cause.ORIGIN, 0, "m/w", number * mib, (number + 1) * mib))
+    loads.note(apart)  # goes on, but later
+    loads.note(apart._replace(cause=Cause.SSD, start=7 * mib, stop=8 * mib))
+    loads.note(apart._replace(cause=Cause.SSD, path="m/v", start=8 * mib, stop=9 * mib))
+    loads.note(apart._replace(cause=Cause.SSD, path="m/v", start=10 * mib, stop=11 * mib))
+    close(loads, load, clock)
+    assert len(loads._about("")) == 1
+    rows = outbox.take(100)
+    spans = [(row[8]["mfs.start"] / mib, row[8]["mfs.stop"] / mib, (row[6] - row[5]) / 1e9) for row in rows[:-1]]
+    assert spans == [
+        (2, 4, 2.125), (4, 6, 2.125), (6, 7, 0.5), (7, 8, 0.5), (8, 9, 0.5), (10, 11, 0.5),
+    ]  # fmt: skip
+    assert [row[3] for row in rows] == ["read"] * 6 + ["load"]

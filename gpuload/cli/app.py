@@ -23,6 +23,7 @@ from gpuload.cli.options import (
     parse_rules,
     rule_option,
     socket_option,
+    wait_option,
 )
 from gpuload.kv_cache import ITEM_BYTES
 from gpuload.paths import SOCKET_VARIABLE, default_digests, default_socket
@@ -36,7 +37,7 @@ from mfs.units import parse_address
 
 class _Front(Front):
     groups = (
-        ("Serve", ("serve", "load", "swap", "pin", "unload", "evict")),
+        ("Serve", ("serve", "load", "swap", "pin", "unload", "evict", "resize")),
         ("Look", ("status", "metrics", "plan", "doctor", "bench")),
         ("Ahead of need", ("digest",)),
         ("Programs that know nothing of gpuload", ("run", "hook")),
@@ -81,7 +82,14 @@ def cli(**_: Any) -> None:
     "arenas",
     multiple=True,
     metavar="DEVICE=SIZE",
-    help="Memory to take, once per device.  [cpu=4G]",
+    help="The most it may take, once per device.  [cpu=4G]",
+)
+@click.option(
+    "--floor",
+    "floors",
+    multiple=True,
+    metavar="DEVICE=SIZE",
+    help="Of that, what it takes at start and keeps.  [cards: nothing; host memory: all]",
 )
 @click.option(
     "--mode",
@@ -110,6 +118,7 @@ def cli(**_: Any) -> None:
 @socket_option
 def serve(
     arenas: tuple[str, ...],
+    floors: tuple[str, ...],
     mode: str,
     digests: str | None,
     metrics_addr: str | None,
@@ -119,9 +128,10 @@ def serve(
 ) -> None:
     """Hold weights for every process of this node, until SIGTERM or Ctrl-C.
 
-    The arenas are taken at once and reused for ever: nothing is allocated later, nothing fragments. Users that the
-    socket's mode admits may attach and look; only this user and root may load, swap, pin and unload. 'cpu:1', 'cpu:2'
-    and so on are further arenas in host memory.
+    Memory is taken when a model needs it and given back a moment after the last one that stood there, so that an engine
+    beside it has the rest; nothing fragments. What --floor keeps is always there: a swap waits for nobody, and in host
+    memory not for the kernel to zero it. Users that the socket's mode admits may attach and look; only this user and
+    root may load, swap, pin, unload and resize. 'cpu:1', 'cpu:2' and so on are further arenas in host memory.
 
     Weights and who is attached outlive a server that is killed: a second process, or systemd, keeps them for the next
     one, which is started at once. With --take-over a new version, say, goes on in place of a server at work: nobody
@@ -131,6 +141,10 @@ def serve(
     from gpuload.server.config import ServerConfig
 
     budget = parse_arenas(arenas or ("cpu=4G",))
+    floor = parse_arenas(floors, "--floor")
+    for name in floor.keys() - budget.keys():
+        raise UsageError(f"--floor {name}={floor[name]}: there is no --arena on {name}")
+    floor = {name: size for name, size in budget.items() if name.startswith("cpu")} | floor
     if not re.fullmatch(r"[0-7]{3,4}", mode):
         raise UsageError(f"--mode {mode!r}: expected an octal mode such as 660")
     path = socket_path or default_socket()
@@ -144,6 +158,7 @@ def serve(
         socket_path=path,
         socket_mode=int(mode, 8),
         arena_bytes=budget,
+        floor_bytes=floor,
         digests_folder=folder,
         metrics_addr=metrics_addr,
         store_address=serving.store_address(),
@@ -182,6 +197,7 @@ def _loading(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--rank", default=0, show_default=True, help="Tensor-parallel rank to hold, alone."),
             click.option("--world", default=1, show_default=True, help="Tensor-parallel size."),
             rule_option,
+            wait_option,
             click.option("--explain", "is_explained", is_flag=True, help="Say where the time went, the mount's too."),
             json_option,
             socket_option,
@@ -231,6 +247,7 @@ def _load(
     rank: int,
     world: int,
     rules: tuple[str, ...],
+    wait_s: float,
     is_explained: bool,
     as_json: bool,
     socket_path: str | None,
@@ -248,7 +265,7 @@ def _load(
     options |= {"pinned": pin, "rank": rank, "world": world, "rules": cut if world > 1 or ranks else {}}
     options |= {"device_map": parse_device_map(device_map), "ranks": ranks.split(",") if ranks else []}
     name = name or Path(os.path.abspath(model)).name.removesuffix(".safetensors")
-    options |= {"explain": True} if is_explained else {}
+    options |= ({"explain": True} if is_explained else {}) | ({"wait_s": wait_s} if wait_s else {})
     began_s = time.monotonic()
     reply = load_resident(model, name, device, is_swap=is_swap, options=options, socket_path=socket_path)
     if is_explained:
@@ -272,6 +289,32 @@ def unload(name: str, device: str | None, as_json: bool, socket_path: str | None
 
 
 cli.add_command(unload, "evict")  # what mfs calls it
+
+
+@cli.command(
+    short_help="Change how much memory the server may have.", cls=Page, sections={"Examples": EXAMPLES["resize"]}
+)
+@click.argument("device")
+@click.argument("size", type=Size())
+@click.option("--floor", type=Size(), help="What it keeps whether models need it or not. Default: as before.")
+@click.option("--evict", is_flag=True, help="Evict models that are neither leased nor pinned, oldest use first.")
+@wait_option
+@json_option
+@socket_option
+def resize(
+    device: str, size: int, floor: int | None, evict: bool, wait_s: float, as_json: bool, socket_path: str | None
+) -> None:
+    """Let the server have SIZE of DEVICE's memory, at most what it was started with.
+
+    What is above goes back to the device before this returns. It is refused, and nothing is evicted, where models hold
+    more: those that may go are named, and go with --evict.
+    """
+    from gpuload.client.asking import ATTACH_S, ask
+
+    request = {"op": "resize", "device": device, "bytes": size, "evict": evict, "wait_s": wait_s}
+    request |= {} if floor is None else {"floor_bytes": floor}
+    reply = ask(request, socket_path=socket_path, timeout_s=ATTACH_S + wait_s)
+    printing.show_resized(reply, as_json)
 
 
 @cli.command(short_help="Never evict a model.", cls=Page, sections={"Examples": EXAMPLES["pin"]})

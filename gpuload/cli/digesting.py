@@ -16,12 +16,12 @@ from gpuload.client.door import run_inside
 from gpuload.device.host import HostDevice
 from gpuload.moving.model_files import open_model
 from gpuload.moving.pipeline import Limits, move_batches
-from gpuload.moving.plan import MEGATRON_RULES, Piece, Placement, cut_transfer, pack_pieces, plan_transfers
+from gpuload.moving.plan import MEGATRON_RULES, Piece, Placement, pack_pieces, plan_transfers
 from gpuload.moving.pool import open_source
 from gpuload.moving.shards import Shard, close_shards
 from gpuload.server.digest_files import Digest, DigestFiles, Geometry
 from gpuload.server.digests import SETTLED_S, DigestCache, digest_views, geometry, now_ns
-from gpuload.server.layout import PIECE_BYTES
+from gpuload.server.layout import cut_all
 from gpuload.server.versions import Version, look, stamp_of
 from mfs.errors import ChangedError
 
@@ -81,9 +81,10 @@ def _pieces(shards: Sequence[Shard], world: int, rules: Mapping[str, int | None]
     found: list[dict[Geometry, Piece]] = [{} for _ in shards]
     for rank in range(max(world, 1)):
         placement = Placement(rank=rank, world=world, rules=rules)
-        for index, transfer in enumerate(plan_transfers([s.header for s in shards], placement)):
-            for piece in cut_transfer(index, transfer, PIECE_BYTES):
-                found[transfer.shard].setdefault(geometry(piece), piece)
+        transfers = plan_transfers([s.header for s in shards], placement)
+        for index, pieces in cut_all(list(enumerate(transfers))):
+            for piece in pieces:
+                found[transfers[index].shard].setdefault(geometry(piece), piece)
     return [dict(sorted(own.items())) for own in found]
 
 

@@ -8,6 +8,7 @@ EXAMPLES: Mapping[str, str] = {
     "serve": """\
 gpuload serve                                       4 GiB of host memory
 gpuload serve --arena cuda:0=70G --arena cuda:1=70G
+gpuload serve --arena cuda:0=70G --floor cuda:0=40G    40 are taken at once and kept
 gpuload serve --arena cuda:0=70G --mode 660         the socket's group may attach, too""",
     "load": """\
 gpuload load /mnt/models/llama --device cuda:0
@@ -22,6 +23,10 @@ gpuload swap /mnt/models/llama-b --name llama --allow-gap""",
     "unload": """\
 gpuload unload llama
 gpuload unload llama --device cuda:1    where several devices have one of that name""",
+    "resize": """\
+gpuload resize cuda:0 20G                       the rest is the engine's
+gpuload resize cuda:0 0 --evict                 all of it
+gpuload resize cuda:0 70G --wait 60 --floor 70G    have it again, as soon as the engine sleeps""",
     "pin": """\
 gpuload pin llama
 gpuload pin llama --off""",

@@ -27,7 +27,7 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-def parse_arenas(given: tuple[str, ...]) -> dict[str, int]:
+def parse_arenas(given: tuple[str, ...], option: str = "--arena") -> dict[str, int]:
     """'DEVICE=SIZE', each device once. Raises: UsageError."""
     from gpuload.device import canonical_name
 
@@ -35,14 +35,14 @@ def parse_arenas(given: tuple[str, ...]) -> dict[str, int]:
     for text in given:
         name, separator, size = text.partition("=")
         if not separator:
-            raise UsageError(f"--arena {text!r}: expected DEVICE=SIZE, such as cuda:0=70G")
+            raise UsageError(f"{option} {text!r}: expected DEVICE=SIZE, such as cuda:0=70G")
         name = canonical_name(name)
         if name in budget:
-            raise UsageError(f"--arena {text!r}: {name} was given before")
+            raise UsageError(f"{option} {text!r}: {name} was given before")
         try:
             budget[name] = parse_size(size)
         except ValueError as error:
-            raise UsageError(f"--arena {text!r}: {error}") from None
+            raise UsageError(f"{option} {text!r}: {error}") from None
     return budget
 
 
@@ -97,6 +97,14 @@ device_map_option = click.option(
 )
 rule_option = click.option(
     "--rule", "rules", multiple=True, metavar="GLOB=AXIS", help="How to cut; else Megatron's way."
+)
+wait_option = click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(0, 600),
+    default=0.0,
+    metavar="SECONDS",
+    help="Longest wait for memory that others still hold.  [0]",
 )
 digests_option = click.option(
     "--digests",

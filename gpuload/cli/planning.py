@@ -91,17 +91,24 @@ def _on_device(name: str, transfers: Sequence[Transfer], kv: int, socket_path: s
     opened.close()
     weights = arena_bytes(transfers, granule, name)
     there = _server_on(name, socket_path)
-    taken = there["arena_bytes"] if there else 0
+    others = max(0, memory.total_bytes - memory.free_bytes - (there["arena_committed_bytes"] if there else 0))
     here = Fit(
         weights_bytes=weights,
         kv_cache_bytes=kv,
         context_bytes=0 if name.startswith("cpu") else CONTEXT_BYTES,
         staging_bytes=0,  # the CPU reads straight into place; a GPU's staging is host memory
-        resident_bytes=taken - there["arena_free_bytes"] if there else 0,
-        others_bytes=max(0, memory.total_bytes - memory.free_bytes - taken),
+        resident_bytes=max(there["arena_used_bytes"], there["arena_floor_bytes"]) if there else 0,
+        others_bytes=others,
         device_bytes=memory.total_bytes,
     )
-    return here, Fit(weights, 0, 0, 0, taken - there["arena_room_bytes"], 0, taken) if there else None
+    return here, _in_arena(weights, there) if there else None
+
+
+def _in_arena(weights: int, there: Mapping[str, Any]) -> Fit:
+    """In the server's arena: resident is what may not be evicted; what of its budget the device has no memory for,
+    others have."""
+    budget, stays = there["arena_bytes"], there["arena_used_bytes"] - there["arena_evictable_bytes"]
+    return Fit(weights, 0, 0, 0, stays, max(0, budget - stays - there["arena_room_bytes"]), budget)
 
 
 def _whole(name: str, fit: Fit) -> dict[str, Any]:

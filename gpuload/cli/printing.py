@@ -84,14 +84,24 @@ def show_unloaded(reply: dict[str, Any], as_json: bool) -> None:
     show(reply, as_json, f"{reply['model']} on {reply['device']}: {after}")
 
 
+def show_resized(reply: dict[str, Any], as_json: bool) -> None:
+    lines = [
+        f"{reply['device']}: arena {size(reply['arena_bytes'])}, taken {size(reply['arena_committed_bytes'])}, used"
+        f" {size(reply['arena_used_bytes'])}, kept {size(reply['arena_floor_bytes'])}"
+    ]
+    if reply["evicted"]:
+        lines.append(f"  evicted: {', '.join(reply['evicted'])}")
+    show(reply, as_json, *lines)
+
+
 def show_status(reply: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(reply)
         return
     for device in reply["devices"]:
-        used = device["arena_bytes"] - device["arena_free_bytes"]
         print(
-            f"{device['device']}: arena {size(device['arena_bytes'])}, used {size(used)}; loads {device['loads']};"
+            f"{device['device']}: arena {size(device['arena_bytes'])}, taken {size(device['arena_committed_bytes'])},"
+            f" used {size(device['arena_used_bytes'])}; loads {device['loads']};"
             f" device free {size(device['device_free_bytes'])} of {size(device['device_bytes'])}"
         )
         if not device["models"]:

@@ -187,6 +187,11 @@ def open_resident(
     return _attach(request, fds, socket_path, timeout_s)
 
 
+def commit_file(request: dict[str, Any], fds: Sequence[int], socket_path: str | None, timeout_s: float) -> Attached:
+    """The answer to a commit; see `committed`."""
+    return _attach(request, fds, socket_path, timeout_s)
+
+
 def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None, timeout_s: float) -> Attached:
     tensors.check_mode()
     let_go()

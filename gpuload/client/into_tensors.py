@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 import torch
@@ -12,10 +12,11 @@ from gpuload.client import rings, tensors
 from gpuload.device import open_device
 from gpuload.device.base import Device
 from gpuload.moving.pipeline import Limits, move_batches
-from gpuload.moving.plan import Batch, Piece, Transfer, plan_batches
+from gpuload.moving.plan import Batch, Piece, Transfer, each_batch
 from gpuload.moving.pool import open_source
 from gpuload.moving.shards import Shard
 from gpuload.moving.slabs import plan_slabs
+from gpuload.moving.source import Source
 
 DIRECT_BYTES = 16 << 20
 """Read at once where no buffer is between: small enough that two readers share a file of 32 MiB."""
@@ -29,10 +30,10 @@ async def move_all(
     await move_to_addresses(shards, batches_of(transfers, limits), addresses, limits)
 
 
-def batches_of(transfers: Sequence[Transfer], limits: Limits) -> dict[str, list[Batch]]:
-    """Device -> what is moved to it, in order."""
+def batches_of(transfers: Sequence[Transfer], limits: Limits) -> dict[str, Iterator[Batch]]:
+    """Device -> what is moved to it, in order, planned as it is asked for."""
     return {
-        name: plan_batches(transfers, buffer_bytes=_batch_bytes(name, limits), device=name)
+        name: each_batch(transfers, buffer_bytes=_batch_bytes(name, limits), device=name)
         for name in dict.fromkeys(t.device for t in transfers)
     }
 
@@ -43,27 +44,31 @@ def _batch_bytes(device: str, limits: Limits) -> int:
 
 async def move_to_addresses(
     shards: Sequence[Shard],
-    batches: Mapping[str, Sequence[Batch]],
+    batches: Mapping[str, Iterable[Batch]],
     addresses: Sequence[int],
     limits: Limits,
     on_landed: Callable[[int], None] | None = None,
     admit: Callable[[Batch], Awaitable[None]] | None = None,
+    source: Source | None = None,
 ) -> None:
-    """Move the batches of every device, each transfer to its address; `admit` and `on_landed` as in `move_batches`."""
+    """Move the batches of every device, each transfer to its address; `admit` and `on_landed` as in `move_batches`.
+
+    source: where the bytes come from, if not from the shards' files; it is closed.
+    """
 
     def runs_of(piece: Piece) -> list[tuple[int, int]]:
         return [(addresses[piece.transfer] + piece.offset, piece.nbytes)]
 
-    async def move_to(device: Device, own: Sequence[Batch]) -> None:
+    async def move_to(device: Device, own: Iterable[Batch]) -> None:
         with ExitStack() as held:
             held.callback(device.close)
             ring = None if device.is_direct else held.enter_context(rings.lent(device.name, limits)).ring
             await move_batches(
-                own, source=source, device=device, runs_of=runs_of, limits=limits, on_landed=on_landed, admit=admit,
+                own, source=opened, device=device, runs_of=runs_of, limits=limits, on_landed=on_landed, admit=admit,
                 lent=ring,
             )  # fmt: skip
 
-    with closing(open_source(shards)) as source:
+    with closing(source or open_source(shards)) as opened:
         async with trio.open_nursery() as nursery:
             for name, own in batches.items():
                 nursery.start_soon(move_to, open_device(name), own)

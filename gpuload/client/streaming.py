@@ -27,7 +27,7 @@ def stream_transfers(
     shards: Sequence[Shard], transfers: Sequence[Transfer], limits: Limits
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every transfer, in their order. See `load.stream`."""
-    batches = batches_of(transfers, limits)
+    batches = {name: list(own) for name, own in batches_of(transfers, limits).items()}
     window = _Window(transfers, batches, limits.ahead_bytes)
     landed: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 

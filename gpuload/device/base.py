@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 Run = tuple[int, int]
 """(first granule, how many): granules that follow each other in an arena."""
@@ -20,6 +20,14 @@ class Memory:
 
     total_bytes: int
     free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that has memory of a device."""
+
+    pid: int
+    nbytes: int
 
 
 class Event(Protocol):
@@ -66,26 +74,71 @@ class Staging(Protocol):
     address: int
     view: memoryview
 
+    def lock(self, nbytes: int) -> None:
+        """See that the first `nbytes` are page-locked: before a stream copies from them, and while none does.
+
+        Raises: DeviceError if the driver refuses.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
 class Arena(Protocol):
-    """Device memory taken once and used for many models: granules 0..count-1, contiguous at `address` for its owner."""
+    """Addresses for granules 0..count-1, contiguous at `address` for their owner, and device memory behind those that
+    were given some. One thread at a time commits, releases or exports."""
 
     address: int
     granule_bytes: int
     granules_count: int
 
+    def commit(self, runs: Sequence[Run]) -> None:
+        """Put memory behind these granules, which have none.
+
+        Raises: FitError if the device has not that much free; DeviceError otherwise. None of them has any then.
+        """
+        ...
+
+    def release(self, runs: Sequence[Run]) -> None:
+        """Give the memory behind these granules back to the device; they keep their addresses, which nobody may use
+        meanwhile."""
+        ...
+
     def export(self, runs: Sequence[Run]) -> list[int]:
         """Descriptors with which another process maps these granules, read-only. The caller closes them."""
         ...
 
-    def descriptors(self) -> Sequence[int]:
-        """What its memory lives by, in an order that `Device.adopt_arena` knows: as long as any process has copies of
-        these, however this one ends. They stay the arena's."""
+    def shared(self) -> int | None:
+        """A descriptor that all of its memory lives by, if there is one: see `descriptors`."""
+        ...
+
+    def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
+        """What the memory of these granules lives by, one for each; none where all has one. As long as any process has
+        copies of these, however this one ends, the memory is there, and another process of ours can `adopt` it. They
+        stay the arena's, until it gives the granule's memory back."""
+        ...
+
+    def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
+        """Have the memory that another process of ours has behind these granules; from copies of its `descriptors`,
+        which are the arena's from here on. Where all has one descriptor there is nothing to do. Raises: DeviceError.
+        """
         ...
 
     def close(self) -> None: ...
+
+
+A = TypeVar("A", bound=Arena)
+
+
+def whole(arena: A) -> A:
+    """An arena with memory behind all of it. Raises: as `Arena.commit`; it is closed then."""
+    try:
+        if arena.granules_count:
+            arena.commit([(0, arena.granules_count)])
+    except BaseException:
+        arena.close()
+        raise
+    return arena
 
 
 class Mapping(Protocol):
@@ -121,16 +174,23 @@ class Device(Protocol):
 
     def open_stream(self) -> Stream: ...
 
-    def alloc_staging(self, nbytes: int) -> Staging: ...
-
-    def create_arena(self, nbytes: int) -> Arena:
-        """Raises: FitError if the device has not that much free; DeviceError otherwise."""
+    def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> Staging:
+        """is_locked=False: `Staging.lock` does it, once somebody has filled it and so touched its pages."""
         ...
 
-    def adopt_arena(self, fds: Sequence[int], nbytes: int) -> Arena:
-        """The arena that another process of ours made, with all that stands in it; from copies of its `descriptors`.
-        They are the arena's from here on, and closed if this fails. Raises: DeviceError.
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> Arena:
+        """Addresses for so much; no memory. Raises: DeviceError.
+
+        shared: a copy of what `Arena.shared` of another process gave: its memory. The arena's from here on.
         """
+        ...
+
+    def create_arena(self, nbytes: int) -> Arena:
+        """With memory behind all of it. Raises: FitError if the device has not that much free; DeviceError."""
+        ...
+
+    def holders(self) -> Sequence[Holder]:
+        """Who has memory of this device, this process too, as far as anybody says; largest first."""
         ...
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> Mapping:

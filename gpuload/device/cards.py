@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuload.device import driver as cu
+from gpuload.device.base import Holder
 from gpuload.errors import DeviceError
 
 _GT_S = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}
@@ -169,6 +170,28 @@ def managed(card: Card) -> Managed | None:
         )  # fmt: skip
     except pynvml.NVMLError:
         return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def holders_of(identity: str) -> list[Holder]:
+    """Processes that have memory of the card with this UUID, largest first. In a container NVML may see none, or only
+    its own; empty where NVML is not there."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # see `managed`
+        return []
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(identity.encode())
+        found = [
+            *pynvml.nvmlDeviceGetComputeRunningProcesses(handle),
+            *pynvml.nvmlDeviceGetGraphicsRunningProcesses(handle),
+        ]
+        return sorted((Holder(p.pid, p.usedGpuMemory or 0) for p in found), key=lambda one: -one.nbytes)
+    except Exception:  # a slice (MIG) goes by another name there
+        return []
     finally:
         pynvml.nvmlShutdown()
 

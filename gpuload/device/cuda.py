@@ -1,8 +1,9 @@
 """A CUDA device. With `driver.py` the only place that knows CUDA. NOT YET RUN ON A GPU; see driver.py for what was.
 
-Arenas are made of separate physical granules (cuMemCreate), mapped side by side for their owner. A client imports the
-granules of its model as file descriptors and maps them, read-only, in the order of its layout: no address has to match
-between processes, no legacy IPC handle is involved, and PID namespaces do not matter.
+Arenas are separate physical granules (cuMemCreate), made when they are needed, given back when they are not, and
+mapped side by side for their owner. A client imports the granules of its model as file descriptors and maps them,
+read-only, in the order of its layout: no address has to match between processes, no legacy IPC handle is involved, and
+PID namespaces do not matter.
 Source: CUDA Driver API, chapter Virtual Memory Management.
 """
 
@@ -17,13 +18,17 @@ from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
 
 from gpuload.device import driver as cu
-from gpuload.device.base import Memory, Run
-from gpuload.device.cards import mps_is_there
+from gpuload.device.base import Holder, Memory, Run, whole
+from gpuload.device.cards import holders_of, mps_is_there
 from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
+from mfs.units import format_size
 
 GRANULE_BYTES = 8 << 20
 """Four times the hardware's smallest: 2,000 imports and mappings for a 16 GB model rather than 8,000, for a waste below
 one granule per block. Not yet measured."""
+
+LOCKED_BYTES_MIN = 2 << 20
+"""Of staging that is page-locked as it is used: one huge page, 0.2 ms, for who loads little."""
 
 CLOSE_S = 60.0
 """Longest wait for what is queued when a stream ends; no copy of ours takes a second."""
@@ -112,25 +117,42 @@ class CudaStaging:
     """See `base.Staging`. Huge pages, touched and then page-locked, for every context: a fifth of what cudaHostAlloc
     takes for as much (NVIDIA/cudf#23457: 1.55 s and 7.9 s for 16 GiB)."""
 
-    def __init__(self, device: CudaDevice, nbytes: int) -> None:
+    def __init__(self, device: CudaDevice, nbytes: int, *, is_locked: bool) -> None:
         self._device = device
-        size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._bytes = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map = mmap.mmap(-1, self._bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without huge pages: small ones do
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        ctypes.memset(self.address, 0, size)
-        try:
-            device.call("cuMemHostRegister_v2", self.address, size, cu.MEMHOSTREGISTER_PORTABLE)
-        except BaseException:
-            self._map.close()
-            raise
+        self._locked_bytes = 0
+        if is_locked:
+            ctypes.memset(self.address, 0, self._bytes)
+            try:
+                self.lock(self._bytes)
+            except BaseException:
+                self._map.close()
+                raise
         self.view = memoryview(self._map)[:nbytes]
+
+    def lock(self, nbytes: int) -> None:
+        """See `base.Staging.lock`. A little of it at first, where that is enough; one range in any case, since no copy
+        may cross two."""
+        if nbytes <= self._locked_bytes:
+            return
+        wanted = min(self._bytes, LOCKED_BYTES_MIN) if nbytes <= LOCKED_BYTES_MIN else self._bytes
+        self._unlock()
+        self._device.call("cuMemHostRegister_v2", self.address, wanted, cu.MEMHOSTREGISTER_PORTABLE)
+        self._locked_bytes = wanted
+
+    def _unlock(self) -> None:
+        if self._locked_bytes:
+            self._locked_bytes = 0
+            self._device.give_back("cuMemHostUnregister", self.address)
 
     def close(self) -> None:
         if self.address:
             self.view.release()
-            self._device.give_back("cuMemHostUnregister", self.address)
+            self._unlock()
             self.address = 0
             with contextlib.suppress(BufferError):  # a failed read's traceback may hold a part of it a while longer
                 self._map.close()
@@ -151,8 +173,7 @@ class _Mapped:
         self._mapped_count += 1
 
     def allow(self, access: int) -> None:
-        description = cu.MemAccessDesc(cu.MemLocation(cu.LOCATION_TYPE_DEVICE, self._device.index), access)
-        self._device.call("cuMemSetAccess", self.address, self.nbytes, ctypes.byref(description), 1)
+        self._device.call("cuMemSetAccess", self.address, self.nbytes, self._device.access(access), 1)
 
     def close(self) -> None:
         if not self.address:
@@ -166,24 +187,107 @@ class _Mapped:
 class CudaArena:
     """See `base.Arena`."""
 
-    def __init__(self, device: CudaDevice, granules_count: int, fds: Sequence[int] = ()) -> None:
-        """fds: of all granules of such an arena that is there already; the arena's from here on."""
+    def __init__(self, device: CudaDevice, granules_count: int) -> None:
         self._device = device
         self.granule_bytes, self.granules_count = device.granule_bytes, granules_count
-        self._handles: list[int] = []
-        self._fds = list(fds)
-        """Of all granules, once somebody wanted them. Whoever attaches gets copies: nothing says that a granule which
+        self._handles: dict[int, int] = {}
+        """By granule, of those that are mapped."""
+        self._fds: dict[int, int] = {}
+        """By granule, where somebody wanted one. Whoever attaches gets a copy then: nothing says that a granule which
         was imported may be exported again."""
-        self._mapped = _Mapped(device, granules_count)
-        self.address = self._mapped.address
+        self.address = device.number("cuMemAddressReserve", c_ulonglong, self._nbytes, 0, 0, 0)
+
+    @property
+    def _nbytes(self) -> int:
+        return self.granules_count * self.granule_bytes
+
+    def commit(self, runs: Sequence[Run]) -> None:
+        nbytes = sum(count for _, count in runs) * self.granule_bytes
+        free = self._device.memory().free_bytes
+        if nbytes > free:
+            raise FitError(
+                f"{format_size(nbytes)} more do not fit {self._device.name}: {format_size(free)} are free",
+                shortfall_bytes=nbytes - free,
+                waits=True,
+            )
         try:
-            for i in range(granules_count):
-                self._handles.append(device.imported(fds[i]) if fds else device.made_granule())
-                self._mapped.add(self._handles[-1])
-            self._mapped.allow(cu.ACCESS_READWRITE)
-        except BaseException:
-            self.close()
+            with self._device.current():
+                for run in runs:
+                    self._commit(*run)
+        except BaseException as error:
+            self.release(runs)
+            if isinstance(error, DeviceError) and error.code == cu.ERROR_OUT_OF_MEMORY:
+                text = (
+                    f"{format_size(nbytes)} more of {self._device.name}: {error}, though {format_size(free)} were free"
+                )
+                raise FitError(text, shortfall_bytes=1, waits=True) from None
             raise
+
+    def _commit(self, first: int, count: int) -> None:
+        driver, unit = self._device.driver, self.granule_bytes
+        properties = ctypes.byref(self._device.properties)
+        for granule in range(first, first + count):
+            self._map(granule, driver.number("cuMemCreate", c_ulonglong, unit, properties, 0))
+        self._allow(first, count)
+
+    def _map(self, granule: int, handle: int) -> None:
+        unit = self.granule_bytes
+        try:
+            self._device.driver.call("cuMemMap", self.address + granule * unit, unit, 0, handle, 0)
+        except BaseException:
+            self._device.give_back("cuMemRelease", handle)
+            raise
+        self._handles[granule] = handle
+
+    def _allow(self, first: int, count: int) -> None:
+        at, size = self.address + first * self.granule_bytes, count * self.granule_bytes
+        self._device.driver.call("cuMemSetAccess", at, size, self._device.access(cu.ACCESS_READWRITE), 1)
+
+    def shared(self) -> int | None:
+        return None
+
+    def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
+        wanted = [granule for first, count in runs for granule in range(first, first + count)]
+        for granule in wanted:
+            if granule not in self._fds:
+                self._fds[granule] = self._exported(granule)
+        return [self._fds[granule] for granule in wanted]
+
+    def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
+        """Not known before a GPU was seen: whether a driver keeps granules whose maker has died for as long as one of
+        their descriptors is open, as its documentation has it of handles, and gives them with their bytes."""
+        wanted = [granule for first, count in runs for granule in range(first, first + count)]
+        self._fds |= dict(zip(wanted, fds, strict=True))
+        driver, kind = self._device.driver, cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        with self._device.current():
+            for granule, fd in zip(wanted, fds, strict=True):
+                self._map(granule, driver.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind))
+            for run in runs:
+                self._allow(*run)
+
+    def release(self, runs: Sequence[Run]) -> None:
+        refused: list[DeviceError] = []
+        with self._device.current():
+            for first, count in runs:
+                for granule in range(first, first + count):
+                    handle = self._handles.pop(granule, None)
+                    if handle is not None:
+                        self._release(granule, handle, refused)
+        if refused:
+            raise refused[0]
+
+    def _release(self, granule: int, handle: int, refused: list[DeviceError]) -> None:
+        fd = self._fds.pop(granule, None)
+        if fd is not None:
+            os.close(fd)
+        at = self.address + granule * self.granule_bytes
+        for name, args in (("cuMemUnmap", (at, self.granule_bytes)), ("cuMemRelease", (handle,))):
+            try:
+                self._device.driver.call(name, *args)
+            except DeviceLostError:  # nothing is there any more that could be ended
+                pass
+            except DeviceError as error:  # the others go back all the same
+                refused.append(error)
 
     def export(self, runs: Sequence[Run]) -> list[int]:
         from gpuload.wire import close_all
@@ -191,7 +295,7 @@ class CudaArena:
         fds: list[int] = []
         try:
             for first, count in runs:
-                fds.extend(self._descriptor(at) for at in range(first, first + count))
+                fds.extend(self._exported(granule) for granule in range(first, first + count))
         except OSError as error:
             close_all(fds)
             raise DeviceError(f"cannot hand out granules of {self._device.name}: {error.strerror}") from None
@@ -200,22 +304,17 @@ class CudaArena:
             raise
         return fds
 
-    def _descriptor(self, at: int) -> int:
-        return os.dup(self._fds[at]) if self._fds else self._device.exported(self._handles[at])
-
-    def descriptors(self) -> Sequence[int]:
-        if not self._fds:
-            self._fds = self.export([(0, self.granules_count)])
-        return self._fds
+    def _exported(self, granule: int) -> int:
+        if granule in self._fds:
+            return os.dup(self._fds[granule])
+        kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return self._device.number("cuMemExportToShareableHandle", c_int, self._handles[granule], kind, 0)
 
     def close(self) -> None:
-        from gpuload.wire import close_all
-
-        self._mapped.close()
-        while self._handles:
-            self._device.give_back("cuMemRelease", self._handles.pop())
-        fds, self._fds = self._fds, []
-        close_all(fds)
+        if self.address:
+            self.release([(0, self.granules_count)])
+            self._device.give_back("cuMemAddressFree", self.address, self._nbytes)
+            self.address = 0
 
 
 class CudaMapping:
@@ -229,7 +328,8 @@ class CudaMapping:
         self.address, self.nbytes = self._mapped.address, self._mapped.nbytes
         try:
             for fd in fds:
-                handle = device.imported(fd)
+                kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+                handle = device.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
                 try:
                     self._mapped.add(handle)
                 finally:
@@ -296,20 +396,6 @@ class CudaDevice:
         with self.current():
             return self.driver.number(name, kind, *args)
 
-    def made_granule(self) -> int:
-        """A handle of a new one."""
-        return self.number("cuMemCreate", c_ulonglong, self.granule_bytes, ctypes.byref(self.properties), 0)
-
-    def exported(self, handle: int) -> int:
-        """A descriptor of a granule, the caller's."""
-        kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return self.number("cuMemExportToShareableHandle", c_int, handle, kind, 0)
-
-    def imported(self, fd: int) -> int:
-        """A handle of the granule behind a descriptor, which stays the caller's."""
-        kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return self.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
-
     def model_name(self) -> str:
         """What the card is called."""
         name = ctypes.create_string_buffer(256)
@@ -324,28 +410,25 @@ class CudaDevice:
     def open_stream(self) -> CudaStream:
         return CudaStream(self)
 
-    def alloc_staging(self, nbytes: int) -> CudaStaging:
-        return CudaStaging(self, nbytes)
+    def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> CudaStaging:
+        return CudaStaging(self, nbytes, is_locked=is_locked)
 
-    def create_arena(self, nbytes: int) -> CudaArena:
+    def access(self, flags: int) -> object:
+        """As cuMemSetAccess takes it: this card's own."""
+        return ctypes.byref(cu.MemAccessDesc(cu.MemLocation(cu.LOCATION_TYPE_DEVICE, self.index), flags))
+
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> CudaArena:
+        if shared is not None:
+            os.close(shared)
+            raise DeviceError(f"an arena on {self.name} has a descriptor for each granule, not one for all")
         self._check_shared()
-        free = self.memory().free_bytes
-        if nbytes > free:
-            raise FitError(
-                f"an arena of {nbytes} bytes does not fit {self.name}: {free} bytes free", shortfall_bytes=nbytes - free
-            )
         return CudaArena(self, nbytes // self.granule_bytes)
 
-    def adopt_arena(self, fds: Sequence[int], nbytes: int) -> CudaArena:
-        """Not known before a GPU was seen: whether a driver keeps granules whose maker has died for as long as one of
-        their descriptors is open, as its documentation has it of handles, and gives them with their bytes."""
-        from gpuload.wire import close_all
+    def create_arena(self, nbytes: int) -> CudaArena:
+        return whole(self.reserve_arena(nbytes))
 
-        if not fds or len(fds) != nbytes // self.granule_bytes:
-            close_all(fds)
-            raise DeviceError(f"{len(fds)} granules came, expected {nbytes // self.granule_bytes}")
-        self._check_shared()
-        return CudaArena(self, len(fds), fds)
+    def holders(self) -> Sequence[Holder]:
+        return holders_of(self.identity)
 
     def _check_shared(self) -> None:
         """Raises: DeviceError if nobody could attach beside us."""

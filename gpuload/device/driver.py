@@ -196,8 +196,9 @@ class Driver:
 
     def _error(self, what: str, result: int) -> DeviceError:
         if result in LOST.values():
-            return DeviceLostError(f"{what}: {self._name_of(result)}; this process can no longer use the card")
-        return DeviceError(f"{what}: {self._name_of(result)}")
+            text = f"{what}: {self._name_of(result)}; this process can no longer use the card"
+            return DeviceLostError(text, code=result)
+        return DeviceError(f"{what}: {self._name_of(result)}", code=result)
 
     def number(self, name: str, kind: Any, *args: Any) -> int:
         """A call whose first argument is where it writes one number, which is returned."""

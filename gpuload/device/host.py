@@ -1,10 +1,12 @@
-"""The CPU as a device: arenas are sealed memfds, attaching is mmap, copies run in a stream's own thread.
+"""The CPU as a device: arenas are memfds, attaching is mmap, copies run in a stream's own thread.
 
 For CPU inference servers it is the real thing; for tests it stands in for a GPU, having the same queues, events,
-granules and processes. Others get an arena as a descriptor that cannot write, of a file that its mode lets nobody open
-for writing: a client of another user cannot come to write, one of our own only by changing that mode. The owner's own
-descriptor can, so that a server's successor goes on with the memory (decisions/0011). A client maps privately (copy on
-write): a framework which edits a weight in place edits its own copy of that page.
+granules and processes. A client maps privately (copy on write): a framework which edits a weight in place edits its own
+copy of that page.
+
+Sharing is read-only: descriptors are handed out open for reading, and the file's mode lets no other user open it for
+more. F_SEAL_FUTURE_WRITE would bind the server's own user and root as well, but no memory could go back then: the
+kernel punches no hole into such a file (mm/shmem.c, shmem_fallocate). decisions/0009 weighs it.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from gpuload.device.base import Memory, Run
+from gpuload.device.base import Holder, Memory, Run, whole
 from gpuload.device.ranges import Ranges
 from gpuload.errors import BusyError, DeviceError, FitError
 from mfs import limits
+from mfs.units import format_size
 
 GRANULE_BYTES = 2 << 20
 """As on CUDA, so that layouts and waste are alike; a multiple of the page, which is all that mmap needs."""
@@ -32,11 +35,14 @@ QUEUE_LENGTH_MAX = 4096
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x1, 0x2, 0x4  # linux/fcntl.h
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x1, 0x2  # linux/falloc.h
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
 
 def view_of(address: int, nbytes: int) -> memoryview:
@@ -110,13 +116,17 @@ class HostStream:
 
 
 class HostStaging:
-    """See `base.Staging`. Ordinary memory, touched once so that no page fault falls into a copy."""
+    """See `base.Staging`. Ordinary memory; touched once, no page fault falls into a copy."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, is_touched: bool) -> None:
         self._map = mmap.mmap(-1, max(nbytes, 1))
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        ctypes.memset(self.address, 0, nbytes)
+        if is_touched:
+            ctypes.memset(self.address, 0, nbytes)
+
+    def lock(self, nbytes: int) -> None:
+        return None
 
     def close(self) -> None:
         self.view.release()
@@ -125,28 +135,61 @@ class HostStaging:
 
 
 class HostArena:
-    """See `base.Arena`. All pages are taken at once: a machine without room says so here, not inside a load."""
+    """See `base.Arena`. Memory is taken when it is committed: a machine without room says so there, not in a load."""
 
-    def __init__(self, nbytes: int, granule_bytes: int, fd: int | None = None) -> None:
-        """fd: of such an arena that is there already."""
+    def __init__(self, nbytes: int, granule_bytes: int, shared: int | None = None) -> None:
         self.granule_bytes = granule_bytes
         self.granules_count = nbytes // granule_bytes
-        self._nbytes = self.granules_count * granule_bytes
-        self._fd = _made_arena(self._nbytes) if fd is None else fd
+        size = self.granules_count * granule_bytes
+        self._fd = _made_file(size) if shared is None else shared
         try:
-            if os.fstat(self._fd).st_size != self._nbytes:
-                raise ValueError(f"it has {os.fstat(self._fd).st_size}")
-            self._map = mmap.mmap(self._fd, self._nbytes or mmap.PAGESIZE, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            if os.fstat(self._fd).st_size != size:
+                raise ValueError(f"there is one of {os.fstat(self._fd).st_size}")
+            self._map = mmap.mmap(self._fd, size or mmap.PAGESIZE, mmap.MAP_SHARED)
         except (OSError, ValueError) as error:
             os.close(self._fd)
-            raise DeviceError(f"cannot take an arena of {self._nbytes} bytes: {error}") from None
+            raise DeviceError(f"cannot reserve an arena of {size} bytes: {error}") from None
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def commit(self, runs: Sequence[Run]) -> None:
+        nbytes = sum(count for _, count in runs) * self.granule_bytes
+        free = limits.available().free_bytes
+        if nbytes > free:
+            raise FitError(
+                f"{format_size(nbytes)} more do not fit host memory: {format_size(free)} are free",
+                shortfall_bytes=nbytes - free,
+                waits=True,
+            )
+        try:
+            for start, size in self._ranges(runs):
+                os.posix_fallocate(self._fd, start, size)
+                with contextlib.suppress(OSError):  # an older kernel: pages are mapped one by one as they are written
+                    self._map.madvise(_MADV_POPULATE_WRITE, start, size)
+        except OSError as error:
+            self.release(runs)
+            raise FitError(
+                f"{format_size(nbytes)} more of host memory: {error.strerror}", shortfall_bytes=1, waits=True
+            ) from None
+
+    def release(self, runs: Sequence[Run]) -> None:
+        for start, size in self._ranges(runs):
+            if _libc.fallocate(self._fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, start, size):
+                raise DeviceError(f"memory of an arena cannot be given back: {os.strerror(ctypes.get_errno())}")
+
+    def _ranges(self, runs: Sequence[Run]) -> list[tuple[int, int]]:
+        return [(first * self.granule_bytes, count * self.granule_bytes) for first, count in runs]
 
     def export(self, runs: Sequence[Run]) -> list[int]:
         return [os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)]
 
-    def descriptors(self) -> Sequence[int]:
-        return [self._fd]
+    def shared(self) -> int | None:
+        return self._fd
+
+    def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
+        return ()
+
+    def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
+        return None
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -155,17 +198,15 @@ class HostArena:
             self._fd = -1
 
 
-def _made_arena(nbytes: int) -> int:
+def _made_file(size: int) -> int:
     fd = os.memfd_create("gpuload-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        os.ftruncate(fd, size)
         os.fchmod(fd, 0o400)
-        os.ftruncate(fd, nbytes)
-        if nbytes:
-            os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
     except OSError as error:
         os.close(fd)
-        raise DeviceError(f"cannot take an arena of {nbytes} bytes: {error}") from None
+        raise DeviceError(f"cannot reserve an arena of {size} bytes: {error}") from None
     return fd
 
 
@@ -232,24 +273,17 @@ class HostDevice:
     def open_stream(self) -> HostStream:
         return HostStream()
 
-    def alloc_staging(self, nbytes: int) -> HostStaging:
-        return HostStaging(nbytes)
+    def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> HostStaging:
+        return HostStaging(nbytes, is_touched=is_locked)
+
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> HostArena:
+        return HostArena(nbytes, self.granule_bytes, shared)
 
     def create_arena(self, nbytes: int) -> HostArena:
-        free = self.memory().free_bytes
-        if nbytes > free:
-            raise FitError(
-                f"an arena of {nbytes} bytes does not fit host memory: {free} bytes free", shortfall_bytes=nbytes - free
-            )
-        return HostArena(nbytes, self.granule_bytes)
+        return whole(self.reserve_arena(nbytes))
 
-    def adopt_arena(self, fds: Sequence[int], nbytes: int) -> HostArena:
-        from gpuload.wire import close_all
-
-        if len(fds) != 1:
-            close_all(fds)
-            raise DeviceError(f"an arena in host memory comes as one descriptor, got {len(fds)}")
-        return HostArena(nbytes, self.granule_bytes, fds[0])
+    def holders(self) -> Sequence[Holder]:
+        return ()
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> HostMapping:
         if len(fds) != 1:

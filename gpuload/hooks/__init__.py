@@ -4,8 +4,10 @@ auto               what `gpuload run` and the .pth start: waits for safetensors 
 safetensors_patch  safe_open and its slices served from the resident server
 pth                the one-line .pth file that starts `auto` in every process of a Python installation
 vllm, sglang       plugins for their loaders, through their own entry points
+vllm_sleep         a backend of vLLM's sleep mode: weights sleep in the server
 triton             a backend of Triton: model directories of safetensors and a configuration
-weights            what those two hand over: every tensor of a model's files
+weights            what vLLM's and SGLang's hand over: every tensor of a model's files
+ranks              the same for ranks that load together: each byte read once among them
 resident           the server, or None with one line in the log
 counts             what came from where, for tests and the curious
 

@@ -39,6 +39,23 @@ def is_copied(device: str) -> bool:
     return device.startswith("cuda") and os.environ.get(ZERO_COPY_VARIABLE) != "1"
 
 
+def has_arena(device: str, socket_path: str | None = None) -> bool:
+    """Whether a server answers that has an arena on this device. Nothing is logged."""
+    if is_away():
+        return False
+    from mfs.errors import MfsError
+
+    try:
+        from gpuload.client.asking import ask
+        from gpuload.device import identity_of
+
+        wanted = identity_of(device)
+        status = ask({"op": "status"}, socket_path=socket_path, timeout_s=PING_S)
+        return any(wanted in (one["device"], one["identity"]) for one in status["devices"])
+    except (MfsError, LookupError, TypeError):  # whoever loads says what is wrong
+        return False
+
+
 def attach_file(
     path: str, device: str, *, seen: os.stat_result | None = None, socket_path: str | None = None
 ) -> Any | None:

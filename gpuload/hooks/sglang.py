@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpuload.hooks.auto import is_asked_for
-from gpuload.hooks.weights import are_mounted, weights_of
+from gpuload.hooks.weights import are_mounted, own_device, weights_of
+
+if TYPE_CHECKING:
+    from gpuload.hooks.ranks import Group
 
 _MODULE = "sglang.srt.model_loader.loader"
 ITERATORS = ("safetensors_weights_iterator", "buffered_multi_thread_safetensors_weights_iterator")
@@ -40,4 +43,25 @@ def iterate(original: Callable[..., Iterator[Any]], *args: Any, **kwargs: Any) -
     """In place of either iterator, whatever its further arguments say of how to read."""
     signature = inspect.signature(original)
     files = signature.bind(*args, **kwargs).arguments[next(iter(signature.parameters))]
-    return weights_of(files) if are_mounted(files) else original(*args, **kwargs)
+    group = _ranks()
+    if not are_mounted(files, group):
+        return original(*args, **kwargs)
+    return weights_of(files, device=own_device(), group=group)
+
+
+def _ranks() -> Group | None:
+    """This process's tensor-parallel group; None where it is alone."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    try:
+        from sglang.srt.distributed import get_tp_group
+    except ImportError:
+        return None
+    group = get_tp_group()
+    if group is None or group.world_size == 1:
+        return None
+    from gpuload.hooks.ranks import Group
+
+    return Group(group.device_group, group.cpu_group)

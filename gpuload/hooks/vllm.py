@@ -7,6 +7,8 @@ as the one call that picks them takes. So which files, prefixes, filters, get_al
 whatever their signatures are in the installed version. Where vLLM's iterator does more than iterate (an expert-parallel
 filter, torchao's tensors put together again) it is vLLM's that runs.
 
+Tensors come to stand where the worker computes, and the workers of one tensor-parallel group read each byte once.
+
 HOOKS.md says which versions it ran with.
 """
 
@@ -17,11 +19,14 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpuload.hooks.auto import is_asked_for
-from gpuload.hooks.weights import are_mounted, weights_of
+from gpuload.hooks.weights import are_mounted, own_device, weights_of
 from mfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from gpuload.hooks.ranks import Group
 
 LOAD_FORMAT = "gpuload"
 FLAGLESS_FORMATS = ("auto", "hf", "safetensors")
@@ -49,15 +54,25 @@ def register() -> None:
         flagless = _flagless_loader(default_loader)
         for load_format in FLAGLESS_FORMATS:
             register_model_loader(load_format)(flagless)
+    _register_sleep()
     _is_registered = True
+
+
+def _register_sleep() -> None:
+    """Our backend of its sleep mode, where this vLLM knows several: `vllm_sleep`, imported when it is asked for."""
+    try:
+        from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+    except ImportError:
+        return
+    SleepModeBackendFactory.register_backend("gpuload", "gpuload.hooks.vllm_sleep", "GpuloadBackend")
 
 
 def _named_loader(module: Any) -> type:
     class GpuloadModelLoader(module.DefaultModelLoader):  # type: ignore[misc]
         """DefaultModelLoader whose safetensors come from gpuload.
 
-        Of model_loader_extra_config it takes 'device' (the server's arena to be served from, default 'cpu') and
-        'socket' (the server's socket); the other keys are vLLM's.
+        Of model_loader_extra_config it takes 'device' (where tensors come to stand and the server's arena to be served
+        from; default: where this worker computes) and 'socket' (the server's socket); the other keys are vLLM's.
         """
 
         def __init__(self, load_config: Any) -> None:
@@ -66,14 +81,15 @@ def _named_loader(module: Any) -> type:
             extra = shown.model_loader_extra_config
             if isinstance(extra, dict):  # anything else is refused below, in vLLM's words
                 extra = dict(extra)
-                self._device = _text(extra.pop("device", "cpu"), "device")
+                self._device = _text(extra.pop("device", None), "device")
                 self._socket = _text(extra.pop("socket", None), "socket")
                 shown.model_loader_extra_config = extra
             super().__init__(shown)
 
         def _get_weights_iterator(self, source: Any) -> Any:
             def ours(files: Sequence[str]) -> Iterator[Any]:
-                return weights_of(files, device=self._device or "cpu", socket_path=self._socket)
+                device = self._device or _worker_device(self.load_config)
+                return weights_of(files, device=device, socket_path=self._socket, group=_ranks())
 
             return _with_iterators(module, ours, lambda: super(GpuloadModelLoader, self)._get_weights_iterator(source))
 
@@ -86,7 +102,10 @@ def _flagless_loader(module: Any) -> type:
 
         def _get_weights_iterator(self, source: Any) -> Any:
             def ours(files: Sequence[str]) -> Iterator[Any] | None:
-                return weights_of(files) if are_mounted(files) else None
+                group = _ranks()
+                if not are_mounted(files, group):
+                    return None
+                return weights_of(files, device=_worker_device(self.load_config), group=group)
 
             return _with_iterators(module, ours, lambda: super(MountedModelLoader, self)._get_weights_iterator(source))
 
@@ -124,6 +143,34 @@ def _instead_of(original: Any, ours: Callable[[Sequence[str]], Iterator[Any] | N
         return made
 
     return iterate
+
+
+def _worker_device(load_config: Any) -> str:
+    """Where this worker's weights go: as its configuration says, else where it computes."""
+    from gpuload.device import canonical_name
+
+    own, named = own_device(), getattr(load_config, "device", None)
+    if named is None or str(named) == "cuda":
+        return own
+    try:
+        return canonical_name(str(named))
+    except UsageError:  # a kind of device that we bring nothing to
+        return "cpu"
+
+
+def _ranks() -> Group | None:
+    """This worker's tensor-parallel group; None where it is alone, or where vLLM is not one yet."""
+    try:
+        from vllm.distributed import get_tp_group
+
+        group = get_tp_group()
+    except (ImportError, AssertionError):  # a loader by itself: no group was made
+        return None
+    if group.world_size == 1:
+        return None
+    from gpuload.hooks.ranks import Group
+
+    return Group(group.device_group, group.cpu_group)
 
 
 def _text(value: Any, key: str) -> str | None:

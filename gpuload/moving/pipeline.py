@@ -1,9 +1,9 @@
 """The conductor of one load: batches → source → ring of buffers → copy stream, overlapped, cancelled as one.
 
     readers_count threads, each:   take a batch and a buffer, wait until the buffer's last copy is done,
-                                   fill it from the source, check it, queue the copies, put it back with their event
+                                   fill it from the source, have it page-locked if it is new, check it,
+                                   queue the copies, put it back with their event
     one thread more:               waits for the events in order, tells which transfers are complete
-    and while they are at work:    one page-locks the buffers that are still missing
 
 A thread stays with its work from the first batch to the last: handing each batch from thread to thread cost more than
 a link needs for it (decisions/0007-link-speed.md).
@@ -23,10 +23,10 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import trio
@@ -47,9 +47,6 @@ RunsOf = Callable[[Piece], Sequence[tuple[int, int]]]
 Check = Callable[[Piece, Sequence[memoryview]], None]
 """Looks at a piece's bytes before they count, in a reader's thread; raises to refuse them. The views, joined, are the
 piece as it arrives; they die with the call."""
-
-GROWERS_COUNT = 4
-"""Threads that page-lock what is missing of a ring: touching fresh pages costs each of them more than locking them."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ Decide = Callable[[Batch], None]
 
 
 async def move_batches(
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     *,
     source: Source,
     device: Device,
@@ -89,6 +86,8 @@ async def move_batches(
 ) -> None:
     """Move every batch; return when every byte is in its place.
 
+    batches: in order. With `lent` and without `on_landed` and `admit` they may come one by one, from an iterator that
+        readers ask in turn.
     lent: a ring to use, whose buffers hold the largest batch; all its buffers are back in it afterwards, whatever
         happens. None: one is made for this call.
     runs_of: called in a reader's thread.
@@ -99,17 +98,21 @@ async def move_batches(
     on_landed: told, in a thread of the load, the index of each transfer once all of it is in place, in no fixed order.
     Raises: what source, device or check raise. Cancellation: safe; the destination's bytes are undefined.
     """
-    if not batches:
+    if lent is None or on_landed is not None or admit is not None:
+        batches = list(batches)
+    rest = iter(batches)
+    head = list(islice(rest, limits.readers_count))
+    if not head:
         return
-    staged = not device.is_direct or any(not _is_plain(batch) for batch in batches)
-    readers_count = min(limits.readers_count, len(batches))
-    buffers_count = min(limits.buffers_count, len(batches)) if staged else 0
-    buffer_bytes = max(batch.nbytes for batch in batches) if staged else 0
-    if lent is not None and lent.buffer_bytes < buffer_bytes:
-        raise ValueError(f"a batch of {buffer_bytes} bytes does not fit the lent buffers of {lent.buffer_bytes}")
-    ring = lent if lent is not None else Ring(device, buffer_bytes=buffer_bytes, count=buffers_count)
-    ways = _Ways(batches if admit is None else (), ring, copies_most=max(1, buffers_count))
-    landing = _Landing(batches, on_landed)
+    readers_count = len(head)
+    if lent is not None:
+        ring, copies_most = lent, lent.count
+    else:
+        assert isinstance(batches, list)
+        copies_most = min(limits.buffers_count, len(batches))
+        ring = Ring(device, buffer_bytes=max(batch.nbytes for batch in batches), count=copies_most)
+    ways = _Ways(chain(head, rest) if admit is None else None, ring, copies_most=copies_most)
+    landing = _Landing(batches if on_landed is not None else (), on_landed)
     readers_left = readers_count
 
     async def feed() -> None:
@@ -132,6 +135,8 @@ async def move_batches(
                 _read_direct(batch, source, runs_of, check)
                 landing.add(batch)
                 continue
+            if batch.nbytes > ring.buffer_bytes:
+                raise ValueError(f"a batch of {batch.nbytes} bytes does not fit buffers of {ring.buffer_bytes}")
             buffer = ring.take()
             if buffer is None:
                 return
@@ -183,9 +188,6 @@ async def move_batches(
         if last is not None:
             wait(last.event)
 
-    async def grow() -> None:
-        await trio.to_thread.run_sync(ring.grow)
-
     async def run_lander() -> None:
         await trio.to_thread.run_sync(land, limiter=threads)
         over.set()
@@ -197,7 +199,6 @@ async def move_batches(
             if not over.is_set():
                 ways.stop()
                 source.interrupt()  # readers may wait there for what this very load holds
-            ring.stop()  # whoever still page-locks more of it need not
 
     over, threads = trio.Event(), trio.CapacityLimiter(readers_count + 2)
     with one_error():
@@ -208,9 +209,6 @@ async def move_batches(
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(watch)
-            if staged:
-                for _ in range(min(GROWERS_COUNT, buffers_count)):
-                    nursery.start_soon(grow)
             nursery.start_soon(run_lander)
             for _ in range(readers_count):
                 nursery.start_soon(run_reader)
@@ -252,7 +250,6 @@ def move_one_by_one(
 def _move_through(
     batch: Batch, ring: Ring, stream: Stream, source: Source, device: Device, runs_of: RunsOf, limits: Limits
 ) -> None:
-    ring.grow(1)
     buffer = ring.take()
     assert buffer is not None
     loan = None
@@ -310,6 +307,7 @@ def _bring(batch: Batch, buffer: Buffer, source: Source, device: Device, limits:
             copy_out(loan.runs, [view])
         else:
             source.read_into(batch.shard, batch.start, [view])
+        buffer.staging.lock(batch.nbytes)
     finally:
         if loan is not None:
             loan.release()
@@ -354,14 +352,15 @@ class _Copies(NamedTuple):
 class _Ways:
     """Between the threads of one load: batches on their way to readers, queued copies on their way to the lander."""
 
-    def __init__(self, batches: Iterable[Batch], ring: Ring, *, copies_most: int) -> None:
-        """batches: that may be read at once; if there are none, `add` brings them and `is_fed` says that was all."""
+    def __init__(self, batches: Iterator[Batch] | None, ring: Ring, *, copies_most: int) -> None:
+        """batches: all of them; None: `add` brings them and `is_fed` says that was all."""
         self.queueing = threading.Lock()
         """A stream belongs to one thread at a time."""
         self._ring = ring
         self._changed = threading.Condition()
-        self._batches = deque(batches)
-        self._is_fed = bool(self._batches)
+        self._planned, self._planning = batches, threading.Lock()
+        self._batches = deque[Batch]()
+        self._is_fed = False
         self._copies: deque[_Copies] = deque()
         self._copies_most = copies_most
         self._is_read = self._is_stopped = False
@@ -383,6 +382,9 @@ class _Ways:
 
     def next_batch(self) -> Batch | None:
         """Blocks; None when there are no more, or the load ends."""
+        if self._planned is not None:
+            with self._planning:
+                return next(self._planned, None) if not self._is_stopped else None
         with self._changed:
             self._changed.wait_for(lambda: self._batches or self._is_fed or self._is_stopped)
             return self._batches.popleft() if self._batches and not self._is_stopped else None
@@ -459,7 +461,7 @@ async def _open_stream(device: Device) -> AsyncIterator[Stream]:
 class _Landing:
     """Counts the pieces of each transfer that are still on their way. Thread-safe."""
 
-    def __init__(self, batches: Sequence[Batch], on_landed: Callable[[int], None] | None) -> None:
+    def __init__(self, batches: Iterable[Batch], on_landed: Callable[[int], None] | None) -> None:
         self._on_landed = on_landed
         self._lock = threading.Lock()
         self._waiting: dict[int, int] = {}

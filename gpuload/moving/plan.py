@@ -58,6 +58,8 @@ class Placement:
             raise UsageError(f"rank {self.rank} of {self.world}: expected 0 <= rank < world")
 
     def device_of(self, name: str) -> str:
+        if not self.device_map:
+            return self.device
         prefix = name
         while True:
             if prefix in self.device_map:
@@ -221,13 +223,20 @@ def plan_batches(
     transfers: Sequence[Transfer], *, buffer_bytes: int, piece_bytes: int | None = None, device: str | None = None
 ) -> list[Batch]:
     """Pack the pieces of all transfers (to `device`, if given), in order, into fills of `buffer_bytes` at most."""
+    return list(each_batch(transfers, buffer_bytes=buffer_bytes, piece_bytes=piece_bytes, device=device))
+
+
+def each_batch(
+    transfers: Sequence[Transfer], *, buffer_bytes: int, piece_bytes: int | None = None, device: str | None = None
+) -> Iterator[Batch]:
+    """`plan_batches`, one by one: thousands of tensors take longer to plan than a link needs to begin."""
     pieces = (
         (t.shard, piece)
         for index, t in enumerate(transfers)
         if device is None or t.device == device
         for piece in cut_transfer(index, t, min(piece_bytes or buffer_bytes, buffer_bytes))
     )
-    return list(pack_pieces(pieces, buffer_bytes=buffer_bytes))
+    return pack_pieces(pieces, buffer_bytes=buffer_bytes)
 
 
 def pack_pieces(pieces: Iterable[tuple[int, Piece]], *, buffer_bytes: int) -> Iterator[Batch]:

@@ -3,8 +3,9 @@
 A buffer goes round: taken by a reader, filled, copied from, put back at once with the copy's event. Whoever takes it
 next waits for that event, so nobody watches events and nothing is filled while the device still reads it.
 
-Page-locking is slow (tens of milliseconds for what a link moves in one), so a load begins with the first buffer that
-is there, and the others come while it is at work: `Ring.grow`, in a thread of its own.
+Page-locking is slow: 3 ms for what a link moves in 0.6, one buffer at a time, and touching fresh memory costs as much
+again. So buffers are made as readers ask for them; the first fill touches one, and its reader has it page-locked before
+it queues the copy, while the others read. Who stays (the server) makes all of them at once: `Ring.grow`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Buffer:
 
 
 class Ring:
-    """Up to `count` buffers of `buffer_bytes`, going round between threads. It has none until `grow` made some."""
+    """Up to `count` buffers of `buffer_bytes`, going round between threads."""
 
     def __init__(self, device: Device, *, buffer_bytes: int, count: int) -> None:
         self.buffer_bytes, self.count = buffer_bytes, count
@@ -38,39 +39,51 @@ class Ring:
         self._changed = threading.Condition()
         self._buffers: list[Buffer] = []
         self._idle: deque[Buffer] = deque()
-        self._coming = 0
+        self._made_count = 0
         self._is_stopped = False
 
-    def grow(self, most: int | None = None) -> None:
-        """Page-lock the buffers that are missing, or as many as make `most`, one by one; each is taken as it is there.
-        Until `stop`. Blocks; several threads at once are that much faster.
-
-        Raises: DeviceError; whoever waits in `take` must be stopped then.
-        """
-        while self._one_more(most or self.count):
-            try:
-                buffer = Buffer(self._device.alloc_staging(self.buffer_bytes))
-            except BaseException:
-                with self._changed:
-                    self._coming -= 1
-                raise
-            with self._changed:
-                self._coming -= 1
-                self._buffers.append(buffer)
-                self._idle.append(buffer)
-                self._changed.notify()
-
-    def _one_more(self, most: int) -> bool:
-        with self._changed:
-            wanted = len(self._buffers) + self._coming < most and not self._is_stopped
-            self._coming += wanted
-            return wanted
+    def grow(self) -> None:
+        """Make the buffers that are missing, page-locked. Blocks. Raises: DeviceError."""
+        while self._may_make():
+            self.put(self._make(is_locked=True))
 
     def take(self) -> Buffer | None:
-        """The buffer that was put back longest ago; blocks while all are out. None after `stop`."""
+        """A buffer that nothing copies from, a new one, or the one that was put back longest ago; blocks while all are
+        out. None after `stop`. Before the copy: `Staging.lock`. Raises: DeviceError.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._idle or self._is_stopped)
-            return None if self._is_stopped else self._idle.popleft()
+            while not self._is_stopped:
+                ready = next((buffer for buffer in self._idle if buffer.pending is None), None)
+                if ready is not None:
+                    self._idle.remove(ready)
+                    return ready
+                if self._made_count < self.count:
+                    self._made_count += 1
+                    break
+                if self._idle:
+                    return self._idle.popleft()
+                self._changed.wait()
+            else:
+                return None
+        return self._make(is_locked=False)
+
+    def _may_make(self) -> bool:
+        with self._changed:
+            may = self._made_count < self.count and not self._is_stopped
+            self._made_count += may
+            return may
+
+    def _make(self, *, is_locked: bool) -> Buffer:
+        try:
+            buffer = Buffer(self._device.alloc_staging(self.buffer_bytes, is_locked=is_locked))
+        except BaseException:
+            with self._changed:
+                self._made_count -= 1
+                self._changed.notify()
+            raise
+        with self._changed:
+            self._buffers.append(buffer)
+        return buffer
 
     def put(self, buffer: Buffer) -> None:
         with self._changed:
@@ -94,3 +107,4 @@ class Ring:
         self._idle.clear()
         while self._buffers:
             self._buffers.pop().staging.close()
+        self._made_count = 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import trio
 
 from gpuload.device.base import Device
-from gpuload.errors import FitError
+from gpuload.errors import DeviceError, DeviceLostError, FitError
 from gpuload.moving.staging import Ring
 from gpuload.server.catalog import Catalog, Model
 from gpuload.server.config import ServerConfig
@@ -27,6 +27,9 @@ from mfs.units import format_size
 
 log = logging.getLogger("gpuload.server")
 
+FLOOR_S = 60.0
+"""Longest wait for the memory that the floor keeps: a server before gives back its own when it ends."""
+
 
 @dataclass
 class Begun:
@@ -37,6 +40,19 @@ class Begun:
     estate: Estate
     clients: list[tuple[trio.socket.SocketType, Model | None, int]] = field(default_factory=list)
     """(connection, what it leases, that lease's number)"""
+    is_heir: bool = False
+
+    async def settle(self, site: Site) -> None:
+        """Once all is ours: give back memory of an arena that no model stands in, and fill its floor instead."""
+        if not self.is_heir:
+            return
+        try:
+            await site.drop_absent()
+            await site.fill_floor(FLOOR_S)
+        except DeviceLostError:
+            raise
+        except (DeviceError, FitError) as error:
+            log.warning("%s", error)
 
 
 @dataclass
@@ -58,7 +74,7 @@ class Beginning:
                 self.store.remove(name)
             await self.store.settle()
             await trio.to_thread.run_sync(manager.barrier)
-        self._check_fit(has_arenas=False)
+        self._check_fit()
         sites = {name: await self._site(self.stack, name) for name in self.devices}
         return Begun(door, sites, Estate(self.store, self.version))
 
@@ -79,7 +95,7 @@ class Beginning:
         self.stack.push_async_exit(stack.pop_all())
         for name in left.close():  # of clients and models that were gone, or nearly there
             self.store.remove(name)
-        return Begun(door, sites, estate, clients)
+        return Begun(door, sites, estate, clients, is_heir=True)
 
     async def take_over(self, heir: Heir) -> Begun:
         """With all that a living one has, which from `heir.hold` on is ours. Raises: MfsError as it or we find."""
@@ -95,7 +111,7 @@ class Beginning:
         self.stack.callback(index.close)
         estate, clients = await self._restored(left, index, sites)
         clients += [(_trio(left.take(name)), None, 0) for name in list(left.fds) if name.startswith("client.")]
-        return Begun(door, sites, estate, clients)
+        return Begun(door, sites, estate, clients, is_heir=True)
 
     async def _heritage(
         self, stack: contextlib.AsyncExitStack, left: Left, index: Index
@@ -126,44 +142,64 @@ class Beginning:
         ]
 
     async def _sites(self, stack: contextlib.AsyncExitStack, left: Left) -> dict[str, Site]:
-        self._check_fit(has_arenas=True)
-        fds = [left.take_arena(at) for at in range(len(self.devices))]
-        return {name: await self._site(stack, name, fds[at]) for at, name in enumerate(self.devices)}
+        self._check_fit(is_heir=True)
+        return {
+            name: await self._site(stack, name, left.take_shared(at), is_heir=True)
+            for at, name in enumerate(self.devices)
+        }
 
-    async def _site(self, stack: contextlib.AsyncExitStack, name: str, fds: Sequence[int] = ()) -> Site:
-        """One device's arena, which is there already if it has descriptors, and its ring; the stack gives them back."""
+    async def _site(
+        self, stack: contextlib.AsyncExitStack, name: str, shared: int | None = None, *, is_heir: bool = False
+    ) -> Site:
+        """One device's arena with its floor, and its ring; the stack gives them back.
+
+        is_heir: its memory is another server's still, by `shared` or by the granule; the floor is to be filled later.
+        """
         device, nbytes = self.devices[name], self.config.arena_bytes[name]
+        floor = self.config.floor_bytes.get(name, 0)
+        if floor > nbytes:
+            raise ConfigError(f"a floor of {format_size(floor)} on {name}: its arena has {format_size(nbytes)} at most")
         if nbytes < device.granule_bytes:
             unit = format_size(device.granule_bytes)
             raise ConfigError(f"an arena of {format_size(nbytes)} on {name} is less than one granule of {unit}")
-        nbytes = nbytes // device.granule_bytes * device.granule_bytes
-        arena = device.adopt_arena(fds, nbytes) if fds else device.create_arena(nbytes)
+        arena = device.reserve_arena(nbytes, shared)
         stack.callback(arena.close)
-        catalog = Catalog(name, arena.granules_count, arena.granule_bytes)
+        floor_count = min(-(-floor // arena.granule_bytes), arena.granules_count)
+        present = 0 if is_heir else floor_count
+        if present:
+            await trio.to_thread.run_sync(arena.commit, [(0, present)])
+        catalog = Catalog(name, arena.granules_count, arena.granule_bytes, present_count=present)
         limits = self.config.limits
         ring = Ring(device, buffer_bytes=max(limits.buffer_bytes, PIECE_BYTES), count=limits.buffers_count)
         stack.callback(ring.close)
         await trio.to_thread.run_sync(ring.grow)
-        return Site(name, device, arena, catalog, ring)
+        return Site(name, device, arena, catalog, ring, floor_count)
 
-    def _check_fit(self, *, has_arenas: bool) -> None:
-        """See that all arenas, if they are yet to be taken, and rings together fit beside what others hold, before any
-        is taken. Raises: FitError.
+    def _check_fit(self, *, is_heir: bool = False) -> None:
+        """See that all floors and rings together fit beside what others hold, before any is taken, and that no arena is
+        larger than its device. is_heir: floors are there, or are filled later. Raises: FitError.
         """
         limits = self.config.limits
         staging = max(limits.buffer_bytes, PIECE_BYTES) * limits.buffers_count * len(self.devices)
-        sums: dict[str, tuple[Device, int, int]] = {}  # all devices in host memory are one sum
+        sums: dict[str, tuple[Device, int, int, int]] = {}  # all devices in host memory are one sum
         for name, device in self.devices.items():
             place = "host memory" if name.startswith("cpu") else name
-            _, arenas, _ = sums.get(place, (device, 0, 0))
-            arenas += 0 if has_arenas else self.config.arena_bytes[name]
-            sums[place] = (device, arenas, staging if place == "host memory" else 0)
-        for place, (device, arenas, rings) in sums.items():
+            _, floors, _, most = sums.get(place, (device, 0, 0, 0))
+            floors += 0 if is_heir else self.config.floor_bytes.get(name, 0)
+            most = max(most, self.config.arena_bytes[name])
+            sums[place] = (device, floors, staging if place == "host memory" else 0, most)
+        for place, (device, floors, rings, most) in sums.items():
             memory = device.memory()
-            others, short = memory.total_bytes - memory.free_bytes, arenas + rings - memory.free_bytes
+            if most > memory.total_bytes:
+                raise FitError(
+                    f"an arena of {format_size(most)} does not fit {place}, which has"
+                    f" {format_size(memory.total_bytes)}; nothing was taken",
+                    shortfall_bytes=most - memory.total_bytes,
+                )
+            others, short = memory.total_bytes - memory.free_bytes, floors + rings - memory.free_bytes
             if short > 0:
                 raise FitError(
-                    f"this does not fit {place}: arenas {format_size(arenas)}, staging {format_size(rings)}; of its"
+                    f"this does not fit {place}: floors {format_size(floors)}, staging {format_size(rings)}; of its"
                     f" {format_size(memory.total_bytes)} others hold {format_size(others)}, free are"
                     f" {format_size(memory.free_bytes)}; short by {format_size(short)}; nothing was taken",
                     shortfall_bytes=short,

@@ -7,6 +7,7 @@ Invariants, checked by `gauges` in tests: - a block has granules exactly as long
 each of its blocks once, a load in progress too
 - a model with a name is served by the catalog of every part; one without (`retired`) waits for its last lease
 - nothing is evicted while leased or pinned, and nothing at all before `make_room` knows that the room will do
+- no more granules than `budget_count` are taken or free, but for those that were when it was made smaller
 
 All of it runs on the trio thread between checkpoints; there are no locks.
 """
@@ -14,7 +15,7 @@ All of it runs on the trio thread between checkpoints; there are no locks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from gpuload.device.base import Run
@@ -168,10 +169,21 @@ def namesakes(name: str | None, catalogs: Iterable[Catalog]) -> list[Model]:
 class Catalog:
     """All that stands in one arena."""
 
-    def __init__(self, device: str, granules_count: int, granule_bytes: int) -> None:
+    def __init__(
+        self, device: str, granules_count: int, granule_bytes: int, *, present_count: int | None = None
+    ) -> None:
+        """present_count: of how many granules there is memory from the start; None: of all."""
         self.device = device
         self.granule_bytes = granule_bytes
-        self.granules = Granules(granules_count)
+        self.granules = Granules(granules_count, present_count=present_count)
+        self.budget_count = granules_count
+        """Of how many there may be memory."""
+        self.obtainable_count = 0
+        """Granules that the device had memory for, beside ours, when somebody last looked."""
+        self.promised_count = 0
+        """Free granules that a load has asked memory for and is about to take: not to be given back."""
+        self.on_freed: Callable[[], object] = lambda: None
+        """Called when granules became free."""
         self.models: dict[str, Model] = {}
         self.retired: list[Model] = []
         self.blocks: dict[Digest, Block] = {}
@@ -215,12 +227,52 @@ class Catalog:
             room = self._room_without([*leaving, *victims])
         if room >= granules:
             return victims
-        raise self._refusal(what, granules, room)
+        raise self._refusal(what, granules, room, self._lost_count([*leaving, *victims]))
+
+    def make_budget(self, granules: int) -> list[Model]:
+        """Whom to evict, oldest use first, so that no more than `granules` are taken. Nobody is evicted here.
+
+        Raises: FitError if that would not do.
+        """
+        victims: list[Model] = []
+        taken = self.granules.taken_count
+        for model in self._evictable(set()):
+            if taken - self._lost_count(victims) <= granules:
+                break
+            victims.append(model)
+        stay = taken - self._lost_count(victims)
+        if stay <= granules:
+            return victims
+        needs, stays = format_size(granules * self.granule_bytes), format_size(stay * self.granule_bytes)
+        raise FitError(
+            f"the arena on {self.device} cannot be made {needs}: {stays} would stay after evicting what may go"
+            f" ({self._held()}); nothing was evicted",
+            shortfall_bytes=(stay - granules) * self.granule_bytes,
+        )
+
+    def lacking_count(self, granules: int, going: Iterable[Model]) -> int:
+        """How many granules must get memory so that `granules` are free once these models are gone."""
+        return max(0, granules - self.granules.free_count - self._lost_count(going))
 
     @property
     def room_count(self) -> int:
         """Granules that are free, or would be without everything that may be evicted."""
         return self._room_without(self._evictable(set()))
+
+    @property
+    def evictable_count(self) -> int:
+        """Granules that go with everything that may be evicted."""
+        return self._lost_count(self._evictable(set()))
+
+    @property
+    def open_count(self) -> int:
+        """Granules that can be had without evicting anybody: free ones, and those that the device has memory for."""
+        return self._room_without(())
+
+    def spare_count(self, keep_count: int) -> int:
+        """Free granules whose memory nobody needs, if `keep_count` are to have memory in any case."""
+        wanted = max(self.granules.taken_count + self.promised_count, min(keep_count, self.budget_count))
+        return max(0, min(self.granules.present_count - wanted, self.granules.free_count - self.promised_count))
 
     def _evictable(self, kept: Set[int]) -> list[Model]:
         """Whoever is neither leased nor pinned nor in `kept` (by id), oldest use first."""
@@ -228,29 +280,44 @@ class Catalog:
         return sorted(found, key=lambda m: m.used_at)
 
     def _room_without(self, models: Iterable[Model]) -> int:
-        """Granules that would be free without these models; a block goes with the last who holds it."""
+        """Granules that could be had without these models."""
+        own = self.granules
+        by_memory = own.free_count + min(self.obtainable_count, own.absent_count)
+        return min(self.budget_count - own.taken_count, by_memory) + self._lost_count(models)
+
+    def _lost_count(self, models: Iterable[Model]) -> int:
+        """Granules that go with these models; a block goes with the last who holds it."""
         lost: dict[Block, int] = {}
         for model in models:
             for block in model.blocks_in(self):
                 lost[block] = lost.get(block, 0) + 1
-        return self.granules.free_count + sum(b.granules_count for b, count in lost.items() if count == b.holds)
+        return sum(b.granules_count for b, count in lost.items() if count == b.holds)
 
-    def _refusal(self, what: str, granules: int, room: int) -> FitError:
-        unit = self.granule_bytes
+    def _held(self) -> str:
+        """What is resident, by who keeps it, for messages."""
         held: dict[str, int] = {}
         for model in self._all():
             kind = "leased" if model.leases_count else "pinned" if model.is_pinned else "unleased"
             held[kind] = held.get(kind, 0) + sum(block.nbytes for block in model.blocks_in(self))
-        parts = ", ".join(f"{kind} {format_size(n)}" for kind, n in sorted(held.items())) or "nothing resident"
+        return ", ".join(f"{kind} {format_size(n)}" for kind, n in sorted(held.items())) or "nothing resident"
+
+    def _refusal(self, what: str, granules: int, room: int, lost: int) -> FitError:
+        unit, own = self.granule_bytes, self.granules
         short = (granules - room) * unit
-        needs, has, free, after = (
-            format_size(n * unit) for n in (granules, self.granules.count, self.granules.free_count, room)
+        needs, has, present, free, after = (
+            format_size(n * unit)
+            for n in (granules, self.budget_count, own.present_count, self.budget_count - own.taken_count, room)
         )
+        waits = self.budget_count - own.taken_count + lost >= granules
+        why = f"the arena has {has}, free {free}"
+        if waits:
+            why = f"the arena may have {has} and has {present}, but others hold the device's memory; could be had"
+            why += f" {format_size(self.open_count * unit)}"
         return FitError(
-            f"{what} needs {needs} on {self.device}: the arena has {has}, free {free}, free after evicting what may go"
-            f" {after}"
-            f" ({parts}); short by {format_size(short)}; nothing was evicted",
+            f"{what} needs {needs} on {self.device}: {why}, after evicting what may go {after}"
+            f" ({self._held()}); short by {format_size(short)}; nothing was evicted",
             shortfall_bytes=short,
+            waits=waits,
         )
 
     def reserve(self, nbytes: int) -> Block:
@@ -267,6 +334,7 @@ class Catalog:
             return
         self.granules.put(block.runs)
         block.runs = []
+        self.on_freed()
         if block.digest and self.blocks.get(block.digest) is block:
             del self.blocks[block.digest]
         for _, _, digest in block.pieces:
@@ -300,7 +368,7 @@ class Catalog:
             "leases": sum(m.leases_count for m in self._all()),
             "blocks": len(self.blocks),
             "pieces": len(self._pieces),
-            "granules_used": self.granules.count - self.granules.free_count,
+            "granules_used": self.granules.taken_count,
         }
 
     def _all(self) -> Iterator[Model]:

@@ -21,7 +21,11 @@ class ServerConfig:
     socket_mode: int = 0o600
     """0600: this user alone. With more, others may attach and look, never change."""
     arena_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Device name -> budget, taken at start."""
+    """Device name -> the most it may ever take."""
+    floor_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Device name -> of that, what is taken at start and kept; none: nothing."""
+    linger_s: float = 1.0
+    """Memory that became free stays for so long: what is loaded next may want it."""
     connections_max: int = 1024
     """Half of them for users who may only attach: they must not keep the server's own user out."""
     idle_s: float = 300.0

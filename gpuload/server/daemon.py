@@ -9,6 +9,7 @@ estate       what outlives this process, kept by a service manager
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -22,7 +23,7 @@ import trio
 from gpuload.device.base import Device
 from gpuload.errors import DeviceError, DeviceLostError, first_error, one_error
 from gpuload.moving.kept import KeptFiles
-from gpuload.server.beginning import Beginning
+from gpuload.server.beginning import Beginning, Begun
 from gpuload.server.config import ServerConfig
 from gpuload.server.connections import Connections
 from gpuload.server.digest_files import DigestFiles
@@ -52,6 +53,10 @@ STOP_S = 8.0
 
 HEALTH_S = 5.0
 """Between two looks whether each card still answers. One that does not must not keep its memory, nor others waiting."""
+
+GARBAGE_COUNT = 100_000
+"""Objects made until the collector looks for circles: a table is that many that stay, and looking at them again and
+again while it is made took as long as making it."""
 
 STOP_DRAIN_S = 0.5
 """What is asked may end so long after a signal, before it is refused."""
@@ -139,6 +144,8 @@ async def serve(
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_look_after, devices, lost)
+                    for site in sites.values():
+                        nursery.start_soon(_tend, site, begun, config.linger_s, lost)
                     if tracer.fault:
                         log.warning("%s", tracer.fault)
                     nursery.start_soon(tracer.run, exporting.export)
@@ -184,6 +191,16 @@ async def _look_after(devices: Mapping[str, Device], on_lost: Callable[[DeviceLo
                 log.warning("%s: %s", card.name, error)
 
 
+async def _tend(site: Site, begun: Begun, linger_s: float, on_lost: Callable[[DeviceLostError], object]) -> None:
+    """Memory that is free goes back. Raises: DeviceLostError."""
+    try:
+        await begun.settle(site)
+        await site.tend(linger_s)
+    except DeviceLostError as error:
+        on_lost(error)
+        raise
+
+
 class _Exporting:
     """Sends spans in a thread: a load ends in some ten of them, and no reader waits here."""
 
@@ -216,6 +233,7 @@ def run(
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a 16 GB model on CUDA is handed out as 2000 descriptors
 
+    gc.set_threshold(GARBAGE_COUNT)
     must: list[Callable[[], object]] = []
     ends: list[threading.Timer] = []
     left = from_manager()

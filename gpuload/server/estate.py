@@ -4,20 +4,21 @@ The hands are a service manager's: systemd's FD store, or `gpuload.holder`, whic
 
     socket, lock     the listening socket; the file whose lock says that a server is there
     index            a memory file, rewritten with every change: what is served, what is leased by whom
-    arena.A.N        what arena A lives by, in the order of `Arena.descriptors`; A counts the index's devices
+    shared.A         what all of arena A's memory lives by, where that is one; A counts the index's devices
+    granule.A.G      what its granule G lives by, where each has its own and a model stands there
     model.M          a memory file, written once: a model's tables and digests (`records`)
     lease.L          the connection that a lease is
 
 The rule that makes a killed server's successor safe: *no byte goes into a granule before the index says that nobody
 has it*, and no client has a granule before the index says so. What a load was filling is in no index: nobody believes
-it.
+it. Memory that no model stands in is not kept: it goes with the server.
 
 The index is written in place, in two slots in turn, each with the digest of what stands in it: whoever is killed while
 writing leaves the other one. It is a map (msgpack) of:
 
     format, version  FORMAT, and the program that wrote it
     is_clean         the server stopped in order; else its successor compares every byte with its digest first
-    devices          of each arena: name, identity, granule_bytes, granules_count, descriptors_count
+    devices          of each arena: name, identity, granule_bytes, granules_count, budget_count
     counters         next model, next lease, how many servers there were before
     since            when the first of them began, since the epoch
     models           of each: M, name or null, is_pinned, generation, used_at
@@ -31,14 +32,16 @@ import os
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgpack
 import trio
 from blake3 import blake3
 
+from gpuload.device.base import Run
 from gpuload.server.catalog import Model
 from gpuload.server.records import packed
 from gpuload.server.site import Site
@@ -217,6 +220,8 @@ class Estate:
     """M -> memory file."""
     leases: dict[int, tuple[Model, int, bool]] = field(default_factory=dict)
     """L -> what is leased, the connection's descriptor (its owner's), whether the store has it."""
+    _stored: set[str] = field(default_factory=set)
+    """Names of granules that the store has."""
     _coming: set[int] = field(default_factory=set)
     """Records of models that are about to be served."""
     is_clean: bool = False
@@ -226,18 +231,57 @@ class Estate:
     async def keep(self, doors: Mapping[str, int], sites: Mapping[str, Site], stored: Sequence[str] = ()) -> None:
         """Have all that there is kept; nothing is said of it before `resume`. stored: names that are kept already."""
         self.doors, self.sites = dict(doors), sites
-        for name, fd in list(self.everything()):
-            if name not in stored:
+        self._stored |= {name for name in stored if name.startswith("granule.")}
+        for name, fd in await trio.to_thread.run_sync(lambda: list(self.everything())):
+            if name.startswith("granule."):
+                await self._put_granule(name, fd)
+            elif name not in stored:
                 await self.store.put(name, fd, is_watched=name.startswith("lease."))
+        for site in sites.values():
+            site.before_release = self._before_release
+
+    async def _put_granule(self, name: str, fd: int) -> None:
+        if name not in self._stored:
+            self._stored.add(name)
+            await self.store.put(name, fd)
 
     def everything(self) -> Iterator[tuple[str, int]]:
         """Every name and descriptor; these stay whose they are."""
         yield from self.doors.items()
         yield "index", self.index.fd
         for at, site in enumerate(self.sites.values()):
-            yield from ((f"arena.{at}.{i}", fd) for i, fd in enumerate(site.arena.descriptors()))
+            shared = site.arena.shared()
+            if shared is not None:
+                yield f"shared.{at}", shared
+        yield from self._granules(self._models())
         yield from ((f"model.{number}", fd) for number, fd in self.records.items())
         yield from ((f"lease.{number}", fd) for number, (_, fd, _) in self.leases.items())
+
+    def _models(self) -> list[Model]:
+        catalogs = [site.catalog for site in self.sites.values()]
+        return list({id(m): m for c in catalogs for m in (*c.models.values(), *c.retired)}.values())
+
+    def _granules(self, models: Iterable[Model]) -> Iterator[tuple[str, int]]:
+        """What the granules of these live by, each once. May call a driver for each that was not asked for before."""
+        for at, (name, site) in enumerate(self.sites.items()):
+            if site.arena.shared() is None:
+                parts = [part for model in models for part in model.parts if part.catalog.device == name]
+                blocks = {id(block): block for part in parts for block in part.blocks}.values()
+                for first, count in (run for block in blocks for run in block.runs):
+                    fds = site.arena.descriptors([(first, count)])
+                    yield from ((f"granule.{at}.{first + i}", fd) for i, fd in enumerate(fds))
+
+    async def _before_release(self, site: Site, runs: Sequence[Run]) -> None:
+        """Memory goes back only where nobody keeps it for us."""
+        self.sync()
+        at = list(self.sites.values()).index(site)
+        names = {f"granule.{at}.{first + i}" for first, count in runs for i in range(count)} & self._stored
+        for name in names:
+            self._stored.discard(name)
+            self.store.remove(name)
+        if names:
+            await self.store.settle()
+            await trio.to_thread.run_sync(partial(manager.barrier, address=self.store.address))
 
     def life(self) -> dict[str, object]:
         """For `status`: since when this server serves, how many served these weights before it, and since when."""
@@ -252,7 +296,7 @@ class Estate:
     def devices(self) -> list[list[object]]:
         """As the index has them."""
         return [
-            [name, s.device.identity, s.arena.granule_bytes, s.arena.granules_count, len(s.arena.descriptors())]
+            [name, s.device.identity, s.arena.granule_bytes, s.arena.granules_count, s.catalog.budget_count]
             for name, s in self.sites.items()
         ]
 
@@ -266,6 +310,9 @@ class Estate:
         try:
             model.number = number
             await self.store.put(f"model.{number}", self.records[number])
+            if self.store.is_there:
+                for name, fd in await trio.to_thread.run_sync(lambda: list(self._granules([model]))):
+                    await self._put_granule(name, fd)
             yield
         finally:
             self._coming.discard(number)
@@ -296,8 +343,7 @@ class Estate:
         """Have the index say what is so now. To be called before anything is done or told that rests on it."""
         if not self.is_open:
             return
-        catalogs = [site.catalog for site in self.sites.values()]
-        models = {id(m): m for c in catalogs for m in (*c.models.values(), *c.retired)}.values()
+        models = self._models()
         there = {model.number for model in models}
         content = {
             "format": FORMAT,

@@ -91,7 +91,7 @@ class Giver:
                 f" {str(asked.get('format'))[:40]} wants to take over from one of format {FORMAT} (gpuload"
                 f" {self._version}): it cannot; stop this one and start the other"
             )
-        names, fds = self._part(is_first=True)
+        names, fds = await self._part(is_first=True)
         message = {"format": FORMAT, "version": self._version, "devices": self._estate.devices(), "names": names}
         await channel.send(message, fds, message_s=PREPARE_S)
         await _expect(channel, "yield", PREPARE_S)
@@ -101,8 +101,10 @@ class Giver:
         try:
             if not await connections.pause(DRAIN_S, WHY):
                 raise BusyError("what clients have asked does not end")
+            for site in self._estate.sites.values():
+                await site.freeze()
             self._estate.stop(is_clean=True)
-            names, fds = self._part(is_first=False)
+            names, fds = await self._part(is_first=False)
             resting = [client for client in connections.resting if client.lease is None]
             names += [f"client.{i}" for i in range(len(resting))]
             fds += [client.sock.fileno() for client in resting]
@@ -110,14 +112,17 @@ class Giver:
             await _expect(channel, "held", HELD_S)
             await channel.send({"yours": True}, message_s=1.0)
         except BaseException:
+            for site in self._estate.sites.values():
+                site.is_frozen = False
             self._estate.resume()
             connections.resume()
             raise
 
-    def _part(self, *, is_first: bool) -> tuple[list[str], list[int]]:
-        """The door and the arenas come first, all that changes comes later."""
-        first = ("socket", "lock", "arena.")
-        found = [(n, fd) for n, fd in self._estate.everything() if n.startswith(first) == is_first]
+    async def _part(self, *, is_first: bool) -> tuple[list[str], list[int]]:
+        """The door and what arenas live by come first, all that changes comes later."""
+        first = ("socket", "lock", "shared.")
+        everything = await trio.to_thread.run_sync(lambda: list(self._estate.everything()))
+        found = [(n, fd) for n, fd in everything if n.startswith(first) == is_first]
         return [name for name, _ in found], [fd for _, fd in found]
 
 

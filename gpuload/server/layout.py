@@ -5,12 +5,16 @@ more is a block of its own, so equal large tensors are shared wherever they stan
 shard are packed in file order until a block is full: the waste stays below one granule per block.
 
 Tensors are cut in pieces of PIECE_BYTES from their own beginning; a piece is the unit that is hashed, and copied
-inside the device rather than over the bus when some resident block has it.
+inside the device rather than over the bus when some resident block has it. Where a file has thousands of small tensors,
+those that lie side by side share a piece:
+
+    file, block   |aaaa|bb|ccccc|dddddd...      piece |aaaabbccccc|, of a; none of b and c; d is large: its own
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gpuload.moving.plan import Piece, Transfer, cut_transfer
@@ -26,7 +30,15 @@ BLOCK_GRANULES = 8
 """Smallest block worth its own granules: at most one of nine is partly empty."""
 
 
-@dataclass(frozen=True)
+SMALL_BYTES = 1 << 20
+"""Largest tensor that shares a piece."""
+
+MANY_COUNT = 1000
+"""Tensors of one file from which on small ones share pieces: each piece costs the server some 40 us. Where there are
+fewer, a fine-tune that changes a norm moves that norm alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     """One tensor inside its block."""
 
@@ -34,6 +46,7 @@ class Placed:
     offset: int
     """Bytes from the beginning of the block; a multiple of ALIGN_BYTES."""
     pieces: tuple[Piece, ...]
+    """Those that begin in it: none where the piece of a tensor before it goes on."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +75,53 @@ def plan_blocks(transfers: Sequence[Transfer], granule_bytes: int, device: str |
             blocks.append(BlockPlan(tuple(small), reached))
         small, reached = [], 0
 
+    own = [(index, t) for index, t in enumerate(transfers) if device in (None, t.device)]
     shard = -1
-    for index, t in enumerate(transfers):
-        if device not in (None, t.device):
-            continue
-        if t.shard != shard:
+    for index, pieces in cut_all(own, small_bytes=min(SMALL_BYTES, large_bytes - 1)):
+        t = transfers[index]
+        if t.shard != shard or (reached >= large_bytes and pieces):
             close_small()
             shard = t.shard
-        if not t.nbytes:
-            continue
-        pieces = tuple(cut_transfer(index, t, PIECE_BYTES))
         if t.nbytes >= large_bytes:
             blocks.append(BlockPlan((Placed(index, 0, pieces),), t.nbytes))
             continue
         offset = -(-reached // ALIGN_BYTES) * ALIGN_BYTES
         small.append(Placed(index, offset, pieces))
         reached = offset + t.nbytes
-        if reached >= large_bytes:
-            close_small()
     close_small()
     return blocks
+
+
+def cut_all(
+    transfers: Sequence[tuple[int, Transfer]], *, small_bytes: int = SMALL_BYTES
+) -> Iterator[tuple[int, tuple[Piece, ...]]]:
+    """Of every (index, transfer) that has bytes, to one device: its index and the pieces that begin in it."""
+    counts = Counter(t.shard for _, t in transfers)
+    run: list[tuple[int, Transfer]] = []
+    for index, t in transfers:
+        if not t.nbytes:
+            continue
+        joins = counts[t.shard] >= MANY_COUNT and t.rows_count == 1 and t.nbytes <= small_bytes
+        if run and not (joins and _goes_on(run, t)):
+            yield from _shared(run)
+            run = []
+        if joins:
+            run.append((index, t))
+        else:
+            yield index, tuple(cut_transfer(index, t, PIECE_BYTES))
+    yield from _shared(run)
+
+
+def _goes_on(run: Sequence[tuple[int, Transfer]], t: Transfer) -> bool:
+    """Whether a transfer stands where the run ends, in the file and in the block, and leaves it within a piece."""
+    first, last = run[0][1], run[-1][1]
+    is_next = t.shard == last.shard and t.start == last.stop and not last.nbytes % ALIGN_BYTES
+    return is_next and t.stop - first.start <= PIECE_BYTES
+
+
+def _shared(run: Sequence[tuple[int, Transfer]]) -> Iterator[tuple[int, tuple[Piece, ...]]]:
+    if run:
+        first, nbytes = run[0], run[-1][1].stop - run[0][1].start
+        yield first[0], (Piece(first[0], 0, first[1].start, nbytes, 1, nbytes),)
+        for index, _ in run[1:]:
+            yield index, ()

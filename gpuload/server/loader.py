@@ -2,7 +2,7 @@
 
     blocks known to be resident ──> held in place
     the rest ──free room for all of it?──no──> hash pass over what is not known (moves nothing): now the sum is exact
-             └─> make room (or refuse) → granules → one pass over the files, each piece hashed on the way:
+             └─> memory that lacks (or refuse) → make room → granules → one pass over the files, each piece hashed:
                     found in the arena → its block held, nothing crosses the bus
                     else               → to its place
     blocks that turned out to be resident → held in place, their granules given back; other found pieces → copied inside
@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
@@ -30,13 +31,14 @@ from gpuload.errors import BusyError, FitError, one_error
 from gpuload.moving.pipeline import Decide, Limits, RunsOf, move_batches
 from gpuload.moving.plan import Batch, Piece, Transfer, pack_pieces, plan_transfers
 from gpuload.moving.pool import Mapper, open_source
-from gpuload.moving.source import Source
+from gpuload.moving.source import FileSource, Source
 from gpuload.moving.timing import TimedSource
 from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
 from gpuload.server.digests import DigestCache, digest_views, now_ns
 from gpuload.server.estate import Estate
 from gpuload.server.layout import BlockPlan
-from gpuload.server.site import InsideCopy, Site
+from gpuload.server.pulled import PulledSource
+from gpuload.server.site import MEMORY_POLL_S, InsideCopy, Site
 from gpuload.server.versions import stamp_of
 from gpuload.server.work import Job, PartWork, PieceKey, Report, Work
 from mfs.errors import ChangedError, NotFoundError, UsageError
@@ -93,7 +95,7 @@ class Loader:
             began_ns = now_ns()
             work = await self._think(lambda: Work(job, transfers, sites))
             await self._recall(work)
-            model = self._resident(work) if work.is_known else None
+            model = await self._resident(work) if work.is_known else None
             if model is None:
                 model = await self._bring(work, began_ns)
             work.report.seconds = time.monotonic() - began
@@ -148,10 +150,13 @@ class Loader:
         await work.job.files.call(tell)
         await self._think(work.learn)
 
-    def _resident(self, work: Work) -> Model | None:
+    async def _resident(self, work: Work) -> Model | None:
         """The model that already is what the job asks for, if there is one. All digests must be known."""
         job = work.job
         catalogs = [part.site.catalog for part in work.parts]
+        if not any(catalog.models for catalog in catalogs):
+            return None
+        await self._think(work.find_content)
         assert work.content is not None
         _, content = work.content
         if job.name is None:
@@ -169,6 +174,8 @@ class Loader:
         return model
 
     async def _bring(self, work: Work, began_ns: int) -> Model:
+        for part in work.parts:
+            await part.site.look()
         unsure = [part for part in work.parts if self._must_know(part)]
         try:
             with closing(await work.job.files.open(lambda: self._open_source(work.job))) as source:
@@ -176,19 +183,21 @@ class Loader:
                     with _traced(work.job, "hash"):
                         await self._hash_pass(work, unsure, source)
                     await self._remember(work, began_ns)
-                    model = self._resident(work) if work.is_known else None
+                    model = await self._resident(work) if work.is_known else None
                     if model is not None:
                         return model
                 was_known = work.is_known
-                self._take_places(work)  # no checkpoint inside: what was found to fit is taken at once
+                await self._take_places(work)
                 with _traced(work.job, "fill"), one_error():
                     async with trio.open_nursery() as nursery:
                         for part in work.parts:
                             nursery.start_soon(self._fill, work, part, source)
+                        table = await self._think(work.table)  # what needs no bytes, while these are on their way
+                        await self._think(work.describe)
             await self._remember(work, began_ns)
-            model = None if was_known else self._resident(work)
+            model = None if was_known else await self._resident(work)
             if model is None:
-                table = await self._think(work.table)
+                await self._think(work.find_content)
                 for part in work.parts:
                     await self._complete(part)
                 made = self._made(work, table)
@@ -205,7 +214,11 @@ class Loader:
 
     def _open_source(self, job: Job) -> Source:
         traceparent = job.span.context.traceparent if job.span is not None else ""
-        source = open_source(job.shards, self._mapper, traceparent)
+        source: Source
+        if job.asked_fd is not None:
+            source = PulledSource(FileSource(job.shards), job.shards[0].fd, job.asked_fd)
+        else:
+            source = open_source(job.shards, self._mapper, traceparent)
         return TimedSource(source, job.timing) if job.timing is not None else source
 
     def _must_know(self, part: PartWork) -> bool:
@@ -214,7 +227,7 @@ class Loader:
         if not catalog.has_pieces or part.is_known:
             return False
         missing = [plan for i, plan in enumerate(part.plans) if part.resident(i) is None]
-        return sum(plan.granules_count(unit) for plan in missing) > catalog.granules.free_count
+        return sum(plan.granules_count(unit) for plan in missing) > catalog.open_count
 
     async def _hash_pass(self, work: Work, parts: Sequence[PartWork], source: Source) -> None:
         with one_error():
@@ -233,16 +246,48 @@ class Loader:
                     )
         work.report.bytes_hashed += work.report.bytes_hashed_before
 
-    def _take_places(self, work: Work) -> None:
-        """Hold blocks that are resident, make room, reserve the others. All or nothing, on all devices."""
-        job, catalogs = work.job, [part.site.catalog for part in work.parts]
+    async def _take_places(self, work: Work) -> None:
+        """Hold blocks that are resident, make room, reserve the others. All or nothing, on all devices: memory that is
+        lacking is asked of the devices first, and only when it is there somebody is evicted.
+        """
         for part in work.parts:
             part.own = [part.resident(i) for i in range(len(part.plans))]
             for block in part.own:
                 if block is not None:
                     part.site.catalog.hold(block)
-        olds = namesakes(job.name, catalogs)
-        work.inherits_pin = any(old.is_pinned for old in olds)
+        deadline = trio.current_time() + work.job.wait_s
+        try:
+            while True:
+                for part in work.parts:
+                    await part.site.look()
+                try:
+                    room = self._room(work)  # no checkpoint from here on, if nothing lacks
+                    if not any(room.lacking):
+                        return self._take(work, room)
+                    for part, lacking in zip(work.parts, room.lacking, strict=True):
+                        part.site.catalog.promised_count = part.site.catalog.granules.free_count + lacking
+                        if lacking:
+                            await part.site.grow(lacking)
+                except FitError as error:
+                    if not error.waits:
+                        raise
+                    if trio.current_time() >= deadline:
+                        raise await self._with_holders(error, work) from None
+                    await trio.sleep(MEMORY_POLL_S)
+        finally:
+            for part in work.parts:
+                part.site.catalog.promised_count = 0
+
+    async def _with_holders(self, error: FitError, work: Work) -> FitError:
+        who = [f"{part.site.name}: {await part.site.who_holds()}" for part in work.parts]
+        waited = f"; waited {work.job.wait_s:.0f} s" if work.job.wait_s else ""
+        return FitError(f"{error}{waited}; {'; '.join(who)}", shortfall_bytes=error.shortfall_bytes)
+
+    def _room(self, work: Work) -> _Room:
+        """Who must go. Raises: FitError; nobody is evicted here."""
+        job = work.job
+        olds = namesakes(job.name, [part.site.catalog for part in work.parts])
+        had_gap = False
         try:
             victims = self._victims(work, keep=olds)
         except FitError:
@@ -256,9 +301,15 @@ class Loader:
             finally:
                 for old, was_pinned in zip(olds, pins, strict=True):
                     old.is_pinned = was_pinned
-            work.report.had_gap = any(old in victims for old in olds)
-        work.report.evicted = [v.name for v in victims if v.name is not None]
-        for victim in victims:
+            had_gap = any(old in victims for old in olds)
+        lacking = [part.site.catalog.lacking_count(_missing(part), victims) for part in work.parts]
+        return _Room(victims, olds, had_gap, lacking)
+
+    def _take(self, work: Work, room: _Room) -> None:
+        work.inherits_pin = any(old.is_pinned for old in room.olds)
+        work.report.had_gap = room.had_gap
+        work.report.evicted = [v.name for v in room.victims if v.name is not None]
+        for victim in room.victims:
             victim.retire()
         for part in work.parts:
             for i, plan in enumerate(part.plans):
@@ -273,9 +324,7 @@ class Loader:
         victims: list[Model] = []
         what = f"{'swapping in' if work.job.is_swap else 'loading'} {work.job.label}"
         for part in work.parts:
-            unit = part.site.arena.granule_bytes
-            missing = (p.granules_count(unit) for p, block in zip(part.plans, part.own, strict=True) if block is None)
-            victims += part.site.catalog.make_room(sum(missing), what, keep=keep, going=victims)
+            victims += part.site.catalog.make_room(_missing(part), what, keep=keep, going=victims)
         return victims
 
     async def _fill(self, work: Work, part: PartWork, source: Source) -> None:
@@ -391,6 +440,8 @@ class Loader:
                 raise ChangedError(f"{job.shards[shard].path} changed while it was loaded; load it again")
 
         def check_files() -> None:
+            if job.asked_fd is not None:  # written while it is read, by whoever brought it
+                return
             for shard, version in zip(job.shards, work.versions, strict=True):
                 if stamp_of(os.fstat(shard.fd)) != version.stamp:
                     raise ChangedError(f"{shard.path} changed while it was loaded; load it again")
@@ -448,6 +499,24 @@ class Loader:
             is_pinned=job.is_pinned or work.inherits_pin,
             retain=job.retain,
         )
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a load does to have its room."""
+
+    victims: Sequence[Model]
+    olds: Sequence[Model]
+    """Whom it is to replace."""
+    had_gap: bool
+    lacking: Sequence[int]
+    """By part: granules that must get memory first."""
+
+
+def _missing(part: PartWork) -> int:
+    """Granules for what it does not hold yet."""
+    unit = part.site.arena.granule_bytes
+    return sum(p.granules_count(unit) for p, block in zip(part.plans, part.own, strict=True) if block is None)
 
 
 def _timed(job: Job, phase: str) -> AbstractContextManager[None]:

@@ -16,12 +16,13 @@ import trio
 
 from gpuload.device import canonical_name, card_of
 from gpuload.device.base import Arena, Run
-from gpuload.errors import DeviceLostError
+from gpuload.errors import DeviceLostError, FitError
 from gpuload.moving.kept import KeptFiles
 from gpuload.moving.model_files import without
 from gpuload.moving.plan import Placement
 from gpuload.moving.shards import Shard
 from gpuload.moving.timing import Timing
+from gpuload.server import pulled
 from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor, namesakes
 from gpuload.server.client_files import ClientFiles
 from gpuload.server.estate import Estate
@@ -37,14 +38,18 @@ from mfs.metrics.families import Families, Text
 from mfs.metrics.processes import add_processes
 from mfs.tracing.spans import parse_traceparent
 from mfs.tracing.tracer import Tracer
+from mfs.units import format_size
 
 NAME_LENGTH_MAX = 200
 RULES_MAX = 10_000
 
+MEMORY_WAIT_MAX_S = 600.0
+"""Longest wait that may be asked for; others' loads of that device wait as well."""
+
 PROTOCOL = 3
 """Raised whenever an old client could misread a new server."""
 
-CHANGES = frozenset({"load", "swap", "open", "unload", "pin"})
+CHANGES = frozenset({"load", "swap", "open", "commit", "unload", "pin", "resize"})
 """Operations that take or give up room, which only the server's own user and root may."""
 
 
@@ -103,12 +108,16 @@ class Operations:
                 return await self._load(request, files)
             case "open":
                 return await self._open(request, files, peer)
+            case "commit":
+                return await self._commit(request, files, peer)
             case "attach":
                 model = self._find(request)
                 _check_digest(model, _text(request, "digest"))
                 return await self._attach(model, self._only(request), {}, peer)
             case "unload":
-                return self._unload(request)
+                return await self._unload(request)
+            case "resize":
+                return await self._resize(request)
             case "pin":
                 model = self._find_one(request)
                 model.is_pinned = _flag(request, "pinned", True)
@@ -126,6 +135,16 @@ class Operations:
         model, report, _ = await self._loaded(None, {**request, "pinned": False, "retain": "lru"}, files)
         told = {"report": report.as_dict()}
         return await self._attach(model, None, told, peer)  # no checkpoint since `load` returned
+
+    async def _commit(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
+        """As `open`, of bytes that the client has in memory, under a name; see `pulled`."""
+        if files is None:
+            raise UsageError("a commit brings two descriptors: a file in memory that holds the table, and a socket")
+        name = _name(request.get("model"))
+        if name.startswith(CONTENT_PREFIX):
+            raise UsageError(f"names that begin with {CONTENT_PREFIX!r} are the server's own")
+        model, report, _ = await self._loaded(name, request, files)
+        return await self._attach(model, None, {"report": report.as_dict()}, peer)  # no checkpoint since it was loaded
 
     async def _loaded(
         self, name: str | None, request: dict[str, Any], files: ClientFiles | None
@@ -151,10 +170,11 @@ class Operations:
         return model, report, {"explained": timing.describe()} if timing is not None else {}
 
     async def _job(self, name: str | None, request: dict[str, Any], files: ClientFiles | None) -> Job:
+        is_commit = request.get("op") == "commit"
         is_swap = request.get("op") == "swap"
         placements = self._placements(name if is_swap else None, request)
         labels = request.get("files")
-        count = len(files.fds) if files is not None else 0
+        count = (len(files.fds) - is_commit) if files is not None else 0
         if files is None or not isinstance(labels, list) or len(labels) != count:
             raise UsageError(f"{count} files came, expected as many names in 'files', and one at least")
         retain = request.get("retain", "lru")
@@ -162,7 +182,11 @@ class Operations:
             raise UsageError(f"retain {str(retain)[:50]!r}: expected 'lru' or 'lease'")
         paths = [_printable(str(label))[:500] for label in labels]
         left_out = _left_out(request, count)
+        if is_commit:
+            await files.call(lambda: pulled.check(files.fds))
         shards, versions = await files.call(lambda: _shards(paths, files, left_out))
+        if is_commit:
+            versions = [replace(version, key=None) for version in versions]  # a name for nothing: it is filled later
         return Job(
             name=name,
             label=_printable(str(request.get("label", paths[0])))[:500],
@@ -170,10 +194,12 @@ class Operations:
             versions=versions,
             files=files,
             placements=placements,
-            is_swap=is_swap,
+            is_swap=is_swap or is_commit,
+            asked_fd=files.fds[-1] if is_commit else None,
             allow_gap=_flag(request, "allow_gap", False),
             is_pinned=_flag(request, "pinned", False),
             retain=retain,
+            wait_s=_seconds(request, "wait_s"),
         )
 
     def _placements(self, swapped: str | None, request: dict[str, Any]) -> list[Placement]:
@@ -270,27 +296,56 @@ class Operations:
         message = {**_summary(model), **extra, "parts": parts, "tensors": table, "metadata": model.metadata}
         return Answer(message, fds, model)
 
-    def _unload(self, request: dict[str, Any]) -> Answer:
+    async def _unload(self, request: dict[str, Any]) -> Answer:
         model = self._find_one(request)
         name, leases = model.name, model.leases_count
         model.retire()
+        for device in model.devices:
+            await self._sites[device].trim()  # whoever asks for this wants the memory
         return Answer({**_where(model), "model": name, "leases": leases, "released": not leases})
+
+    async def _resize(self, request: dict[str, Any]) -> Answer:
+        """Another budget, and perhaps floor, for an arena. What goes back has gone back, and what the floor keeps is
+        there, when this is answered."""
+        site = self._site(request.get("device"))
+        unit, most = site.arena.granule_bytes, site.arena.granules_count
+        budget, floor = _bytes(request, "bytes"), _bytes(request, "floor_bytes", site.floor_count * unit)
+        if budget > most * unit:
+            raise UsageError(
+                f"{format_size(budget)}: the arena on {site.name} was started with {format_size(most * unit)}, which is"
+                " the most it may have; serve with a larger --arena"
+            )
+        if "floor_bytes" in request and floor > budget:
+            raise UsageError(f"a floor of {format_size(floor)} is more than the arena of {format_size(budget)}")
+        evicts, wait_s = _flag(request, "evict", False), _seconds(request, "wait_s")
+        victims = site.catalog.make_budget(budget // unit)
+        if victims and not evicts:
+            names = ", ".join(str(v.name) for v in victims)
+            raise FitError(
+                f"models hold {format_size(site.catalog.granules.taken_count * unit)} of the arena on {site.name};"
+                f" {format_size(budget)} would do without {names}: say --evict, or unload them; nothing was changed"
+            )
+        evicted = [v.name for v in victims]
+        for victim in victims:
+            victim.retire()
+        site.catalog.budget_count = budget // unit  # no checkpoint since the sum
+        site.floor_count = floor // unit
+        await site.trim()
+        await site.fill_floor(wait_s)
+        return Answer({**_sizes(site), "evicted": evicted})
 
     def _status(self) -> dict[str, Any]:
         devices = []
-        for name, site in self._sites.items():
+        for site in self._sites.values():
             memory, catalog = site.device.memory(), site.catalog
-            unit = site.arena.granule_bytes
+            catalog.obtainable_count = memory.free_bytes // site.arena.granule_bytes
             models = [*catalog.models.values(), *catalog.retired]
             devices.append(
                 {
-                    "device": name,
                     "identity": site.device.identity,
                     "device_bytes": memory.total_bytes,
                     "device_free_bytes": memory.free_bytes,
-                    "arena_bytes": site.arena.granules_count * unit,
-                    "arena_free_bytes": catalog.granules.free_count * unit,
-                    "arena_room_bytes": catalog.room_count * unit,
+                    **_sizes(site),
                     "loads": site.waiting_count,
                     "gauges": catalog.gauges(),
                     "models": [{**_summary(m), "bytes_here": _bytes_here(m, catalog)} for m in models],
@@ -377,6 +432,23 @@ def _runs(blocks: Sequence[Block], unit: int) -> tuple[list[Run], list[int]]:
     return runs, begins
 
 
+def _sizes(site: Site) -> dict[str, Any]:
+    """An arena's bytes. free: of the budget, what no model holds; evictable: what goes with models
+    that may go; room: what can be had with that, of the budget and of the device."""
+    unit, catalog = site.arena.granule_bytes, site.catalog
+    counts = {
+        "arena": catalog.budget_count,
+        "arena_most": site.arena.granules_count,
+        "arena_floor": min(site.floor_count, catalog.budget_count),
+        "arena_committed": catalog.granules.present_count,
+        "arena_used": catalog.granules.taken_count,
+        "arena_free": catalog.budget_count - catalog.granules.taken_count,
+        "arena_evictable": catalog.evictable_count,
+        "arena_room": catalog.room_count,
+    }
+    return {"device": site.name, **{f"{name}_bytes": count * unit for name, count in counts.items()}}
+
+
 def _where(model: Model) -> dict[str, Any]:
     """'device': for people, and as ever where there is one."""
     return {"device": ",".join(model.devices), "devices": model.devices}
@@ -411,7 +483,7 @@ def _shards(
     and is only believed where it leads to that very file: else a client could name what it may not read.
     """
     shards, versions, tensors_count = [], [], 0
-    for path, fd in zip(paths, files.fds, strict=True):
+    for path, fd in zip(paths, files.fds, strict=False):  # behind a commit's file comes its socket
         name = path if _is_same_file(path, fd) else f"(descriptor) {path}"
         versions.append(look(fd))
         shards.append(Shard(name, fd, read_table(fd, name, files.who, tensors_max=TENSORS_MAX - tensors_count)))
@@ -457,6 +529,20 @@ def _text(request: dict[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{key!r} must be a text")
     return value[:500]
+
+
+def _bytes(request: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = request.get(key, default)
+    if type(value) is not int or not 0 <= value < 1 << 60:
+        raise UsageError(f"{key!r} must be a number of bytes")
+    return value
+
+
+def _seconds(request: dict[str, Any], key: str) -> float:
+    value = request.get(key, 0.0)
+    if type(value) not in (int, float) or not 0 <= value <= MEMORY_WAIT_MAX_S:
+        raise UsageError(f"{key!r} must be a number of seconds, {MEMORY_WAIT_MAX_S:.0f} at most")
+    return float(value)
 
 
 def _flag(request: dict[str, Any], key: str, default: bool) -> bool:

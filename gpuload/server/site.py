@@ -1,18 +1,37 @@
-"""One device of the server: its arena, what the arena holds, its page-locked ring, and whose turn it is."""
+"""One device of the server: its arena and the memory behind it, what it holds, its ring, and whose turn it is.
+
+Memory is asked of the device when a load needs it, and goes back a moment after the last model that stood there, but
+for what the operator's floor keeps. Asking and giving back are calls in threads, one at a time for each device; the
+granules they are about are nobody's meanwhile (`Granules`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 
-from gpuload.device.base import Arena, Device
+from gpuload.device.base import Arena, Device, Run
+from gpuload.errors import DeviceError, DeviceLostError, FitError
 from gpuload.moving.staging import Ring
 from gpuload.server.catalog import Block, Catalog
+from mfs.units import format_size
 
 InsideCopy = tuple[Block, int, Block, int, int]
 """(to, offset in it, from, offset in it, nbytes), both blocks in one arena."""
+
+
+log = logging.getLogger("gpuload.server")
+
+MEMORY_POLL_S = 0.1
+"""Between two looks whether others gave memory back."""
+
+HOLDERS_MAX = 8
+"""Processes named in a message."""
 
 
 @dataclass(eq=False)
@@ -26,14 +45,117 @@ class Site:
     catalog: Catalog
     ring: Ring
     """Page-locked once, for all loads: one at a time uses it."""
+    floor_count: int = 0
+    """Granules whose memory is kept, whether models need it or not."""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """Held by the load that may change what stands here."""
+    is_frozen: bool = False
+    """Its memory may be another server's by now: nothing goes back."""
+    before_release: Callable[[Site, Sequence[Run]], Awaitable[None]] | None = None
+    """Told of granules whose memory is about to go back."""
+    _changing: trio.Lock = field(default_factory=trio.Lock)
+    """Held while memory comes or goes."""
+    _freed: trio.Event = field(default_factory=trio.Event)
+
+    def __post_init__(self) -> None:
+        self.catalog.on_freed = lambda: self._freed.set()
 
     @property
     def waiting_count(self) -> int:
         """Loads at work or waiting."""
         statistics = self.turn.statistics()
         return int(statistics.locked) + statistics.tasks_waiting
+
+    async def look(self) -> None:
+        """Ask the device how much memory could still be had. No checkpoint once it is known."""
+        async with self._changing:
+            memory = await trio.to_thread.run_sync(self.device.memory)
+            self.catalog.obtainable_count = memory.free_bytes // self.arena.granule_bytes
+
+    async def grow(self, count: int) -> None:
+        """Memory for `count` granules more, which are free then. Raises: as `Arena.commit`; nothing changed then."""
+        async with self._changing:
+            granules = self.catalog.granules
+            runs = granules.coming(count)
+            try:
+                await trio.to_thread.run_sync(self.arena.commit, runs)
+            except BaseException:
+                granules.gone(runs)
+                raise
+            granules.came(runs)
+
+    async def trim(self) -> None:
+        """Give the device back what no model needs, and the floor does not keep."""
+        async with self._changing:
+            granules = self.catalog.granules
+            spare = self.catalog.spare_count(self.floor_count)
+            if not spare or self.is_frozen:
+                return
+            runs = granules.going(spare)
+            try:
+                if self.before_release is not None:
+                    await self.before_release(self, runs)
+                await trio.to_thread.run_sync(self.arena.release, runs)
+            except trio.Cancelled:  # before it began
+                granules.came(runs)
+                raise
+            except DeviceLostError:
+                raise
+            except DeviceError as error:  # nobody uses them, whatever the device counts
+                log.warning("%s: %s", self.name, error)
+            granules.gone(runs)
+
+    async def freeze(self) -> None:
+        """From here on nothing goes back, and nothing is on its way."""
+        self.is_frozen = True
+        async with self._changing:
+            pass
+
+    async def drop_absent(self) -> None:
+        """Give back what may stand behind granules that have no memory as far as we know: a server's before us."""
+        async with self._changing:
+            if self.arena.shared() is not None:
+                await trio.to_thread.run_sync(self.arena.release, self.catalog.granules.absent_runs())
+
+    async def fill_floor(self, wait_s: float) -> None:
+        """Have the memory that the floor keeps, waiting for others to give it back.
+
+        Raises: FitError past `wait_s`; budget and floor stay what they are, and what is there is kept.
+        """
+        deadline = trio.current_time() + wait_s
+        while lacking := max(0, min(self.floor_count, self.catalog.budget_count) - self.catalog.granules.present_count):
+            try:
+                await self.grow(lacking)
+            except FitError as error:
+                if trio.current_time() >= deadline:
+                    who = await self.who_holds()
+                    raise FitError(
+                        f"the floor of {self.name} lacks {format_size(lacking * self.arena.granule_bytes)}: {error}"
+                        f"{f'; waited {wait_s:.0f} s' if wait_s else ''}; {who}",
+                        shortfall_bytes=error.shortfall_bytes,
+                    ) from None
+                await trio.sleep(MEMORY_POLL_S)
+
+    async def tend(self, linger_s: float) -> None:
+        """Trim `linger_s` after granules became free, for ever: what is loaded next may want them."""
+        while True:
+            await self._freed.wait()
+            await trio.sleep(linger_s)
+            self._freed = trio.Event()
+            await self.trim()
+
+    async def who_holds(self) -> str:
+        """For messages: what others hold of the device, and who, as far as anybody says."""
+
+        def ask() -> str:
+            memory, holders = self.device.memory(), self.device.holders()
+            own = self.catalog.granules.present_count * self.arena.granule_bytes
+            others = max(0, memory.total_bytes - memory.free_bytes - own)
+            named = [f"{_command(h.pid)} ({h.pid}) {format_size(h.nbytes)}" for h in holders if h.pid != os.getpid()]
+            who = f": {', '.join(named[:HOLDERS_MAX])}" if named else ""
+            return f"others hold {format_size(others)} of {format_size(memory.total_bytes)}{who}"
+
+        return await trio.to_thread.run_sync(ask)
 
     def runs(self, block: Block, offset: int, nbytes: int) -> list[tuple[int, int]]:
         """Where bytes [offset, offset + nbytes) of a block stand: (address, nbytes), in order."""
@@ -65,3 +187,10 @@ class Site:
             stream.record().wait(timeout_s)
         finally:
             stream.close()
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:  # of another container, or gone
+        return "a process"

@@ -16,6 +16,7 @@ from typing import Any
 import msgpack
 import trio
 
+from gpuload.device.base import Run
 from gpuload.server.catalog import Block, Model
 from gpuload.server.digests import digest_views
 from gpuload.server.estate import FORMAT, Counters, Estate, Index, Store
@@ -53,12 +54,15 @@ class Left:
     def take(self, name: str) -> int:
         return self.fds.pop(name)
 
-    def take_arena(self, at: int) -> list[int]:
-        """Raises: IntegrityError if some are missing."""
-        count = self.index["devices"][at][4]
-        names = [f"arena.{at}.{i}" for i in range(count)]
+    def take_shared(self, at: int) -> int | None:
+        """What all memory of an arena lives by, if it is one descriptor."""
+        return self.fds.pop(f"shared.{at}", None)
+
+    def take_granules(self, at: int, runs: Sequence[Run]) -> list[int]:
+        """Raises: IntegrityError if one is missing."""
+        names = [f"granule.{at}.{first + i}" for first, count in runs for i in range(count)]
         if any(name not in self.fds for name in names):
-            raise IntegrityError(f"of the arena on {self.index['devices'][at][0]} not all was kept")
+            raise IntegrityError(f"of the memory on {self.index['devices'][at][0]} not all was kept")
         return [self.take(name) for name in names]
 
     def close(self) -> list[str]:
@@ -137,6 +141,9 @@ async def restore(
         model = restored(content, catalogs)
         model.number, model.is_pinned, model.generation = number, is_pinned, generation
         models[number] = model, name
+    for at, site in enumerate(sites.values()):
+        site.catalog.budget_count = min(site.arena.granules_count, said["devices"][at][4])
+        await trio.to_thread.run_sync(_adopt, left, at, site)
     bad = set() if said["is_clean"] else await _unlike_their_digests(models.values(), sites)
     leases = []
     for number, model_number, is_kept in said["leases"]:
@@ -156,6 +163,14 @@ async def restore(
         estate.records[number] = left.take(f"model.{number}")
         _serve(model, None if model in bad else name)
     return estate, leases
+
+
+def _adopt(left: Left, at: int, site: Site) -> None:
+    """Have the memory of all granules that models stand in. Raises: IntegrityError, DeviceError."""
+    if site.arena.shared() is not None:
+        return
+    runs = sorted({run for block in site.catalog.blocks.values() for run in block.runs})
+    site.arena.adopt(runs, left.take_granules(at, runs))
 
 
 def _serve(model: Model, name: str | None) -> None:

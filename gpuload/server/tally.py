@@ -28,7 +28,7 @@ KINDS = {
     "AccessError": "access", "ChangedError": "changed", "IntegrityError": "integrity", "DeviceError": "device",
 }  # fmt: skip
 """By the class of an error; all others are 'failed'."""
-_VERBS = ("load", "swap", "open")
+_VERBS = ("load", "swap", "open", "commit")
 _WAYS = {
     "copied": "bytes_copied", "kept": "bytes_kept", "moved_inside": "bytes_moved_inside", "hashed": "bytes_hashed",
 }  # fmt: skip
@@ -50,7 +50,7 @@ class LoadTally:
 
     @contextmanager
     def timed(self, verb: str) -> Iterator[None]:
-        """A load, a swap or an open goes on in here. What fails is counted by its kind, not by its time."""
+        """A load, a swap, an open or a commit goes on in here. What fails is counted by its kind, not by its time."""
         since_s = time.monotonic()
         try:
             yield
@@ -99,12 +99,19 @@ def processes() -> dict[str, int]:
 
 def _add_devices(families: Families, sites: Mapping[str, Site]) -> None:
     memory = {name: site.device.memory() for name, site in sites.items()}
+    for name, site in sites.items():
+        site.catalog.obtainable_count = memory[name].free_bytes // site.arena.granule_bytes
     columns: tuple[tuple[str, str, dict[tuple[str, ...], float]], ...] = (
-        ("gpuload_arena_bytes", "Memory that the server took: its budget.",
-         {(n,): s.arena.granules_count * s.arena.granule_bytes for n, s in sites.items()}),
-        ("gpuload_arena_free_bytes", "Of it, what holds nothing.",
-         {(n,): s.catalog.granules.free_count * s.arena.granule_bytes for n, s in sites.items()}),
-        ("gpuload_arena_room_bytes", "What would be free without all that may be evicted.",
+        ("gpuload_arena_bytes", "Memory that the server may take: its budget.",
+         {(n,): s.catalog.budget_count * s.arena.granule_bytes for n, s in sites.items()}),
+        ("gpuload_arena_committed_bytes", "Memory that it has taken.",
+         {(n,): s.catalog.granules.present_count * s.arena.granule_bytes for n, s in sites.items()}),
+        ("gpuload_arena_used_bytes", "Of that, what models hold.",
+         {(n,): s.catalog.granules.taken_count * s.arena.granule_bytes for n, s in sites.items()}),
+        ("gpuload_arena_free_bytes", "Of the budget, what no model holds.",
+         {(n,): (s.catalog.budget_count - s.catalog.granules.taken_count) * s.arena.granule_bytes
+          for n, s in sites.items()}),
+        ("gpuload_arena_room_bytes", "What could be had by evicting all that may go.",
          {(n,): s.catalog.room_count * s.arena.granule_bytes for n, s in sites.items()}),
         ("gpuload_device_bytes", "Memory of the device.", {(n,): m.total_bytes for n, m in memory.items()}),
         ("gpuload_device_free_bytes", "Of it, what nobody holds.", {(n,): m.free_bytes for n, m in memory.items()}),

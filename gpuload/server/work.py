@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from blake3 import blake3
@@ -39,10 +39,14 @@ class Job:
     """One; or one for each tensor-parallel rank, each on a device of its own: their parts are one model."""
     is_swap: bool = False
     """Replace whoever has the name."""
+    asked_fd: int | None = None
+    """A commit's socket, by which its one file is filled as it is read; see `pulled`."""
     allow_gap: bool = False
     """If both do not fit, give up the old model first; a failure then leaves neither."""
     is_pinned: bool = False
     retain: str = "lru"
+    wait_s: float = 0.0
+    """Longest wait for memory of a device that others still hold."""
     timing: Timing | None = None
     """Told where the time goes, if somebody asks."""
     span: Span | None = None
@@ -108,7 +112,8 @@ class PartWork:
 class Work:
     """One job on its way: pure planning results, and the digests known so far.
 
-    What takes long for many tensors (making one, `recall`, `learn`, `found`, `table`) is for threads.
+    What takes long for many tensors (making one, `recall`, `learn`, `describe`, `find_content`, `found`, `table`) is
+    for threads.
     """
 
     def __init__(self, job: Job, transfers: list[Transfer], sites: Sequence[Site]) -> None:
@@ -116,7 +121,8 @@ class Work:
         self.parts = [PartWork(s, plan_blocks(transfers, s.arena.granule_bytes, s.name)) for s in sites]
         self.digests: dict[PieceKey, Digest] = {}
         self.content: tuple[str, dict[str, str]] | None = None
-        """Once all digests are known: the whole model's, and that of what stands on each device."""
+        """The whole model's digest, and that of what stands on each device; by `find_content`."""
+        self._described: dict[str, bytes] = {}
         self.inherits_pin = False
         """A pin belongs to the name, so a swap passes it on."""
         self.report = Report(bytes_total=sum(t.nbytes for t in transfers))
@@ -133,7 +139,7 @@ class Work:
         """Work out what the digests of pieces, as known by now, come to."""
         for part in self.parts:
             self.learn_part(part)
-        self.content = self._content() if self.is_known else None
+        self.content = None
 
     def learn_part(self, part: PartWork) -> None:
         """The same for what stands on one device."""
@@ -167,25 +173,38 @@ class Work:
                     by_shard[self.transfers[piece.transfer].shard].append((geometry(piece), digest))
         return by_shard
 
-    def _content(self) -> tuple[str, dict[str, str]]:
-        """Each with the files' own strings, which are handed out beside the tensors; all digests must be known."""
-        by_transfer: dict[int, list[Digest]] = {}
-        for part in self.parts:
-            for piece in part.pieces():
-                by_transfer.setdefault(piece.transfer, []).append(self.digests[piece.transfer, piece.offset])
-
+    def describe(self) -> None:
+        """What of the model's digests needs no bytes: the files' own strings, which are handed out beside the tensors,
+        and the name, type and shape of every tensor. Once; `find_content` does it where it was not done."""
+        if self._described:
+            return
         strings = [sorted((shard.header.metadata or {}).items()) for shard in self.job.shards]
+        for device in self._devices():
+            rows = [(t.name, t.dtype, t.shape) for t in self.transfers if device in ("", t.device)]
+            self._described[device] = blake3(repr((strings, rows)).encode("utf-8")).digest()
 
-        def digest(wanted: Iterable[tuple[int, Transfer]]) -> str:
-            hasher = blake3(repr(strings).encode("utf-8"))
-            for index, t in wanted:
-                hasher.update(repr((t.name, t.dtype, t.shape)).encode("utf-8"))
-                hasher.update(b"".join(by_transfer.get(index, [])))
-            return hasher.hexdigest()
+    def find_content(self) -> None:
+        """Fill in `content`; all digests must be known."""
+        self.describe()
+        of_pieces: list[tuple[int, str, bytes]] = []
+        for part in self.parts:
+            for plan in part.plans:
+                for placed in plan.placed:
+                    found = b"".join([self.digests[p.transfer, p.offset] for p in placed.pieces])
+                    of_pieces.append((placed.transfer, part.site.name, found))
+        of_pieces.sort()
 
-        all_of = list(enumerate(self.transfers))
+        def digest(device: str) -> str:
+            own = b"".join([found for _, where, found in of_pieces if device in ("", where)])
+            return blake3(self._described[device] + own).hexdigest()
+
+        of = {device: digest(device) for device in self._devices()}
+        self.content = of[self._devices()[0]], {part.site.name: of[part.site.name] for part in self.parts}
+
+    def _devices(self) -> list[str]:
+        """Whose digests are wanted: first all devices', which is '' if they are several."""
         names = [part.site.name for part in self.parts]
-        return digest(all_of), {name: digest((i, t) for i, t in all_of if t.device == name) for name in names}
+        return names if len(names) == 1 else ["", *names]
 
     def table(self) -> list[ResidentTensor]:
         """Where every tensor stands, in the order of the files."""

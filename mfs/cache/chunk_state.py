@@ -192,6 +192,11 @@ class ObjectState:
         is_there = self.ram is not None and self.ram.slots_count == self.object.chunks_count
         return is_there and all(chunk.complete for chunk in self.chunks.values())
 
+    @property
+    def given_whole(self) -> list[int]:
+        """Chunks that readers have got all of through us: the kernel has them, for all we know."""
+        return sorted(self.taken.union(c.index for c in self.chunks.values() if c.delivered == full_mask(c.length)))
+
     def on_ssd(self, index: int) -> int:
         """Blocks of a chunk that SSD very likely has."""
         return self.ssd_masks[index] if self.ssd_masks else 0

@@ -25,7 +25,7 @@ The header page, 4096 bytes:
     40  40s   cache_id, ASCII
     80  u32   length of the identity, at most 3072
     84  identity: UTF-8 JSON [source, path, size, version, digest], cut off where it does not fit (people read it,
-        nothing is decided by it)
+        and a scrub compares the digest)
   4088  u64   xxh3_64 of bytes 0 to 4088
 
 A record, 512 bytes, so that it never straddles a page; all zero while nothing of its chunk counts:
@@ -34,7 +34,9 @@ A record, 512 bytes, so that it never straddles a page; all zero while nothing o
      4  u32   chunk index
      8  u64   a random number, new at each writing: who finds the same record twice knows that none came in between
     16  32 x u64   xxh3_64 of each present block, 0 for absent ones
-   272  reserved, zero
+   272  16s   the era (`eras`) in which all of these blocks were written; zero if in several, or not known
+   288  u64   modification time of the data file after the last of these writes, in ns since the epoch; 0 not known
+   296  reserved, zero
    504  u64   xxh3_64 of bytes 0 to 504
 
 Bytes under a promise never change: blocks are written before the record that promises them, a promise is taken back
@@ -45,9 +47,11 @@ Who changes things locks bytes of the sidecar (OFD locks, which die with their p
 record's first byte exclusive to write or drop a chunk; byte 0 exclusive to seal or remove the object. Readers lock
 nothing and look twice where something does not verify.
 
-Sealed: all blocks verified as they stand on the disk, and forced to it. Nobody writes to the data file again, punches
-or truncates it: it leaves by unlink alone, since the kernel may be handing its pages to readers (FUSE passthrough),
-past every check of ours. Only the very file that was sealed, unwritten since, counts: its inode and time tell.
+Sealed: all blocks are there, forced to the disk, and each was either written in the era of the sealing or verified as
+it stands on the disk. The first counts only while the file's time is the latest of all records, so that nobody wrote
+to it after us. Nobody writes to the data file of a sealed object again, punches or truncates it: it leaves by unlink
+alone, since the kernel may be handing its pages to readers (FUSE passthrough), past every check of ours. Only the very
+file that was sealed, unwritten since, counts: its inode and time tell.
 """
 
 from __future__ import annotations
@@ -59,7 +63,9 @@ from dataclasses import dataclass
 
 from xxhash import xxh3_64_intdigest
 
+from mfs.cache import eras
 from mfs.cache.chunks import full_mask
+from mfs.cache.eras import Written
 from mfs.types import BLOCKS_PER_CHUNK, CHUNK_BYTES, ObjectId
 
 FORMAT = 2
@@ -71,8 +77,12 @@ NOTHING = bytes(RECORD_BYTES)
 """The record of a chunk of which nothing counts."""
 _MAGIC = b"MFSSUMS\0"
 _HEADER = struct.Struct("<8sIIQQQ40sI")
-_RECORD = struct.Struct(f"<IIQ{BLOCKS_PER_CHUNK}Q")
+_RECORD = struct.Struct(f"<IIQ{BLOCKS_PER_CHUNK}Q16sQ")
 _SUM = struct.Struct("<Q")
+
+
+UNWRITTEN = Written(eras.UNKNOWN, 0)
+"""Nothing is known of when blocks were written: they count once they were verified."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,15 @@ class Header:
     def sidecar_bytes(self) -> int:
         return record_offset(self.chunks_count)
 
+    @property
+    def digest(self) -> str | None:
+        """The digest that the source states, None if it states none or the identity is cut off."""
+        try:
+            digest = json.loads(self.identity)[4]
+        except (ValueError, LookupError, TypeError):
+            return None
+        return digest if isinstance(digest, str) else None
+
     def chunk_bytes(self, index: int) -> int:
         """Length of a chunk."""
         return min(CHUNK_BYTES, self.object_bytes - index * CHUNK_BYTES)
@@ -106,6 +125,8 @@ class Record:
     sums: tuple[int, ...]
     raw: bytes
     """As it stands in the file."""
+    written: Written = UNWRITTEN
+    """In which era all of its blocks were written, and what time the file had after the last."""
 
 
 def record_offset(index: int) -> int:
@@ -153,14 +174,14 @@ def parse_header(page: bytes) -> Header | None:
     return Header(name, object_bytes, identity, (inode, mtime_ns) if state else None)
 
 
-def encode_record(index: int, sums: dict[int, int]) -> bytes:
-    """The record of a chunk. sums: {block: checksum} of the blocks that count."""
+def encode_record(index: int, sums: dict[int, int], written: Written = UNWRITTEN) -> bytes:
+    """The record of a chunk. sums: {block: checksum} of the blocks that count; written: see `Record`."""
     if not sums:
         return NOTHING
     raw = bytearray(RECORD_BYTES)
     mask = sum(1 << block for block in sums)
     _RECORD.pack_into(
-        raw, 0, mask, index, secrets.randbits(64), *(sums.get(block, 0) for block in range(BLOCKS_PER_CHUNK))
+        raw, 0, mask, index, secrets.randbits(64), *(sums.get(block, 0) for block in range(BLOCKS_PER_CHUNK)), *written
     )
     _SUM.pack_into(raw, RECORD_BYTES - _SUM.size, xxh3_64_intdigest(bytes(raw[: -_SUM.size])))
     return bytes(raw)
@@ -174,10 +195,10 @@ def parse_record(raw: bytes, index: int, length: int) -> Record | None:
         raw[: RECORD_BYTES - _SUM.size]
     ):
         return None
-    mask, found, _, *sums = _RECORD.unpack_from(raw)
+    mask, found, _, *sums, era, mtime_ns = _RECORD.unpack_from(raw)
     if found != index or not mask or mask & ~full_mask(length):
         return None
-    return Record(mask, tuple(sums), raw)
+    return Record(mask, tuple(sums), raw, Written(era, mtime_ns))
 
 
 def is_cache_id(text: str) -> bool:

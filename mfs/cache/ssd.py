@@ -23,8 +23,9 @@ from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
-from mfs.cache import sidecar
+from mfs.cache import eras, sidecar
 from mfs.cache.chunks import full_mask, mask_runs, run_bytes
+from mfs.cache.eras import Written
 from mfs.cache.object_files import (
     ALIGN_BYTES,
     FOREIGN,
@@ -129,7 +130,7 @@ class SsdTier:
                 if now.header.sealed:
                     raise DamagedError(f"chunk {index}: {why}")
                 logger.warning("cache: %s chunk %d dropped: %s", now.path, index, why)
-                now.put_record(index, _without(index, record, bad))
+                now.put_record(index, _without(index, record, bad, sidecar.UNWRITTEN))
                 self._punch(now, index, bad)
         except (FileNotFoundError, GoneError):
             pass
@@ -234,7 +235,7 @@ class SsdTier:
             return record.mask
         mask = sum(1 << block for block in new)
         if record.mask & mask:  # under another checksum: they must not count while they are written
-            found.put_record(index, _without(index, record, mask))
+            found.put_record(index, _without(index, record, mask, record.written))
         try:
             for first, end in mask_runs(mask):
                 low, high = run_bytes(first, end, length)
@@ -242,7 +243,10 @@ class SsdTier:
             if self.config.fsync or not is_direct(found.data):
                 os.fdatasync(found.data)
             kept = {b: s for b, s in enumerate(record.sums) if record.mask >> b & 1}
-            found.put_record(index, sidecar.encode_record(index, kept | new))
+            written = eras.written(found.data)
+            if kept.keys() - new.keys() and record.written.era != written.era:
+                written = written._replace(era=eras.UNKNOWN)
+            found.put_record(index, sidecar.encode_record(index, kept | new, written))
         except OSError:
             with contextlib.suppress(OSError):  # no record promises them now
                 self._punch(found, index, mask)
@@ -311,12 +315,11 @@ def _write_all(fd: int, data: memoryview, position: int) -> None:
         raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes could be written")
 
 
-def _without(index: int, record: Record | None, mask: int) -> bytes:
+def _without(index: int, record: Record | None, mask: int, written: Written) -> bytes:
     """A record without some blocks; without all if it does not verify."""
     sums = record.sums if record is not None else ()
-    return sidecar.encode_record(
-        index, {b: s for b, s in enumerate(sums) if record is not None and record.mask & ~mask & 1 << b}
-    )
+    left = {b: s for b, s in enumerate(sums) if record is not None and record.mask & ~mask & 1 << b}
+    return sidecar.encode_record(index, left, written)
 
 
 def _up(nbytes: int) -> int:

@@ -31,7 +31,8 @@ def gathered(mount: Mount, ssd: Json) -> Families:
 
 def processes(mount: Mount) -> dict[str, int]:
     """The pids of a mount's processes."""
-    return {"daemon": os.getpid(), **{f"worker-{number}": pid for number, pid in mount.pool.pids.items()}}
+    found = {"daemon": os.getpid(), **{f"worker-{number}": pid for number, pid in mount.pool.pids.items()}}
+    return found | ({"traces": mount.exporting.pid} if mount.exporting.pid is not None else {})
 
 
 def _add_mount(families: Families, mount: Mount) -> None:

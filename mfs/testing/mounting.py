@@ -228,9 +228,10 @@ class TestMount:
         if heir.poll() is None:
             self._process = heir
 
-    def wait_successor(self, killed: int) -> None:
+    def wait_successor(self, killed: int, *, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
         """Until another daemon than this one answers."""
-        assert self.wait_for(lambda: self._answering_pid() not in (0, killed)), self.log[-4000:]
+        answered = self.wait_for(lambda: self._answering_pid() not in (0, killed), timeout_s=timeout_s)
+        assert answered, self.log[-4000:]
 
     def _answering_pid(self) -> int:
         try:

@@ -1,7 +1,7 @@
 """Whether traces are wanted: OpenTelemetry's own variables, and no others.
 
 Source: OpenTelemetry Specification, "Environment Variable Specification" and "OTLP Exporter". What they say beyond
-this (headers, certificates, timeouts, the sampler, resource attributes) the SDK reads by itself.
+this `collector` reads (headers, certificates, timeouts), or the SDK by itself (the sampler, resource attributes).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_NEEDED = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
+_NEEDED = ("opentelemetry.sdk.trace", "opentelemetry.proto.trace", "requests")
 
 
 def is_wanted(environment: Mapping[str, str]) -> bool:

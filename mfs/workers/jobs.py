@@ -12,14 +12,13 @@ import hashlib
 import logging
 import mmap
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from mfs.cache import sealing
+from mfs.cache import page_cache, sealing
 from mfs.cache.chunks import full_mask, mask_bytes, mask_runs, run_bytes
 from mfs.cache.directory import open_own, root_of
 from mfs.cache.heat import strip
@@ -30,8 +29,6 @@ from mfs.errors import StoreError
 from mfs.fetch.retry import telling
 from mfs.safetensors import parse_header
 from mfs.sources.base import Moved, Source
-from mfs.tracing.export import Exporter
-from mfs.tracing.spans import Row
 from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.frames import Frame, object_from_wire
 from mfs.workers.tier import Parts, Tier
@@ -49,8 +46,6 @@ class Jobs:
     def __init__(self, sources: Sequence[Source], tier: Tier) -> None:
         self._sources = sources
         self._tier = tier
-        self._exporter: Exporter | None = None
-        self._exporting = threading.Lock()
         self._sums = ModelSums()
 
     @property
@@ -274,17 +269,21 @@ class Jobs:
         sealed = any(found) and sealing.is_sealed(tier, wanted)
         return {"masks": found or [0] * wanted.chunks_count, "sealed": sealed}
 
-    def seal(self, *, obj: list[Any], emit: Emit) -> Frame:
-        """Verify an object as it stands on the disk and seal it, if all of it is there.
+    def seal(self, *, obj: list[Any], may_read: bool, emit: Emit) -> Frame:
+        """Seal an object, if all of it is there; may_read: also where it has to be read and verified before.
 
-        Result: {sealed}. Reads all of the object once,
-        which takes as long as it takes: to be asked without a time limit.
+        Result: {sealed, needs_reading}. What is read takes as long as it takes: to be asked without a time limit.
         """
         wanted = object_from_wire(obj)
         tier, tables = self._ssd()
-        is_sealed = sealing.seal(tier, wanted)
-        tables.learn(tier, wanted.cache_id)
-        return {"sealed": is_sealed}
+        is_sealed = sealing.seal(tier, wanted, may_read=may_read)
+        if is_sealed is not None:
+            tables.learn(tier, wanted.cache_id)
+        return {"sealed": bool(is_sealed), "needs_reading": is_sealed is None}
+
+    def fill_page_cache(self, *, obj: list[Any], chunks: Sequence[int], emit: Emit) -> Frame:
+        """Read chunks of a sealed object into the page cache, as far as half of the free memory goes. {bytes}"""
+        return {"bytes": page_cache.fill(self._ssd()[0], object_from_wire(obj), chunks)}
 
     def scrub(self, *, after: str, emit: Emit) -> Frame:
         """Verify the sealed object that comes after a cache_id ('' for the first); a bad one is removed.
@@ -372,16 +371,6 @@ class Jobs:
         return {"checked_bytes": checked, "bad": bad}
 
     # -- the mount
-
-    def export_spans(self, *, rows: list[Row], emit: Emit) -> Frame:
-        """Send spans that have ended, of the daemon and of all workers, to the collector of traces. {}
-
-        Here, since encoding them takes an interpreter for milliseconds.
-        """
-        with self._exporting:
-            exporter = self._exporter = self._exporter or Exporter("mfs")
-        exporter.export(rows)
-        return {}
 
     def stat_path(self, *, path: str, emit: Emit) -> Frame:
         """os.stat of a path, asked from here because the daemon must never touch its own mount. {st_dev}"""

@@ -1,17 +1,24 @@
-"""Sealed objects: whole, verified as they stand on the disk, and for who has them open never anything else."""
+"""Sealed objects: whole, on the disk as they were checked, and for who has them open never anything else."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mfs.cache import sealing
+from mfs.cache import eras, page_cache
 from mfs.cache.chunks import full_mask
+from mfs.cache.object_files import OpenObject
 from mfs.cache.residency import ResidencyTables
 from mfs.cache.sealing import is_sealed, open_sealed, scrub, seal
 from mfs.cache.ssd import SsdConfig, SsdTier
@@ -81,11 +88,182 @@ def test_a_complete_object_is_sealed_and_its_file_is_the_object(tier: SsdTier, t
         assert tier.read_into(obj, index, mask, make_slot())[0] == mask
 
 
-def test_sealing_fills_the_page_cache(tier: SsdTier, tmp_path: Path) -> None:
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The chunks that sealing has read and verified."""
+    seen, read = list[int](), SsdTier.read_verified
+
+    def counted(self: SsdTier, found: OpenObject, index: int, *arguments: Any) -> tuple[int, dict[int, int]]:
+        seen.append(index)
+        return read(self, found, index, *arguments)
+
+    monkeypatch.setattr(SsdTier, "read_verified", counted)
+    return seen
+
+
+def begin_another_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a restart of the machine."""
+    monkeypatch.setattr(eras, "_boot_id", lambda: b"another")
+
+
+def rot(path: Path, offset: int) -> None:
+    """Change a byte as a disk does it, not a program: the file's time stays."""
+    before = path.stat()
+    flip(path, offset)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+class TestWithoutReading:
+    """What was written in this life of the machine and of the mount, and by nobody else since, is not read."""
+
+    def test_what_was_just_written(self, tier: SsdTier, tmp_path: Path, reads: list[int]) -> None:
+        obj = written(tier)
+        write_chunk(tier, obj, 1, full_mask(CHUNK_BYTES))  # as it stands: changes nothing
+        assert seal(tier, obj, may_read=False)
+        assert not reads
+        assert cached_pages(data_path(tmp_path, obj)) <= 1  # the end, which is no whole page
+
+    def test_what_is_of_an_earlier_life_is_read(
+        self, tier: SsdTier, tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        obj = written(tier)
+        begin_another_life(monkeypatch)
+        assert seal(tier, obj, may_read=False) is None
+        assert not is_sealed(tier, obj)
+        assert seal(tier, obj)
+        assert reads == [0, 1, 2]
+        assert cached_pages(data_path(tmp_path, obj)) <= 1
+
+    def test_damage_of_an_earlier_life_is_found(
+        self, tier: SsdTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        obj = written(tier)
+        rot(data_path(tmp_path, obj), CHUNK_BYTES + 3 * BLOCK_BYTES)
+        begin_another_life(monkeypatch)
+        assert seal(tier, obj) is False
+        assert tier.mask(obj.cache_id, 1) == full_mask(CHUNK_BYTES) & ~0b1000
+
+    def test_only_the_chunks_of_an_earlier_life_are(
+        self, tier: SsdTier, reads: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        obj = make_object(size=3 * CHUNK_BYTES)
+        full = full_mask(CHUNK_BYTES)
+        write_chunk(tier, obj, 0, full)
+        write_chunk(tier, obj, 1, full & ~1)
+        begin_another_life(monkeypatch)
+        write_chunk(tier, obj, 1, 1)
+        write_chunk(tier, obj, 2, full)
+        assert seal(tier, obj)
+        assert reads == [0, 1]
+
+    def test_all_is_read_where_somebody_else_wrote_last(self, tier: SsdTier, tmp_path: Path, reads: list[int]) -> None:
+        obj = written(tier)
+        os.utime(data_path(tmp_path, obj))
+        assert seal(tier, obj)
+        assert reads == [0, 1, 2]
+
+    def test_all_is_read_where_the_kernel_does_not_tell_one_mount_from_the_next(
+        self, tier: SsdTier, reads: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(eras, "_statx", lambda: None)
+        assert seal(tier, written(tier))
+        assert reads == [0, 1, 2]
+
+    def test_a_chunk_that_was_found_bad_is_read_again(self, tier: SsdTier, tmp_path: Path, reads: list[int]) -> None:
+        """Where one block was damaged others may be."""
+        obj = written(tier)
+        rot(data_path(tmp_path, obj), CHUNK_BYTES + 3 * BLOCK_BYTES)
+        assert tier.read_into(obj, 1, 0b1000, make_slot())[0] == 0
+        write_chunk(tier, obj, 1, 0b1000)
+        reads.clear()
+        assert seal(tier, obj)
+        assert reads == [1]
+
+    def test_another_mount_of_the_file_system_is_another_life(self, tmp_path: Path, reads: list[int]) -> None:
+        """What a disk had not been forced to keep may be gone when it comes back."""
+        device, tree = tmp_path / "device", tmp_path / "tree"
+        device.write_bytes(b"")
+        os.truncate(device, 64 << 20)
+        tree.mkdir()
+        with disk(device, tree):
+            obj = written(make_tier(tree))
+        with disk(device, tree, make=False):
+            assert seal(make_tier(tree), obj)
+        assert reads == [0, 1, 2]
+
+
+@contextlib.contextmanager
+def disk(device: Path, tree: Path, *, make: bool = True) -> Iterator[None]:
+    """A file as a disk, mounted meanwhile."""
+    for command in (["mkfs.ext4", "-q", str(device)], ["mount", "-o", "loop", str(device), str(tree)])[not make :]:
+        done = subprocess.run(command, capture_output=True)
+        if done.returncode:
+            pytest.skip(f"{command[0]} does not work here: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(tree)], check=True)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mfs.cache import sealing, sidecar
+from tests.cache.objectfiles import make_object, make_tier
+def die(header):
+    os.kill(os.getpid(), signal.SIGKILL)
+sidecar.encode_header = die
+sealing.seal(make_tier(Path(sys.argv[1])), make_object(size=int(sys.argv[2])))
+"""
+
+
+def test_who_is_killed_between_forcing_and_marking_has_sealed_nothing(tier: SsdTier, tmp_path: Path) -> None:
     obj = written(tier)
-    assert cached_pages(data_path(tmp_path, obj)) <= 1
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path), str(obj.size)])
+    assert done.returncode == -signal.SIGKILL
+    assert not is_sealed(tier, obj)
+    assert seal(tier, obj, may_read=False)
+    assert data_path(tmp_path, obj).read_bytes() == whole(obj)
+
+
+def fails(code: int) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def test_what_cannot_be_forced_to_the_disk_is_dropped(
+    tier: SsdTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says so once, and forgets what it could not write."""
+    obj = written(tier)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails(errno.EIO))
+        assert not seal(tier, obj)
+    assert not data_path(tmp_path, obj).exists()
+    assert seal(tier, written(tier))
+
+
+@pytest.mark.parametrize("step", ["pwrite", "fdatasync"])
+def test_a_mark_that_the_disk_does_not_take_costs_the_seal_alone(
+    tier: SsdTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
+) -> None:
+    obj = written(tier)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fails(errno.ENOSPC))
+        assert not seal(tier, obj)
+    assert "cannot be sealed" in caplog.text
+    assert data_path(tmp_path, obj).exists()
     assert seal(tier, obj)
-    assert cached_pages(data_path(tmp_path, obj)) == -(-obj.size // 4096)
+
+
+def test_the_page_cache_is_filled_on_request(tier: SsdTier, tmp_path: Path) -> None:
+    obj = written(tier)
+    assert page_cache.fill(tier, obj, [0, 1, 2]) == 0  # not sealed: its bytes may still change
+    assert seal(tier, obj)
+    assert page_cache.fill(tier, obj, [2, 0]) == obj.size - CHUNK_BYTES
+    assert cached_pages(data_path(tmp_path, obj)) >= -(-(obj.size - CHUNK_BYTES) // 4096)  # and what was read ahead
 
 
 @pytest.mark.parametrize("index", [0, 2])
@@ -188,17 +366,16 @@ def test_a_file_of_another_length_is_no_object(tier: SsdTier, tmp_path: Path) ->
     assert not data_path(tmp_path, obj).exists()
 
 
-def test_what_changes_while_it_is_verified_is_not_sealed(tier: SsdTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    obj, verify = written(tier), sealing._verify
+def test_what_changes_while_it_is_sealed_is_not(tier: SsdTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    obj, fsync = written(tier), os.fsync
 
-    def evict_and_bring_again(*arguments: object) -> int:
-        bad = verify(*arguments)  # type: ignore[arg-type]
+    def evict_and_bring_again(fd: int) -> None:
+        fsync(fd)
         tier.drop_chunk(obj.cache_id, 0)
         write_chunk(tier, obj, 0, full_mask(CHUNK_BYTES))
-        return bad
 
     with monkeypatch.context() as patch:
-        patch.setattr(sealing, "_verify", evict_and_bring_again)
+        patch.setattr(os, "fsync", evict_and_bring_again)
         assert not seal(tier, obj)
     assert seal(tier, obj)
 
@@ -222,6 +399,18 @@ def test_scrubbing_finds_what_went_bad_and_leaves_the_page_cache_alone(tier: Ssd
     assert scrub(tier, "f" * 40) == (0, False)
 
 
+@pytest.mark.parametrize("is_right", [True, False])
+def test_scrubbing_compares_with_what_the_source_states(tier: SsdTier, is_right: bool) -> None:
+    plain = make_object()
+    sha256 = hashlib.sha256(whole(plain) if is_right else b"").hexdigest()
+    obj = replace(plain, digest=f"sha256:{sha256}")
+    for index in range(obj.chunks_count):
+        write_chunk(tier, obj, index, full_mask(len(obj.chunk_range(index))))
+    assert seal(tier, obj)
+    assert scrub(tier, obj.cache_id) == (obj.size, not is_right)
+    assert is_sealed(tier, obj) is is_right
+
+
 # -- as jobs
 
 
@@ -231,8 +420,11 @@ def test_the_jobs_say_where_a_sealed_file_stands(tier: SsdTier, jobs: Jobs, tmp_
     wire, path = object_to_wire(obj), str(data_path(tmp_path, obj))
     masks = [full_mask(len(obj.chunk_range(index))) for index in range(obj.chunks_count)]
     assert jobs.masks(obj=wire, emit=no_frames) == {"masks": masks, "sealed": False}
-    assert jobs.seal(obj=object_to_wire(incomplete), emit=no_frames) == {"sealed": False}
-    assert jobs.seal(obj=wire, emit=no_frames) == {"sealed": True}
+    assert jobs.seal(obj=object_to_wire(incomplete), may_read=True, emit=no_frames) == {
+        "sealed": False,
+        "needs_reading": False,
+    }
+    assert jobs.seal(obj=wire, may_read=True, emit=no_frames) == {"sealed": True, "needs_reading": False}
     assert jobs.masks(obj=wire, emit=no_frames) == {"masks": masks, "sealed": True}
     assert jobs.lacking(obj=wire, emit=no_frames) == {"chunks": []}
     assert jobs.lacking(obj=object_to_wire(incomplete), emit=no_frames) == {"chunks": [0, 1]}
@@ -245,7 +437,7 @@ def test_the_jobs_say_where_a_sealed_file_stands(tier: SsdTier, jobs: Jobs, tmp_
 
 def test_verify_of_a_sealed_object_removes_it_whole_and_says_so_once(tier: SsdTier, jobs: Jobs, tmp_path: Path) -> None:
     obj = written(tier)
-    assert jobs.seal(obj=object_to_wire(obj), emit=no_frames)["sealed"]
+    assert jobs.seal(obj=object_to_wire(obj), may_read=True, emit=no_frames)["sealed"]
     flip(data_path(tmp_path, obj), CHUNK_BYTES + 5)
     found = jobs.verify(obj=object_to_wire(obj), emit=lambda frame: None)
     assert [chunk for chunk, _ in found["bad"]] == [1]
@@ -256,7 +448,7 @@ def test_verify_of_a_sealed_object_removes_it_whole_and_says_so_once(tier: SsdTi
 def test_the_scrub_goes_from_one_sealed_object_to_the_next(tier: SsdTier, jobs: Jobs, tmp_path: Path) -> None:
     objects = sorted((written(tier, f"{number}.bin", CHUNK_BYTES + 5) for number in range(4)), key=lambda o: o.cache_id)
     for obj in objects[:1] + objects[2:]:
-        assert jobs.seal(obj=object_to_wire(obj), emit=no_frames)["sealed"]
+        assert jobs.seal(obj=object_to_wire(obj), may_read=True, emit=no_frames)["sealed"]
     flip(data_path(tmp_path, objects[2]), 7)
     after, seen = "", []
     while True:

@@ -27,6 +27,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerConfig:
         socket_path=str(tmp_path / "s.sock"),
         arena_bytes={"cpu": 256 * GRANULE},
         settled_s=0,
+        linger_s=0,
         limits=Limits(buffer_bytes=16384, buffers_count=2, readers_count=2, step_timeout_s=60),
     )
 

@@ -36,6 +36,8 @@ _VERSIONS = 15
 """Of a file, one after the other and round again; as many ramps as 251 shifts give each of the files."""
 _DISK_BYTES = 96 << 20
 _READS_PER_OPEN = 20
+_PATIENCE_S = 120.0
+"""A soak runs for hours beside other work: how long a pause is, is measured elsewhere."""
 
 
 def _shift(number: int, version: int) -> int:
@@ -134,7 +136,7 @@ class _Disturber:
         list(self._mount.client.prefetch([f"m/{self._chance.randrange(_FILES_COUNT)}.bin"], tier, wait=True))
 
     def crash(self) -> None:
-        self._mount.wait_successor(self._mount.crash())
+        self._mount.wait_successor(self._mount.crash(), timeout_s=_PATIENCE_S)
 
     def hand_over(self) -> None:
         self._mount.hand_over(program=TIRELESS)
@@ -155,7 +157,7 @@ class _Disturber:
         pause = Path(self._places["pause"])
         pause.touch()
         flags = [Path(f"{self._places['count']}.{number}.paused") for number in range(self._readers)]
-        assert self._mount.wait_for(lambda: all(flag.exists() for flag in flags))
+        assert self._mount.wait_for(lambda: all(flag.exists() for flag in flags), timeout_s=_PATIENCE_S)
         try:
             for file in sorted((self._mount.folder / "cache/v2/objects").rglob("*")):
                 if file.is_file() and self._chance.random() < 0.3:

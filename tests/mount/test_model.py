@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, multiple, precondition, rule
 
 from mfs import holder
-from mfs.cache import sidecar
+from mfs.cache.chunks import full_mask
+from mfs.cache.ssd import SsdConfig, SsdTier, Standing
 from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
 from tests.mount import touching
@@ -21,6 +22,10 @@ from tests.mount.origins import FolderOrigin
 
 SIZES = (0, 1, 131_072, 131_073, 1_000_003, 4 << 20, (4 << 20) + 1, (9 << 20) + 5)
 NAMES = ("a.bin", "m/b.safetensors", "m/c.bin", "m/n/d")
+
+
+def is_complete(found: Standing) -> bool:
+    return all(mask == full_mask(found.header.chunk_bytes(index)) for index, mask in enumerate(found.masks))
 
 
 class MountMachine(RuleBasedStateMachine):
@@ -168,12 +173,13 @@ class MountMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.open)
     @rule(seed=st.integers(0, 1000))
     def corrupt(self, seed: int) -> None:
-        """Damage that a reader finds, or where the kernel reads by itself, `mfs verify`."""
-        chance, is_sealed = random.Random(seed), False
+        """Damage that a reader finds, or sealing; where the file is sealed, or written to afterwards, `mfs verify`."""
+        chance, is_hidden = random.Random(seed), False
+        tier = SsdTier(SsdConfig(self.mount.folder / "cache"))
         for file in sorted((self.mount.folder / "cache/v2/objects").rglob("*")):
             if file.is_file() and chance.random() < 0.5:
-                header = sidecar.parse_header(file.with_suffix(".sums").read_bytes()[: sidecar.HEADER_BYTES])
-                is_sealed = is_sealed or header is None or header.sealed is not None
+                found = tier.standing(file.stem)
+                is_hidden = is_hidden or found is None or found.header.sealed is not None or not is_complete(found)
                 size = file.stat().st_size
                 if chance.random() < 0.3:
                     os.truncate(file, chance.randrange(size))
@@ -181,7 +187,7 @@ class MountMachine(RuleBasedStateMachine):
                     with file.open("r+b") as opened:
                         opened.seek(chance.randrange(size))
                         opened.write(b"\xa5\x5a")
-        if is_sealed:
+        if is_hidden:
             list(self.mount.client.verify([""]))
 
     @rule()

@@ -155,7 +155,7 @@ def held_read(name: str, offset: int, length: int) -> bytes:
 def held_outcome(name: str, offset: int, length: int) -> bytes | str:
     """The bytes, or the errno name."""
     try:
-        return os.pread(_held[name], length, offset)
+        return _read_on(_held[name], length, offset)
     except OSError as error:
         return errno.errorcode[error.errno or 0]
 
@@ -240,9 +240,21 @@ def read_failures_together(paths: list[str]) -> list[str]:
 def read_outcome(path: str, offset: int, length: int) -> bytes | str:
     """The bytes, or the errno name."""
     try:
-        return pread(path, length, offset)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            return _read_on(fd, length, offset)
+        finally:
+            os.close(fd)
     except OSError as error:
         return errno.errorcode[error.errno or 0]
+
+
+def _read_on(fd: int, length: int, offset: int) -> bytes:
+    """As pread, on where that ends before a page that cannot be had: the error comes with the next call."""
+    found = b""
+    while len(found) < length and (piece := os.pread(fd, length - len(found), offset + len(found))):
+        found += piece
+    return found
 
 
 def drop_pages_if_there(path: str) -> None:

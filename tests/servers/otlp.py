@@ -37,6 +37,10 @@ class Receiver:
         self.paths: set[str] = set()
         self.status = 200
         """Of the next answers."""
+        self.refuse_once = 0
+        """A status for the next answer alone."""
+        self.headers: dict[str, str] = {}
+        """Of the last request."""
         self.may_answer = threading.Event()
         """Cleared, requests come in and hang."""
         self.may_answer.set()
@@ -90,12 +94,14 @@ def receiving() -> Iterator[Receiver]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             receiver.requests_count += 1
+            receiver.headers = dict(self.headers)
             receiver.may_answer.wait()
+            status, receiver.refuse_once = receiver.refuse_once or receiver.status, 0
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
-            if receiver.status == 200:
+            if status == 200:
                 receiver.take(self.path, body)
-            self.send_response(receiver.status)
+            self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
 

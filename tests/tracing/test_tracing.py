@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import trio
 
 from mfs.errors import StoreError
-from mfs.mount import Mount
-from mfs.tracing import export, settings
+from mfs.tracing import beside, collector, export, settings
+from mfs.tracing.beside import Beside
 from mfs.tracing.requests import REQUESTS_MAX, Request, current, recording
 from mfs.tracing.spans import ROWS_MAX, Context, Outbox, Row, parse_traceparent
 from mfs.tracing.tracer import Tracer
-from mfs.workers import pool
 from tests.servers.otlp import receiving
-from tests.workers.rig import running_rig, until
+from tests.workers.rig import until
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 ROW: Row = [TRACE, SPAN, "", "load", 1, 10**18, 10**18 + 5, "", {}]
@@ -63,12 +62,8 @@ def test_an_opentelemetry_that_cannot_be_used_is_a_fault_and_no_crash(monkeypatc
     tracer._sampler = object()
     assert tracer.begin("load", {}) is None
     assert (tracer.is_on, "AttributeError" in tracer.fault) == (False, True)
-    exporter = export.Exporter("mfs")
-    for module in ("opentelemetry.sdk.trace.export", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
-        monkeypatch.setitem(sys.modules, module, None)  # its import fails
-    with pytest.raises(StoreError, match=r"opentelemetry\.sdk\.trace\.export"):
-        exporter.export([ROW])
-    with pytest.raises(StoreError, match="cannot be used"):
+    monkeypatch.setitem(sys.modules, "opentelemetry.proto.trace.v1.trace_pb2", None)  # its import fails
+    with pytest.raises(StoreError, match=r"cannot be used.*trace_pb2"):
         export.Exporter("mfs")
 
 
@@ -189,7 +184,7 @@ def test_the_exporter_speaks_otlp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("is_ill", ["hangs", "answers 503"])
 def test_an_ill_collector_holds_an_exporter_up_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch, is_ill: str) -> None:
-    monkeypatch.setattr(export, "TIMEOUT_MAX_S", 0.3)
+    monkeypatch.setattr(collector, "TIMEOUT_MAX_S", 0.3)
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600")
@@ -202,18 +197,67 @@ def test_an_ill_collector_holds_an_exporter_up_for_a_bounded_time(monkeypatch: p
         exporter.close()
 
 
-async def test_a_collector_that_hangs_costs_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_WATCH_S", 0.01)
+async def test_who_is_cancelled_has_his_rows_taken_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
         receiver.may_answer.clear()
-        async with running_rig(tmp_path) as rig, trio.open_nursery() as nursery:
-            monkeypatch.setattr(pool, "_GRACE_S", -3600.0)  # whatever has a deadline has passed it
-            mount: Any = SimpleNamespace(pool=rig.pool)
-            nursery.start_soon(Mount._export_spans, mount, [ROW])
+        exporting = Beside()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(exporting.send, [ROW])
             await until(lambda: receiver.requests_count > 0, "the request")
-            await trio.sleep(0.1)
-            assert rig.pool.restarts_count == 0
-            assert [worker["inflight"] for worker in rig.pool.describe()].count(1) == 1
-            receiver.may_answer.set()
+            nursery.cancel_scope.cancel()
+        receiver.may_answer.set()
+        await exporting.send([[*ROW[:3], "swap", *ROW[4:]]])
+        await exporting.close()
+    assert [span.name for span in receiver.spans] == ["load", "swap"]
+
+
+@pytest.mark.parametrize("is_ill", ["hangs", "is killed"])
+async def test_an_exporting_process_that_is_ill_costs_its_batch_and_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, is_ill: str
+) -> None:
+    monkeypatch.setattr(beside, "AGAIN_S", 0.0)
+    with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        exporting = Beside()
+        await exporting.send([])
+        pid = exporting.pid
+        assert pid is not None
+        with monkeypatch.context() as patch:
+            if is_ill == "hangs":
+                patch.setattr(beside, "ANSWER_S", 0.1)
+            os.kill(pid, signal.SIGSTOP if is_ill == "hangs" else signal.SIGKILL)
+            with pytest.raises(StoreError, match="the process that exports traces"):
+                await exporting.send([ROW])
+        assert not Path(f"/proc/{pid}").exists()
+        await exporting.send([ROW])
+        monkeypatch.setattr(beside, "AGAIN_S", 3600.0)
+        os.kill(exporting.pid or 0, signal.SIGKILL)
+        for text in ("fails", "another is started in"):
+            with pytest.raises(StoreError, match=text):
+                await exporting.send([ROW])
+        await exporting.close()
+    assert [span.name for span in receiver.spans] == ["load"]
+
+
+async def test_what_the_exporter_says_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "brotli")
+    exporting = Beside()
+    with pytest.raises(StoreError, match="'brotli': give gzip, deflate or none"):
+        await exporting.send([])
+    await exporting.close()
+
+
+def test_a_collector_that_asks_to_wait_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiving() as receiver:
+        monkeypatch.setattr(collector, "_FIRST_PAUSE_S", 0.01)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", f"{receiver.url}/own/path")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "api-key=secret%20one")
+        exporter = export.Exporter("mfs")
+        receiver.refuse_once = 503
+        exporter.export([ROW])
+        exporter.close()
+    assert (receiver.requests_count, receiver.paths) == (2, {"/own/path"})
+    assert receiver.headers["api-key"] == "secret one"
     assert [span.name for span in receiver.spans] == ["load"]

@@ -5,6 +5,7 @@ Each says how the systems find it. Both keep what they serve in memory, so empty
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,11 @@ class NginxOrigin:
     def put_tree(self, tree: Path) -> None:
         """Copy a folder to where it is served from."""
         shutil.copytree(tree, self._server.files / "tree")
+
+    def show_again(self, name: str, other: str) -> None:
+        """Show a folder of the tree by another name too, in the same memory."""
+        tree = self._server.files / "tree"
+        shutil.copytree(tree / name, tree / other, copy_function=os.link)
 
     def shard_urls(self) -> list[str]:
         """Addresses of the model's shards."""

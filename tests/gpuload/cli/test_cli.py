@@ -26,6 +26,7 @@ COMMANDS = [
     "swap",
     "unload",
     "evict",
+    "resize",
     "pin",
     "status",
     "plan",
@@ -70,6 +71,10 @@ def test_a_life_of_a_model(socket_path: Path, tmp_path: Path) -> None:
     assert "first on cpu" in gpuload("load", first, socket_path=socket_path)
     report = json.loads(gpuload("swap", second, "--json", socket_path=socket_path))["report"]
     assert report["bytes_copied"] == 2_000_000
+    assert "would do without first: say --evict" in gpuload("resize", "cpu", "2M", socket_path=socket_path, status=1)
+    assert "arena 32.0 M, taken 32.0 M, used 4.0 M" in gpuload("resize", "cpu", "32M", socket_path=socket_path)
+    assert json.loads(gpuload("resize", "cpu", "64M", "--json", socket_path=socket_path))["arena_used_bytes"] == 4 << 20
+    assert "was started with" in gpuload("resize", "cpu", "65M", socket_path=socket_path, status=2)
     assert "pinned" in gpuload("pin", "first", socket_path=socket_path)
     status = json.loads(gpuload("status", "--json", socket_path=socket_path))
     assert [(m["model"], m["pinned"], m["generation"]) for m in status["devices"][0]["models"]] == [("first", True, 2)]

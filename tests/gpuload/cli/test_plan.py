@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from gpuload.cli.digesting import digest_model
 from gpuload.cli.planning import examine
 from gpuload.cli.together import blocks_of, examine_all
-from gpuload.client.asking import load_resident
+from gpuload.client.asking import ask, load_resident
+from gpuload.device.host import HostDevice
 from gpuload.fit import CONTEXT_BYTES, Block, Fit, together_bytes
 from gpuload.kv_cache import ITEM_BYTES, kv_cache_bytes, tokens_that_fit
 from gpuload.server.daemon import ServerConfig
@@ -189,3 +191,24 @@ def test_the_command(versions: list[str], tmp_path: Path) -> None:
     assert "tokens" in gpuload("plan", versions[0])
     assert "for several say --device-memory" in gpuload("plan", *versions, "--device", "cpu", status=2)
     assert "Missing argument" in gpuload("plan", status=2)
+
+
+# -- an arena that takes memory when it is needed
+
+
+def test_an_arena_has_what_its_device_has(config: ServerConfig, tmp_path: Path) -> None:
+    """A server that took nothing yet: its budget is free, but the device may not have so much."""
+    path = write(tmp_path / "m.safetensors", random_tensors(1, {"w": (1 << 20,)}))
+    free = HostDevice().memory().total_bytes
+    with running_server(replace(config, arena_bytes={"cpu": free // (2 << 20) * (2 << 20)})) as server:
+        arena = examine(str(path), 0, "cpu", {}, {}, server.socket_path)["targets"][-1]
+        assert arena["fits"]
+        assert arena["others_bytes"] > 0, "this machine has not all of its memory free"
+        assert arena["resident_bytes"] == 0
+        load_resident(path, "m", "cpu", socket_path=server.socket_path, options={"pinned": True})
+        ask({"op": "resize", "device": "cpu", "bytes": 4 << 20}, socket_path=server.socket_path)
+        arena = examine(str(path), 0, "cpu", {}, {}, server.socket_path)["targets"][-1]
+        assert (arena["resident_bytes"], arena["device_bytes"], arena["shortfall_bytes"]) == (2 << 20, 4 << 20, 0)
+        ask({"op": "resize", "device": "cpu", "bytes": 2 << 20}, socket_path=server.socket_path)
+        arena = examine(str(path), 0, "cpu", {}, {}, server.socket_path)["targets"][-1]
+        assert arena["shortfall_bytes"] == 2 << 20

@@ -22,35 +22,58 @@ class TestHostDevice(DeviceSuite):
         return HostDevice(granule_bytes=request.param)
 
 
-def test_what_is_handed_out_cannot_write() -> None:
+def test_what_is_handed_out_cannot_be_written_resized_or_opened_for_more_by_another_user() -> None:
     device = HostDevice(granule_bytes=4096)
     arena = device.create_arena(8192)
     fds = arena.export([(0, 2)])
     with pytest.raises(PermissionError):
         mmap.mmap(fds[0], 8192)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.pwrite(fds[0], b"x", 0)
-    close_all(fds)
+    for write in (lambda: os.pwrite(fds[0], b"x", 0), lambda: os.ftruncate(fds[0], 0)):
+        with pytest.raises(OSError):
+            write()
+    assert os.fstat(fds[0]).st_mode & 0o777 == 0o400
+    if os.geteuid() == 0:  # root may be anybody
+        child = os.fork()
+        if not child:
+            os.setuid(65534)
+            refused = []
+            for flags in (os.O_RDWR, os.O_WRONLY):
+                try:
+                    os.open(f"/proc/self/fd/{fds[0]}", flags)
+                except PermissionError:
+                    refused.append(flags)
+            try:
+                os.fchmod(fds[0], 0o666)
+            except PermissionError:
+                refused.append(-1)
+            os._exit(len(refused))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    own = os.open(f"/proc/self/fd/{fds[0]}", os.O_RDWR)  # our own user can: it can swap what is served as well
+    for nbytes in (4096, 16384):
+        with pytest.raises(PermissionError):
+            os.ftruncate(own, nbytes)
+    close_all([*fds, own])
     arena.close()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
-def test_another_user_cannot_open_it_for_writing() -> None:
+def test_memory_that_goes_back_is_the_machines_again() -> None:
     device = HostDevice(granule_bytes=4096)
-    arena = device.create_arena(8192)
-    fds = arena.export([(0, 2)])
-    process = os.fork()
-    if not process:
-        code = 1
-        try:
-            os.setuid(65534)
-            mmap.mmap(fds[0], 8192, prot=mmap.PROT_READ)
-            os.open(f"/proc/self/fd/{fds[0]}", os.O_RDWR)
-        except PermissionError:
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitpid(process, 0)[1] == 0
+    arena = device.reserve_arena(64 * 4096)
+    fds = arena.export([(0, 1)])
+
+    def has_bytes() -> int:
+        return os.fstat(fds[0]).st_blocks * 512
+
+    assert has_bytes() == 0, "nothing is taken before it is needed"
+    arena.commit([(3, 10), (40, 2)])
+    assert has_bytes() == 12 * 4096
+    view_of(arena.address + 3 * 4096, 4096)[:] = b"a" * 4096
+    arena.release([(4, 9), (41, 1)])
+    assert has_bytes() == 2 * 4096
+    assert device.read_back(arena.address + 3 * 4096, 4096) == b"a" * 4096
+    arena.release([(3, 1), (40, 1)])
+    arena.commit([(3, 1)])
+    assert device.read_back(arena.address + 3 * 4096, 4096) == bytes(4096), "nobody sees who was there"
     close_all(fds)
     arena.close()
 

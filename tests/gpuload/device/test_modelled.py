@@ -17,6 +17,7 @@ import pytest
 import trio
 
 from gpuload.client import opened, rings
+from gpuload.device import cuda
 from gpuload.device import driver as cu
 from gpuload.device.cuda import CudaDevice
 from gpuload.device.host import view_of
@@ -178,6 +179,28 @@ def test_a_ring_is_kept_from_load_to_load_and_not_after_an_error(model: Model) -
         assert fresh is not failed
     rings.let_go()
     assert model.count("cuMemHostUnregister") == model.count("cuMemHostRegister_v2")
+
+
+def test_who_loads_little_has_little_page_locked(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "LOCKED_BYTES_MIN", 8192)
+    device = model.device()
+    arena, stream = device.create_arena(65536), device.open_stream()
+    ring = Ring(device, buffer_bytes=65536, count=1)
+    for nbytes in (100, 8192, 9000, 65536):
+        buffer = ring.take()
+        assert buffer is not None
+        buffer.settle(60)
+        buffer.staging.view[:nbytes] = b"x" * nbytes
+        buffer.staging.lock(nbytes)
+        stream.copy_in(arena.address, buffer.staging.address, nbytes)
+        buffer.pending = stream.record()
+        ring.put(buffer)
+    stream.close()
+    assert [e.nbytes for e in model.log(PIN)] == [8192, 65536]
+    assert not model.log(4), "a copy came from memory that is not page-locked"
+    assert device.read_back(arena.address, 65536) == b"x" * 65536
+    ring.close()
+    arena.close()
 
 
 def test_a_ring_grows_in_several_threads_to_its_size_and_no_further(model: Model) -> None:

@@ -14,10 +14,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import gpuload.device
 from gpuload.hooks import resident as resident_module
-from gpuload.hooks import vllm
+from gpuload.hooks import vllm, weights
 from gpuload.hooks.counts import counts
+from gpuload.hooks.ranks import Group
 from gpuload.testing import ServerThread, assert_same, random_tensors, write
 from mfs.errors import UsageError
 from mfs.testing.mounting import TestMount
@@ -164,6 +167,59 @@ def test_its_own_extra_keys_do_not_reach_vllm_and_others_do(
         registry["gpuload"](load_config(model_loader_extra_config={"nonsense": 1}))
     with pytest.raises(UsageError, match="'device' must be a text, got int"):
         registry["gpuload"](load_config(model_loader_extra_config={"device": 0}))
+
+
+@pytest.mark.parametrize(
+    ("named", "extra", "expected"),
+    [(None, None, "cuda:3"), ("cuda", None, "cuda:3"), ("cuda:1", None, "cuda:1"), ("cpu", None, "cpu"),
+     ("xpu", None, "cpu"), (None, "cpu", "cpu")],
+)  # fmt: skip
+def test_tensors_come_to_stand_where_the_worker_computes(
+    registry: dict[str, type],
+    monkeypatch: pytest.MonkeyPatch,
+    named: str | None,
+    extra: str | None,
+    expected: str,
+) -> None:
+    """The worker's current card, unless vLLM's own option, or ours, names another place; in the group of its ranks."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    of_ranks = SimpleNamespace(world_size=2, device_group="cards", cpu_group="hosts")
+    distributed = ModuleType("vllm.distributed")
+    distributed.get_tp_group = lambda: of_ranks  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    asked: list[Any] = []
+    monkeypatch.setattr(vllm, "weights_of", lambda files, **given: asked.append(given) or iter(()))
+    vllm.register()
+    loader = registry["gpuload"](
+        load_config(device=named, model_loader_extra_config={} if extra is None else {"device": extra})
+    )
+    list(loader._get_weights_iterator(SimpleNamespace(files=["x"], prefix="")))
+    of_ranks.world_size = 1
+    list(loader._get_weights_iterator(SimpleNamespace(files=["x"], prefix="")))
+    shared = {"device": expected, "socket_path": None}
+    assert asked == [shared | {"group": Group("cards", "hosts")}, shared | {"group": None}]
+
+
+def test_a_card_without_room_gets_its_weights_by_host_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who has room for a model, and for nothing more, would fail in the middle of it."""
+    want = random_tensors(1, {"w": (30, 40)})
+    file = str(write(tmp_path / "a.safetensors", want))
+    largest = want["w"].nbytes
+    free = 2 * largest + weights.STAGED_BYTES
+    monkeypatch.setattr(resident_module, "_has_logged", False)
+    monkeypatch.setattr(resident_module, "_away_until", float("inf"))
+    for missing, expected in ((0, "cuda:0"), (1, "cpu")):
+        card = SimpleNamespace(memory=lambda n=free - missing: SimpleNamespace(free_bytes=n), close=lambda: None)
+        monkeypatch.setattr(gpuload.device, "open_device", lambda _, card=card: card)
+        assert weights._with_room([file], "cuda:0") == expected
+    assert_same(dict(weights.weights_of([file], device="cuda:0")), want)
+    assert [r.getMessage() for r in caplog.records] == [
+        "gpuload: loading by host memory: cuda:0: 1024 MiB free, loading straight to it takes 1024 MiB"
+    ]
 
 
 @pytest.mark.parametrize("given", ["experts", "torchao"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from gpuload.device.base import Device
 from gpuload.device.host import HostDevice, view_of
 from gpuload.errors import DeviceError
 from gpuload.moving.pipeline import Limits, move_batches, move_one_by_one
-from gpuload.moving.plan import Piece, Transfer, cut_axis, plan_batches
+from gpuload.moving.plan import Batch, Piece, Transfer, cut_axis, plan_batches
 from gpuload.moving.shards import Shard, close_shards, open_shards
 from gpuload.moving.source import FileSource, Source
+from gpuload.moving.staging import Ring
 from gpuload.testing import FaultyDevice, FaultySource, Gate, LendingSource, random_tensors, write
 from mfs.errors import ChangedError, StoreError
 from mfs.safetensors import TensorInfo
@@ -93,6 +95,37 @@ async def test_all_ways_bring_the_same_bytes(bed: _Bed, is_direct: bool, limits:
     assert sorted(landed) == list(range(5)), "each transfer lands once"
     for index, want in enumerate(bed.want):
         assert b"".join(v for (t, _), v in sorted(seen.items()) if t == index) == want, "the check saw other bytes"
+
+
+async def test_batches_are_moved_while_later_ones_are_planned(bed: _Bed) -> None:
+    limits, landed = TINY, threading.Event()
+    device = HostDevice(is_direct=False)
+    ring = Ring(device, buffer_bytes=limits.buffer_bytes, count=2)
+
+    class Told(FileSource):
+        def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
+            super().read_into(shard, start, views)
+            landed.set()
+
+    def planned() -> Iterator[Batch]:
+        batches = bed.batches(limits)
+        assert len(batches) > limits.readers_count
+        yield from batches[:-1]
+        assert landed.wait(30), "nothing moves before all is planned"
+        yield batches[-1]
+
+    await move_batches(planned(), source=Told(bed.shards), device=device, runs_of=bed.runs_of, limits=limits, lent=ring)
+    assert [bytes(m) for m in bed.memory] == bed.want
+
+    def broken() -> Iterator[Batch]:
+        yield from bed.batches(limits)[: limits.readers_count]
+        raise ValueError("as asked")
+
+    with pytest.raises(ValueError, match="as asked"):
+        await move_batches(
+            broken(), source=FileSource(bed.shards), device=device, runs_of=bed.runs_of, limits=limits, lent=ring
+        )
+    ring.close()
 
 
 @pytest.mark.parametrize("reaches_all", [True, False], ids=["in place", "staged"])

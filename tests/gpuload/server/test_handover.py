@@ -435,7 +435,7 @@ class TestServiceManager:
             held = served.attach("m")
             manager.take_all()
             names = [name for name, _ in manager.store]
-            assert {"socket", "lock", "index", "arena.0.0"} < set(names)
+            assert {"socket", "lock", "index", "shared.0"} < set(names)
             assert sum(name.startswith("lease.") for name in names) == 1
 
             assert manager.stop() == 0  # systemctl restart: whoever asks meanwhile waits

@@ -126,8 +126,8 @@ def test_a_thousand_operations(config: ServerConfig, small_granules: None, tmp_p
             pass
         gc.collect()
         assert set(server.gauges().values()) == {0}
-        catalog = server.sites["cpu"].catalog
-        assert catalog.granules.take(catalog.granules.count) == [(0, GRANULES)], "no fragment is left of a day of swaps"
+        granules = server.sites["cpu"].catalog.granules
+        assert granules.coming(granules.count) == [(0, GRANULES)], "all memory went back, no fragment is left"
 
 
 def test_random_operations_on_several_devices_with_failures_and_forgetting(
@@ -196,7 +196,7 @@ def test_random_operations_on_several_devices_with_failures_and_forgetting(
         for name in devices:
             assert set(server.gauges(name).values()) == {0}
             granules = server.sites[name].catalog.granules
-            assert granules.take(granules.count) == [(0, 70)]
+            assert granules.coming(granules.count) == [(0, 70)]
 
 
 def ask_models(server: ServerThread) -> list[str]:

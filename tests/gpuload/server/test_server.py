@@ -382,26 +382,28 @@ class FullDevice(HostDevice):
 
 
 @pytest.mark.parametrize(
-    ("arenas", "short"),
+    ("floors", "short"),
     [
-        ({"cpu": 3 << 20, "cpu:1": 1 << 20}, 2 * 2 * (4 << 20)),  # the arenas fit; their staging does not
+        ({"cpu": 3 << 20, "cpu:1": 1 << 20}, 2 * 2 * (4 << 20)),  # the floors fit; their staging does not
         ({"cuda:0": 5 << 20}, 1 << 20),  # a card's arena is not in host memory
     ],
 )
 def test_a_server_that_does_not_fit_beside_others_takes_nothing(
-    config: ServerConfig, arenas: dict[str, int], short: int
+    config: ServerConfig, floors: dict[str, int], short: int
 ) -> None:
     taken: list[int] = []
 
     class Watched(FullDevice):
-        def create_arena(self, nbytes: int) -> Arena:
+        def reserve_arena(self, nbytes: int) -> Arena:
             taken.append(nbytes)
-            return super().create_arena(nbytes)
+            return super().reserve_arena(nbytes)
 
     match = r"others hold 1.0 G, free are 4.0 M; short by \d.*; nothing was taken"
     with (
         pytest.raises(FitError, match=match) as caught,
-        running_server(replace(config, arena_bytes=arenas), lambda name: Watched(name=name, granule_bytes=4096)),
+        running_server(
+            replace(config, arena_bytes=floors, floor_bytes=floors), lambda n: Watched(name=n, granule_bytes=4096)
+        ),
     ):
         raise AssertionError("it started")
     assert caught.value.shortfall_bytes == short

@@ -361,6 +361,20 @@ static void pay_pinning(int kind, double seconds, const void *at, size_t n) { /*
     pthread_mutex_unlock(&lock);
     pthread_mutex_unlock(&pinning);
 }
+static size_t untouched(char *p, size_t n) { /* bytes of pages that are not there yet */
+    static __thread unsigned char there[16384];
+    size_t missing = 0;
+    for (size_t at = 0; at < n; at += sizeof there * 4096) {
+        size_t part = n - at < sizeof there * 4096 ? n - at : sizeof there * 4096;
+        if (mincore(p + at, part, there)) return 0;
+        for (size_t i = 0; i < part / 4096; i++) missing += there[i] & 1 ? 0 : 4096;
+    }
+    return missing;
+}
+static void touch(char *p, size_t n, int for_writing) { /* as pinning does, in the caller's thread; nothing is filled in where nothing moves */
+    if (moves_nothing) { spend(1e-9 * (double)untouched(p, n) * prices[TOUCH_S_GB].value); return; }
+    for (volatile char *at = p; at < p + n; at += 4096) if (for_writing) *at = *at; else (void)*at;
+}
 static int is_writable(void *p) { /* as the kernel would find out: by pinning the page for writing */
     FILE *maps = fopen("/proc/self/maps", "r");
     char line[512], rights[8];
@@ -406,6 +420,7 @@ CUresult cuMemHostRegister_v2(void *p, size_t n, unsigned flags) {
     if (!n || (uintptr_t)p % 4096 || n % 4096 || (flags & 8 && getenv("STANDIN_NO_READ_ONLY"))) return INVALID_VALUE;
     if ((flags & ~8u) != 1 || (!(flags & 8) && !is_writable(p))) return INVALID_VALUE;
     int result = add_locked(p, n, 0);
+    if (result == OK && is_priced) touch(p, n, !(flags & 8));
     if (result == OK) pay_pinning(2, prices[REGISTER_S_GB].value * 1e-9 * (double)n, p, n);
     return result;
 }

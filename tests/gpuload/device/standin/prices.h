@@ -13,6 +13,7 @@ PRICE(VMM_CALL_US, 30, "us", "create, export, import, map, unmap, release and se
 PRICE(PIN_CALL_US, 400, "us", "cudaMallocHost and Free of 4 KB; published")
 PRICE(PIN_S_GB, 0.46, "s/GB", "cudaHostAlloc of 16 GiB in 7.9 s, one at a time; NVIDIA/cudf#23457")
 PRICE(REGISTER_S_GB, 0.09, "s/GB", "cudaHostRegister of 16 GiB of touched huge pages in 1.55 s; NVIDIA/cudf#23457")
+PRICE(TOUCH_S_GB, 0.1, "s/GB", "huge pages that nobody has touched, cleared by the kernel in the thread that pins them: assumed, 10 GB/s")
 PRICE(UNPIN_S_GB, 0.03, "s/GB", "giving page-locked memory back: assumed")
 PRICE(READ_GB_S, 10, "GB/s", "one thread's pread from the page cache into memory; decisions/0001 has 17 on a calm guest")
 PRICE(HASH_GB_S, 4.3, "GB/s", "one thread's BLAKE3; measured on this project's machine")
