@@ -5,6 +5,7 @@
     load_model(folder | index, device)   all shards, device maps, tensor-parallel ranks
     stream(folder | file, device)        (name, tensor) as they land
     attach(name, device)                 tensors that a resident server (`gpuload serve`) holds, without a copy
+    attach_arrays(name, device)          the same for numpy, JAX, CuPy, by DLPack; no torch
     let_go()                             gives back attached weights on GPUs whose last tensor is gone
     commit(Identity(...), tensors)       an engine's own weights, for the server to hold; committed, restore
 
@@ -18,14 +19,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpuload.client.arrays import attach_arrays
     from gpuload.client.attached import attach, let_go
     from gpuload.client.committed import Identity, commit, committed, restore
     from gpuload.client.load import load_file, load_model, stream
     from gpuload.client.opened import safe_open
 
 __all__ = [
-    "Identity", "attach", "commit", "committed", "include_dir", "let_go", "load_file", "load_model", "restore",
-    "safe_open", "stream",
+    "Identity", "attach", "attach_arrays", "commit", "committed", "include_dir", "let_go", "load_file", "load_model",
+    "restore", "safe_open", "stream",
 ]  # fmt: skip
 
 _HOMES = {
@@ -34,6 +36,7 @@ _HOMES = {
     "committed": "gpuload.client.committed",
     "restore": "gpuload.client.committed",
     "attach": "gpuload.client.attached",
+    "attach_arrays": "gpuload.client.arrays",
     "let_go": "gpuload.client.attached",
     "load_file": "gpuload.client.load",
     "load_model": "gpuload.client.load",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gpuload import wire
-from gpuload.client import rings, tensors
+from gpuload.client import arrays, rings, tensors
 from gpuload.client.asking import ATTACH_S, LOAD_S, connect, exchange
 from gpuload.descriptors import park, room_for
 from gpuload.device import identity_of, open_device
@@ -109,6 +109,7 @@ def let_go() -> None:
     """
     close_left()
     if not tensors.is_capturing():
+        arrays.close_left()
         rings.let_go()
 
 

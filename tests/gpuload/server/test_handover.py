@@ -276,6 +276,7 @@ class TestReplaced:
                 except BaseException as error:
                     wrong.append(error)
                 done[number] += 1
+                time.sleep(0.02)  # a new server needs the machine as well
 
         def swap() -> None:
             seed = 0
@@ -283,7 +284,7 @@ class TestReplaced:
                 try:
                     served.load(files[seed := 1 - seed], "m", is_swap=True)
                 except FitError:  # those who are attached hold all
-                    pass
+                    time.sleep(0.02)
                 except BusyError as error:
                     if "nothing was changed" not in str(error):
                         wrong.append(error)
@@ -292,7 +293,7 @@ class TestReplaced:
         for thread in threads:
             thread.start()
         pids = [served.pid]
-        for _ in range(3):
+        for _ in range(2):
             old = served.processes[-1]
             served.start_serving("--take-over")
             assert old.wait(DEADLINE_S) == 0
@@ -302,8 +303,8 @@ class TestReplaced:
             thread.join()
         assert wrong == []
         assert min(done) > 0
-        assert len(set(pids)) == 4
-        assert served.ask("status")["servers_before"] == 3
+        assert len(set(pids)) == 3
+        assert served.ask("status")["servers_before"] == 2
         gc.collect()
         served.wait_for("leases", 0)
         served.ask("unload", model="m")
