@@ -173,9 +173,11 @@ def _keep(managed: _Managed | _Versioned, *what: object) -> int:
     return next(_numbers)
 
 
-@_Deleter
-def _deleter(address: int) -> None:
+def _let_go(address: int) -> None:
     _live.pop(address, None)
+
+
+_deleter = _Deleter(_let_go)
 
 
 _api = ctypes.pythonapi
@@ -187,14 +189,14 @@ _pointer = _api.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]
 
 
-@ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
-def _destroyer(capsule: int) -> None:
+def _destroy_capsule(capsule: int) -> None:
     """Of a capsule that nobody consumed: a consumer renames it."""
     for name in (b"dltensor_versioned", b"dltensor"):
         if _is_valid(capsule, name):
             _live.pop(_pointer(capsule, name), None)
 
 
+_destroyer = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_destroy_capsule)
 _destroy = ctypes.cast(_destroyer, ctypes.c_void_p)
 for _function in (_deleter, _destroyer):  # arrays may outlive this module, when the interpreter ends
     _api.Py_IncRef(ctypes.py_object(_function))
