@@ -83,6 +83,19 @@ class DeviceSuite:
         assert device.read_back(arena.address + 3 * device.granule_bytes, 5000) == ramp(5000)
         self._close(stream, staging, arena)
 
+    def test_what_is_copied_out_comes_back(self, device: Device) -> None:
+        unit, size = device.granule_bytes, 3 * mmap.PAGESIZE
+        arena, staging, stream = self._arena(device, 2), device.alloc_staging(size), device.open_stream()
+        assert device.reaches(staging.address, size)
+        staging.view[:] = ramp(size)
+        stream.copy_in(arena.address, staging.address, mmap.PAGESIZE)
+        stream.copy_out(staging.address + mmap.PAGESIZE, arena.address, mmap.PAGESIZE)
+        stream.copy_in(arena.address + unit, staging.address + mmap.PAGESIZE, mmap.PAGESIZE)
+        stream.record().wait(30)
+        assert bytes(staging.view[: 2 * mmap.PAGESIZE]) == 2 * ramp(mmap.PAGESIZE)
+        assert device.read_back(arena.address + unit, mmap.PAGESIZE) == ramp(mmap.PAGESIZE)
+        self._close(stream, staging, arena)
+
     def test_rows_are_packed(self, device: Device) -> None:
         arena, staging, stream = self._arena(device, 1), device.alloc_staging(8192), device.open_stream()
         staging.view[:] = ramp(8192)
@@ -385,6 +398,9 @@ class _GatedStream:
 
     def copy_in_rows(self, dst: int, src: int, *, row_bytes: int, rows_count: int, pitch_bytes: int) -> None:
         self._inner.copy_in_rows(dst, src, row_bytes=row_bytes, rows_count=rows_count, pitch_bytes=pitch_bytes)
+
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        self.copy_in(dst, src, nbytes)
 
     def copy_within(self, dst: int, src: int, nbytes: int) -> None:
         self.copy_in(dst, src, nbytes)

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,7 @@ class SourceConfig:
             _check_path(f"{label}: require_signature", self.require_signature)
         if self.beneath is not None:
             _check_path(f"{label}: beneath", self.beneath)
-        _check_caches(label, self.via, self.dragonfly)
+        check_caches(label, self.via, self.dragonfly)
         fault = name_fault(self.name) if self.name else None
         if fault:
             raise ConfigError(f"source name {self.name!r} cannot be a directory of the mount: {fault}")
@@ -223,14 +225,31 @@ class MountConfig:
                 raise ConfigError(f"metrics_addr: {error}") from error
 
     def to_json(self) -> str:
-        """One line of JSON with everything, secrets too: for the daemon's standard input, not for eyes."""
-        return json.dumps(dataclasses.asdict(self), default=os.fspath)
+        """One line of JSON with everything, secrets too: for other daemons of the mount, not for eyes.
+
+        Those may be of another release: so it says which wrote it, and what is `chosen` of it.
+        """
+        sources = [{**dataclasses.asdict(source), "chosen": list(chosen(source))} for source in self.sources]
+        told = {**dataclasses.asdict(self), "sources": sources, "chosen": list(chosen(self)), "release": _release()}
+        return json.dumps(told, default=os.fspath)
 
     @classmethod
     def from_json(cls, text: str) -> MountConfig:
-        """Inverse of `to_json`, checked again. Raises: ConfigError."""
+        """Inverse of `to_json`, checked again. Settings of another release that nobody chose are left out.
+
+        Raises: ConfigError, also for chosen ones that mean nothing here: a signature that is required, say, must not
+            be forgotten.
+        """
         try:
             values = json.loads(text)
+            release = values.pop("release", "another release")
+            unknown = [*_take_unknown(cls, values), *(name for source in values["sources"]
+                       for name in _take_unknown(SourceConfig, source))]  # fmt: skip
+            if unknown:
+                raise ConfigError(
+                    f"the mount has settings of mfs {release} that mean nothing to mfs {_release()}: "
+                    f"{', '.join(dict.fromkeys(unknown))}; install {release} again, or unmount and mount without them"
+                )
             sources = tuple(_source(source) for source in values.pop("sources"))
             for name in ("mountpoint", "cache_dir", "log_file"):
                 if values[name] is not None:
@@ -250,7 +269,7 @@ class MountConfig:
 
     def masked(self) -> dict[str, Any]:
         """The settings as JSON values for people and `mfs config`, secrets replaced by '***'."""
-        values: dict[str, Any] = json.loads(self.to_json())
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=os.fspath))
         for source in values["sources"]:
             if source["token"] is not None:
                 source["token"] = MASK
@@ -267,10 +286,24 @@ def _source(values: dict[str, Any]) -> SourceConfig:
     return SourceConfig(**values, **paths)
 
 
-def chosen(source: SourceConfig) -> dict[str, Any]:
-    """What of a source's settings is not the default: the same in releases that know more of them."""
-    fields = dataclasses.fields(source)
-    return {f.name: value for f in fields if (value := getattr(source, f.name)) != f.default}
+@cache
+def _release() -> str:
+    return version("mfs")  # takes milliseconds
+
+
+def _take_unknown(kind: type, values: dict[str, Any]) -> list[str]:
+    """Take out of settings what another release has added; the names of those that somebody chose."""
+    picked = set(values.pop("chosen", values))
+    unknown = [name for name in values if name not in {field.name for field in dataclasses.fields(kind)}]
+    for name in unknown:
+        del values[name]
+    return [name for name in unknown if name in picked]
+
+
+def chosen(config: SourceConfig | MountConfig) -> dict[str, Any]:
+    """What of settings is not the default: the same in releases that know more of them."""
+    fields = dataclasses.fields(config)
+    return {f.name: value for f in fields if (value := getattr(config, f.name)) != f.default}
 
 
 def places(config: MountConfig) -> list[SourceConfig]:
@@ -369,7 +402,8 @@ def _check_sources(sources: Iterable[SourceConfig]) -> None:
         raise ConfigError(f"two sources are named {twice!r}: each needs its own directory of the mount")
 
 
-def _check_caches(label: str, via: str | None, dragonfly: str | None) -> None:
+def check_caches(label: str, via: str | None, dragonfly: str | None) -> None:
+    """Of a cache that nodes share. label: whose it is, in errors. Raises: ConfigError."""
     if via is not None and dragonfly is not None:
         raise ConfigError(f"{label}: via and dragonfly are both set: expected one cache")
     for key, address in (("via", via), ("dragonfly", dragonfly)):

@@ -33,6 +33,11 @@ _SCRAPE_USAGE_S = 0.2  # else what was known last is told: scrapes of a mount wh
 _WATCH_S = 0.1
 _WATCH_BATCH = 500  # records turned into JSON without giving way to readers
 _BATCH = 500  # objects per question to a worker
+_NO_USAGE: Json = dict.fromkeys(
+    ("used_bytes", "objects_count", "pinned_count", "pinned_bytes", "sealed_count", "sealed_bytes", "free_disk_bytes"),
+    0,
+)
+"""As a worker's `usage`."""
 _KINDS = {EntryKind.FILE: "file", EntryKind.DIRECTORY: "directory", EntryKind.SYMLINK: "symlink"}
 
 
@@ -45,7 +50,7 @@ class Service:
         self._stop = stop
         self._nursery = nursery
         self._overview = Overview(mount, nursery)
-        self._usage: Json = {"used_bytes": 0, "objects_count": 0, "free_disk_bytes": 0}
+        self._usage: Json = _NO_USAGE
         """Of the SSD tier, as far as is known."""
 
     # -- looking
@@ -63,6 +68,8 @@ class Service:
                 {
                     "name": source.name,
                     "url": mask_url(mount.pool.identities[number]),
+                    "via": mask_url(source.dragonfly or source.via or "") or None,
+                    "is_dragonfly": source.dragonfly is not None,
                     "listed_directories": mount.namespace.listed_count,
                     "last_refresh_at": mount.refreshed[number].last_at,
                     "last_error": next(iter(mount.refreshed[number].last_errors), None),
@@ -74,6 +81,7 @@ class Service:
             "ssd": await self._ssd_status(),
             "ram": {
                 "used_bytes": memory.used_bytes,
+                "warm_bytes": memory.warm_bytes,
                 "budget_bytes": memory.size_bytes,
                 "slots_count": memory.slots_count,
                 "slots_free": memory.slots_free,
@@ -87,6 +95,7 @@ class Service:
                 "requests_count": counters.origin_requests,
                 "errors_count": counters.origin_errors,
                 "inflight": mount.pool.inflight("origin"),
+                **mount.pool.ways,
             },
             "reads": {
                 "count": reads.count, "bytes": reads.bytes, "errors_count": reads.errors, "waiting": reads.waiting,
@@ -113,8 +122,7 @@ class Service:
     async def _ssd_status(self, patience_s: float = _USAGE_S) -> Json:
         cache, config = self._mount.cache, self._mount.config
         if config.cache_dir is None:
-            return {"state": "off", "used_bytes": 0, "budget_bytes": 0, "free_disk_bytes": 0, "objects_count": 0,
-                    "hits_bytes": 0, "note": None}  # fmt: skip
+            return {**_NO_USAGE, "state": "off", "budget_bytes": 0, "hits_bytes": 0, "note": None}
         # Whoever asks for the status may want to know why nothing works: it must not wait for a worker that hangs.
         with trio.move_on_after(patience_s), suppress(MfsError):
             self._usage = await self._mount.pool.call("usage")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import string
 from pathlib import Path
@@ -257,10 +258,19 @@ def test_other_json_is_refused(text: str) -> None:
         MountConfig.from_json(text)
 
 
-def test_unknown_json_keys_are_refused() -> None:
-    text = MountConfig(MOUNT, (S3,)).to_json()
+@pytest.mark.parametrize("is_of_source", [False, True])
+def test_what_a_later_release_was_told_is_refused_and_its_defaults_are_not(is_of_source: bool) -> None:
+    config = MountConfig(MOUNT, (S3,))
+    told = json.loads(config.to_json())
+    place = told["sources"][0] if is_of_source else told
+    place["later_option"], told["release"] = 1, "7.1"
+    assert MountConfig.from_json(json.dumps(told)) == config
+    place["chosen"].append("later_option")
+    with pytest.raises(ConfigError, match=r"mfs 7\.1 that mean nothing to mfs \S+: later_option; install 7\.1 again"):
+        MountConfig.from_json(json.dumps(told))
+    del place["chosen"]  # an earlier one, which did not say
     with pytest.raises(ConfigError, match="later_option"):
-        MountConfig.from_json(text.replace('"umask"', '"later_option": 1, "umask"'))
+        MountConfig.from_json(json.dumps(told))
 
 
 def test_secrets_do_not_show() -> None:

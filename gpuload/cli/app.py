@@ -92,6 +92,14 @@ def cli(**_: Any) -> None:
     help="Of that, what it takes at start and keeps.  [cards: nothing; host memory: all]",
 )
 @click.option(
+    "--ram-tier",
+    "ram_tier",
+    type=Size(),
+    default="0",
+    metavar="SIZE",
+    help="Page-locked host memory for what is evicted from cards: it comes back without its files.  [0]",
+)
+@click.option(
     "--mode",
     default="600",
     show_default=True,
@@ -119,6 +127,7 @@ def cli(**_: Any) -> None:
 def serve(
     arenas: tuple[str, ...],
     floors: tuple[str, ...],
+    ram_tier: int,
     mode: str,
     digests: str | None,
     metrics_addr: str | None,
@@ -159,6 +168,7 @@ def serve(
         socket_mode=int(mode, 8),
         arena_bytes=budget,
         floor_bytes=floor,
+        ram_tier_bytes=ram_tier,
         digests_folder=folder,
         metrics_addr=metrics_addr,
         store_address=serving.store_address(),

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,29 +41,39 @@ DIFFERENT_PARTS = 10
 """One tensor of so many differs between the two fine-tunes."""
 
 
-def run_bench(device: str, nbytes: int, folder: str) -> dict[str, Any]:
-    """Measure all rows. Writes two models into `folder`, removes them. Raises: UsageError, DeviceError."""
+def run_bench(
+    device: str, nbytes: int, folder: str, tell: Callable[[dict[str, Any]], object] = lambda row: None
+) -> dict[str, Any]:
+    """Measure all rows. Writes two models into `folder`, removes them.
+
+    tell: called with each row as it is there; first come those that need no model.
+    Raises: UsageError, DeviceError.
+    """
     device = canonical_name(device)
     count = nbytes // TENSOR_BYTES
     if count < DIFFERENT_PARTS:
         raise UsageError(f"--size: at least {DIFFERENT_PARTS * TENSOR_BYTES} bytes, to have something to measure")
     nbytes = count * TENSOR_BYTES
     open_device(device).close()
-    rows: list[dict[str, Any]] = []
+    rows = _Rows(tell)
+    ceiling = nbytes / _ceiling(device, nbytes)
+
+    def add(what: str, seconds: float, moved: int = nbytes) -> None:
+        rate = moved / seconds
+        rows.append({"what": what, "seconds": seconds, "gb_s": rate / 1e9, "of_ceiling": rate / ceiling})
+
+    def add_all(found: Iterable[dict[str, Any]]) -> None:
+        for row in found:
+            rows.append(row | {"of_ceiling": row["gb_s"] * 1e9 / ceiling})
+
+    add("bare copy from page-locked memory" if device != "cpu" else "bare memcpy, all cores", nbytes / ceiling)
+    add_all(in_place_rows(device, min(nbytes, IN_PLACE_BYTES_MAX)))
     with tempfile.TemporaryDirectory(dir=os.path.abspath(folder), prefix="gpuload-bench-") as scratch:
         one, two = _make_models(Path(scratch), count)
-        ceiling = nbytes / _ceiling(device, nbytes)
-
-        def add(what: str, seconds: float, moved: int = nbytes) -> None:
-            rate = moved / seconds
-            rows.append({"what": what, "seconds": seconds, "gb_s": rate / 1e9, "of_ceiling": rate / ceiling})
-
-        add("bare copy from page-locked memory" if device != "cpu" else "bare memcpy, all cores", nbytes / ceiling)
         add("safetensors load_file, every byte touched", _best(lambda: _touch(reference_load_file(one, device=device))))
         add("gpuload load_file", _best(lambda: load_file(one, device)))
         rows.append({**_plain("gpuload stream, first tensor", _best(lambda: next(iter(stream(one, device)))))})
-        rest = [*first_loads(one, device, rounds=ROUNDS), *in_place_rows(device, min(nbytes, IN_PLACE_BYTES_MAX))]
-        rows += [row | {"of_ceiling": row["gb_s"] * 1e9 / ceiling} for row in rest]
+        add_all(first_loads(one, device, rounds=ROUNDS))
         _server_rows(device, nbytes, one, two, Path(scratch), add, rows)
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, {_card(device)}",
@@ -71,8 +81,18 @@ def run_bench(device: str, nbytes: int, folder: str) -> dict[str, Any]:
         "device": device,
         "bytes": nbytes,
         "ceiling_gb_s": ceiling / 1e9,
-        "rows": rows,
+        "rows": list(rows),
     }
+
+
+class _Rows(list[dict[str, Any]]):
+    def __init__(self, tell: Callable[[dict[str, Any]], object]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def append(self, row: dict[str, Any]) -> None:
+        super().append(row)
+        self._tell(row)
 
 
 def _server_rows(

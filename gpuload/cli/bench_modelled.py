@@ -24,7 +24,7 @@ from typing import Any
 from blake3 import blake3
 
 from gpuload.cli.modelled_load import Rounds
-from gpuload.client.asking import load_resident
+from gpuload.client.asking import ask, load_resident
 from gpuload.errors import DeviceError
 from mfs import children
 from mfs.errors import UsageError
@@ -67,6 +67,10 @@ def run_modelled(nbytes: int, folder: str) -> dict[str, Any]:
         for path, count in ((one, LARGE_COUNT), (two, SMALL_COUNT)):
             rows += _pipeline_rows(path, nbytes, count, link, hashed=False, models_reads=False)
             rows += _server_rows(path, nbytes, count, link, scratch)
+        two.unlink()
+        other = write_model(scratch / "other.safetensors", nbytes, LARGE_COUNT)
+        time.sleep(2.1)
+        rows += _evicting_rows(one, other, nbytes, link, scratch)
     return {
         "device": "modelled",
         "cores": os.cpu_count(),
@@ -124,21 +128,58 @@ def _server_rows(path: Path, nbytes: int, count: int, link: float, scratch: Path
     for known in (False, True):
         digests = scratch / f"digests-{count}"
         if known:
-            subprocess.run(
-                children.python("-m", "gpuload", "digest", str(path), "--digests", str(digests)),
-                check=True, capture_output=True, timeout=TIMEOUT_S, cwd=children.CWD, env=children.environment(),
-            )  # fmt: skip
+            _digest(path, digests)
         with _server(digests if known else scratch / "none", nbytes, link, scratch) as socket_path:
             report = load_resident(path, "bench", "cuda:0", socket_path=socket_path)["report"]
         what = f"server, {count} tensors, digests {'known' if known else 'unknown'}, reads real"
         yield _row(what, nbytes, report["seconds"], link)
 
 
+def _evicting_rows(one: Path, other: Path, nbytes: int, link: float, scratch: Path) -> Iterator[dict[str, Any]]:
+    """Two models, of which the arena holds one: each drives the other out. Digests are known."""
+    digests = scratch / "digests-evicting"
+    for path in (one, other):
+        _digest(path, digests)
+    for tier in (0, int(2.2 * nbytes)):
+        with _server(digests, nbytes, link, scratch, tier) as socket_path:
+            _wait_locked(socket_path)
+
+            def load(path: Path, socket_path: str = socket_path) -> dict[str, Any]:
+                report: dict[str, Any] = load_resident(path, path.name, "cuda:0", socket_path=socket_path)["report"]
+                return report
+
+            load(one)
+            seconds = load(other)["seconds"]
+            where = "to the RAM tier" if tier else "for good"
+            yield _row(f"server, {LARGE_COUNT} tensors, another is evicted {where}, reads real", nbytes, seconds, link)
+            if tier:
+                reports = [load(path) for path in (one, other) * (ROUNDS // 2 + 1)]
+                if any(report["bytes_from_ram"] != report["bytes_total"] for report in reports):
+                    raise DeviceError("a model did not come back from the RAM tier")
+                best = min(report["seconds"] for report in reports)
+                yield _row(f"server, {LARGE_COUNT} tensors, back from the RAM tier", nbytes, best, link)
+
+
+def _wait_locked(socket_path: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(t["locked_bytes"] < t["bytes"] for t in ask({"op": "status"}, socket_path=socket_path)["ram_tiers"]):
+        if time.monotonic() > deadline:
+            raise DeviceError(f"the RAM tier was not page-locked in {TIMEOUT_S:.0f} s")
+        time.sleep(0.1)
+
+
+def _digest(path: Path, digests: Path) -> None:
+    subprocess.run(
+        children.python("-m", "gpuload", "digest", str(path), "--digests", str(digests)),
+        check=True, capture_output=True, timeout=TIMEOUT_S, cwd=children.CWD, env=children.environment(),
+    )  # fmt: skip
+
+
 @contextmanager
-def _server(digests: Path, nbytes: int, link: float, scratch: Path) -> Iterator[str]:
+def _server(digests: Path, nbytes: int, link: float, scratch: Path, tier: int = 0) -> Iterator[str]:
     path = str(scratch / "s.sock")
     command = children.python("-m", "gpuload", "serve", "--socket", path, "--digests", str(digests))
-    command += ["--arena", f"cuda:0={int(nbytes * 1.1) + (256 << 20)}"]
+    command += ["--arena", f"cuda:0={int(nbytes * 1.1) + (256 << 20)}", "--ram-tier", str(tier)]
     options = ["--moves-nothing", "--set", f"LINK_GB_S={link}"]
     with subprocess.Popen(
         _simulated(options, command), stderr=subprocess.PIPE, text=True, cwd=children.CWD, env=children.environment()

@@ -9,6 +9,7 @@ EXAMPLES: Mapping[str, str] = {
 gpuload serve                                       4 GiB of host memory
 gpuload serve --arena cuda:0=70G --arena cuda:1=70G
 gpuload serve --arena cuda:0=70G --floor cuda:0=40G    40 are taken at once and kept
+gpuload serve --arena cuda:0=70G --ram-tier 200G       what is evicted comes back at link speed
 gpuload serve --arena cuda:0=70G --mode 660         the socket's group may attach, too""",
     "load": """\
 gpuload load /mnt/models/llama --device cuda:0

@@ -69,6 +69,7 @@ def examine(
         share = sum(t.nbytes for t in transfers if t.device == name) / max(1, sizes.bytes_total)
         here, arena = _on_device(name, transfers, int(kv * share), socket_path)
         fits = [(name, here), *([] if arena is None else [(f"the server's arena on {name}", arena)])]
+        fits += _in_ram(name, here.weights_bytes, socket_path) if arena is not None else []
         if share == 1:
             targets += [with_worlds(*one) for one in fits[:1]]
         else:
@@ -109,6 +110,12 @@ def _in_arena(weights: int, there: Mapping[str, Any]) -> Fit:
     others have."""
     budget, stays = there["arena_bytes"], there["arena_used_bytes"] - there["arena_evictable_bytes"]
     return Fit(weights, 0, 0, 0, stays, max(0, budget - stays - there["arena_room_bytes"]), budget)
+
+
+def _in_ram(name: str, weights: int, socket_path: str | None) -> list[tuple[str, Fit]]:
+    """In the server's RAM tier, should it be evicted: all that stands there may go for it. None where there is none."""
+    tiers = [] if name.startswith("cpu") else _ask(socket_path).get("ram_tiers", [])
+    return [("the server's RAM tier", Fit(weights, 0, 0, 0, 0, 0, tier["bytes"])) for tier in tiers]
 
 
 def _whole(name: str, fit: Fit) -> dict[str, Any]:
@@ -154,10 +161,14 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 def _server_on(device: str, socket_path: str | None) -> dict[str, Any] | None:
     """What a running server says of its arena on that device; None if none answers, or it has none there."""
+    return next((d for d in _ask(socket_path).get("devices", ()) if d["device"] == device), None)
+
+
+def _ask(socket_path: str | None) -> dict[str, Any]:
+    """A server's status; empty if none answers."""
     from gpuload.client.asking import ask
 
     try:
-        reply = ask({"op": "status"}, socket_path=socket_path, timeout_s=5)
+        return ask({"op": "status"}, socket_path=socket_path, timeout_s=5)
     except MfsError:
-        return None
-    return next((d for d in reply["devices"] if d["device"] == device), None)
+        return {}

@@ -37,6 +37,8 @@ def show_report(reply: dict[str, Any], as_json: bool) -> None:
         f"  kept in place {size(report['bytes_kept'])}, moved inside the device {size(report['bytes_moved_inside'])},"
         f" copied {size(report['bytes_copied'])}",
     ]
+    if report["bytes_from_ram"]:
+        lines.append(f"  back from the RAM tier {size(report['bytes_from_ram'])}")
     if report["bytes_hashed"]:
         lines.append(f"  read and hashed, since nothing was known of them: {size(report['bytes_hashed'])}")
     if report["evicted"]:
@@ -115,6 +117,11 @@ def show_status(reply: dict[str, Any], as_json: bool) -> None:
             continue
         columns = ("model", ">bytes", ">leases", "pinned", ">generation", "rest on", "from")
         _show_table(columns, (_model_row(m, device["device"]) for m in device["models"]))
+    for tier in reply.get("ram_tiers", ()):
+        print(
+            f"RAM tier: {size(tier['used_bytes'])} of {size(tier['bytes'])} used, {size(tier['locked_bytes'])}"
+            f" page-locked; saved {size(tier['saved_bytes'])}, returned {size(tier['returned_bytes'])}"
+        )
     for mount in reply.get("mounts", ()):
         locked, whole = size(mount["locked_bytes"]), size(mount["mapped_bytes"])
         print(clean(f"{mount['door']}: {locked} of {whole} page-locked, copied from in place"))

@@ -57,6 +57,10 @@ class Stream(Protocol):
         """Rows that stand `pitch_bytes` apart on the host, packed on the device."""
         ...
 
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        """From device memory at `src` to staging at `dst`; beside copies in of other streams."""
+        ...
+
     def copy_within(self, dst: int, src: int, nbytes: int) -> None:
         """Inside the device; the ranges do not overlap."""
         ...
@@ -69,7 +73,7 @@ class Stream(Protocol):
 
 
 class Staging(Protocol):
-    """Page-locked host memory a stream copies from; page-aligned."""
+    """Page-locked host memory that streams copy from and to; page-aligned. The device `reaches` it."""
 
     address: int
     view: memoryview

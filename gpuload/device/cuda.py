@@ -95,6 +95,9 @@ class CudaStream:
         )
         self._device.call("cuMemcpy2DAsync_v2", ctypes.byref(copy), self._handle)
 
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        self._device.call("cuMemcpyDtoHAsync_v2", dst, src, nbytes, self._handle)
+
     def copy_within(self, dst: int, src: int, nbytes: int) -> None:
         self._device.call("cuMemcpyDtoDAsync_v2", dst, src, nbytes, self._handle)
 
@@ -143,10 +146,12 @@ class CudaStaging:
         self._unlock()
         self._device.call("cuMemHostRegister_v2", self.address, wanted, cu.MEMHOSTREGISTER_PORTABLE)
         self._locked_bytes = wanted
+        self._device.driver.registered.add(self.address, wanted)
 
     def _unlock(self) -> None:
         if self._locked_bytes:
             self._locked_bytes = 0
+            self._device.driver.registered.remove(self.address)
             self._device.give_back("cuMemHostUnregister", self.address)
 
     def close(self) -> None:

@@ -116,6 +116,7 @@ _PROTOTYPES: dict[str, list[Any]] = {
     "cuEventQuery": [c_void_p],
     "cuEventDestroy_v2": [c_void_p],
     "cuMemcpyHtoDAsync_v2": [c_ulonglong, c_void_p, c_size_t, c_void_p],
+    "cuMemcpyDtoHAsync_v2": [c_void_p, c_ulonglong, c_size_t, c_void_p],
     "cuMemcpyDtoDAsync_v2": [c_ulonglong, c_ulonglong, c_size_t, c_void_p],
     "cuMemcpyDtoH_v2": [c_void_p, c_ulonglong, c_size_t],
     "cuMemcpy2DAsync_v2": [POINTER(Memcpy2D), c_void_p],

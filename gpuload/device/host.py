@@ -90,6 +90,9 @@ class HostStream:
 
         self._queue.put(copy)
 
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        self.copy_in(dst, src, nbytes)
+
     def copy_within(self, dst: int, src: int, nbytes: int) -> None:
         self.copy_in(dst, src, nbytes)
 
@@ -118,17 +121,19 @@ class HostStream:
 class HostStaging:
     """See `base.Staging`. Ordinary memory; touched once, no page fault falls into a copy."""
 
-    def __init__(self, nbytes: int, *, is_touched: bool) -> None:
-        self._map = mmap.mmap(-1, max(nbytes, 1))
+    def __init__(self, nbytes: int, reached: Ranges, *, is_touched: bool) -> None:
+        self._map, self._reached = mmap.mmap(-1, max(nbytes, 1)), reached
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         if is_touched:
             ctypes.memset(self.address, 0, nbytes)
+        reached.add(self.address, nbytes)
 
     def lock(self, nbytes: int) -> None:
         return None
 
     def close(self) -> None:
+        self._reached.remove(self.address)
         self.view.release()
         with contextlib.suppress(BufferError):  # the traceback of a failed read may hold a part of it a while longer
             self._map.close()
@@ -274,7 +279,7 @@ class HostDevice:
         return HostStream()
 
     def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> HostStaging:
-        return HostStaging(nbytes, is_touched=is_locked)
+        return HostStaging(nbytes, self._registered, is_touched=is_locked)
 
     def reserve_arena(self, nbytes: int, shared: int | None = None) -> HostArena:
         return HostArena(nbytes, self.granule_bytes, shared)

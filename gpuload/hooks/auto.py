@@ -1,4 +1,4 @@
-"""Started at interpreter start, by the .pth or by `gpuload run`. Costs nothing until somebody imports safetensors.
+"""Started at interpreter start, by the .pth or by `gpuload run`. Costs nothing until somebody imports what it patches.
 
 Imports neither torch nor the rest of gpuload: every Python process of a machine may run this line.
 """
@@ -15,7 +15,8 @@ from types import ModuleType
 VARIABLE = "GPULOAD_AUTO"
 """The hooks are on where this is set and not '0'."""
 
-TARGET = "safetensors"
+TARGETS = ("safetensors", "runai_model_streamer", "instanttensor")
+"""What is patched: `safetensors_patch`, and for the others `streamers`."""
 
 
 def is_asked_for() -> bool:
@@ -23,15 +24,15 @@ def is_asked_for() -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Sees the first import of safetensors, lets the others find it, and patches it once it is there.
+    """Sees the first import of a target, lets the others find it, and patches it once it is there.
 
-    Stays until then: programs ask `find_spec` whether safetensors exists long before they import it.
+    Stays: programs ask `find_spec` whether a package exists long before they import it, or never do.
     """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != TARGET:
+        if fullname not in TARGETS or fullname in sys.modules:
             return None
         for other in [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]:
             spec = other.find_spec(fullname, path, target)
@@ -53,16 +54,20 @@ class _Loader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self._inner
         self._inner.exec_module(module)
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
-        patch_now()
+        patch_now(module)
 
 
-def patch_now() -> None:
-    """Patch safetensors; whatever goes wrong, the program goes on without us and says so once."""
+def patch_now(module: ModuleType) -> None:
+    """Patch one of TARGETS; whatever goes wrong, the program goes on without us and says so once."""
     try:
-        from gpuload.hooks import safetensors_patch
+        if module.__name__ == "safetensors":
+            from gpuload.hooks import safetensors_patch
 
-        safetensors_patch.install()
+            safetensors_patch.install()
+        else:
+            from gpuload.hooks import streamers
+
+            streamers.INSTALLERS[module.__name__](module)
     except Exception as error:  # a hook must never break its host
         print(f"gpuload: not used here: {type(error).__name__}: {error}", file=sys.stderr)
 
@@ -71,10 +76,10 @@ def start() -> None:
     """Install the hook if the environment asks for it. Idempotent."""
     if not is_asked_for() or any(isinstance(f, _Finder) for f in sys.meta_path):
         return
-    if TARGET in sys.modules:
-        patch_now()
-    else:
-        sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Finder())
+    for name in TARGETS:
+        if name in sys.modules:
+            patch_now(sys.modules[name])
 
 
 start()

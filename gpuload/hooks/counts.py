@@ -19,12 +19,15 @@ class Counts:
         """By this process's own pipeline (vLLM's and SGLang's plugins, where no server answers)."""
         self.left = 0
         """By the library itself."""
+        self.read_bytes = 0
+        """Of what was streamed, the bytes that this process read itself; the others' came from the ranks beside it."""
 
-    def add(self, *, served: int = 0, streamed: int = 0, left: int = 0) -> None:
+    def add(self, *, served: int = 0, streamed: int = 0, left: int = 0, read_bytes: int = 0) -> None:
         with self._lock:
             self.served += served
             self.streamed += streamed
             self.left += left
+            self.read_bytes += read_bytes
 
     def renew_lock(self) -> None:
         """For a forked child, whose copy of the lock may be held by a thread that it does not have."""

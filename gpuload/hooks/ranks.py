@@ -16,6 +16,7 @@ long a rank waits for one that is gone is the group's own deadline.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import torch.distributed as dist
 
 from gpuload.client import tensors
 from gpuload.client.streaming import stream_transfers
+from gpuload.hooks.counts import counts
 from gpuload.moving.model_files import without
 from gpuload.moving.pipeline import Limits
 from gpuload.moving.plan import Placement, Transfer, plan_transfers
@@ -182,9 +184,10 @@ def _in_turns(
     own = [transfers[i] for turn in turns if turn.rank == group.rank for i in turn.members]
     landing = stream_transfers(shards, own, limits)
     try:
+        begun = _begun(landing)
         for turn in turns:
             flat = torch.empty(turn.nbytes, dtype=torch.uint8, device=device)
-            failure = _fill(flat, turn, landing) if turn.rank == group.rank else None
+            failure = _fill(flat, turn, begun) if turn.rank == group.rank else None
             group.broadcast(flat, turn.rank)
             if failure is not None:
                 raise failure
@@ -198,12 +201,28 @@ def _in_turns(
         close_shards(shards)
 
 
+def _begun(landing: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, at work by now; what went wrong comes with the first, when the others listen."""
+    try:
+        return itertools.chain([next(landing)], landing)
+    except StopIteration:
+        return landing
+    except Exception as error:
+        return _failing(error)
+
+
+def _failing(error: Exception) -> Iterator[tuple[str, torch.Tensor]]:
+    raise error
+    yield
+
+
 def _fill(flat: torch.Tensor, turn: Turn, landing: Iterator[tuple[str, torch.Tensor]]) -> Exception | None:
     """Put this rank's next tensors in their places; what went wrong, if it did, which is then said in front."""
     flat[:HEAD_BYTES] = 0
     try:
         for offset in turn.offsets:
             _, tensor = next(landing)
+            counts.add(read_bytes=tensor.nbytes)
             flat[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
             del tensor
         return None

@@ -6,8 +6,8 @@ object passes through a replaced `__init__` or `get_slice`, which sets or clears
 never read. The real object is always made too (it maps the file and reads the header), which keeps every refusal, every
 method and every fallback the library's own.
 
-Served: framework 'pt', on a device where the server has an arena. Everything else, and everything that fails, goes the
-library's way; the first failure is logged, once per process.
+Served: framework 'pt', on a device where the server has an arena, files of SMALL_BYTES and more. Everything else, and
+everything that fails, goes the library's way; the first failure is logged, once per process.
 
 A lease lasts while tensors given out live, and for the open file itself until it is closed or unused for IDLE_S: an
 object that is dropped unclosed cannot be seen to go. A forked child holds nothing of its parent's open files and
@@ -26,7 +26,8 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuload.hooks.counts import counts
-from gpuload.hooks.resident import attach_file, is_away, is_copied
+from gpuload.hooks.resident import attach_file, is_away, is_copied, tell_once
+from mfs.errors import UsageError
 
 KNOWN_MAX = 1 << 17
 """Open files, and slices not yet dropped with their file, that are remembered; an older one falls back to the library.
@@ -34,6 +35,13 @@ The largest model known has 90,000 tensors, and transformers takes a slice of ea
 
 IDLE_S = 60.0
 """How long an open file that nobody reads holds its lease; the next read attaches again, in milliseconds."""
+
+SMALL_BYTES = 1 << 20
+"""Of a file that is left to the library: to map it takes 0.06 ms, to have it from the server 3 to 12, and sharing it
+saves no more than this."""
+
+SMALL_VARIABLE = "GPULOAD_SMALL_BYTES"
+"""Another number; 0: every file is served."""
 
 _NAMES = {"pt", "torch", "pytorch"}
 
@@ -45,6 +53,7 @@ class _File:
         self.path, self.device = path, device
         self.slice_keys: list[int] = []
         self._seen = os.stat(path)
+        self.nbytes = self._seen.st_size
         self._used_at = 0.0
         self.forget()
 
@@ -200,6 +209,7 @@ def install() -> None:
     opened: Any = safetensors.safe_open
     real = {n: getattr(opened, n) for n in ("__init__", "__exit__", "get_tensor", "get_slice")}
     real_get_tensors = getattr(opened, "get_tensors", None)  # since 0.8
+    real_prefetch = getattr(opened, "prefetch", None)  # since 0.9
     slice_type = _slice_type(opened)
     real_getitem = slice_type.__getitem__
 
@@ -237,10 +247,16 @@ def install() -> None:
         tensor = _or_library(file, name, lambda: None, key)
         return real_getitem(self, key) if tensor is None else tensor
 
+    def prefetch(self: Any, plan: Any = None, *, device: Any = None, threads: int = 8) -> Any:
+        made = _prefetched(self, plan, device)
+        return real_prefetch(self, plan, device=device, threads=threads) if made is None else made  # type: ignore[misc]
+
     opened.__init__, opened.__exit__ = __init__, __exit__
     opened.get_tensor, opened.get_slice = get_tensor, get_slice
     if real_get_tensors is not None:
         opened.get_tensors = get_tensors
+    if real_prefetch is not None:
+        opened.prefetch = prefetch
     slice_type.__getitem__ = __getitem__
     os.register_at_fork(after_in_child=_start_afresh)
     _is_installed = True
@@ -253,6 +269,23 @@ def _or_library(file: _File | None, name: str, library: Callable[[], Any], key: 
         return library()
     counts.add(served=1)
     return tensor
+
+
+def _prefetched(opened: Any, plan: Any, device: Any) -> Any:
+    """A loader of the server's tensors; None leaves it to the library."""
+    from safetensors import SafetensorError
+
+    from gpuload.hooks import prefetched
+
+    file = _files.get(opened)
+    place = None if file is None else file.device if device is None else _canonical(device)
+    if file is None or place is None or not place.startswith("cuda"):  # it loads to no other
+        return None
+    names = prefetched.plan_of(plan, {name: opened.get_tensor_meta(name).shape for name in opened.offset_keys()})
+    held = attach_file(file.path, place, seen=file._seen) if names is not None else None
+    if names is None or held is None:
+        return None
+    return prefetched.Prefetched(held, names, place, SafetensorError)
 
 
 def _slice_type(opened: Any) -> Any:
@@ -269,11 +302,31 @@ def _slice_type(opened: Any) -> Any:
 
 def _served(filename: Any = None, framework: Any = None, device: Any = "cpu", **_: Any) -> _File | None:
     """What to serve for these arguments of safe_open; None leaves it to the library."""
-    from gpuload.device import canonical_name
-
-    if framework not in _NAMES or is_away():
+    place = _canonical(device)
+    if framework not in _NAMES or place is None or is_away():
         return None
     try:
-        return _File(os.fspath(filename), canonical_name(device if isinstance(device, int) else str(device)))
-    except Exception:  # another kind of device, or a name the library has already refused
+        file = _File(os.fspath(filename), place)
+        return file if file.nbytes >= _small_bytes() else None
+    except Exception:  # a name the library has already refused
         return None
+
+
+def _canonical(device: Any) -> str | None:
+    """As `canonical_name`; None for another kind of device."""
+    from gpuload.device import canonical_name
+
+    try:
+        return canonical_name(device if isinstance(device, int) else str(device))
+    except UsageError:
+        return None
+
+
+def _small_bytes() -> int:
+    given = os.environ.get(SMALL_VARIABLE)
+    if not given:
+        return SMALL_BYTES
+    if given.isascii() and given.isdigit():
+        return int(given)
+    tell_once(f"{SMALL_VARIABLE}={given[:50]!r}", ValueError(f"expected a number of bytes; {SMALL_BYTES} it is"))
+    return SMALL_BYTES

@@ -1,8 +1,8 @@
 """SGLang: with GPULOAD_AUTO=1, models on an mfs mount come from gpuload. No flag: its load formats are a closed list.
 
 Registered through the entry point group `sglang.srt.plugins`, which SGLang runs in every one of its processes. Around
-its two iterators over safetensors files stands a function that hands over ours where all files are mounted, and else
-calls SGLang's own. They are hooked where they are defined and where the loader bound them by name.
+its iterators over safetensors files, those of other loaders too, stands a function that hands over ours where all files
+are mounted, and else calls SGLang's own. They are hooked where they are defined, and where its loader bound them.
 
 HOOKS.md says which versions it ran with.
 """
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 _MODULE = "sglang.srt.model_loader.loader"
 ITERATORS = ("safetensors_weights_iterator", "buffered_multi_thread_safetensors_weights_iterator")
+OF_LOADERS = (
+    "sglang.srt.model_loader.loader.instanttensor_weights_iterator",
+    "sglang.srt.model_loader.loader.fastsafetensors_weights_iterator",
+    "sglang.srt.model_loader.weight_utils.runai_safetensors_weights_iterator",
+)
+"""Of `--load-format instanttensor`, fastsafetensors and runai_streamer, where its loaders find them."""
 
 _is_registered = False
 
@@ -34,8 +40,8 @@ def register() -> None:
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     except ImportError:
         return
-    for name in ITERATORS:
-        HookRegistry.register(f"{_MODULE}.{name}", iterate, HookType.AROUND)
+    for target in (*(f"{_MODULE}.{name}" for name in ITERATORS), *OF_LOADERS):
+        HookRegistry.register(target, iterate, HookType.AROUND)
     _is_registered = True
 
 

@@ -30,9 +30,18 @@ if TYPE_CHECKING:
 
 LOAD_FORMAT = "gpuload"
 FLAGLESS_FORMATS = ("auto", "hf", "safetensors")
-"""Formats that GPULOAD_AUTO takes over, for files on a mount."""
+"""Formats that GPULOAD_AUTO takes over, for files on a mount; and those of other loaders of safetensors, below."""
 
-_ITERATORS = ("safetensors_weights_iterator", "multi_thread_safetensors_weights_iterator")
+OF_LOADERS = {
+    "instanttensor": "instanttensor_weights_iterator",
+    "fastsafetensors": "fastsafetensors_weights_iterator",
+    "runai_streamer": "runai_safetensors_weights_iterator",
+}
+"""Format -> its iterator, in the module where vLLM's loader of it finds it."""
+
+ITERATORS = (
+    "safetensors_weights_iterator", "multi_thread_safetensors_weights_iterator", *OF_LOADERS.values(),
+)  # fmt: skip
 _PLAIN_STRATEGIES = (None, "lazy", "eager", "prefetch")
 """Strategies that say how bytes are read, which we decide, and not what is made of them."""
 
@@ -51,11 +60,25 @@ def register() -> None:
         return
     register_model_loader(LOAD_FORMAT)(_named_loader(default_loader))
     if is_asked_for():
-        flagless = _flagless_loader(default_loader)
+        flagless = _flagless_loader(default_loader, default_loader.DefaultModelLoader)
         for load_format in FLAGLESS_FORMATS:
             register_model_loader(load_format)(flagless)
+        _register_others(register_model_loader, default_loader, flagless)
     _register_sleep()
     _is_registered = True
+
+
+def _register_others(register_model_loader: Any, default_loader: Any, flagless: type) -> None:
+    """Formats of other loaders, as far as this vLLM has them."""
+    for load_format, iterator in OF_LOADERS.items():
+        if hasattr(default_loader, iterator):
+            register_model_loader(load_format)(flagless)
+    try:
+        from vllm.model_executor.model_loader import runai_streamer_loader as runai
+    except ImportError:
+        return
+    if hasattr(runai, OF_LOADERS["runai_streamer"]):
+        register_model_loader("runai_streamer")(_flagless_loader(runai, runai.RunaiModelStreamerLoader))
 
 
 def _register_sleep() -> None:
@@ -96,18 +119,23 @@ def _named_loader(module: Any) -> type:
     return GpuloadModelLoader
 
 
-def _flagless_loader(module: Any) -> type:
-    class MountedModelLoader(module.DefaultModelLoader):  # type: ignore[misc]
-        """DefaultModelLoader whose safetensors come from gpuload where they stand on an mfs mount."""
+def _flagless_loader(module: Any, loader: Any) -> type:
+    """One of vLLM's loaders, defined in `module`, for `--load-format` as it is."""
 
-        def _get_weights_iterator(self, source: Any) -> Any:
+    class MountedModelLoader(loader):  # type: ignore[misc]
+        """Its safetensors come from gpuload where they stand on an mfs mount."""
+
+        def _get_weights_iterator(self, *args: Any, **kwargs: Any) -> Any:
             def ours(files: Sequence[str]) -> Iterator[Any] | None:
                 group = _ranks()
                 if not are_mounted(files, group):
                     return None
                 return weights_of(files, device=_worker_device(self.load_config), group=group)
 
-            return _with_iterators(module, ours, lambda: super(MountedModelLoader, self)._get_weights_iterator(source))
+            def pick() -> Any:
+                return super(MountedModelLoader, self)._get_weights_iterator(*args, **kwargs)
+
+            return _with_iterators(module, ours, pick)
 
     return MountedModelLoader
 
@@ -118,7 +146,7 @@ def _with_iterators(module: Any, ours: Callable[[Sequence[str]], Iterator[Any] |
     ours: the iterator for these files, or None to leave them to vLLM.
     """
     with _swapping:
-        originals = {name: getattr(module, name) for name in _ITERATORS if hasattr(module, name)}
+        originals = {name: getattr(module, name) for name in ITERATORS if hasattr(module, name)}
         try:
             for name, original in originals.items():
                 setattr(module, name, _instead_of(original, ours))
@@ -134,7 +162,7 @@ def _instead_of(original: Any, ours: Callable[[Sequence[str]], Iterator[Any] | N
 
     def iterate(*args: Any, **kwargs: Any) -> Iterator[Any]:
         given = signature.bind(*args, **kwargs).arguments
-        is_plain = given.get("safetensors_load_strategy") in _PLAIN_STRATEGIES
+        is_plain = given.get("safetensors_load_strategy") in _PLAIN_STRATEGIES and not given.get("load_engram_on_cpu")
         if is_plain and given.get("local_expert_ids") is None:
             found = ours(sorted(given[files_name], key=_natural))  # as vLLM's iterator sorts them
             if found is not None:

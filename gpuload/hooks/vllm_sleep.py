@@ -22,7 +22,8 @@ from vllm.device_allocator.sleep_mode_backend import CuMemBackend
 
 from gpuload.client import tensors
 from gpuload.client.committed import Identity, commit, fill
-from gpuload.hooks.resident import tell_once
+from gpuload.errors import first_error
+from gpuload.hooks.resident import log
 
 WEIGHTS = "weights"
 """vLLM's tag of the pool that models are made in."""
@@ -50,7 +51,7 @@ class GpuloadBackend(CuMemBackend):  # type: ignore[misc]
                     self._held = commit(self._identity, _bytes_of(awake), retain="lease")
                     self._asleep = awake
             except Exception as error:  # whatever it is, vLLM can still keep them itself
-                tell_once("sleeping by vLLM's own backend", error)
+                log.warning("gpuload: sleeping by vLLM's own backend: %s", first_error(error))
         super().suspend(2 if self._held is not None else level)
 
     def resume(self, tags: list[str] | None = None) -> None:

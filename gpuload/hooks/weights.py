@@ -37,16 +37,22 @@ def own_device() -> str:
 
 
 def weights_of(
-    files: Sequence[str], *, device: str = "cpu", socket_path: str | None = None, group: Group | None = None
+    files: Sequence[str],
+    *,
+    device: str = "cpu",
+    socket_path: str | None = None,
+    group: Group | None = None,
+    by_index: bool = True,
 ) -> Iterator[tuple[str, Any]]:
     """Yield (name, tensor), file by file in the order given; a file's tensors in no promised order.
 
     device: where the tensors come to stand, and the server's arena to be served from. On a card that has no room for
         what loading takes they come to stand in host memory.
     group: the ranks that call this together, each with the same files; None: this process alone.
-    The index beside the files counts: see `model_files.picked_by_others`. Raises: IntegrityError before the first.
+    by_index: whether the index beside the files counts: see `model_files.picked_by_others`.
+    Raises: IntegrityError before the first, for an index that is not kept.
     """
-    left_out = picked_by_others(files)
+    left_out = picked_by_others(files) if by_index else [set[str]() for _ in files]
     device = _with_room(files, device)
     if group is not None and group.world > 1:
         shared = _shared(files, left_out, device, socket_path, group)
@@ -127,10 +133,10 @@ def _streamed(file: str, device: str) -> Iterator[tuple[str, Any]]:
         return
     if first is None:
         return
-    counts.add(streamed=1)
+    counts.add(streamed=1, read_bytes=first[1].nbytes)
     yield first
     for item in landing:
-        counts.add(streamed=1)
+        counts.add(streamed=1, read_bytes=item[1].nbytes)
         yield item
 
 

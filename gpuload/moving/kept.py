@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from gpuload.device.base import Device
 from gpuload.errors import DeviceError
-from gpuload.moving.pool import Mapper, Place
+from gpuload.moving.pool import Mapper, Place, Range
 from mfs.control.borrowing import Borrower, LentFile, Opened, file_key
 from mfs.errors import MfsError, StoreError, TransientStoreError
 from mfs.types import CHUNK_BYTES
@@ -66,6 +66,12 @@ class KeptFiles(Mapper):
     def unmap(self, file: LentFile) -> None:
         """See `Mapper.unmap`: the mapping stays while anything of it is page-locked."""
         self._of(file).give_back(file)
+
+    def holds(self, ranges: Sequence[Range]) -> bool:
+        """Whether all of these bytes are page-locked here now, so that a load would copy them in place."""
+        with self._lock:
+            kept = list(self._kept)
+        return bool(ranges) and all(any(one.holds(wanted) for one in kept) for wanted in ranges)
 
     @property
     def mapped_count(self) -> int:
@@ -183,6 +189,15 @@ class _KeptMount:
     def locked_bytes(self) -> int:
         with self._changed:
             return sum(_locked_bytes(kept.file, piece) for kept in self._files.values() for piece in kept.locked)
+
+    def holds(self, wanted: Range) -> bool:
+        """See `KeptFiles.holds`."""
+        pieces = range(wanted.start // PIECE_BYTES, -(-wanted.stop // PIECE_BYTES))
+        with self._changed:
+            if self._is_gone or self._is_closing or self.door != wanted.door:
+                return False
+            files = (kept for kept in self._files.values() if kept.place.inode == wanted.inode)
+            return any(all(piece in kept.locked for piece in pieces) for kept in files)
 
     def serves(self, place: Place) -> bool:
         return (self.door, self._pid) == (place.door, place.daemon_pid)

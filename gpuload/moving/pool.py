@@ -38,6 +38,22 @@ class Place(NamedTuple):
     inode: int
 
 
+class Range(NamedTuple):
+    """Bytes of a file on a mount that lends to us."""
+
+    door: Path
+    inode: int
+    """Names a version of a file, the same on every mount."""
+    start: int
+    stop: int
+
+
+def lenders_of(shards: Sequence[Shard]) -> list[Path | None]:
+    """The door of the mount that each file stands on; None for those on none. Asks the kernel's mount table."""
+    places = [borrowing.find(os.path.abspath(shard.path)) for shard in shards]
+    return [None if place is None else place[0] for place in places]
+
+
 class Mapper:
     """Maps what a mount lends for the sources of one load. `kept.KeptFiles` is another that keeps it over loads."""
 

@@ -19,6 +19,7 @@ from gpuload.server.door import Door, leads_to, opened
 from gpuload.server.estate import Estate, Index, Store
 from gpuload.server.handover import Heir
 from gpuload.server.layout import PIECE_BYTES
+from gpuload.server.ram_tier import RamTier
 from gpuload.server.site import Site
 from gpuload.server.succession import Left, check_devices, restore
 from mfs import manager
@@ -64,6 +65,7 @@ class Beginning:
     devices: Mapping[str, Device]
     store: Store
     version: str
+    _tier: RamTier | None = None
 
     async def anew(self, left: Left | None = None) -> Begun:
         """With arenas that nobody has; of `left` the door alone. Raises: ConfigError, BusyError, FitError,
@@ -173,7 +175,19 @@ class Beginning:
         ring = Ring(device, buffer_bytes=max(limits.buffer_bytes, PIECE_BYTES), count=limits.buffers_count)
         stack.callback(ring.close)
         await trio.to_thread.run_sync(ring.grow)
-        return Site(name, device, arena, catalog, ring, floor_count)
+        return Site(name, device, arena, catalog, ring, None if device.is_direct else self.tier(), floor_count)
+
+    def tier(self) -> RamTier | None:
+        """One for all cards; the stack gives its memory back. Raises: ConfigError."""
+        cards = [device for device in self.devices.values() if not device.is_direct]
+        if not self.config.ram_tier_bytes:
+            return None
+        if not cards:
+            raise ConfigError("a RAM tier stands behind cards: there is none among the arenas")
+        if self._tier is None:
+            self._tier = RamTier(self.config.ram_tier_bytes, cards[0])
+            self.stack.callback(self._tier.close)
+        return self._tier
 
     def _check_fit(self, *, is_heir: bool = False) -> None:
         """See that all floors and rings together fit beside what others hold, before any is taken, and that no arena is
@@ -181,6 +195,7 @@ class Beginning:
         """
         limits = self.config.limits
         staging = max(limits.buffer_bytes, PIECE_BYTES) * limits.buffers_count * len(self.devices)
+        staging += self.config.ram_tier_bytes
         sums: dict[str, tuple[Device, int, int, int]] = {}  # all devices in host memory are one sum
         for name, device in self.devices.items():
             place = "host memory" if name.startswith("cpu") else name
@@ -199,9 +214,9 @@ class Beginning:
             others, short = memory.total_bytes - memory.free_bytes, floors + rings - memory.free_bytes
             if short > 0:
                 raise FitError(
-                    f"this does not fit {place}: floors {format_size(floors)}, staging {format_size(rings)}; of its"
-                    f" {format_size(memory.total_bytes)} others hold {format_size(others)}, free are"
-                    f" {format_size(memory.free_bytes)}; short by {format_size(short)}; nothing was taken",
+                    f"this does not fit {place}: floors {format_size(floors)}, staging and RAM tier"
+                    f" {format_size(rings)}; of its {format_size(memory.total_bytes)} others hold {format_size(others)},"
+                    f" free are {format_size(memory.free_bytes)}; short by {format_size(short)}; nothing was taken",
                     shortfall_bytes=short,
                 )
 

@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 from gpuload.device.base import Run
 from gpuload.errors import FitError
 from gpuload.moving.plan import Placement
+from gpuload.moving.pool import Range
 from gpuload.server.digest_files import Digest
 from gpuload.server.granules import Granules
+from gpuload.server.piece_index import PieceIndex
 from mfs.errors import NotFoundError
 from mfs.units import format_size
 
@@ -38,6 +40,8 @@ class Block:
     pieces: list[tuple[int, int, Digest]] = field(default_factory=list)
     """(offset, nbytes, digest), in order."""
     holds: int = 0
+    lenders: Sequence[Range] = ()
+    """Where on mounts the bytes of all its tensors came from; empty if some came from elsewhere."""
 
     @property
     def granules_count(self) -> int:
@@ -103,6 +107,8 @@ class Model:
     """The clock at its last use."""
     number: int = 0
     """What the estate knows it by; 0 before that has its record."""
+    is_unwanted: bool = False
+    """Somebody unloaded it: what goes with it is not kept in RAM."""
 
     @property
     def devices(self) -> list[str]:
@@ -156,7 +162,7 @@ class Model:
         for part in self.parts:
             part.catalog.retired.remove(self)
             for block in part.blocks:
-                part.catalog.let_go(block)
+                part.catalog.let_go(block, is_unwanted=self.is_unwanted)
             part.blocks = []
 
 
@@ -187,7 +193,10 @@ class Catalog:
         self.models: dict[str, Model] = {}
         self.retired: list[Model] = []
         self.blocks: dict[Digest, Block] = {}
-        self._pieces: dict[Digest, dict[Block, int]] = {}
+        self._pieces: PieceIndex[Block] = PieceIndex()
+        self.on_leaving: Callable[[Block], object] = lambda block: None
+        """Called with a complete block that nobody holds any more, and that somebody may want again, before its
+        granules are free."""
 
     def find(self, name: str) -> Model:
         """Raises: NotFoundError naming what there is."""
@@ -202,7 +211,7 @@ class Catalog:
 
     def find_piece(self, digest: Digest) -> tuple[Block, int] | None:
         """Some complete block that has these bytes, and at which offset."""
-        return next(iter(self._pieces.get(digest, {}).items()), None)
+        return self._pieces.find(digest)
 
     @property
     def has_pieces(self) -> bool:
@@ -327,20 +336,19 @@ class Catalog:
     def hold(self, block: Block) -> None:
         block.holds += 1
 
-    def let_go(self, block: Block) -> None:
-        """Give up one hold; the last one frees the granules."""
+    def let_go(self, block: Block, *, is_unwanted: bool = False) -> None:
+        """Give up one hold; the last one frees the granules. is_unwanted: it need not be kept elsewhere."""
         block.holds -= 1
         if block.holds:
             return
+        if block.digest and not is_unwanted:
+            self.on_leaving(block)
         self.granules.put(block.runs)
         block.runs = []
         self.on_freed()
         if block.digest and self.blocks.get(block.digest) is block:
             del self.blocks[block.digest]
-        for _, _, digest in block.pieces:
-            owners = self._pieces.get(digest)
-            if owners is not None and owners.pop(block, None) is not None and not owners:
-                del self._pieces[digest]
+        self._pieces.remove(block, block.pieces)
 
     def complete(self, block: Block, digest: Digest, pieces: Sequence[tuple[int, int, Digest]]) -> Block:
         """Its bytes are in place: let others find it. If an equal one is there already, that one is held instead."""
@@ -357,8 +365,7 @@ class Catalog:
     def index(self, block: Block, pieces: Sequence[tuple[int, int, Digest]]) -> None:
         """The next of a block's pieces are in place: let others find them. For blocks of many, ahead of `complete`."""
         block.pieces.extend(pieces)
-        for offset, _, piece in pieces:
-            self._pieces.setdefault(piece, {}).setdefault(block, offset)
+        self._pieces.add(block, pieces)
 
     def gauges(self) -> dict[str, int]:
         """Everything that must be zero when nothing is resident."""

@@ -24,6 +24,8 @@ class ServerConfig:
     """Device name -> the most it may ever take."""
     floor_bytes: Mapping[str, int] = field(default_factory=dict)
     """Device name -> of that, what is taken at start and kept; none: nothing."""
+    ram_tier_bytes: int = 0
+    """Page-locked host memory for blocks that leave cards."""
     linger_s: float = 1.0
     """Memory that became free stays for so long: what is loaded next may want it."""
     connections_max: int = 1024

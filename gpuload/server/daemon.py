@@ -15,7 +15,7 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -23,7 +23,7 @@ import trio
 from gpuload.device.base import Device
 from gpuload.errors import DeviceError, DeviceLostError, first_error, one_error
 from gpuload.moving.kept import KeptFiles
-from gpuload.server.beginning import Beginning, Begun
+from gpuload.server.beginning import Beginning
 from gpuload.server.config import ServerConfig
 from gpuload.server.connections import Connections
 from gpuload.server.digest_files import DigestFiles
@@ -108,10 +108,15 @@ async def serve(
                 begun = await beginning.take_over(heir)
             else:
                 begun = (await beginning.go_on(left) if left is not None else None) or await beginning.anew(left)
-            estate, sites = begun.estate, begun.sites
+            estate, sites, tier = begun.estate, begun.sites, beginning.tier()
+            if tier is not None:
+                tier.is_resident = lambda digest: any(digest in site.catalog.blocks for site in sites.values())
             stack.callback(estate.close)
             kept = KeptFiles(list(devices.values()))
             stack.callback(kept.close)
+            for site in sites.values():
+                if site.leaving is not None:
+                    site.leaving.is_held_elsewhere = kept.holds
             tracer = Tracer()
             operations = Operations(
                 Loader(sites, digests, config.limits, estate, kept), kept, tracer, estate, version=VERSION
@@ -145,7 +150,12 @@ async def serve(
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_look_after, devices, lost)
                     for site in sites.values():
-                        nursery.start_soon(_tend, site, begun, config.linger_s, lost)
+                        nursery.start_soon(_until_lost, lost, begun.settle, site)
+                        nursery.start_soon(_until_lost, lost, site.tend, config.linger_s)
+                        if site.leaving is not None:
+                            nursery.start_soon(_until_lost, lost, site.leaving.run)
+                    if tier is not None:
+                        nursery.start_soon(_until_lost, lost, tier.lock_all)
                     if tracer.fault:
                         log.warning("%s", tracer.fault)
                     nursery.start_soon(tracer.run, exporting.export)
@@ -191,11 +201,12 @@ async def _look_after(devices: Mapping[str, Device], on_lost: Callable[[DeviceLo
                 log.warning("%s: %s", card.name, error)
 
 
-async def _tend(site: Site, begun: Begun, linger_s: float, on_lost: Callable[[DeviceLostError], object]) -> None:
-    """Memory that is free goes back. Raises: DeviceLostError."""
+async def _until_lost(
+    on_lost: Callable[[DeviceLostError], object], work: Callable[..., Awaitable[None]], *args: object
+) -> None:
+    """`work`, with a word at once when a card is lost. Raises: DeviceLostError."""
     try:
-        await begun.settle(site)
-        await site.tend(linger_s)
+        await work(*args)
     except DeviceLostError as error:
         on_lost(error)
         raise

@@ -125,3 +125,8 @@ def _shared(run: Sequence[tuple[int, Transfer]]) -> Iterator[tuple[int, tuple[Pi
         yield first[0], (Piece(first[0], 0, first[1].start, nbytes, 1, nbytes),)
         for index, _ in run[1:]:
             yield index, ()
+
+
+def placed_bytes(plan: BlockPlan) -> int:
+    """Bytes of tensors in a block."""
+    return sum(piece.nbytes for placed in plan.placed for piece in placed.pieces)

@@ -4,6 +4,7 @@
     the rest ──free room for all of it?──no──> hash pass over what is not known (moves nothing): now the sum is exact
              └─> memory that lacks (or refuse) → make room → granules → one pass over the files, each piece hashed:
                     found in the arena → its block held, nothing crosses the bus
+                known, and in the RAM tier → copied from there, not read
                     else               → to its place
     blocks that turned out to be resident → held in place, their granules given back; other found pieces → copied inside
     complete blocks → publish the name
@@ -18,27 +19,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
 
 from gpuload.device.base import Device
 from gpuload.device.host import HostDevice
-from gpuload.errors import BusyError, FitError, one_error
+from gpuload.errors import BusyError, one_error
 from gpuload.moving.pipeline import Decide, Limits, RunsOf, move_batches
 from gpuload.moving.plan import Batch, Piece, Transfer, pack_pieces, plan_transfers
-from gpuload.moving.pool import Mapper, open_source
+from gpuload.moving.pool import Mapper, lenders_of, open_source
 from gpuload.moving.source import FileSource, Source
 from gpuload.moving.timing import TimedSource
 from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
 from gpuload.server.digests import DigestCache, digest_views, now_ns
 from gpuload.server.estate import Estate
-from gpuload.server.layout import BlockPlan
+from gpuload.server.layout import placed_bytes
 from gpuload.server.pulled import PulledSource
-from gpuload.server.site import MEMORY_POLL_S, InsideCopy, Site
+from gpuload.server.returning import Returning, TierSource
+from gpuload.server.room import STEP, take_places
+from gpuload.server.site import InsideCopy, Site
 from gpuload.server.versions import stamp_of
 from gpuload.server.work import Job, PartWork, PieceKey, Report, Work
 from mfs.errors import ChangedError, NotFoundError, UsageError
@@ -53,9 +55,6 @@ WAITING_MAX = 64
 
 WAIT_S = 900.0
 """Longest wait for a turn."""
-
-STEP = 500
-"""Pieces that are looked at in one go: some milliseconds, then others have the loop."""
 
 MATCHES_MAX = 10_000_000
 """Tensors times rules of one job; a match takes about a microsecond."""
@@ -186,8 +185,11 @@ class Loader:
                     model = await self._resident(work) if work.is_known else None
                     if model is not None:
                         return model
+                if any(part.site.tier is not None for part in work.parts):
+                    work.lenders = await work.job.files.call(lambda: lenders_of(work.job.shards))
                 was_known = work.is_known
-                await self._take_places(work)
+                await take_places(work)
+                self._estate.sync()  # before a byte goes where victims were: see `estate`
                 with _traced(work.job, "fill"), one_error():
                     async with trio.open_nursery() as nursery:
                         for part in work.parts:
@@ -199,7 +201,7 @@ class Loader:
             if model is None:
                 await self._think(work.find_content)
                 for part in work.parts:
-                    await self._complete(part)
+                    await self._complete(work, part)
                 made = self._made(work, table)
                 async with self._estate.recorded(made):
                     for part in work.parts:
@@ -246,93 +248,13 @@ class Loader:
                     )
         work.report.bytes_hashed += work.report.bytes_hashed_before
 
-    async def _take_places(self, work: Work) -> None:
-        """Hold blocks that are resident, make room, reserve the others. All or nothing, on all devices: memory that is
-        lacking is asked of the devices first, and only when it is there somebody is evicted.
-        """
-        for part in work.parts:
-            part.own = [part.resident(i) for i in range(len(part.plans))]
-            for block in part.own:
-                if block is not None:
-                    part.site.catalog.hold(block)
-        deadline = trio.current_time() + work.job.wait_s
-        try:
-            while True:
-                for part in work.parts:
-                    await part.site.look()
-                try:
-                    room = self._room(work)  # no checkpoint from here on, if nothing lacks
-                    if not any(room.lacking):
-                        return self._take(work, room)
-                    for part, lacking in zip(work.parts, room.lacking, strict=True):
-                        part.site.catalog.promised_count = part.site.catalog.granules.free_count + lacking
-                        if lacking:
-                            await part.site.grow(lacking)
-                except FitError as error:
-                    if not error.waits:
-                        raise
-                    if trio.current_time() >= deadline:
-                        raise await self._with_holders(error, work) from None
-                    await trio.sleep(MEMORY_POLL_S)
-        finally:
-            for part in work.parts:
-                part.site.catalog.promised_count = 0
-
-    async def _with_holders(self, error: FitError, work: Work) -> FitError:
-        who = [f"{part.site.name}: {await part.site.who_holds()}" for part in work.parts]
-        waited = f"; waited {work.job.wait_s:.0f} s" if work.job.wait_s else ""
-        return FitError(f"{error}{waited}; {'; '.join(who)}", shortfall_bytes=error.shortfall_bytes)
-
-    def _room(self, work: Work) -> _Room:
-        """Who must go. Raises: FitError; nobody is evicted here."""
-        job = work.job
-        olds = namesakes(job.name, [part.site.catalog for part in work.parts])
-        had_gap = False
-        try:
-            victims = self._victims(work, keep=olds)
-        except FitError:
-            if not olds or not job.allow_gap or any(old.leases_count for old in olds):
-                raise
-            pins = [old.is_pinned for old in olds]
-            try:
-                for old in olds:
-                    old.is_pinned = False
-                victims = self._victims(work, keep=())
-            finally:
-                for old, was_pinned in zip(olds, pins, strict=True):
-                    old.is_pinned = was_pinned
-            had_gap = any(old in victims for old in olds)
-        lacking = [part.site.catalog.lacking_count(_missing(part), victims) for part in work.parts]
-        return _Room(victims, olds, had_gap, lacking)
-
-    def _take(self, work: Work, room: _Room) -> None:
-        work.inherits_pin = any(old.is_pinned for old in room.olds)
-        work.report.had_gap = room.had_gap
-        work.report.evicted = [v.name for v in room.victims if v.name is not None]
-        for victim in room.victims:
-            victim.retire()
-        for part in work.parts:
-            for i, plan in enumerate(part.plans):
-                if part.own[i] is None:
-                    part.own[i] = part.site.catalog.reserve(plan.nbytes)
-                else:
-                    work.report.bytes_kept += placed_bytes(plan)
-        self._estate.sync()  # before a byte goes where victims were: see `estate`
-
-    def _victims(self, work: Work, keep: Iterable[Model]) -> list[Model]:
-        """Whom to evict so that all parts have room. Raises: FitError; nobody is evicted here."""
-        victims: list[Model] = []
-        what = f"{'swapping in' if work.job.is_swap else 'loading'} {work.job.label}"
-        for part in work.parts:
-            victims += part.site.catalog.make_room(_missing(part), what, keep=keep, going=victims)
-        return victims
-
     async def _fill(self, work: Work, part: PartWork, source: Source) -> None:
         """Bring the bytes of every block that is not complete, from inside the device where they are there."""
         site, report = part.site, work.report
         places: dict[PieceKey, tuple[Block, int]] = {}
         found: dict[PieceKey, tuple[Block, int]] = {}  # each of these blocks is held, once for each piece
         outside: list[Piece] = []
+        returning = part.returning
         undecided: set[PieceKey] = set()
         sizes: dict[PieceKey, int] = {}
 
@@ -360,11 +282,11 @@ class Loader:
             if key in undecided and key in found:
                 return []
             block, offset = places[key]
-            return site.runs(block, offset, piece.nbytes)
+            return site.runs_to_fill(block, offset, piece.nbytes)
 
         try:
-            for plan, block in zip(part.plans, part.own, strict=True):
-                if block is None or block.digest:
+            for plan, block, digest in zip(part.plans, part.own, part.digests, strict=True):
+                if block is None or block.digest or returning.find_block(digest, block):
                     continue
                 for placed in plan.placed:
                     if len(places) % STEP == 0:
@@ -376,7 +298,7 @@ class Loader:
                             undecided.add(key)
                             sizes[key] = piece.nbytes
                             report.bytes_hashed += piece.nbytes
-                        elif is_there(key):
+                        elif is_there(key) or returning.find_piece(work.digests[key], piece.nbytes, *places[key]):
                             continue
                         outside.append(piece)
             device = site.device
@@ -386,6 +308,7 @@ class Loader:
                 # looked at before it is written: most may have no need to be
                 device = HostDevice(is_direct=False, reaches_all=True)
             report.bytes_copied += sum(p.nbytes for p in outside if (p.transfer, p.offset) not in undecided)
+            await self._return(work, site, returning)
             await self._read(work, part, source, outside, device, runs_of, decide if undecided else None)
             await self._think(lambda: work.learn_part(part))
             self._share_in_place(work, part)
@@ -403,6 +326,30 @@ class Loader:
         finally:
             for block, _ in found.values():
                 site.catalog.let_go(block)
+            returning.let_go()
+
+    async def _return(self, work: Work, site: Site, returning: Returning) -> None:
+        """Copy back what stands in the RAM tier. Its bytes were hashed when they came to a device, and nobody else can
+        write there: they are not looked at again."""
+        if not returning.copies:
+            return
+        assert site.tier is not None
+
+        def runs_of(piece: Piece) -> list[tuple[int, int]]:
+            block, offset, _, _, _ = returning.copies[piece.transfer]
+            return site.runs_to_fill(block, offset + piece.offset, piece.nbytes)
+
+        await move_batches(
+            await self._think(lambda: returning.batches(self._limits.buffer_bytes)),
+            source=TierSource(site.tier, returning.blocks),
+            device=site.device,
+            runs_of=runs_of,
+            limits=self._limits,
+            lent=site.ring,
+            timing=work.job.timing,
+        )
+        work.report.bytes_from_ram += returning.nbytes
+        site.tier.totals.returned += returning.nbytes
 
     def _share_in_place(self, work: Work, part: PartWork) -> None:
         """Blocks whose bytes, known by now, turned out to be resident: hold those, give the reserved granules back."""
@@ -465,7 +412,7 @@ class Loader:
         )
         await job.files.call(check_files)
 
-    async def _complete(self, part: PartWork) -> None:
+    async def _complete(self, work: Work, part: PartWork) -> None:
         """Its bytes are all in place: let other loads find them."""
         catalog = part.site.catalog
         for i, block in enumerate(part.own):
@@ -478,6 +425,7 @@ class Loader:
             while digest not in catalog.blocks and len(block.pieces) + STEP < len(pieces):
                 catalog.index(block, pieces[len(block.pieces) :][:STEP])
                 await trio.lowlevel.checkpoint()
+            block.lenders = work.lenders_of(part.plans[i])
             part.own[i] = catalog.complete(block, digest, pieces)
 
     def _made(self, work: Work, table: list[ResidentTensor]) -> Model:
@@ -499,24 +447,6 @@ class Loader:
             is_pinned=job.is_pinned or work.inherits_pin,
             retain=job.retain,
         )
-
-
-@dataclass(frozen=True)
-class _Room:
-    """What a load does to have its room."""
-
-    victims: Sequence[Model]
-    olds: Sequence[Model]
-    """Whom it is to replace."""
-    had_gap: bool
-    lacking: Sequence[int]
-    """By part: granules that must get memory first."""
-
-
-def _missing(part: PartWork) -> int:
-    """Granules for what it does not hold yet."""
-    unit = part.site.arena.granule_bytes
-    return sum(p.granules_count(unit) for p, block in zip(part.plans, part.own, strict=True) if block is None)
 
 
 def _timed(job: Job, phase: str) -> AbstractContextManager[None]:
@@ -543,7 +473,3 @@ def content_name(content: Mapping[str, str]) -> str:
     if len(content) == 1:
         return f"{CONTENT_PREFIX}{next(iter(content.values()))[:16]}"
     return f"{CONTENT_PREFIX}{digest_views([memoryview(repr(sorted(content.items())).encode())]).hex()[:16]}"
-
-
-def placed_bytes(plan: BlockPlan) -> int:
-    return sum(piece.nbytes for placed in plan.placed for piece in placed.pieces)

@@ -299,8 +299,10 @@ class Operations:
     async def _unload(self, request: dict[str, Any]) -> Answer:
         model = self._find_one(request)
         name, leases = model.name, model.leases_count
+        model.is_unwanted = True
+        devices = model.devices
         model.retire()
-        for device in model.devices:
+        for device in devices:
             await self._sites[device].trim()  # whoever asks for this wants the memory
         return Answer({**_where(model), "model": name, "leases": leases, "released": not leases})
 
@@ -352,7 +354,9 @@ class Operations:
                 }
             )
         head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid(), **self._estate.life()}
-        return {**head, "devices": devices, "mounts": self._kept.mounts()}
+        tiers = {id(site.tier): site.tier for site in self._sites.values() if site.tier is not None}
+        ram = [tier.described() for tier in tiers.values()]
+        return {**head, "devices": devices, "mounts": self._kept.mounts(), "ram_tiers": ram}
 
     def _site(self, given: object) -> Site:
         if given is None and len(self._sites) == 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from gpuload.device.base import Arena, Device, Run
 from gpuload.errors import DeviceError, DeviceLostError, FitError
 from gpuload.moving.staging import Ring
 from gpuload.server.catalog import Block, Catalog
+from gpuload.server.leaving import Leaving
+from gpuload.server.ram_tier import RamTier
 from mfs.units import format_size
 
 InsideCopy = tuple[Block, int, Block, int, int]
@@ -45,6 +47,8 @@ class Site:
     catalog: Catalog
     ring: Ring
     """Page-locked once, for all loads: one at a time uses it."""
+    tier: RamTier | None = None
+    """Where blocks go that leave it; None: nowhere."""
     floor_count: int = 0
     """Granules whose memory is kept, whether models need it or not."""
     turn: trio.Lock = field(default_factory=trio.Lock)
@@ -59,6 +63,9 @@ class Site:
 
     def __post_init__(self) -> None:
         self.catalog.on_freed = lambda: self._freed.set()
+        self.leaving = Leaving(self.device, self.arena, self.tier) if self.tier is not None else None
+        if self.leaving is not None:
+            self.catalog.on_leaving = self.leaving.add
 
     @property
     def waiting_count(self) -> int:
@@ -95,7 +102,7 @@ class Site:
             try:
                 if self.before_release is not None:
                     await self.before_release(self, runs)
-                await trio.to_thread.run_sync(self.arena.release, runs)
+                await trio.to_thread.run_sync(self._release, runs)
             except trio.Cancelled:  # before it began
                 granules.came(runs)
                 raise
@@ -116,6 +123,11 @@ class Site:
         async with self._changing:
             if self.arena.shared() is not None:
                 await trio.to_thread.run_sync(self.arena.release, self.catalog.granules.absent_runs())
+
+    def _release(self, runs: Sequence[Run]) -> None:
+        if self.leaving is not None:
+            self.leaving.wait(granules_of(runs))
+        self.arena.release(runs)
 
     async def fill_floor(self, wait_s: float) -> None:
         """Have the memory that the floor keeps, waiting for others to give it back.
@@ -170,6 +182,15 @@ class Site:
                 offset -= size
         return found
 
+    def runs_to_fill(self, block: Block, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        """As `runs`, once nothing that stood there before is copied out any more. For threads. Raises: BusyError."""
+        found = self.runs(block, offset, nbytes)
+        if self.leaving is not None and self.leaving.pending_count:
+            unit, begin = self.arena.granule_bytes, self.arena.address
+            for address, n in found:
+                self.leaving.wait(range((address - begin) // unit, -(-(address + n - begin) // unit)))
+        return found
+
     def copy_inside(self, copies: Sequence[InsideCopy], timeout_s: float) -> None:
         """Copy from block to block, and wait for it. Blocks; holds on all blocks are the caller's.
 
@@ -179,7 +200,7 @@ class Site:
         try:
             for to, to_offset, source, source_offset, nbytes in copies:
                 done = 0
-                for dst, room in self.runs(to, to_offset, nbytes):
+                for dst, room in self.runs_to_fill(to, to_offset, nbytes):
                     for src, n in self.runs(source, source_offset + done, room):
                         stream.copy_within(dst, src, n)
                         dst += n
@@ -187,6 +208,10 @@ class Site:
             stream.record().wait(timeout_s)
         finally:
             stream.close()
+
+
+def granules_of(runs: Iterable[Run]) -> Iterator[int]:
+    return (granule for first, count in runs for granule in range(first, first + count))
 
 
 def _command(pid: int) -> str:

@@ -30,7 +30,8 @@ KINDS = {
 """By the class of an error; all others are 'failed'."""
 _VERBS = ("load", "swap", "open", "commit")
 _WAYS = {
-    "copied": "bytes_copied", "kept": "bytes_kept", "moved_inside": "bytes_moved_inside", "hashed": "bytes_hashed",
+    "copied": "bytes_copied", "from_ram": "bytes_from_ram", "kept": "bytes_kept",
+    "moved_inside": "bytes_moved_inside", "hashed": "bytes_hashed",
 }  # fmt: skip
 """What became of bytes, by the report's field."""
 
@@ -75,13 +76,15 @@ def gathered(sites: Mapping[str, Site], tally: LoadTally, version: str) -> Famil
     families.gauge("gpuload_uptime_seconds", "Since the server began.", time.time() - tally.started_at)
     _add_devices(families, sites)
     _add_models(families, sites)
+    _add_ram_tiers(families, sites)
     families.histogram(
         "gpuload_load_seconds", "How long loads took that went well, waiting for their turn included.",
         {(verb,): durations for verb, durations in tally.durations.items()}, ["operation"],
     )  # fmt: skip
     families.counter(
         "gpuload_load_bytes",
-        "Bytes of tensors by what became of them: copied over the bus, kept in place, moved inside the device; hashed:"
+        "Bytes of tensors by what became of them: copied over the bus, from files or from the RAM tier, kept in place,"
+        " moved inside the device; hashed:"
         " read to know what differs.",
         {(way,): count for way, count in tally.bytes.items()},
         ["way"],
@@ -123,6 +126,28 @@ def _add_devices(families: Families, sites: Mapping[str, Site]) -> None:
     )  # fmt: skip
     for name, help, samples in columns:
         families.gauge(name, help, samples, ["device"])
+
+
+def _add_ram_tiers(families: Families, sites: Mapping[str, Site]) -> None:
+    tiers = list({id(site.tier): site.tier for site in sites.values() if site.tier is not None}.values())
+    states = {
+        "budget": sum(t.nbytes for t in tiers),
+        "locked": sum(t.locked_bytes for t in tiers),
+        "used": sum(t.used_bytes for t in tiers),
+    }
+    families.gauge(
+        "gpuload_ram_tier_bytes", "Page-locked RAM behind cards: its budget, what is locked, what holds something.",
+        {(state,): count for state, count in states.items()}, ["state"],
+    )  # fmt: skip
+    moved = {
+        "saved": sum(t.totals.saved for t in tiers),
+        "returned": sum(t.totals.returned for t in tiers),
+        "dropped": sum(t.totals.dropped for t in tiers),
+    }
+    families.counter(
+        "gpuload_ram_tier_moved_bytes", "What left a card for RAM, what came back, what left and was not kept.",
+        {(way,): count for way, count in moved.items()}, ["way"],
+    )  # fmt: skip
 
 
 def _add_models(families: Families, sites: Mapping[str, Site]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from blake3 import blake3
 
 from gpuload.moving.plan import Piece, Placement, Transfer
+from gpuload.moving.pool import Range
 from gpuload.moving.shards import Shard
 from gpuload.moving.timing import Timing
 from gpuload.server.catalog import Block, ResidentTensor
@@ -15,6 +17,7 @@ from gpuload.server.client_files import ClientFiles
 from gpuload.server.digest_files import Digest, Geometry
 from gpuload.server.digests import digest_block, geometry
 from gpuload.server.layout import BlockPlan, plan_blocks
+from gpuload.server.returning import Returning
 from gpuload.server.site import Site
 from gpuload.server.versions import Version
 from mfs.tracing.spans import Span
@@ -62,8 +65,10 @@ class Report:
     """In blocks that were resident and are shared in place."""
     bytes_moved_inside: int = 0
     """Copied from one place of the device to another."""
+    bytes_from_ram: int = 0
+    """Brought back from the page-locked RAM tier, over the bus."""
     bytes_copied: int = 0
-    """Brought to the device from outside, over the bus."""
+    """Brought to the device from files, or a mount's RAM, over the bus."""
     bytes_hashed: int = 0
     """Read from the files while looking for what differs: their digests were not known."""
     bytes_hashed_before: int = 0
@@ -88,6 +93,11 @@ class PartWork:
     known."""
     digests: list[Digest | None] = field(default_factory=list)
     """Of each planned block, where its pieces are known."""
+    returning: Returning = field(init=False)
+    """What of it comes from the RAM tier."""
+
+    def __post_init__(self) -> None:
+        self.returning = Returning(self.site.tier)
 
     @property
     def is_known(self) -> bool:
@@ -103,6 +113,7 @@ class PartWork:
 
     def let_go(self) -> None:
         """Give everything back; idempotent."""
+        self.returning.let_go()
         own, self.own = self.own, []
         for block in own:
             if block is not None:
@@ -125,6 +136,8 @@ class Work:
         self._described: dict[str, bytes] = {}
         self.inherits_pin = False
         """A pin belongs to the name, so a swap passes it on."""
+        self.lenders: Sequence[Path | None] = ()
+        """The mount's door of each shard, if that was asked."""
         self.report = Report(bytes_total=sum(t.nbytes for t in transfers))
 
     @property
@@ -162,6 +175,16 @@ class Work:
                 if digest is not None:
                     self.digests[piece.transfer, piece.offset] = digest
         self.learn()
+
+    def lenders_of(self, plan: BlockPlan) -> list[Range]:
+        """Where on mounts a block's bytes stand; nothing if some do not, or as rows."""
+        found = []
+        for transfer in (self.transfers[placed.transfer] for placed in plan.placed) if any(self.lenders) else ():
+            door = self.lenders[transfer.shard]
+            if door is None or transfer.rows_count > 1:
+                return []
+            found.append(Range(door, self.job.shards[transfer.shard].inode, transfer.start, transfer.stop))
+        return found
 
     def found(self) -> list[list[tuple[Geometry, Digest]]]:
         """What is known by now, for each shard."""

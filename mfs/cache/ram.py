@@ -149,6 +149,8 @@ class RamTier:
         self._common: RamFile | None = None
         self._warm: deque[int] = deque()
         """Pieces of the common file that have memory and no user, the last used last: where each begins."""
+        self._warming: set[int] = set()
+        """Slots that `warm_up` gave."""
         self._cold: list[int] = []
         """Those that had memory once and have none."""
         self._touched = 0
@@ -255,6 +257,7 @@ class RamTier:
         """
         assert not place.file.given
         self._leave(place.file, 1)
+        self._warming.discard(place.slot)
         is_kept = is_clean and not self._is_cooled and len(self._warm) < min(_WARM_MAX, self.slots_free)
         if place.file is self._common and is_kept:
             self._warm.append(place.start)
@@ -285,11 +288,13 @@ class RamTier:
 
     @property
     def used_bytes(self) -> int:
-        return self.slots_used * CHUNK_BYTES + self.held_bytes
+        """Of chunks, and of what readers elsewhere still have."""
+        return (self.slots_used - len(self._warming)) * CHUNK_BYTES + self.held_bytes
 
     @property
     def slots_free(self) -> int:
-        return max(0, (self.size_bytes - self.used_bytes) // CHUNK_BYTES)
+        taken_bytes = self.used_bytes + len(self._warming) * CHUNK_BYTES
+        return max(0, (self.size_bytes - taken_bytes) // CHUNK_BYTES)
 
     # -- memory without a user
 
@@ -301,12 +306,14 @@ class RamTier:
         used_count = self._common.slots_count if self._common is not None else 0
         if self._is_cooled or len(self._warm) >= min(_WARM_MAX - used_count, self.slots_free):
             return None
-        return self._in_common(warm=False)
+        place = self._in_common(warm=False)
+        self._warming.add(place.slot)
+        return place
 
     @property
     def warm_bytes(self) -> int:
         """Memory without a user."""
-        return len(self._warm) * CHUNK_BYTES
+        return (len(self._warm) + len(self._warming)) * CHUNK_BYTES
 
     def cool_down(self) -> None:
         """Give back the memory that nobody uses, also what will be given back, until somebody takes a slot again."""

@@ -78,6 +78,13 @@ class Usage:
 
     used_bytes: int
     objects_count: int
+    pinned_count: int
+    """Objects, also those of which nothing is here yet."""
+    pinned_bytes: int
+    """Of theirs, what no eviction may take."""
+    sealed_count: int
+    sealed_bytes: int
+    """Of objects that are whole and verified, which the kernel may read by itself."""
 
 
 class ResidencyTables:
@@ -246,8 +253,11 @@ class ResidencyTables:
     def usage(self) -> Usage:
         """Bytes and objects on SSD, sidecars included."""
         found = self._snapshot()
-        resident = found.per_object() > 0
-        return Usage(int(found.sizes.sum() + found.sidecars[resident].sum()), int(resident.sum()))
+        sizes, flags = found.per_object(), found.rows[:, 6]
+        resident, pinned, sealed = sizes > 0, flags & _PINNED > 0, flags & _SEALED > 0
+        used = found.sizes.sum() + found.sidecars[resident].sum()
+        columns = (used, resident.sum(), pinned.sum(), sizes[pinned].sum(), sealed.sum(), sizes[sealed].sum())
+        return Usage(*map(int, columns))
 
     def resident_bytes(self, cache_id: str) -> int:
         """Bytes of one object on SSD, without its sidecar."""

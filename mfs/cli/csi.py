@@ -24,6 +24,9 @@ mfs csi --endpoint unix:///csi/csi.sock --node-id "$NODE" --state-dir /var/lib/m
         "Volume attributes": """\
 source           a URL as 'mfs mount' takes it; required
 endpointUrl, region, unsigned, requesterPays, layout, roleArn
+via, dragonfly   a cache that nodes share, for this volume
+requireSignature a public key itself, as PEM without line breaks: of a registry, show
+                 only what was signed with it
 cacheSize, ramSize, timeout, refresh, connections, materialize, uid, gid, umask
      as the options of 'mfs mount' of these names; sizes up to the node's
      readOnly: true must be set. Folders of the node are refused, other than
@@ -51,6 +54,8 @@ mounts up from what 'mfs keep' holds, and readers wait meanwhile (Linux 6.9)."""
 @click.option("--cache-size", type=SIZE, default="100G", show_default=True, help="Budget of each of them.")
 @click.option("--ram-size", type=SIZE, default="1G", show_default=True, help="RAM tier of a daemon, at most.")
 @click.option("--folders", type=_DIRECTORY, multiple=True, help="Let volumes be folders below this one; repeatable.")
+@click.option("--via", metavar="URL", help="A cache that nodes share, for volumes that name none: see 'mfs mount'.")
+@click.option("--dragonfly", metavar="URL", help="The same, where it is Dragonfly's dfdaemon.")
 @click.option("--keeper", type=click.Path(path_type=Path), help="Socket of 'mfs keep'.")
 def csi(
     endpoint: str,
@@ -61,6 +66,8 @@ def csi(
     cache_size: int,
     ram_size: int,
     folders: tuple[Path, ...],
+    via: str | None,
+    dragonfly: str | None,
     keeper: Path | None,
 ) -> None:
     """Serve CSI's Identity and Node services at a Unix socket, until told to stop; volumes stay then.
@@ -70,6 +77,7 @@ def csi(
     import signal
     import threading
 
+    from mfs.config import check_caches
     from mfs.control import runtime
     from mfs.csi.node import Node, check_cache
     from mfs.csi.state import State
@@ -80,13 +88,14 @@ def csi(
         from mfs.csi import server
     except ImportError as error:
         raise ConfigError(f"'mfs csi' needs grpcio and protobuf: pip install 'mfs[csi]' ({error})") from error
+    check_caches("mfs csi", via, dragonfly)
     set_up_logging("INFO", "mfs-csi")
     if cache_dir is not None:
         check_cache(cache_dir)
     state = State(state_dir)
     node = Node(
         state, secrets_dir or runtime.create_directory() / "csi", cache_dir=cache_dir, keeper=keeper,
-        limits=Limits(cache_size, ram_size, tuple(folders)),
+        limits=Limits(cache_size, ram_size, tuple(folders), via, dragonfly),
     )  # fmt: skip
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

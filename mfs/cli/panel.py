@@ -70,12 +70,19 @@ def _tiers(status: Json) -> Table:
         nothing = Text("·" * _BAR_COLUMNS, style="dim")
         grid.add_row("  SSD", nothing, "off", "no --cache-dir: cold reads go to the origin")
     else:
-        files, free = count(ssd["objects_count"], "file"), size(ssd["free_disk_bytes"])
+        files, free = _files(ssd), size(ssd["free_disk_bytes"])
         state = "" if ssd["state"] == "ok" else f"{ssd['state']}; "
         grid.add_row("  SSD", _bar(ssd), _of(ssd), Text(clean(f"{state}{files}, {free} free in {status['cache_dir']}")))
     note = ram["note"] or "huge pages, never swapped out"
-    grid.add_row("  RAM", _bar(ram), _of(ram), f"{count(ram['slots_leased'], 'slot')} in use; {note}")
+    warm = f", {size(ram['warm_bytes'])} kept ready" if ram["warm_bytes"] else ""
+    grid.add_row("  RAM", _bar(ram), _of(ram), f"{count(ram['slots_leased'], 'slot')} in use{warm}; {note}")
     return grid
+
+
+def _files(ssd: Json) -> str:
+    kinds = (("sealed", "in whole ones"), ("pinned", "pinned"))
+    parts = [f"{size(ssd[f'{kind}_bytes'])} {words}" for kind, words in kinds if ssd[f"{kind}_bytes"]]
+    return count(ssd["objects_count"], "file") + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _bar(tier: Json) -> Text:
@@ -97,12 +104,14 @@ def _facts(status: Json, origin_rate: float | None, log_file: str | None) -> Tab
         now += f", {origin['inflight']:,} in flight"
     facts = f"{now}; {size(origin['fetched_bytes'])} fetched in {count(origin['requests_count'], 'request')}"
     grid.add_row("  origin", _with_errors(facts, origin["errors_count"]))
+    if way := _ways(status):
+        grid.add_row("", way)
     if shared := origin.get("shared_bytes"):
         grid.add_row("", Text(f"{size(shared)} not fetched again: copied from other models in the SSD tier"))
     facts = f"{count(reads['count'], 'read')} of {size(reads['bytes'])} in all; {reads['waiting']:,} waiting, "
     facts += count(status["open_files"], "open file")
     if through := status["passthrough"]["open_files"]:
-        facts += f", {through} of them read by the kernel itself"
+        facts += f" ({through} read by the kernel itself)"
     grid.add_row("  reads", _with_errors(facts, reads["errors_count"]))
     if status["passthrough"]["note"]:
         grid.add_row("", Text(f"whole files are read through the daemon: {status['passthrough']['note']}"))
@@ -126,6 +135,22 @@ def _served(status: Json) -> str:
     if not total:
         return "nothing yet"
     return ", ".join(f"{share(value, total)} from {name} ({size(value)})" for name, value in parts if value)
+
+
+def _ways(status: Json) -> Text | None:
+    """Which way bytes came, where sources have a cache that nodes share."""
+    caches = dict.fromkeys(
+        f"{'dragonfly' if source['is_dragonfly'] else 'the cache'} {source['via']}"
+        for source in status["sources"]
+        if source.get("via")
+    )
+    if not caches:
+        return None
+    cached, direct, faults = (status["origin"][name] for name in ("cache_bytes", "direct_bytes", "cache_faults"))
+    total = cached + direct
+    parts = [f"{share(cached, total)} through {', '.join(caches)} ({size(cached)})"]
+    parts += [f"{share(direct, total)} past it ({size(direct)})"] if direct else []
+    return _with_errors(", ".join(parts), faults, "cache failure")
 
 
 def _with_errors(facts: str, errors: int, word: str = "error") -> Text:

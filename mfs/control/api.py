@@ -23,13 +23,18 @@ class DaemonApi(Protocol):
     async def status(self) -> Json:
         """Everything a person looks at first.
 
-        {version, pid, mountpoint, started_at, uptime_s, sources: [{name, url, listed_directories, last_refresh_at,
-        last_error}], tree: {files_count, bytes} of the directories listed so far,
-        cache_dir, ssd: {used_bytes, budget_bytes, free_disk_bytes, objects_count, state, hits_bytes},
-        ram: {used_bytes, budget_bytes, slots_count, slots_free, slots_leased, hits_bytes, note},
-        origin: {fetched_bytes, shared_bytes, requests_count, errors_count, inflight}, reads: {count, bytes,
-        errors_count, waiting}, open_files, prefetch: {queued_bytes, active_objects}, metrics_addr, workers: [{pid,
-        inflight, restarts}], kernel: {read_ahead_kb, max_background, notes: [str]}, warnings: [str]}
+        {version, pid, mountpoint, started_at, uptime_s, sources: [{name, url, via: the cache that is asked first, or
+        None, is_dragonfly, listed_directories, last_refresh_at, last_error}], tree: {files_count, bytes} of the
+        directories listed so far, cache_dir, ssd: {used_bytes, budget_bytes, free_disk_bytes, objects_count,
+        pinned_count, pinned_bytes, sealed_count, sealed_bytes: whole and verified, state, hits_bytes},
+        ram: {used_bytes, warm_bytes: memory kept ready for what comes, beside that, budget_bytes, slots_count,
+        slots_free, slots_leased, hits_bytes, note},
+        origin: {fetched_bytes, shared_bytes, requests_count, errors_count, inflight; of sources that have a cache,
+        cache_bytes came through it and direct_bytes past it, and it failed cache_faults times}, reads: {count, bytes,
+        errors_count, waiting}, open_files, passthrough: {open_files: read by the kernel itself, sealed_count: became
+        whole on SSD since the start, note: why the kernel reads none}, prefetch: {queued_bytes, active_objects},
+        metrics_addr, workers: [{pid, inflight, restarts}], kernel: {read_ahead_kb, max_background, notes: [str]},
+        warnings: [str]}
         """
         ...
 

@@ -176,7 +176,11 @@ class Node:
             cache_dir = self._cache_dir / wanted.domain(self._state.salt)
             with suppress(StoreError):  # its disk fails: the mount does without
                 check_directory(cache_dir, shared=False)
-        return wanted.config(self._state.mountpoint(key), cache_dir, self._state.log_file(key))
+        if wanted.public_key:
+            self._state.put_key(key, wanted.public_key)
+        return wanted.config(
+            self._state.mountpoint(key), cache_dir, self._state.log_file(key), self._state.key_file(key)
+        )  # fmt: skip
 
     def _show(self, key: str, target: str) -> None:
         source = self._state.mountpoint(key)

@@ -69,7 +69,7 @@ class State:
         """Raises: ConfigError if it cannot be written, or another driver has it."""
         self.directory = directory = Path(os.path.realpath(directory))  # as mountinfo has it
         try:
-            for name in ("volumes", "daemons", "mounts", "logs"):
+            for name in ("volumes", "daemons", "mounts", "logs", "keys"):
                 (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -100,6 +100,14 @@ class State:
     def log_file(self, key: str) -> Path:
         """Where a daemon logs."""
         return self.directory / "logs" / f"{key}.log"
+
+    def key_file(self, key: str) -> Path:
+        """Where the public key stands that a daemon's source is signed with, if it must be."""
+        return self.directory / "keys" / f"{key}.pem"
+
+    def put_key(self, key: str, pem: str) -> None:
+        """Note it, before the daemon is."""
+        _write(self.key_file(key), pem)
 
     def volumes(self) -> Iterator[Published]:
         """All that is said to be published; what has no meaning is taken away."""
@@ -146,10 +154,11 @@ class State:
         _write(self.directory / "daemons" / f"{key}.json", json.dumps(asdict(served)))
 
     def drop_served(self, key: str) -> None:
-        """Forget a daemon that has ended, and its log."""
+        """Forget a daemon that has ended, with its log and its key."""
         file = self.directory / "daemons" / f"{key}.json"
         with _checked(file):
             file.unlink(missing_ok=True)
+            self.key_file(key).unlink(missing_ok=True)
             self.log_file(key).unlink(missing_ok=True)
 
     def cut_logs(self) -> None:

@@ -10,14 +10,17 @@ import hashlib
 import hmac
 import json
 import os
+import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from mfs.config import MountConfig, SourceConfig, chosen
 from mfs.errors import ConfigError, UsageError
+from mfs.registry.signing import parse_public_key
 from mfs.shown import mask_url
 from mfs.sources.folder import folder_path
 from mfs.units import exact_size, parse_duration, parse_size
@@ -43,6 +46,9 @@ class Limits:
     """RAM tier of a daemon, and the most a volume may ask for."""
     folders: tuple[Path, ...] = ()
     """Directories of the node below which a volume may be. None: folders are no sources here."""
+    via: str | None = None
+    dragonfly: str | None = None
+    """A cache that the nodes share, for volumes that name none."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,19 @@ class Volume:
     """The service account, where its token counts."""
     token: str = field(default="", repr=False)
     """Of the service account."""
+    public_key: str = ""
+    """PEM: what the source shows must be signed with it. '' for whatever is there."""
+    has_own_cache: bool = False
+    """Whether its author names a cache that nodes share."""
 
     @property
     def is_isolated(self) -> bool:
         """Whether nothing of the node's own credentials may reach its source.
 
-        So with secrets of its own, and with an address of its author's, to which ours would be sent.
+        So with secrets of its own, and with an address of its author's, to which ours would be sent: an endpoint, or
+        a cache, which is asked by signed addresses.
         """
-        return bool(self.secrets or self.role or self.source.endpoint_url)
+        return bool(self.secrets or self.role or self.source.endpoint_url or self.has_own_cache)
 
     def key(self, salt: bytes) -> str:
         """What volumes have in common that share a daemon, 32 hexadecimal digits; tells nothing without the salt.
@@ -76,6 +87,7 @@ class Volume:
         A token is not part of it, it changes by the hour; the account it is for is.
         """
         told = [chosen(self.source), self.settings, sorted(self.secrets.items()), self.role, self.account]
+        told += [self.public_key] if self.public_key else []
         if self.secrets or self.role:
             told.append(self.namespace)
         return _digest(salt, told)
@@ -101,11 +113,12 @@ class Volume:
             return "public"
         return _digest(salt, ["namespace", self.namespace] if self.namespace else ["alone", self.key(salt)])
 
-    def config(self, mountpoint: Path, cache_dir: Path | None, log_file: Path) -> MountConfig:
-        """For its daemon; free of secrets. Raises: UsageError."""
+    def config(self, mountpoint: Path, cache_dir: Path | None, log_file: Path, key_file: Path) -> MountConfig:
+        """For its daemon; free of secrets. key_file: where its public key stands, if it has one. Raises: UsageError."""
+        source = replace(self.source, require_signature=key_file) if self.public_key else self.source
         try:
             return MountConfig(
-                mountpoint, (self.source,), cache_dir=cache_dir, log_file=log_file, allow_other=True, **self.settings
+                mountpoint, (source,), cache_dir=cache_dir, log_file=log_file, allow_other=True, **self.settings
             )
         except ConfigError as error:
             raise UsageError(f"volume attributes: {error}") from error
@@ -132,9 +145,14 @@ def parse(context: Mapping[str, str], secrets: Mapping[str, str], limits: Limits
             fields[setting] = read(text)
         except ValueError as error:
             raise UsageError(f"volume attribute {name}: {error}") from None
-    role = fields.pop("role", "")
+    role, public_key = fields.pop("role", ""), fields.pop("public_key", "")
     namespace = context.get(f"{POD_INFO}pod.namespace", "")
     own = {name: fields.pop(name) for name in _OF_SOURCE if name in fields}
+    has_own_cache = bool(own.get("via") or own.get("dragonfly"))
+    if not has_own_cache:
+        own |= {"via": limits.via, "dragonfly": limits.dragonfly}
+    if public_key:
+        own["require_signature"] = Path(os.devnull)  # until it stands somewhere
     own["beneath"] = _check_url(own.get("url", ""), limits)
     fields["cache_bytes"] = _within("cacheSize", fields.get("cache_bytes"), limits.cache_bytes)
     fields["ram_bytes"] = _within("ramSize", fields.get("ram_bytes"), limits.ram_bytes)
@@ -147,7 +165,7 @@ def parse(context: Mapping[str, str], secrets: Mapping[str, str], limits: Limits
         account = context.get(f"{POD_INFO}serviceAccount.name", "")
         token = _token(secrets.get(TOKENS) or context.get(TOKENS, ""))
     mine = {name: value for name, value in secrets.items() if name != TOKENS}
-    return Volume(source, fields, mine, namespace, role, account, token)
+    return Volume(source, fields, mine, namespace, role, account, token, public_key, has_own_cache)
 
 
 def _check_url(url: str, limits: Limits) -> Path | None:
@@ -221,7 +239,19 @@ def _patterns(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-_OF_SOURCE = ("url", "endpoint_url", "region", "unsigned", "requester_pays", "layout")
+def _public_key(text: str) -> str:
+    """PEM, of what stands between its lines 'BEGIN' and 'END', with these or without."""
+    body = "".join(_PEM_LINES.sub("", text).split())
+    pem = "\n".join(("-----BEGIN PUBLIC KEY-----", *textwrap.wrap(body, 64), "-----END PUBLIC KEY-----", ""))
+    try:
+        parse_public_key(pem.encode(), "the key")
+    except ConfigError as error:
+        raise ValueError(f"{error}; give a public key as PEM has it, without its line breaks") from None
+    return pem
+
+
+_PEM_LINES = re.compile("-----(BEGIN|END) PUBLIC KEY-----")
+_OF_SOURCE = ("url", "endpoint_url", "region", "unsigned", "requester_pays", "layout", "via", "dragonfly")
 _ATTRIBUTES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "source": ("url", str),
     "endpointUrl": ("endpoint_url", str),
@@ -229,6 +259,9 @@ _ATTRIBUTES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "unsigned": ("unsigned", _flag),
     "requesterPays": ("requester_pays", _flag),
     "layout": ("layout", str),
+    "via": ("via", str),
+    "dragonfly": ("dragonfly", str),
+    "requireSignature": ("public_key", _public_key),
     "roleArn": ("role", str),
     "cacheSize": ("cache_bytes", parse_size),
     "ramSize": ("ram_bytes", parse_size),

@@ -64,8 +64,29 @@ _WAIT_STATUS = 429
 """And not 503, even with Retry-After: caches say that too, by themselves, where they cannot reach the origin."""
 _DRAGONFLY_FAULTS = ("proxy", "dfdaemon")  # and not 'backend', which is the origin
 
+_ways_lock = threading.Lock()
+_ways: dict[str, int] = {}
+"""Of the process, since they were last taken."""
+
 Check = Callable[[HTTPMessage], None]
 T = TypeVar("T")
+
+
+def taken_ways() -> dict[str, int]:
+    """What came which way since the last call, where a cache is set: {cache_bytes, direct_bytes: past it, from the
+    origin; cache_faults: how often it failed}. Empty, and costs nothing, where nothing came.
+    """
+    global _ways
+    if not _ways:
+        return {}
+    with _ways_lock:
+        found, _ways = _ways, {}
+    return found
+
+
+def _note_way(name: str, count: int) -> None:
+    with _ways_lock:
+        _ways[name] = _ways.get(name, 0) + count
 
 
 class Cache(NamedTuple):
@@ -165,14 +186,25 @@ class Route:
         shared: how a cache may be asked for it; None where it may not.
         """
         asked = _Asked(url, size, headers or {}, name, check, deadline_s)
-        if self._cache is None or shared is None or not span:
+        if self._cache is None:
             return asked.send(self._transport, span, out)
+        reply, way = self._read(self._cache, asked, shared, span, out)
+        if reply.status in (200, 206):
+            _note_way(way, len(span))
+        return reply
+
+    def _read(
+        self, cache: Cache, asked: _Asked, shared: Shared | None, span: ByteRange, out: memoryview
+    ) -> tuple[Reply, str]:
+        """The answer, and which way it came, as `taken_ways` calls it."""
+        if shared is None or not span:
+            return asked.send(self._transport, span, out), "direct_bytes"
         address = _bare(shared.url)
         if time.monotonic() < (self._unfit.get(address) or 0.0):
-            return asked.send(self._transport, span, out)
+            return asked.send(self._transport, span, out), "direct_bytes"
         ticket = self._health.enter()
         if ticket is None:
-            return asked.send(self._transport, span, out)
+            return asked.send(self._transport, span, out), "direct_bytes"
         confirm = shared.confirm
         if confirm is None:
             what = f"{address} {shared.key}"
@@ -180,12 +212,12 @@ class Route:
             if proof is None:
                 reply = asked.send(self._transport, ByteRange(span.start, span.start + 1), memoryview(bytearray(1)))
                 if reply.status not in (200, 206):
-                    return reply
+                    return reply, "direct_bytes"
                 proof = self._proofs.put(what, _validator(reply.headers))
             confirm = partial(_says, proof)
-        found = self._from_cache(self._cache, asked, shared, confirm, span, out, ticket)
+        found = self._from_cache(cache, asked, shared, confirm, span, out, ticket)
         if found.is_answer and found.reply is not None:
-            return found.reply
+            return found.reply, "cache_bytes"
         decisive = asked.send(self._transport, span, out)
         if found.has_answered and decisive.status in (200, 206, *REDIRECT_STATUSES):
             if found.reply is not None and found.reply.status >= 500:
@@ -193,7 +225,7 @@ class Route:
             else:
                 self._health.succeed()
                 self._unfit.put(address, time.monotonic() + UNFIT_S)
-        return decisive
+        return decisive, "direct_bytes"
 
     def doubt(self, url: str) -> None:
         """Bytes that were taken for an object's were not: its origin is asked, for a while."""
@@ -295,6 +327,7 @@ class _Health:
             if ticket != self._failures:
                 return
             self._failures += 1
+            _note_way("cache_faults", 1)
             pause_s = self._pause_s()
             self._closed_until_s = time.monotonic() + pause_s
         log.warning(

@@ -83,10 +83,17 @@ def _add_tiers(families: Families, mount: Mount, ssd: Json) -> None:
     families.counter("mfs_tier_evictions", "Chunks that lost their place.", by[5], ["tier"])
     families.counter("mfs_tier_evicted_bytes", "Bytes that lost their place.", by[6], ["tier"])
     families.gauge("mfs_ram_free_slots", "Slots of 4 MiB that are free.", memory.slots_free)
+    families.gauge("mfs_ram_warm_bytes", "Memory kept ready for what comes, that holds nothing.", memory.warm_bytes)
     families.gauge("mfs_ram_leases", "Holds on chunks in RAM now.", cache.leases_count)
     families.counter("mfs_ram_lost_bytes", "Given up before the SSD had taken them.", counters.lost_bytes)
     families.counter("mfs_ssd_written_bytes", "Written to the SSD tier.", counters.saved_bytes)
     families.gauge("mfs_ssd_objects", "Files of which the SSD tier has something.", ssd["objects_count"])
+    for name, kind, what in (
+        ("pinned", "pinned", "that no eviction takes"),
+        ("whole", "sealed", "all of which is there"),
+    ):
+        families.gauge(f"mfs_ssd_{name}_objects", f"Files {what}.", ssd[f"{kind}_count"])
+        families.gauge(f"mfs_ssd_{name}_bytes", f"Of files {what}.", ssd[f"{kind}_bytes"])
     families.gauge("mfs_ssd_disk_free_bytes", "Room left on its disk.", ssd["free_disk_bytes"])
     states = {(state.replace(" ", "_"),): float(state == ssd["state"]) for state in SSD_STATES}
     families.gauge(
@@ -109,6 +116,13 @@ def _add_origin(families: Families, mount: Mount) -> None:
     counters, pool, tally = mount.cache.counters, mount.pool, mount.tally
     families.counter("mfs_origin_received_bytes", "That came from origins, as they sent it.", counters.origin_bytes)
     families.counter("mfs_origin_requests", "Requests for bytes that origins answered.", counters.origin_requests)
+    families.counter(
+        "mfs_origin_way_bytes",
+        "Of sources with a cache that nodes share: that came through it, or past it from the origin.",
+        {(way,): pool.ways[f"{way}_bytes"] for way in ("cache", "direct")},
+        ["way"],
+    )
+    families.counter("mfs_cache_faults", "Times that this cache failed.", pool.ways["cache_faults"])
     families.counter("mfs_shared_bytes", "Taken from other files on SSD instead.", counters.shared_bytes)
     families.counter(
         "mfs_brought_bytes",

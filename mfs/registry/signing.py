@@ -72,7 +72,7 @@ class Signer:
                 else f"cannot be read: {error}"
             )
             raise ConfigError(f"key {key_path} {what}") from None
-        _check_curve(key.public_key(), key_path)
+        _check_curve(key.public_key(), f"key {key_path}")
         self._key: ec.EllipticCurvePrivateKey = key
         self.fingerprint = _fingerprint(key.public_key())
         """See `Verifier.fingerprint`."""
@@ -118,17 +118,11 @@ class Verifier:
 
     def __init__(self, key_path: Path) -> None:
         """key_path: PEM. Raises: ConfigError, one line, if it cannot be used."""
-        serialization = _cryptography("serialization")
         body = _key_bytes(key_path)
         if b"PRIVATE KEY" in body:
             raise ConfigError(f"key {key_path} is a private key, which no reader should have; its public half is made "
                               f"by openssl pkey -in {key_path} -pubout")  # fmt: skip
-        try:
-            key = serialization.load_pem_public_key(body)
-        except ValueError as error:
-            raise ConfigError(f"key {key_path} cannot be read: {error}") from None
-        _check_curve(key, key_path)
-        self._key: ec.EllipticCurvePublicKey = key
+        key = self._key = parse_public_key(body, f"key {key_path}")
         self.path = key_path
         self.fingerprint = _fingerprint(key)
         """64 hex digits: sha256 of the public key as PEM, as bundles name it; signatures are stored under it."""
@@ -247,11 +241,21 @@ def _algorithm(key: ec.EllipticCurvePublicKey) -> ec.ECDSA:
     return made
 
 
-def _check_curve(key: Any, key_path: Path) -> None:
+def parse_public_key(body: bytes, what: str) -> ec.EllipticCurvePublicKey:
+    """A key to check signatures with. body: PEM. what: the key, in errors. Raises: ConfigError if it is none."""
+    try:
+        key = _cryptography("serialization").load_pem_public_key(body)
+    except ValueError as error:
+        raise ConfigError(f"{what} cannot be read: {error}") from None
+    _check_curve(key, what)
+    return key  # type: ignore[no-any-return]
+
+
+def _check_curve(key: Any, what: str) -> None:
     curve = getattr(getattr(key, "curve", None), "name", None)
     if curve not in _CURVES:
         raise ConfigError(
-            f"key {key_path} is {curve or type(key).__name__}: expected an elliptic-curve key on P-256, P-384 or "
+            f"{what} is {curve or type(key).__name__}: expected an elliptic-curve key on P-256, P-384 or "
             f"P-521, as made by openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256"
         )
 

@@ -67,7 +67,8 @@ class FakeDaemon:
             "started_at": self._started_at,
             "uptime_s": time.time() - self._started_at,
             "sources": [
-                {"name": source.name, "url": source.url, "listed_directories": len(self._directories()),
+                {"name": source.name, "url": source.url, "via": None, "is_dragonfly": False,
+                 "listed_directories": len(self._directories()),
                  "last_refresh_at": self._started_at, "last_error": None}
                 for source in (config.sources if config else ())
             ],
@@ -75,16 +76,17 @@ class FakeDaemon:
             "ssd": {
                 "used_bytes": used_ssd, "budget_bytes": config.cache_bytes if config else 1 << 30,
                 "free_disk_bytes": 1 << 40, "objects_count": sum(1 for f in self.files.values() if f.ssd_bytes),
+                "pinned_count": 0, "pinned_bytes": 0, "sealed_count": 0, "sealed_bytes": 0,
                 "state": "ok" if config and config.cache_dir else "off", "hits_bytes": 0,
                 "note": None,
             },
             "ram": {
-                "used_bytes": used_ram, "budget_bytes": slots_count * CHUNK_BYTES,
+                "used_bytes": used_ram, "warm_bytes": 0, "budget_bytes": slots_count * CHUNK_BYTES,
                 "slots_count": slots_count, "slots_free": slots_count - slots_used, "slots_leased": 0,
                 "hits_bytes": 0, "note": "",
             },
             "origin": {"fetched_bytes": self._fetched_bytes, "shared_bytes": 0, "requests_count": 0, "errors_count": 0,
-                       "inflight": 0},
+                       "inflight": 0, "cache_bytes": 0, "direct_bytes": 0, "cache_faults": 0},
             "reads": {"count": 0, "bytes": 0, "errors_count": 0, "waiting": 0},
             "open_files": 0,
             "passthrough": {"open_files": 0, "sealed_count": 0, "note": None},

@@ -14,6 +14,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
@@ -193,13 +194,12 @@ class Jobs:
         return {}
 
     def usage(self, *, emit: Emit) -> Frame:
-        """{used_bytes, objects_count, free_disk_bytes} of the SSD tier."""
+        """What `Usage` has, and free_disk_bytes, of the SSD tier."""
         tier, tables = self._ssd()
         usage = tables.usage()
         disk = os.statvfs(tier.config.directory)
         return {
-            "used_bytes": usage.used_bytes,
-            "objects_count": usage.objects_count,
+            **asdict(usage),
             "free_disk_bytes": disk.f_bavail * disk.f_frsize,
         }
 

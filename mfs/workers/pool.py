@@ -95,6 +95,8 @@ class WorkerPool:
         """How often each worker was started anew."""
         self.retries = Counter[str]({"failed": 0, "throttled": 0})
         """How often workers have asked an origin again, by why; see `fetch.retry.taken_counts`."""
+        self.ways = Counter[str]({"cache_bytes": 0, "direct_bytes": 0, "cache_faults": 0})
+        """Which way ranges came where a cache is set that nodes share; see `fetch.route.taken_ways`."""
         self.closing = False
         self.tier_fault: str | None = None
         """Why workers serve without the SSD tier, None while they have it or none is wanted."""
@@ -322,6 +324,8 @@ class WorkerPool:
         worker.silent_since_s = None
         if "retries" in frame:
             self.retries.update(frame["retries"])
+        if "ways" in frame:
+            self.ways.update(frame["ways"])
         if frame["id"] == 0:
             if "pong" in frame:
                 return

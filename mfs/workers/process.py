@@ -27,6 +27,7 @@ from mfs.cache.ram import Piece, mapped
 from mfs.cache.ssd import SsdConfig
 from mfs.errors import MfsError, to_wire
 from mfs.fetch.retry import taken_counts
+from mfs.fetch.route import taken_ways
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Moved, Page, Source
 from mfs.tracing.requests import current, recording
@@ -197,8 +198,11 @@ class _Sender:
         self._lock = threading.Lock()
 
     def __call__(self, frame: Frame) -> None:
-        retries = taken_counts()
-        data = encode({**frame, "retries": retries} if retries else frame)
+        if retries := taken_counts():
+            frame = {**frame, "retries": retries}
+        if ways := taken_ways():
+            frame = {**frame, "ways": ways}
+        data = encode(frame)
         with self._lock:
             try:
                 self._channel.sendall(data)

@@ -131,6 +131,8 @@ def test_what_is_touched_ahead_fits_into_the_budget(memory: RamTier) -> None:
     seen = set()
     while (place := memory.warm_up()) is not None:
         seen.add(place.start)
+        assert (memory.used_bytes, memory.warm_bytes) == (CHUNK_BYTES, len(seen) * CHUNK_BYTES)
+        assert memory.slots_free == SLOTS_COUNT_MIN - 2
         put(place, bytes(CHUNK_BYTES))
         memory.give(place)
     assert len(seen) == SLOTS_COUNT_MIN - 1

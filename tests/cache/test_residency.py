@@ -303,6 +303,10 @@ def test_a_sealed_object_is_one_victim_as_warm_as_its_warmest_chunk(
         (sealed.cache_id, None, 3 * CHUNK_BYTES), (growing.cache_id, 0, CHUNK_BYTES),
     ]  # fmt: skip
     tables.set_pinned(sealed, True)
+    tables.set_pinned(make_object("nothing-of-it"), True)
+    usage = tables.usage()
+    assert (usage.pinned_count, usage.pinned_bytes) == (2, 3 * CHUNK_BYTES)
+    assert (usage.sealed_count, usage.sealed_bytes) == (2, 6 * CHUNK_BYTES)
     assert [cache_id for cache_id, *_ in tables.victims(10**12)] == [cold.cache_id] + [growing.cache_id] * 2
     [(cache_id, index, row, _)] = tables.victims(1)
     assert tables.drop(tier, cache_id, row, index) == [(i, CHUNK_BYTES) for i in range(3)]

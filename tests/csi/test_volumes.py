@@ -16,6 +16,7 @@ from mfs.csi.server import DRIVER
 from tests.csi.conftest import FILES
 from tests.csi.driver import MODES, Driver, publish_request, wait_for, workload
 from tests.mount import touching
+from tests.registry.keys import make_keys
 
 
 def refused(call: Callable[..., Any], *arguments: Any, **more: Any) -> tuple[grpc.StatusCode, str]:
@@ -132,6 +133,13 @@ def test_what_cannot_be_published(driver: Driver, models: Path) -> None:
         (context(umask="9"), "octal"),
         (context(roleArn="arn:aws:iam::1:role/x"), "tokenRequests"),
         (context(source="hf://a/b", endpointUrl="nowhere"), "endpoint_url"),
+        (context(via="cache:8080"), "via is 'cache:8080': expected http://host:port"),
+        (context(via="http://a:1", dragonfly="http://b:1"), "both set"),
+        (context(source="mfs+s3://b/r", requireSignature="bm8ga2V5"), "requireSignature: the key cannot be read"),
+        (
+            context(requireSignature=make_keys(models.parent, "key").public.read_text().replace("\n", " ")),
+            "of a registry",
+        ),
         (secrets(AWS_ACCESS_KEY_ID="hush"), "belong together"),
         (secrets(PASSWORD="hush"), "'PASSWORD' is not known"),
         (secrets(HF_TOKEN="hu\nsh"), "control characters"),

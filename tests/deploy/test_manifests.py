@@ -129,7 +129,7 @@ def test_every_value_of_the_chart_is_used(helm: Any) -> None:
         "registrarImage": "reg/c:3", "livenessImage": "reg/d:4", "kubeletDir": "/k", "cacheDir": "/c",
         "cacheSize": "7G", "ramSize": "3G", "extraArgs": ["--folders=/srv"], "webIdentity": False,
         "serviceAccountAnnotations": {"role": "r"}, "nodeSelector": {"gpu": "yes"}, "tolerations": [{"key": "gpu"}],
-        "resources": {"requests": {"cpu": "9m"}}, "kserve": True,
+        "resources": {"requests": {"cpu": "9m"}}, "kserve": True, "via": "http://a:1", "dragonfly": "http://b:2",
     }  # fmt: skip
     assert set(values) == set(yaml.safe_load((CHART / "values.yaml").read_text()))
     made = rendered(helm, values)
@@ -139,7 +139,8 @@ def test_every_value_of_the_chart_is_used(helm: Any) -> None:
         check(document)
     text = json.dumps(made)
     for word in ("reg/a:1", "reg/b:2", "pull", "reg/c:3", "reg/d:4", "/k/plugins", "--cache-dir=/c", "=7G", "=3G",
-                 "--folders=/srv", '"role": "r"', '"gpu": "yes"', '"key": "gpu"', "9m", "mfs://"):  # fmt: skip
+                 "--folders=/srv", "--via=http://a:1", "--dragonfly=http://b:2", '"role": "r"', '"gpu": "yes"',
+                 '"key": "gpu"', "9m", "mfs://"):  # fmt: skip
         assert word in text, word
     assert "tokenRequests" not in text
     assert "/var/lib/kubelet" not in text

@@ -10,7 +10,7 @@ from http.client import HTTPMessage
 import pytest
 
 from mfs.fetch import route
-from mfs.fetch.route import Cache, Route, Shared, cache_at, proves_itself
+from mfs.fetch.route import Cache, Route, Shared, cache_at, proves_itself, taken_ways
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.fetch.validators import opaque_of
 from mfs.testing import ramp
@@ -62,6 +62,11 @@ class Nodes:
         return found
 
 
+@pytest.fixture(autouse=True)
+def _nothing_came_before() -> None:
+    taken_ways()
+
+
 @pytest.fixture
 def nodes(request: pytest.FixtureRequest) -> Iterator[Nodes]:
     nodes = Nodes(is_dragonfly=getattr(request, "param", False))
@@ -80,6 +85,17 @@ def test_bytes_come_from_the_cache_without_the_credentials(nodes: Nodes) -> None
     assert asked.headers["mfs-object"] == "name"
     assert "authorization" not in asked.headers
     assert nodes.counts == (1, 0)
+    assert (taken_ways(), taken_ways()) == ({"cache_bytes": 4990}, {})
+
+
+def test_what_comes_past_the_cache_is_told_and_why(nodes: Nodes) -> None:
+    nodes.say = lambda request: Answer(502)
+    nodes.read()
+    nodes.read()  # the cache is left alone for a while
+    assert taken_ways() == {"direct_bytes": 2 * 4990, "cache_faults": 1}
+    nodes.origin_says = lambda request: Answer(404)
+    nodes.read()
+    assert taken_ways() == {}
 
 
 def test_what_may_not_be_shared_is_asked_of_the_origin(nodes: Nodes) -> None:

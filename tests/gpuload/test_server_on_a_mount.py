@@ -14,6 +14,7 @@ import pytest
 from gpuload.client.asking import ask, connect, exchange, load_resident
 from gpuload.client.attached import attach
 from gpuload.device.host import HostDevice
+from gpuload.server import ram_tier
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import assert_same, random_tensors, running_server, write
 from mfs.errors import MfsError
@@ -94,3 +95,44 @@ def test_a_server_outlives_the_mounts_that_it_loads_from(
         assert ask({"op": "ping"}, socket_path=server.socket_path)["pid"]
         assert_same(attach("m", socket_path=server.socket_path), tensors)
         server.on_loop(server.sites["cpu"].catalog.models["m"].retire)
+
+
+def test_what_a_mounts_ram_keeps_page_locked_is_not_kept_twice(
+    config: ServerConfig, small_granules: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MFS_RUNTIME_DIR", str(tmp_path / "m" / "run"))
+    origin = tmp_path / "registry"
+    origin.mkdir()
+    for seed in (1, 2):
+        write(origin / f"{seed}.safetensors", random_tensors(seed, SHAPES))
+    card = HostDevice(granule_bytes=4096, is_direct=False)
+    config = replace(config, arena_bytes={"cpu": 60 * 4096}, ram_tier_bytes=8 << 20)
+    monkeypatch.setattr(ram_tier, "SLAB_BYTES", 1 << 20)
+    monkeypatch.setattr(ram_tier, "SLOT_BYTES", 1 << 16)
+    with running_server(config, lambda _: card) as server:
+        site = server.sites["cpu"]
+        leaving, tier = site.leaving, site.tier
+        assert leaving is not None
+        assert tier is not None
+        while not tier.locked_bytes:
+            server.settle()
+        kept = leaving.is_held_elsewhere.__self__  # type: ignore[attr-defined]
+
+        def load(path: Path) -> dict[str, Any]:
+            report: dict[str, Any] = load_resident(path, path.name, "cpu", socket_path=server.socket_path)["report"]
+            kept.wait_idle()
+            return report
+
+        with TestMount(tmp_path / "m", str(origin)) as mount:
+            load(mount.path / "1.safetensors")
+            assert kept.locked_bytes > 0
+            assert load(mount.path / "2.safetensors")["evicted"] == ["1.safetensors"]
+            server.settle()
+            assert (tier.blocks_count, tier.totals.dropped) == (0, 0)
+            assert load(mount.path / "1.safetensors")["bytes_copied"] == 6 * 32768, "from the mount's RAM, in place"
+        (block, *_) = site.catalog.models["1.safetensors"].parts[0].blocks
+        while leaving.is_held_elsewhere(block.lenders):  # the mount is gone, and what it lent goes
+            server.settle()
+        ask({"op": "resize", "device": "cpu", "bytes": 0, "evict": True}, socket_path=server.socket_path)
+        while not tier.totals.saved:
+            server.settle()

@@ -71,6 +71,8 @@ class BusyDaemon(FakeDaemon):
                 {
                     "name": "prod",
                     "url": "s3://models/prod",
+                    "via": "http://cache.svc:8080",
+                    "is_dragonfly": False,
                     "listed_directories": 431,
                     "last_refresh_at": time.time() - 12,
                     "last_error": None,
@@ -78,6 +80,8 @@ class BusyDaemon(FakeDaemon):
                 {
                     "name": "hub",
                     "url": "hf://sentence-transformers/all-MiniLM-L6-v2",
+                    "via": None,
+                    "is_dragonfly": False,
                     "listed_directories": 3,
                     "last_refresh_at": time.time() - 4000,
                     "last_error": "huggingface.co: 429 Too Many Requests; asked again in 60 s" if troubled else None,
@@ -89,6 +93,10 @@ class BusyDaemon(FakeDaemon):
                 "budget_bytes": 2 << 40,
                 "free_disk_bytes": 912 * GIB,
                 "objects_count": 3104,
+                "pinned_count": 24,
+                "pinned_bytes": 272 * GIB,
+                "sealed_count": 2871,
+                "sealed_bytes": ssd_used * 9 // 10,
                 "state": "ok",
                 "hits_bytes": self._moved(2.3 * GIB, 53, 1.0),
             },
@@ -107,9 +115,13 @@ class BusyDaemon(FakeDaemon):
                 "requests_count": 18_204_511,
                 "errors_count": 37 if troubled else 0,
                 "inflight": 27,
+                "cache_bytes": self._moved(1.1 * GIB, 41) * 19 // 20,
+                "direct_bytes": self._moved(1.1 * GIB, 41) // 20,
+                "cache_faults": 2 if troubled else 0,
             },
             "reads": {"count": 88_112_930, "bytes": self._moved(6.1 * GIB, 31), "errors_count": 0, "waiting": 9},
             "open_files": 214,
+            "passthrough": {"open_files": 171, "sealed_count": 2871, "note": ""},
             "kernel": {"read_ahead_kb": 4096, "max_background": 4096, "notes": []},
             "warnings": [
                 "should this daemon be killed, the mount ends: Linux 6.6.12 cannot ask again what it did not answer "

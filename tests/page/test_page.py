@@ -95,6 +95,7 @@ class TestWhatItShows:
         self, mount: TestMount, url: str, opened: Callable[..., tuple[Page, Seen]]
     ) -> None:
         list(mount.client.prefetch(["beta"], "ssd", wait=True))
+        mount.client.pin(["beta"])
         page, seen = opened(url)
         rows = mount.client.overview()["models"]["rows"]
         for row in rows:
@@ -103,6 +104,10 @@ class TestWhatItShows:
         tiers = page.get_by_label("Tiers")
         tiers.get_by_text(f"of {format_size(status['ssd']['budget_bytes'])}").wait_for()
         tiers.get_by_text(f"of {format_size(status['ram']['budget_bytes'])}").wait_for()
+        assert status["ssd"]["pinned_count"] > 0
+        pinned = f"{status['ssd']['pinned_count']} pinned ({format_size(status['ssd']['pinned_bytes'])})"
+        tiers.get_by_text(pinned).wait_for()
+        mount.client.unpin(["beta"])
         assert page.get_by_role("heading", level=1).text_content() == f"mfs {mount.path}"
         beta = page.get_by_role("row").filter(has=page.get_by_role("button", name="beta", exact=True))
         beta.get_by_role("img", name=re.compile("100 % on SSD")).wait_for()
@@ -248,6 +253,7 @@ class TestForEverybody:
         page.get_by_role("button", name=re.compile("^llama.*-v12$")).click()
         page.get_by_role("img", name=re.compile("model-00001-of-00012")).wait_for()
         page.get_by_role("heading", name="Last load").wait_for()
+        page.get_by_label("Tiers").get_by_text(re.compile(r"95\s% through the cache http://cache.svc:8080")).wait_for()
         found = Axe().run(page, options={} if scheme == "light" else {"runOnly": ["color-contrast"]})
         assert found.response["violations"] == [], found.generate_report()
         picture = tmp_path / "page.png"

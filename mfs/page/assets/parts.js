@@ -41,14 +41,18 @@ export function Tiers({ status, rates }) {
   return html`<section class="cards" aria-label="Tiers">
     <${Tier} name="SSD" kind="ssd" tier=${ssd} isOff=${isOff}
       facts=${isOff ? "no --cache-dir: cold reads go to the origin"
-        : `${count(ssd.objects_count, "file")}, ${size(ssd.free_disk_bytes)} free on its disk`}
+        : `${count(ssd.objects_count, "file")}${ssd.sealed_bytes ? ` (${size(ssd.sealed_bytes)} in whole ones)` : ""}${
+          ssd.pinned_count ? `, ${ssd.pinned_count.toLocaleString("en")} pinned (${size(ssd.pinned_bytes)})` : ""}, ${
+          size(ssd.free_disk_bytes)} free on its disk`}
       state=${ssd.state === "ok" || isOff ? "" : ssd.state} />
-    <${Tier} name="RAM" kind="ram" tier=${ram} facts=${`${count(ram.slots_leased, "slot")} in use`} state="" />
+    <${Tier} name="RAM" kind="ram" tier=${ram} facts=${`${count(ram.slots_leased, "slot")} in use${
+      ram.warm_bytes ? `, ${size(ram.warm_bytes)} kept ready` : ""}`} state="" />
     <div class="card">
       <h2>Origin</h2>
       <p class="big">${rates ? rate(rates.origin) : "…"}</p>
       <p class="quiet">${size(origin.fetched_bytes)} in ${count(origin.requests_count, "request")}${
         origin.shared_bytes ? `, ${size(origin.shared_bytes)} copied from other models` : ""}</p>
+      <${Ways} status=${status} />
       ${origin.errors_count ? html`<p class="bad">${count(origin.errors_count, "error")}</p>` : null}
     </div>
     <div class="card">
@@ -59,10 +63,21 @@ export function Tiers({ status, rates }) {
       </div>
       <p class="quiet">${total
         ? served.filter(([, , bytes]) => bytes).map(([name, , bytes]) => `${share(bytes, total)} from ${name}`).join(", ")
-        : "nothing read yet"}; ${count(status.open_files, "open file")}</p>
+        : "nothing read yet"}; ${count(status.open_files, "open file")}${status.passthrough.open_files
+          ? `, ${status.passthrough.open_files.toLocaleString("en")} read by the kernel itself` : ""}</p>
       ${reads.errors_count ? html`<p class="bad">${count(reads.errors_count, "failed read")}</p>` : null}
     </div>
   </section>`;
+}
+
+/** Which way bytes came, where sources have a cache that nodes share. */
+function Ways({ status }) {
+  const caches = new Set(status.sources.filter((s) => s.via).map((s) => `${s.is_dragonfly ? "dragonfly" : "the cache"} ${s.via}`));
+  if (!caches.size) return null;
+  const { cache_bytes: cached, direct_bytes: direct, cache_faults: faults } = status.origin;
+  return html`<p class="quiet">${share(cached, cached + direct)} through ${[...caches].join(", ")}${
+      direct ? `, ${size(direct)} past it` : ""}</p>
+    ${faults ? html`<p class="bad">${count(faults, "failure", "failures")} of the cache</p>` : null}`;
 }
 
 function Tier({ name, kind, tier, facts, state, isOff }) {

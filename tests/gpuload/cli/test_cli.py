@@ -179,10 +179,10 @@ def test_digests_for_every_rank(tmp_path: Path) -> None:
 
 
 def test_run_serves_a_program_that_knows_nothing(socket_path: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "x.safetensors", random_tensors(1, {"a": (300, 300)}))
+    path = write(tmp_path / "x.safetensors", random_tensors(1, {"a": (900, 600)}))
     code = "import sys; from safetensors.torch import load_file; print(load_file(sys.argv[1])['a'].shape)"
     out = gpuload("run", "--socket", socket_path, "--", sys.executable, "-c", code, path)
-    assert "300, 300" in out
+    assert "900, 600" in out
     models = json.loads(gpuload("status", "--json", socket_path=socket_path))["devices"][0]["models"]
     assert [m["model"].startswith("content:") for m in models] == [True]
     assert "cannot run" in gpuload("run", "/nonexistent/program", status=2)

@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
 from gpuload.client import opened, rings
+from gpuload.client.asking import load_resident
 from gpuload.device import cuda
 from gpuload.device import driver as cu
 from gpuload.device.cuda import CudaDevice
@@ -27,10 +29,12 @@ from gpuload.moving.shards import close_shards, open_shards
 from gpuload.moving.slabs import ALIGN_BYTES, SLAB_BYTES, SMALL_BYTES, plan_slabs
 from gpuload.moving.source import FileSource
 from gpuload.moving.staging import Ring
-from gpuload.testing import random_tensors, write
+from gpuload.server import leaving, ram_tier
+from gpuload.server.daemon import ServerConfig
+from gpuload.testing import bits, random_tensors, running_server, write
 
 SOURCE = Path(__file__).parent / "standin" / "libcuda.c"
-COPY, PIN = 1, 2
+COPY, PIN, OUT = 1, 2, 5
 
 
 class _Entry(ctypes.Structure):
@@ -232,3 +236,45 @@ def test_slabs_hold_what_is_small_aligned_and_of_one_shard(tmp_path: Path) -> No
     assert slabs == [reached[i] for i in range(len(slabs))]
     assert max(slabs) <= SLAB_BYTES
     assert len(slabs) == 2
+
+
+def test_what_is_evicted_leaves_beside_what_comes_and_before_it_is_overwritten(
+    model: Model, config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ram_tier, "SLAB_BYTES", 1 << 18)
+    monkeypatch.setattr(ram_tier, "SLOT_BYTES", 1 << 16)
+    monkeypatch.setattr(leaving, "COPY_BYTES", 1 << 17)
+    shapes = {"a": (5 << 16,), "b": (5 << 16,)}  # 640 KiB each: ten granules
+    one, two = (write(tmp_path / f"{i}.safetensors", random_tensors(i, shapes)) for i in (1, 2))
+    limits = Limits(buffer_bytes=1 << 17, buffers_count=3, readers_count=2)
+    config = replace(config, arena_bytes={"cuda:0": 21 << 16}, ram_tier_bytes=3 << 20, limits=limits)
+    with running_server(config, lambda _: model.device()) as server:
+        site = server.sites["cuda:0"]
+        assert site.tier is not None
+        while site.tier.locked_bytes < site.tier.nbytes:
+            server.settle()
+
+        def load(path: Path) -> dict[str, int]:
+            report: dict[str, int] = load_resident(path, path.name, "cuda:0", socket_path=config.socket_path)["report"]
+            return report
+
+        load(one)
+        before = len(model.log(COPY))
+        load(two)
+        while site.leaving is not None and site.leaving.pending_count:
+            server.settle()
+        into, out = model.log(COPY)[before:], model.log(OUT)
+        assert sum(e.nbytes for e in into) == sum(e.nbytes for e in out) == 20 << 16
+        assert min(e.began_s for e in into) < max(e.ended_s for e in out), "side by side"
+        for e in into:
+            for left in out:
+                if left.src < e.dst + e.nbytes and e.dst < left.src + left.nbytes:
+                    assert left.ended_s <= e.began_s, "nothing is overwritten before it is out"
+        report = load(one)
+        assert report["bytes_from_ram"] == report["bytes_total"]
+        (part,) = site.catalog.models[one.name].parts
+        device = model.device()
+        held = b"".join(device.read_back(*run) for b in part.blocks for run in site.runs(b, 0, b.nbytes))
+        assert sorted(held[at : at + (10 << 16)] for at in (0, 10 << 16)) == sorted(
+            bits(tensor) for tensor in random_tensors(1, shapes).values()
+        )

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import gpuload
+from gpuload.hooks.safetensors_patch import SMALL_VARIABLE
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import ServerThread, running_server
 from tests.gpuload.hooks import programs
@@ -26,6 +27,12 @@ SITE = Path(gpuload.__file__).parent / "hooks" / "site"
 REPOSITORY = Path(gpuload.__file__).parent.parent
 NO_SOCKET = "/nonexistent/gpuload.sock"
 DEADLINE_S = 150
+
+
+@pytest.fixture(autouse=True)
+def served_however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' files are, and their programs' too."""
+    monkeypatch.setenv(SMALL_VARIABLE, "0")
 
 
 @pytest.fixture

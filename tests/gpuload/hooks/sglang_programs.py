@@ -6,6 +6,7 @@ one stands in, so that the import goes through: the loader itself never calls it
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -72,9 +73,15 @@ def interface() -> Found:
             name: [p.name for p in inspect.signature(getattr(loader, name)).parameters.values()]
             for name in ours.ITERATORS
         },
+        "others": {target: _first_parameter(target) for target in ours.OF_LOADERS},
         "register": [p.name for p in inspect.signature(HookRegistry.register).parameters.values()],
         "around": HookType.AROUND.value,
     }
+
+
+def _first_parameter(target: str) -> str:
+    place, _, name = target.rpartition(".")
+    return next(iter(inspect.signature(getattr(importlib.import_module(place), name)).parameters))
 
 
 def iterated(*folders: str) -> list[Any]:

@@ -396,3 +396,34 @@ def test_what_came_from_where_can_be_asked(resident: ServerThread, file: Path) -
     assert said == [2, "served 2, streamed 0, left to the library 0"]
     said = json.loads(run_hooked(code, file, socket_path=NO_SOCKET).stdout)
     assert said == [0, "served 0, streamed 0, left to the library 2"]
+
+
+SIZES = """
+import sys
+from safetensors.torch import load_file
+from gpuload.hooks.counts import counts
+for path in sys.argv[1:]:
+    before = counts.served
+    load_file(path)
+    print(counts.served - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "served", "said"),
+    [
+        ("", "0\n1\n", ""),
+        ("0", "1\n1\n", ""),
+        ("few", "0\n1\n", "GPULOAD_SMALL_BYTES='few': expected a number of bytes"),
+    ],
+    ids=["as it is", "every file", "no number"],
+)
+def test_small_files_are_left_to_the_library(
+    resident: ServerThread, file: Path, tmp_path: Path, given: str, served: str, said: str
+) -> None:
+    few = write(tmp_path / "few.safetensors", random_tensors(1, {"w": (1000,)}))
+    many = write(tmp_path / "many.safetensors", random_tensors(1, {"w": (1 << 19,)}))  # 1 MiB and its header
+    done = run_hooked(SIZES, few, many, socket_path=resident.socket_path, GPULOAD_SMALL_BYTES=given)
+    assert done.stdout == served
+    assert said in done.stderr
+    assert bool(said) == bool(done.stderr)

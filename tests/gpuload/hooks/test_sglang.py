@@ -82,7 +82,8 @@ def test_it_registers_once_and_only_if_asked(registry: type[HookRegistry], monke
     monkeypatch.setenv("GPULOAD_AUTO", "1")
     sglang.register()
     sglang.register()
-    assert [target.rpartition(".")[2] for target, _, _ in registry.registered] == list(sglang.ITERATORS)
+    names = [target.rpartition(".")[2] for target, _, _ in registry.registered]
+    assert names == [*sglang.ITERATORS, *(target.rpartition(".")[2] for target in sglang.OF_LOADERS)]
 
 
 def test_without_sglang_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +130,7 @@ def test_the_model_here_has_the_real_names_and_signatures() -> None:
     interface = run_program("sglang_programs:interface", socket_path=None).found
     for name, parameters in interface["iterators"].items():
         assert parameters == list(inspect.signature(globals()[name]).parameters)
+    assert all(first == "hf_weights_files" for first in interface["others"].values())
     assert interface["register"] == list(inspect.signature(HookRegistry.register).parameters)
     assert interface["around"] == HookType.AROUND.value
 

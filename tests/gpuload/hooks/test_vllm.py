@@ -45,6 +45,37 @@ def multi_thread_safetensors_weights_iterator(
     return iter([("the original, threaded", hf_weights_files)])
 
 
+def instanttensor_weights_iterator(
+    hf_weights_files: list[str],
+    use_tqdm_on_load: bool,
+    local_expert_ids: set[int] | None = None,
+    *,
+    load_engram_on_cpu: bool = False,
+) -> Iterator[tuple[str, Any]]:
+    return iter([("the original, instant", hf_weights_files)])
+
+
+def fastsafetensors_weights_iterator(hf_weights_files: list[str], use_tqdm_on_load: bool) -> Iterator[tuple[str, Any]]:
+    return iter([("the original, fast", hf_weights_files)])
+
+
+def runai_safetensors_weights_iterator(
+    hf_weights_files: list[str], use_tqdm_on_load: bool, is_distributed: bool = False
+) -> Iterator[tuple[str, Any]]:
+    return iter([("the original, streamed", hf_weights_files)])
+
+
+class RunaiModelStreamerLoader:
+    """As vLLM's, which has another door than the others."""
+
+    def __init__(self, load_config: Any) -> None:
+        self.load_config = load_config
+
+    def _get_weights_iterator(self, model_or_path: Any, revision: str | None, is_unused_weight: Any = None) -> Any:
+        module = sys.modules["vllm.model_executor.model_loader.runai_streamer_loader"]
+        return module.runai_safetensors_weights_iterator(model_or_path.files, True, False)
+
+
 class DefaultModelLoader:
     """As vLLM's, as far as the plugin touches it."""
 
@@ -58,8 +89,15 @@ class DefaultModelLoader:
     def _get_weights_iterator(self, source: Any) -> Any:
         module = sys.modules["vllm.model_executor.model_loader.default_loader"]
         config = self.load_config
-        assert config.load_format in ("auto", "hf", "safetensors"), "_prepare_weights raises for names it does not know"
-        if config.model_loader_extra_config.get("enable_multithread_load"):
+        known = ("auto", "hf", "safetensors", "instanttensor", "fastsafetensors")
+        assert config.load_format in known, "_prepare_weights raises for names it does not know"
+        if config.load_format == "instanttensor":
+            weights = module.instanttensor_weights_iterator(
+                source.files, True, local_expert_ids=self.local_expert_ids, load_engram_on_cpu=False
+            )
+        elif config.load_format == "fastsafetensors":
+            weights = module.fastsafetensors_weights_iterator(source.files, True)
+        elif config.model_loader_extra_config.get("enable_multithread_load"):
             weights = module.multi_thread_safetensors_weights_iterator(source.files, True, max_workers=2)
         else:
             weights = module.safetensors_weights_iterator(
@@ -90,13 +128,21 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
 
     loaders.register_model_loader = register_model_loader  # type: ignore[attr-defined]
     loaders.default_loader = default  # type: ignore[attr-defined]
-    for member in (DefaultModelLoader, safetensors_weights_iterator, multi_thread_safetensors_weights_iterator):
+    for member in (
+        DefaultModelLoader, safetensors_weights_iterator, multi_thread_safetensors_weights_iterator,
+        instanttensor_weights_iterator, fastsafetensors_weights_iterator,
+    ):  # fmt: skip
         setattr(default, member.__name__, member)
+    runai = ModuleType("vllm.model_executor.model_loader.runai_streamer_loader")
+    loaders.runai_streamer_loader = runai  # type: ignore[attr-defined]
+    for member in (RunaiModelStreamerLoader, runai_safetensors_weights_iterator):
+        setattr(runai, member.__name__, member)
     for name, module in {
         "vllm": ModuleType("vllm"),
         "vllm.model_executor": ModuleType("vllm.model_executor"),
         "vllm.model_executor.model_loader": loaders,
         "vllm.model_executor.model_loader.default_loader": default,
+        "vllm.model_executor.model_loader.runai_streamer_loader": runai,
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(vllm, "_is_registered", False)
@@ -252,25 +298,39 @@ def test_a_file_that_the_pipeline_refuses_is_left_to_safetensors(
     ]
 
 
-@pytest.mark.parametrize("load_format", ["auto", "hf", "safetensors"])
+@pytest.mark.parametrize(
+    ("load_format", "original"),
+    [("auto", ""), ("hf", ""), ("safetensors", ""), ("instanttensor", ", instant"), ("fastsafetensors", ", fast"),
+     ("runai_streamer", ", streamed")],
+)  # fmt: skip
 def test_with_no_flag_models_on_a_mount_are_ours_and_others_are_not(
-    registry: dict[str, type], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_format: str
+    registry: dict[str, type], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_format: str, original: str
 ) -> None:
+    """Formats of other loaders too, whose packages need not be there then."""
     monkeypatch.setenv("GPULOAD_AUTO", "1")
     monkeypatch.setenv("GPULOAD_SOCKET", NO_SOCKET)
     vllm.register()
-    assert sorted(registry) == ["auto", "gpuload", "hf", "safetensors"]
+    assert sorted(registry) == [
+        "auto",
+        "fastsafetensors",
+        "gpuload",
+        "hf",
+        "instanttensor",
+        "runai_streamer",
+        "safetensors",
+    ]
     folder = tmp_path / "registry" / "model"
     folder.mkdir(parents=True)
     want = random_tensors(1, {"w": (30, 40)})
     file = write(folder / "a.safetensors", want)
     loader = registry[load_format](load_config(load_format))
-    elsewhere = dict(loader._get_weights_iterator(SimpleNamespace(files=[str(file)], prefix="")))
-    assert elsewhere == {"the original": [str(file)]}
+    more = (None,) if load_format == "runai_streamer" else ()
+    elsewhere = dict(loader._get_weights_iterator(SimpleNamespace(files=[str(file)], prefix=""), *more))
+    assert elsewhere == {f"the original{original}": [str(file)]}
     with TestMount(tmp_path / "m", str(folder.parent)) as mount:
         monkeypatch.setenv("MFS_RUNTIME_DIR", str(tmp_path / "m" / "run"))
         mounted = str(mount.path / "model" / "a.safetensors")
-        got = dict(loader._get_weights_iterator(SimpleNamespace(files=[mounted], prefix="")))
+        got = dict(loader._get_weights_iterator(SimpleNamespace(files=[mounted], prefix=""), *more))
     assert_same(got, want)
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from gpuload.hooks import vllm as vllm_hook
 from gpuload.testing import ServerThread
 from mfs.testing.mounting import TestMount
 from tests.gpuload.hooks import test_vllm as model_of_vllm
+from tests.gpuload.hooks import test_vllm_sleep as model_of_sleep
 from tests.gpuload.hooks.conftest import DEADLINE_S, Outcome, run_program
 
 pytestmark = pytest.mark.skipif(
@@ -80,8 +82,10 @@ def mounted(llama: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_model_that_the_suite_runs_on_has_the_real_names_and_signatures(interface: Any) -> None:
     for name, parameters in interface["iterators"].items():
         modelled = inspect.signature(getattr(model_of_vllm, name)).parameters.values()
-        assert parameters == [[p.name, p.kind.name] for p in modelled]
+        assert parameters == [[p.name, p.kind.name] for p in modelled][: len(parameters)]
+    assert set(interface["iterators"]) == set(vllm_hook.ITERATORS)
     assert [name for name, _ in interface["picks"]] == ["self", "source"]
+    assert [name for name, _ in interface["runai picks"]][:3] == ["self", "model_or_path", "revision"]
     assert [name for name, _ in interface["makes"]] == ["self", "load_config"]
 
 
@@ -93,10 +97,13 @@ def test_vllm_finds_the_plugin_and_may_ask_it_again() -> None:
         "auto": "DefaultModelLoader",
         "hf": "DefaultModelLoader",
         "safetensors": "DefaultModelLoader",
+        "instanttensor": "DefaultModelLoader",
+        "fastsafetensors": "DefaultModelLoader",
+        "runai_streamer": "RunaiModelStreamerLoader",
         "dummy": "DummyModelLoader",
     }
     on = vllm("plugins", socket_path=None, on=True).found
-    assert on == off | dict.fromkeys(("auto", "hf", "safetensors"), "MountedModelLoader")
+    assert on == off | dict.fromkeys(set(off) - {"gpuload", "GPULOAD", "dummy"}, "MountedModelLoader")
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +141,21 @@ def test_with_no_flag_a_mounted_model_is_ours_and_another_is_not(
     assert found[: len(plain)] == [[tensors, [0, count, 0]] for tensors in plain]
     lefts = [count, 0, count, count]
     assert found[len(plain) :] == [[tensors, [0, 0, left]] for tensors, left in zip(plain, lefts, strict=True)]
+
+
+def test_formats_of_other_loaders_are_ours_on_a_mount(mounted: Path, plain: list[Any]) -> None:
+    """Without their packages, which vLLM then does not ask for."""
+    count = len(plain[0])
+    found = vllm("iterated_as", mounted, "instanttensor", "fastsafetensors", socket_path=None, on=True).found
+    assert found == [[plain[0], [0, count, 0]]] * 2
+
+
+def test_its_sleep_mode_knows_our_backend() -> None:
+    found = vllm("sleeps", socket_path=None).found
+    assert (found["made"], found["is one"], found["state"]) == ("GpuloadBackend", True, "RUNNING")
+    for name in ("suspend", "resume"):
+        assert found[name] == list(inspect.signature(getattr(model_of_sleep.CuMemBackend, name)).parameters)
+    assert found["allocation"] == list(inspect.signature(model_of_sleep.AllocationData).parameters)
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +218,18 @@ def test_an_engine_under_gpuload_run_needs_no_flag(
         assert (streamed, left) == (0, 0)
         assert served > 0
         assert resident.gauges()["models"] == len(list(llama[0].glob("*.safetensors")))
+
+
+@pytest.mark.timeout(1000)
+@pytest.mark.usefixtures("engines")
+def test_two_ranks_of_an_engine_read_each_byte_once(llama: list[Path], said: list[Any]) -> None:
+    """Tensor-parallel over gloo: as many tensors on each rank, each handed over by whoever read it."""
+    outcome = run_engine(llama[0], socket_path=None, load_format="gpuload", tensor_parallel_size=2)
+    assert outcome.found["says"] == said[0]
+    first, second = outcome.found["worker"]
+    assert first == second
+    assert first[0] == first[2] == 0
+    assert first[1] > 0
+    parts = outcome.found["read"]
+    assert all(parts)
+    assert sum(parts) < 1.1 * sum(file.stat().st_size for file in llama[0].glob("*.safetensors"))

@@ -16,16 +16,22 @@ def interface() -> Found:
     """What the plugin touches, as the installed vLLM has it."""
     import vllm
     from vllm.model_executor.model_loader import default_loader
+    from vllm.model_executor.model_loader import runai_streamer_loader as runai
     from vllm.platforms import current_platform
+
+    from gpuload.hooks import vllm as ours
 
     def parameters(function: Any) -> list[list[str]]:
         return [[p.name, p.kind.name] for p in inspect.signature(function).parameters.values()]
 
-    names = ("safetensors_weights_iterator", "multi_thread_safetensors_weights_iterator")
+    of_default = [name for name in ours.ITERATORS if hasattr(default_loader, name)]
+    of_runai = [name for name in ours.ITERATORS if hasattr(runai, name)]
     return {
         "version": vllm.__version__,
         "platform": type(current_platform).__name__,
-        "iterators": {name: parameters(getattr(default_loader, name)) for name in names},
+        "iterators": {name: parameters(getattr(default_loader, name)) for name in of_default}
+        | {name: parameters(getattr(runai, name)) for name in of_runai},
+        "runai picks": parameters(runai.RunaiModelStreamerLoader._get_weights_iterator),
         "picks": parameters(default_loader.DefaultModelLoader._get_weights_iterator),
         "makes": parameters(default_loader.DefaultModelLoader.__init__),
     }
@@ -43,7 +49,7 @@ def plugins() -> Found:
     vllm_plugins.plugins_loaded = False
     vllm_plugins.load_general_plugins()
     ours.register()
-    formats = ("gpuload", "GPULOAD", "auto", "hf", "safetensors", "dummy")
+    formats = ("gpuload", "GPULOAD", "auto", "hf", "safetensors", *ours.OF_LOADERS, "dummy")
     return {name: type(get_model_loader(LoadConfig(load_format=name))).__name__ for name in formats}
 
 
@@ -87,6 +93,31 @@ def configured(folder: str, socket_path: str) -> list[Any]:
     return [words, _iterated(folder, "gpuload", ours)[1]]
 
 
+def iterated_as(folder: str, *formats: str) -> list[Any]:
+    """The same for formats of other loaders, whose packages are not there."""
+    return [_iterated(folder, load_format, {}) for load_format in formats]
+
+
+def sleeps() -> Found:
+    """What vLLM's registry makes of our backend of its sleep mode, and what that is made of."""
+    from vllm.config.model import ModelConfig
+    from vllm.device_allocator import AllocationData
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    made = SleepModeBackendFactory.get_backend_class("gpuload")
+    return {
+        "made": made.__name__,
+        "is one": issubclass(made, SleepModeBackend),
+        "state": made().state(),
+        "suspend": list(inspect.signature(SleepModeBackend.suspend).parameters),
+        "resume": list(inspect.signature(SleepModeBackend.resume).parameters),
+        "allocation": list(inspect.signature(AllocationData).parameters),
+        "default": ModelConfig.sleep_mode_backend,
+    }
+
+
 def engine(options: str, then: str = "") -> Found:
     """A whole engine on the CPU: what it says, what its worker's hooks counted, both again after a swap of weights."""
     from vllm import LLM, SamplingParams
@@ -100,7 +131,11 @@ def engine(options: str, then: str = "") -> Found:
     def says() -> list[int]:
         return list(llm.generate([{"prompt_token_ids": PROMPT}], greedy, use_tqdm=False)[0].outputs[0].token_ids)
 
-    found: Found = {"says": says(), "worker": llm.collective_rpc(worker_counts)}
+    found: Found = {
+        "says": says(),
+        "worker": llm.collective_rpc(worker_counts),
+        "read": llm.collective_rpc(worker_read),
+    }
     if then:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": then})
         llm.reset_prefix_cache()
@@ -113,3 +148,10 @@ def worker_counts(worker: Any) -> list[int]:
     from gpuload.hooks.counts import counts
 
     return [counts.served, counts.streamed, counts.left]
+
+
+def worker_read(worker: Any) -> int:
+    """Runs there too: bytes of tensors that this worker's own pipeline has read."""
+    from gpuload.hooks.counts import counts
+
+    return counts.read_bytes

@@ -7,8 +7,8 @@
  * are checked against NVIDIA's own.
  *
  * The environment, read by cuInit, makes it a model (tools/gpu/simulate says how to use it):
- *   STANDIN_PRICES=1            calls and copies take what prices.h says. One engine per card copies in the order of
- *                               queueing; bytes are read when their copy ends, so a source that is used again too early
+ *   STANDIN_PRICES=1            calls and copies take what prices.h says. One engine per card and direction copies in the
+ *                               order of queueing; bytes are read when their copy ends, so a source that is used again too early
  *                               arrives wrong. STANDIN_<PRICE>=x replaces one price.
  *   STANDIN_MOVES_NOTHING=1     copies take their time and move no byte, as a card's engine takes no CPU; no memory either
  *   STANDIN_DEVICES=n           cards, each with a UUID of its own; CUDA_VISIBLE_DEVICES narrows and permutes them
@@ -138,7 +138,7 @@ static void read_environment(void) {
 /* -- what is told of it */
 
 typedef struct {
-    int kind, card; /* 1 copy, 2 page-lock, 3 unlock, 4 copy from memory that is not page-locked */
+    int kind, card; /* 1 copy, 2 page-lock, 3 unlock, 4 copy from memory that is not page-locked, 5 copy out */
     long thread;
     double asked_s, began_s, ended_s; /* CLOCK_MONOTONIC, as Python's time.monotonic */
     unsigned long long dst, src, nbytes;
@@ -436,12 +436,14 @@ CUresult cuMemHostUnregister(void *p) {
 typedef struct { int card; double ready_s; } Stream;
 typedef struct { int polls; double at_s; } Event;
 typedef struct Pending { struct Pending *next; double ended_s; CUDA_MEMCPY2D copy; } Pending;
-static struct { double free_s; Pending *first, *last; } engines[CARDS_MAX];
+static struct { double free_s[2]; Pending *first; } engines[CARDS_MAX]; /* free_s: of the engine in, and of that out */
+enum { INSIDE = -1, IN, OUT };
 
 static void move_rows(const CUDA_MEMCPY2D *c) {
     if (moves_nothing) return;
     for (size_t y = 0; y < c->Height; y++)
-        memcpy((char *)c->dstDevice + y * c->dstPitch, (const char *)c->srcHost + y * c->srcPitch, c->WidthInBytes);
+        memcpy((char *)(c->dstDevice ? (void *)c->dstDevice : c->dstHost) + y * c->dstPitch,
+            (const char *)(c->srcHost ? c->srcHost : (void *)c->srcDevice) + y * c->srcPitch, c->WidthInBytes);
 }
 static void finish(double now) { /* move the bytes of copies that have ended by now; the lock is held */
     for (int card = 0; card < CARDS_MAX; card++)
@@ -457,7 +459,9 @@ static int node_of(const void *p) {
     syscall(SYS_get_mempolicy, &node, NULL, 0, p, 3 /* MPOL_F_NODE | MPOL_F_ADDR */);
     return node;
 }
-static CUresult queue(const CUDA_MEMCPY2D *c, Stream *s, int crosses_bus) {
+static CUresult queue(const CUDA_MEMCPY2D *c, Stream *s, int way) {
+    int crosses_bus = way != INSIDE;
+    const void *host = way == OUT ? c->dstHost : c->srcHost;
     size_t n = c->WidthInBytes * c->Height;
     if (!s) return INVALID_VALUE;
     if (copies_until_sticky > 0 && !--copies_until_sticky) sticky = sticky_code;
@@ -465,7 +469,7 @@ static CUresult queue(const CUDA_MEMCPY2D *c, Stream *s, int crosses_bus) {
     double asked = now_s();
     pthread_mutex_lock(&lock);
     size_t span = c->Height ? (c->Height - 1) * c->srcPitch + c->WidthInBytes : 0;
-    int is_locked = !crosses_bus || find_locked(c->srcHost, span) >= 0;
+    int is_locked = !crosses_bus || find_locked(host, span) >= 0;
     if (!is_locked) {
         pthread_mutex_unlock(&lock);
         spend(1e-9 * (double)n / prices[PAGEABLE_GB_S].value);
@@ -475,14 +479,15 @@ static CUresult queue(const CUDA_MEMCPY2D *c, Stream *s, int crosses_bus) {
         pthread_mutex_unlock(&lock);
         return OK;
     }
-    int is_far = crosses_bus && nodes[s->card] && node_of(c->srcHost) != nodes[s->card];
+    int is_far = crosses_bus && nodes[s->card] && node_of(host) != nodes[s->card];
     double rate = prices[is_far ? FAR_LINK_GB_S : LINK_GB_S].value * (crosses_bus ? 1e9 : 2e10); /* inside the card: 20 links */
     double began = asked > s->ready_s ? asked : s->ready_s;
-    if (crosses_bus && engines[s->card].free_s > began) began = engines[s->card].free_s;
+    if (crosses_bus && engines[s->card].free_s[way] > began) began = engines[s->card].free_s[way];
     double ended = began + prices[COPY_US].value * 1e-6 + (double)n / rate;
-    if (crosses_bus) engines[s->card].free_s = ended;
+    if (crosses_bus) engines[s->card].free_s[way] = ended;
     s->ready_s = ended;
-    tell(1, s->card, asked, began, ended, (void *)c->dstDevice, c->srcHost, n);
+    if (way == OUT) tell(5, s->card, asked, began, ended, c->dstHost, (void *)c->srcDevice, n);
+    else tell(1, s->card, asked, began, ended, (void *)c->dstDevice, c->srcHost, n);
     if (!moves_nothing) {
         Pending *more = calloc(1, sizeof *more), **at = &engines[s->card].first;
         more->ended_s = ended, more->copy = *c;
@@ -520,7 +525,8 @@ CUresult cuStreamSynchronize(CUstream s) {
     return OK;
 }
 CUresult cuStreamDestroy_v2(CUstream s) { ENTER; NEED_CONTEXT; free(s); return OK; }
-CUresult cuCtxSynchronize(void) { ENTER_UNSAFE; NEED_CONTEXT; wait_until(engines[CARD].free_s); return OK; }
+static void wait_for_card(int card) { wait_until(engines[card].free_s[engines[card].free_s[OUT] > engines[card].free_s[IN]]); }
+CUresult cuCtxSynchronize(void) { ENTER_UNSAFE; NEED_CONTEXT; wait_for_card(CARD); return OK; }
 CUresult cuEventCreate(CUevent *e, unsigned flags) { ENTER; NEED_CONTEXT; *e = calloc(1, sizeof(Event)); return flags == 2 ? OK : INVALID_VALUE; }
 CUresult cuEventRecord(CUevent e, CUstream s) {
     ENTER; NEED_CONTEXT;
@@ -543,16 +549,22 @@ CUresult cuEventDestroy_v2(CUevent e) { ENTER; NEED_CONTEXT; free(e); return OK;
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr d, const void *s, size_t n, CUstream stream) {
     ENTER_AT(prices[MEMCPY_CALL_US].value, 0); NEED_CONTEXT;
     CUDA_MEMCPY2D copy = plain(d, s, n);
-    return queue(&copy, (Stream *)stream, 1);
+    return queue(&copy, (Stream *)stream, IN);
+}
+CUresult cuMemcpyDtoHAsync_v2(void *d, CUdeviceptr s, size_t n, CUstream stream) {
+    ENTER_AT(prices[MEMCPY_CALL_US].value, 0); NEED_CONTEXT;
+    CUDA_MEMCPY2D copy = plain(0, NULL, n);
+    copy.dstHost = d, copy.srcDevice = s;
+    return queue(&copy, (Stream *)stream, OUT);
 }
 CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr d, CUdeviceptr s, size_t n, CUstream stream) {
     ENTER_AT(prices[MEMCPY_CALL_US].value, 0); NEED_CONTEXT;
     CUDA_MEMCPY2D copy = plain(d, (const void *)s, n);
-    return queue(&copy, (Stream *)stream, 0);
+    return queue(&copy, (Stream *)stream, INSIDE);
 }
 CUresult cuMemcpyDtoH_v2(void *d, CUdeviceptr s, size_t n) {
     ENTER_UNSAFE; NEED_CONTEXT;
-    if (is_priced) wait_until(engines[CARD].free_s);
+    if (is_priced) wait_for_card(CARD);
     memcpy(d, (void *)s, n);
     return OK;
 }
@@ -560,7 +572,7 @@ CUresult cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D *c, CUstream stream) {
     ENTER_AT(prices[MEMCPY_CALL_US].value, 0); NEED_CONTEXT;
     if (c->srcMemoryType != 1 || c->dstMemoryType != 2 || c->srcXInBytes || c->srcY || c->dstXInBytes || c->dstY) return INVALID_VALUE;
     if (c->WidthInBytes > c->srcPitch || c->WidthInBytes > c->dstPitch || !stream) return INVALID_VALUE;
-    return queue(c, (Stream *)stream, 1);
+    return queue(c, (Stream *)stream, IN);
 }
 
 /* -- virtual memory: a granule is a memfd, named after its card, so that it is known wherever it is imported */

@@ -3,7 +3,7 @@
  * PRICE(name, value, unit, source). STANDIN_<name>=<number> in the environment replaces a value. "Assumed" is said where
  * nobody published a number that we know of; the first GPU machine replaces all of these by measuring.
  */
-PRICE(LINK_GB_S, 55, "GB/s", "page-locked host memory to one card over PCIe 5.0 x16: 63 before headers; research/gpu-path.md uses 55")
+PRICE(LINK_GB_S, 55, "GB/s", "page-locked host memory to one card over PCIe 5.0 x16: 63 before headers; as much the other way, at the same time: assumed")
 PRICE(FAR_LINK_GB_S, 40, "GB/s", "the same from memory of another NUMA node: assumed")
 PRICE(PAGEABLE_GB_S, 38, "GB/s", "memory that nobody page-locked, in the calling thread; published for a B300")
 PRICE(COPY_US, 1.5, "us", "the copy engine's own time for each copy, beside its bytes: assumed")

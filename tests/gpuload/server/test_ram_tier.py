@@ -1,0 +1,308 @@
+"""What is evicted from a card waits in page-locked RAM, by content, and comes back without a look at its files."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpuload.client.asking import ask, load_resident
+from gpuload.client.attached import attach
+from gpuload.device.host import HostDevice, HostStream
+from gpuload.errors import DeviceError, FitError
+from gpuload.server import loader, ram_tier
+from gpuload.server.daemon import ServerConfig
+from gpuload.server.ram_tier import RamTier
+from gpuload.testing import FaultySource, Gate, ServerThread, assert_same, random_tensors, running_server, write
+from mfs.errors import ConfigError
+
+UNIT = 4096
+SHAPES = {f"l.{i}": (8, 2048) for i in range(6)} | {f"n.{i}": (100,) for i in range(5)}  # 49 granules
+GRANULES = 60
+
+
+class Card(HostDevice):
+    """Host memory that the CPU does not reach, with a gate before each copy out of it."""
+
+    def __init__(self) -> None:
+        super().__init__(granule_bytes=UNIT, is_direct=False)
+        self.out = Gate(1 << 30)
+
+    def open_stream(self) -> HostStream:
+        return _Stream(self.out)
+
+
+class _Stream(HostStream):
+    def __init__(self, out: Gate) -> None:
+        super().__init__()
+        self._out = out
+
+    def copy_out(self, dst: int, src: int, nbytes: int) -> None:
+        self._queue.put(lambda: self._out.pass_or(DeviceError("no copy out, as asked")))
+        super().copy_out(dst, src, nbytes)
+
+
+@pytest.fixture
+def card() -> Card:
+    return Card()
+
+
+@pytest.fixture
+def server(
+    config: ServerConfig, small_granules: None, card: Card, monkeypatch: pytest.MonkeyPatch, request: Any
+) -> Iterator[ServerThread]:
+    """A tier of three models, or of as many KiB as the test says, beside an arena of one."""
+    monkeypatch.setattr(ram_tier, "SLAB_BYTES", 16 * UNIT)
+    monkeypatch.setattr(ram_tier, "SLOT_BYTES", 1024)
+    tier_bytes = getattr(request, "param", 640) << 10
+    config = replace(config, arena_bytes={"cpu": GRANULES * UNIT}, ram_tier_bytes=tier_bytes)
+    with running_server(config, lambda _: card) as running:
+        while tier(running).locked_bytes < tier(running).nbytes:
+            running.settle()
+        yield running
+        for name in list(running.sites["cpu"].catalog.models):
+            ask({"op": "unload", "model": name}, socket_path=running.socket_path)
+        assert set(running.gauges().values()) == {0}
+        assert running.sites["cpu"].leaving.pending_count == 0
+        left = running.on_loop(lambda: list(tier(running)._kept.values()))
+        assert not any(kept.holds for kept in left)
+        assert all(kept.is_complete for kept in left)
+        for kept in left:
+            running.on_loop(lambda kept=kept: tier(running).drop(kept))
+        assert set(running.on_loop(tier(running).gauges).values()) == {0}
+
+
+def tier(server: ServerThread) -> RamTier:
+    found = server.sites["cpu"].tier
+    assert found is not None
+    return found
+
+
+def made(folder: Path, seed: int, **changed: torch.Tensor) -> tuple[Path, dict[str, torch.Tensor]]:
+    tensors = random_tensors(seed, SHAPES) | changed
+    return write(folder / f"{seed}-{len(changed)}.safetensors", tensors), tensors
+
+
+def load(server: ServerThread, path: Path, model: str, **options: Any) -> dict[str, Any]:
+    reply = load_resident(path, model, "cpu", socket_path=server.socket_path, options=options)
+    report: dict[str, Any] = reply["report"]
+    ways = ("bytes_kept", "bytes_moved_inside", "bytes_copied", "bytes_from_ram")
+    assert sum(report[way] for way in ways) == report["bytes_total"]
+    return report
+
+
+def check(server: ServerThread, model: str, tensors: dict[str, torch.Tensor]) -> None:
+    assert_same(attach(model, socket_path=server.socket_path), tensors)
+
+
+def settled(server: ServerThread) -> None:
+    """Nothing leaves the card any more."""
+    leaving = server.sites["cpu"].leaving
+    assert leaving is not None
+    while leaving.pending_count or any(
+        not k.is_complete for k in server.on_loop(lambda: [*tier(server)._kept.values()])
+    ):
+        server.settle()
+
+
+def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = loader.open_source
+    monkeypatch.setattr(loader, "open_source", lambda *args: FaultySource(opened(*args), Gate(0)))
+
+
+def test_an_evicted_model_comes_back_without_its_files(
+    server: ServerThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (one, want), (two, other) = made(tmp_path, 1), made(tmp_path, 2)
+    load(server, one, "one")
+    assert load(server, two, "two")["evicted"] == ["one"]
+    check(server, "two", other)
+    settled(server)
+    forbid_reading(monkeypatch)
+    report = load(server, one, "one")
+    assert report["bytes_from_ram"] == report["bytes_total"]
+    assert (report["bytes_hashed"], report["evicted"]) == (0, ["two"])
+    check(server, "one", want)
+    assert load(server, two, "two")["bytes_from_ram"] == report["bytes_total"]
+    check(server, "two", other)
+    saved = tier(server).totals.saved
+    load(server, one, "one")
+    settled(server)
+    assert tier(server).totals.saved == saved, "what is there already is not copied again"
+    found = ask({"op": "status"}, socket_path=server.socket_path)["ram_tiers"]
+    assert [(t["blocks"] > 0, t["returned_bytes"]) for t in found] == [(True, 3 * report["bytes_total"])]
+    text = ask({"op": "metrics"}, socket_path=server.socket_path)["text"]
+    assert f'gpuload_load_bytes_total{{way="from_ram"}} {float(3 * report["bytes_total"])}' in text
+    assert 'gpuload_ram_tier_bytes{state="used"}' in text
+
+
+def test_pieces_come_from_ram_and_the_rest_from_files(server: ServerThread, tmp_path: Path) -> None:
+    one, _ = made(tmp_path, 1)
+    load(server, one, "one")
+    load(server, made(tmp_path, 2)[0], "two")
+    settled(server)
+    changed = random_tensors(7, {"l": (8, 2048), "n": (100,)})
+    tuned, want = made(tmp_path, 1, **{"l.3": changed["l"], "n.2": changed["n"]})
+    assert ask({"op": "status"}, socket_path=server.socket_path)["devices"][0]["gauges"]["models"] == 1
+    load(server, tuned, "tuned")  # not known yet: read and hashed
+    load(server, made(tmp_path, 3)[0], "three")
+    settled(server)
+    ask({"op": "unload", "model": "three"}, socket_path=server.socket_path)
+    for kept in server.on_loop(lambda: list(tier(server)._kept.values())):  # all but what both have
+        if kept.digest not in {k.digest for k in _of(server, one)}:
+            server.on_loop(lambda kept=kept: tier(server).drop(kept))
+    report = load(server, tuned, "tuned")
+    assert report["bytes_copied"] == 32768 + 200
+    assert report["bytes_from_ram"] == report["bytes_total"] - report["bytes_copied"]
+    check(server, "tuned", want)
+
+
+def _of(server: ServerThread, path: Path) -> list[ram_tier.Kept]:
+    """The blocks in RAM that `path`'s model left there: those that came first."""
+    kept = server.on_loop(lambda: list(tier(server)._kept.values()))
+    wanted = {k.digest: k for k in kept}
+    load(server, path, "again")
+    model = server.sites["cpu"].catalog.models["again"]
+    found = [wanted[b.digest] for p in model.parts for b in p.blocks if b.digest in wanted]
+    ask({"op": "unload", "model": "again"}, socket_path=server.socket_path)
+    return found
+
+
+def test_a_swapped_out_model_is_kept_and_an_unloaded_one_is_not(
+    server: ServerThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both stand in the arena while one takes the other's place, so they are small here."""
+    small = {f"l.{i}": (6, 2048) for i in range(3)}
+    one, two = (write(tmp_path / f"{i}.safetensors", random_tensors(i, small)) for i in (1, 2))
+    load(server, one, "m")
+    load_resident(two, "m", "cpu", is_swap=True, socket_path=server.socket_path)
+    settled(server)
+    assert tier(server).blocks_count > 0
+    forbid_reading(monkeypatch)
+    back = load_resident(one, "m", "cpu", is_swap=True, socket_path=server.socket_path)["report"]
+    assert back["bytes_from_ram"] == back["bytes_total"]
+    check(server, "m", random_tensors(1, small))
+    settled(server)
+    before = tier(server).totals.saved
+    ask({"op": "unload", "model": "m"}, socket_path=server.socket_path)
+    settled(server)
+    assert tier(server).totals.saved == before
+
+
+@pytest.mark.parametrize("server", [256], indirect=True)
+def test_it_is_bounded_and_the_oldest_go(server: ServerThread, tmp_path: Path) -> None:
+    """Room for one model and a little more."""
+    for seed in (1, 2, 3):
+        load(server, made(tmp_path, seed)[0], str(seed))
+        settled(server)
+        assert tier(server).used_bytes <= tier(server).nbytes == 256 << 10
+    report = load(server, made(tmp_path, 2)[0], "2")
+    assert report["bytes_from_ram"] > 0.8 * report["bytes_total"], "evicted last"
+    settled(server)
+    report = load(server, made(tmp_path, 1)[0], "1")
+    assert report["bytes_from_ram"] < 0.3 * report["bytes_total"], "evicted first"
+
+
+@pytest.mark.parametrize("server", [64], indirect=True)
+def test_what_finds_no_room_is_dropped(server: ServerThread, tmp_path: Path) -> None:
+    load(server, made(tmp_path, 1)[0], "1")
+    two, want = made(tmp_path, 2)
+    load(server, two, "2")
+    settled(server)
+    assert tier(server).totals.dropped > 0
+    assert load(server, made(tmp_path, 1)[0], "1")["bytes_from_ram"] <= 64 << 10
+    load(server, two, "2")
+    check(server, "2", want)
+
+
+def test_whoever_writes_waits_until_what_stood_there_is_out(server: ServerThread, card: Card, tmp_path: Path) -> None:
+    (one, want), (two, other) = made(tmp_path, 1), made(tmp_path, 2)
+    load(server, one, "one")
+    card.out = Gate(1, blocks=True)
+    swapping = threading.Thread(target=load, args=(server, two, "two"))
+    swapping.start()
+    assert card.out.reached.wait(60)
+    catalog = server.sites["cpu"].catalog
+    assert not catalog.models, "one has made room, two is not complete"
+    assert swapping.is_alive()
+    card.out.opened.set()
+    swapping.join()
+    check(server, "two", other)
+    settled(server)
+    card.out = Gate(1 << 30)
+    assert load(server, one, "one")["bytes_copied"] == 0
+    check(server, "one", want)
+
+
+def test_memory_is_not_given_back_before_what_stood_there_is_out(
+    server: ServerThread, card: Card, tmp_path: Path
+) -> None:
+    one, want = made(tmp_path, 1)
+    load(server, one, "one")
+    card.out = Gate(0, blocks=True)
+    request = {"op": "resize", "device": "cpu", "bytes": 0, "evict": True}
+    resizing = threading.Thread(target=ask, args=(request,), kwargs={"socket_path": server.socket_path})
+    resizing.start()
+    assert card.out.reached.wait(60)
+    assert ask({"op": "ping"}, socket_path=server.socket_path)["pid"] == os.getpid(), "only the granules wait"
+    assert resizing.is_alive()
+    card.out.opened.set()
+    resizing.join()
+    card.out = Gate(1 << 30)
+    ask({"op": "resize", "device": "cpu", "bytes": GRANULES * UNIT}, socket_path=server.socket_path)
+    assert load(server, one, "one")["bytes_copied"] == 0
+    check(server, "one", want)
+
+
+def test_a_copy_that_fails_costs_the_copy_alone(server: ServerThread, card: Card, tmp_path: Path) -> None:
+    (one, want), (two, other) = made(tmp_path, 1), made(tmp_path, 2)
+    load(server, one, "one")
+    card.out = Gate(2)
+    load(server, two, "two")
+    check(server, "two", other)
+    settled(server)
+    card.out = Gate(1 << 30)
+    report = load(server, one, "one")
+    assert report["bytes_copied"] > 0
+    check(server, "one", want)
+
+
+def test_random_swaps_with_failures(server: ServerThread, card: Card, tmp_path: Path) -> None:
+    """What is attached is what was loaded, wherever it came from."""
+    chance = random.Random(12)
+    models = [made(tmp_path, seed) for seed in range(4)]
+    changed = random_tensors(9, {"l": (8, 2048)})["l"]
+    models += [made(tmp_path, seed, **{f"l.{seed}": changed}) for seed in range(4)]
+    seen = dict.fromkeys(("bytes_from_ram", "bytes_copied", "bytes_kept"), 0)
+    for _ in range(40):
+        path, tensors = chance.choice(models)
+        card.out = Gate(chance.choice((3, 1 << 30, 1 << 30)))
+        if chance.random() < 0.1:
+            ask({"op": "resize", "device": "cpu", "bytes": 0, "evict": True}, socket_path=server.socket_path)
+            ask({"op": "resize", "device": "cpu", "bytes": GRANULES * UNIT}, socket_path=server.socket_path)
+        report = load(server, path, path.name)
+        for way in seen:
+            seen[way] += report[way]
+        check(server, path.name, tensors)
+        server.settle()
+    assert min(seen.values()) > 0, f"something was never seen: {seen}"
+
+
+def test_a_tier_needs_a_card_and_room(config: ServerConfig) -> None:
+    with (
+        pytest.raises(ConfigError, match="a RAM tier stands behind cards"),
+        running_server(replace(config, ram_tier_bytes=1 << 20), lambda _: HostDevice(granule_bytes=UNIT)),
+    ):
+        raise AssertionError("it started")
+    with (
+        pytest.raises(FitError, match=r"staging and RAM tier \d.* short by .*; nothing was taken"),
+        running_server(replace(config, ram_tier_bytes=1 << 50), lambda _: Card()),
+    ):
+        raise AssertionError("it started")
