@@ -329,6 +329,7 @@ class FaultyDevice:
         self._inner, self._gate = inner, gate
         self.name, self.granule_bytes = inner.name, inner.granule_bytes
         self.identity, self.exports_read_only = inner.identity, inner.exports_read_only
+        self.node = inner.node
         self.staging_count = 0
 
     def memory(self) -> Memory:

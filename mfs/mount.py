@@ -246,7 +246,10 @@ class Mount:
                     nursery.start_soon(self.whole_files.run)
                     if self.config.cache_dir is not None:
                         nursery.start_soon(self.whole_files.scrub)
-                        nursery.start_soon(keep_warm, self.memory, self.cache.slots, self.pool)
+                        nursery.start_soon(self.whole_files.follower.run)
+                        nursery.start_soon(
+                            keep_warm, self.memory, self.cache.slots, self.pool, lambda: self.whole_files.is_busy
+                        )
                     for source in range(len(self.config.sources)):
                         nursery.start_soon(self._keep_fresh, source)
                     if self.publication is not None:

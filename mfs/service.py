@@ -104,6 +104,7 @@ class Service:
             "passthrough": {
                 "open_files": mount.operations.files.passed_through_count,
                 "sealed_count": mount.whole_files.sealed_count,
+                "read_ahead_bytes": mount.whole_files.follower.filled_bytes,
                 "note": mount.operations.files.passthrough.fault,
             },
             "prefetch": {

@@ -25,6 +25,7 @@ import trio
 
 from mfs.cache.chunk_cache import ChunkCache
 from mfs.cache.chunk_state import ObjectState
+from mfs.cache.following import Follower
 from mfs.errors import MfsError
 from mfs.types import SMALL_FILE_BYTES, ObjectId
 from mfs.workers.job import Priority
@@ -39,6 +40,7 @@ and cores for itself."""
 _SCRUB_RATE = 20e6  # bytes a second, on average
 _SCRUB_PAUSE_S, _SCRUBBED_S = 10.0, 3600.0  # between objects, and after the last
 _OPEN_S = 2.0  # that an open waits for the file; then it is read through us, as any other
+_READING_S = 10.0  # after an open by which the kernel reads by itself
 _OPENS_MAX = 8  # threads that a disk which hangs may hold
 
 OpenSealed = Callable[[ObjectId], int | None]
@@ -56,10 +58,13 @@ class WholeFiles:
         self._coming: dict[ObjectState, float] = {}
         """Objects that may be complete, held, and when the last block of each was written."""
         self._sealing = trio.Lock()
+        self.follower = Follower(pool)
         self._given: dict[ObjectState, int] = {}
         """Objects that the kernel reads by itself, and how many have each open."""
         self._in_ram: dict[ObjectState, float] = {}
         """Objects whose file in RAM was given, the latest last: time.monotonic() of the last open or close of each."""
+        self._given_s = -math.inf
+        """time.monotonic() of the last time that one was opened."""
         self._limiter = trio.CapacityLimiter(_OPENS_MAX)
         self.on_sealed: Callable[[ObjectState], None] = lambda state: None
         """Told of each object that is whole from now on."""
@@ -79,6 +84,11 @@ class WholeFiles:
     def given(self) -> list[str]:
         """cache_id of each object that the kernel reads by itself now: to evict them would free nothing."""
         return [state.object.cache_id for state in self._given]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody has just opened such a file, and so may be reading it."""
+        return time.monotonic() < self._given_s + _READING_S
 
     @staticmethod
     def wants(obj: ObjectId) -> bool:
@@ -255,6 +265,9 @@ class WholeFiles:
         if state.ram is not None and state.ram.given:
             self._note_in_ram(state)
         self._given[state] = self._given.get(state, 0) + 1
+        self._given_s = time.monotonic()
+        if state.whole and not (state.ram is not None and state.ram.given):
+            self.follower.begin(state)
         self._cache.note_whole_use(state)
 
     def take_back(self, state: ObjectState) -> None:
@@ -263,6 +276,7 @@ class WholeFiles:
         if self._given[state]:
             return
         del self._given[state]
+        self.follower.end(state)
         if state in self._in_ram:
             self._note_in_ram(state)
             self._cache.slots.wake()

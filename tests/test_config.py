@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfs import config_file
@@ -243,6 +243,7 @@ CONFIGS = st.builds(
 )
 
 
+@settings(deadline=None)  # the release is looked up once
 @given(CONFIGS)
 def test_json_round_trip(config: MountConfig) -> None:
     text = config.to_json()

@@ -97,7 +97,7 @@ def cli(**_: Any) -> None:
     type=Size(),
     default="0",
     metavar="SIZE",
-    help="Page-locked host memory for what is evicted from cards: it comes back without its files.  [0]",
+    help="Page-locked memory on each NUMA node with cards, for what is evicted: it comes back without its files.  [0]",
 )
 @click.option(
     "--mode",

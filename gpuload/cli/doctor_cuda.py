@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from ctypes import c_int
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gpuload import compat
 from gpuload.device import cards as look_at
 from gpuload.device import driver as cu
+from gpuload.device import nodes
 from gpuload.device.base import Device
 from gpuload.device.cards import Card
 from gpuload.errors import DeviceError
@@ -217,29 +217,14 @@ def _bus(what: str, card: Card) -> Finding:
 
 
 def _node(what: str, card: Card) -> Finding:
-    title, node = f"{what}: memory node", look_at.numa_node_of(card)
+    title, node = f"{what}: memory node", nodes.node_of(card.pci)
     if node is None:
         return ok(title, "one for all")
-    mine = process_nodes()
+    mine = nodes.process_nodes()
     value = f"{node}; this process may run on {', '.join(map(str, sorted(mine)))}"
     if mine and node not in mine:
         return warning(title, value, f"copies cross the sockets: numactl --cpunodebind={node} --membind={node}")
-    return ok(title, value)
-
-
-def process_nodes(root: Path = Path("/")) -> set[int]:
-    """The memory nodes of the processors that this process may use."""
-    allowed, nodes = os.sched_getaffinity(0), set()
-    for place in (root / "sys/devices/system/node").glob("node[0-9]*"):
-        try:
-            listed = (place / "cpulist").read_text().strip()
-        except OSError:
-            continue
-        for part in filter(None, listed.split(",")):
-            first, _, last = part.partition("-")
-            if allowed.intersection(range(int(first), int(last or first) + 1)):
-                nodes.add(int(place.name.removeprefix("node")))
-    return nodes
+    return ok(title, f"{value}; readers and their buffers stay on it")
 
 
 def _sharing(what: str, card: Card) -> Finding:

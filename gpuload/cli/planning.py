@@ -114,8 +114,8 @@ def _in_arena(weights: int, there: Mapping[str, Any]) -> Fit:
 
 def _in_ram(name: str, weights: int, socket_path: str | None) -> list[tuple[str, Fit]]:
     """In the server's RAM tier, should it be evicted: all that stands there may go for it. None where there is none."""
-    tiers = [] if name.startswith("cpu") else _ask(socket_path).get("ram_tiers", [])
-    return [("the server's RAM tier", Fit(weights, 0, 0, 0, 0, 0, tier["bytes"])) for tier in tiers]
+    tiers = [tier for tier in _ask(socket_path).get("ram_tiers", ()) if name in tier["devices"]]
+    return [(f"the server's RAM tier behind {name}", Fit(weights, 0, 0, 0, 0, 0, tier["bytes"])) for tier in tiers]
 
 
 def _whole(name: str, fit: Fit) -> dict[str, Any]:

@@ -118,10 +118,11 @@ def show_status(reply: dict[str, Any], as_json: bool) -> None:
         columns = ("model", ">bytes", ">leases", "pinned", ">generation", "rest on", "from")
         _show_table(columns, (_model_row(m, device["device"]) for m in device["models"]))
     for tier in reply.get("ram_tiers", ()):
-        print(
-            f"RAM tier: {size(tier['used_bytes'])} of {size(tier['bytes'])} used, {size(tier['locked_bytes'])}"
-            f" page-locked; saved {size(tier['saved_bytes'])}, returned {size(tier['returned_bytes'])}"
-        )
+        whom, node = ", ".join(tier["devices"]), tier["node"]
+        where = whom if node is None else f"{whom} on node {node}"
+        used, whole, locked = (size(tier[f"{what}bytes"]) for what in ("used_", "", "locked_"))
+        moved = f"saved {size(tier['saved_bytes'])}, returned {size(tier['returned_bytes'])}"
+        print(f"RAM tier behind {where}: {used} of {whole} used, {locked} page-locked; {moved}")
     for mount in reply.get("mounts", ()):
         locked, whole = size(mount["locked_bytes"]), size(mount["mapped_bytes"])
         print(clean(f"{mount['door']}: {locked} of {whole} page-locked, copied from in place"))

@@ -166,6 +166,8 @@ class Device(Protocol):
     """As torch writes it: 'cpu', 'cuda:0'. A card's number is this process's own (CUDA_VISIBLE_DEVICES)."""
     identity: str
     """Who it is, to every process of this machine: 'GPU-' and the card's UUID; in host memory its name."""
+    node: int | None
+    """The memory node (NUMA) that it hangs at; None where there is but one, or nobody says."""
     exports_read_only: bool
     """Whether nobody who attaches can come to write, whatever they call: so for a sealed memfd, not for CUDA, where the
     importer chooses the access."""

@@ -87,7 +87,6 @@ def _card(driver: cu.Driver, index: int) -> Card:
 
     name = ctypes.create_string_buffer(256)
     driver.call("cuDeviceGetName", name, len(name), ordinal)
-    domain, bus, slot = map(ask, (cu.ATTRIBUTE_PCI_DOMAIN_ID, cu.ATTRIBUTE_PCI_BUS_ID, cu.ATTRIBUTE_PCI_DEVICE_ID))
     return Card(
         index=index,
         name=name.value.decode("utf-8", "replace"),
@@ -95,8 +94,15 @@ def _card(driver: cu.Driver, index: int) -> Card:
         compute_mode=ask(cu.ATTRIBUTE_COMPUTE_MODE),
         has_ecc=bool(ask(cu.ATTRIBUTE_ECC_ENABLED)),
         exports_descriptors=bool(ask(cu.ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED)),
-        pci=f"{domain:04x}:{bus:02x}:{slot:02x}.0",
+        pci=pci_of(driver, ordinal),
     )
+
+
+def pci_of(driver: cu.Driver, ordinal: int) -> str:
+    """'0000:65:00.0', as sysfs calls a card. Raises: DeviceError."""
+    wanted = (cu.ATTRIBUTE_PCI_DOMAIN_ID, cu.ATTRIBUTE_PCI_BUS_ID, cu.ATTRIBUTE_PCI_DEVICE_ID)
+    domain, bus, slot = (driver.number("cuDeviceGetAttribute", c_int, attribute, ordinal) for attribute in wanted)
+    return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
 
 
 def bus_of(card: Card, root: Path = Path("/")) -> Bus | None:
@@ -108,15 +114,6 @@ def bus_of(card: Card, root: Path = Path("/")) -> Bus | None:
     except (OSError, ValueError, IndexError):
         return None
     return Bus(_GT_S.get(speeds[0], 0), lanes[0], _GT_S.get(speeds[1], 0), lanes[1]) if all(lanes) else None
-
-
-def numa_node_of(card: Card, root: Path = Path("/")) -> int | None:
-    """The memory node that a card hangs at; None where there is but one, or nobody says."""
-    try:
-        node = int(_text(root / "sys/bus/pci/devices" / card.pci / "numa_node"))
-    except (OSError, ValueError):
-        return None
-    return node if node >= 0 else None
 
 
 def mps_is_there() -> bool:

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
 
 from gpuload.device import driver as cu
+from gpuload.device import nodes
 from gpuload.device.base import Holder, Memory, Run, whole
-from gpuload.device.cards import holders_of, mps_is_there
+from gpuload.device.cards import holders_of, mps_is_there, pci_of
 from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
 from mfs.units import format_size
 
@@ -366,6 +367,7 @@ class CudaDevice:
             raise DeviceError(f"no {self.name}: this machine has {count} CUDA devices")
         self._ordinal = self.driver.number("cuDeviceGet", c_int, index)
         self.identity = self.driver.identity_of(self._ordinal)
+        self.node = nodes.node_of(pci_of(self.driver, self._ordinal))
         self._context = c_void_p()
         self.driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._ordinal)
         self.properties = cu.MemAllocationProp(

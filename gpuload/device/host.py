@@ -268,6 +268,7 @@ class HostDevice:
             raise ValueError(f"granule of {granule_bytes} bytes: expected a multiple of {mmap.PAGESIZE}")
         self.name, self.granule_bytes, self.is_direct = name, granule_bytes, is_direct
         self.identity, self.exports_read_only = name, True
+        self.node: int | None = None
         self._reaches_all = is_direct if reaches_all is None else reaches_all
         self._registered = Ranges()
 

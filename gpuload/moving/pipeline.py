@@ -33,6 +33,7 @@ import trio
 
 from gpuload.device.base import Device, Event, Stream
 from gpuload.device.host import view_of
+from gpuload.device.nodes import beside
 from gpuload.errors import one_error
 from gpuload.moving.moves import Move, Runs, plan_moves, plan_parts
 from gpuload.moving.plan import Batch, Piece
@@ -124,7 +125,8 @@ async def move_batches(
 
     def read() -> None:
         try:
-            read_all()
+            with beside(device.node):
+                read_all()
         except MfsError:
             if not ways.is_stopped:  # else the load has its end already, and the source was told to fail
                 raise

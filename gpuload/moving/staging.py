@@ -14,6 +14,7 @@ import threading
 from collections import deque
 
 from gpuload.device.base import Device, Event, Staging
+from gpuload.device.nodes import beside
 
 
 class Buffer:
@@ -44,8 +45,9 @@ class Ring:
 
     def grow(self) -> None:
         """Make the buffers that are missing, page-locked. Blocks. Raises: DeviceError."""
-        while self._may_make():
-            self.put(self._make(is_locked=True))
+        with beside(self._device.node):
+            while self._may_make():
+                self.put(self._make(is_locked=True))
 
     def take(self) -> Buffer | None:
         """A buffer that nothing copies from, a new one, or the one that was put back longest ago; blocks while all are

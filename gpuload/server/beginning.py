@@ -65,7 +65,7 @@ class Beginning:
     devices: Mapping[str, Device]
     store: Store
     version: str
-    _tier: RamTier | None = None
+    _tiers: dict[int | None, RamTier] = field(default_factory=dict)
 
     async def anew(self, left: Left | None = None) -> Begun:
         """With arenas that nobody has; of `left` the door alone. Raises: ConfigError, BusyError, FitError,
@@ -175,19 +175,23 @@ class Beginning:
         ring = Ring(device, buffer_bytes=max(limits.buffer_bytes, PIECE_BYTES), count=limits.buffers_count)
         stack.callback(ring.close)
         await trio.to_thread.run_sync(ring.grow)
-        return Site(name, device, arena, catalog, ring, None if device.is_direct else self.tier(), floor_count)
+        tier = None if device.is_direct else self.tiers().get(device.node)
+        return Site(name, device, arena, catalog, ring, tier, floor_count)
 
-    def tier(self) -> RamTier | None:
-        """One for all cards; the stack gives its memory back. Raises: ConfigError."""
-        cards = [device for device in self.devices.values() if not device.is_direct]
-        if not self.config.ram_tier_bytes:
-            return None
-        if not cards:
-            raise ConfigError("a RAM tier stands behind cards: there is none among the arenas")
-        if self._tier is None:
-            self._tier = RamTier(self.config.ram_tier_bytes, cards[0])
-            self.stack.callback(self._tier.close)
-        return self._tier
+    def tiers(self) -> dict[int | None, RamTier]:
+        """One for the cards of each NUMA node; the stack gives their memory back. Raises: ConfigError."""
+        if self.config.ram_tier_bytes and not self._tiers:
+            cards = self._nodes()
+            if not cards:
+                raise ConfigError("a RAM tier stands behind cards: there is none among the arenas")
+            self._tiers = {node: RamTier(self.config.ram_tier_bytes, card) for node, card in cards.items()}
+            for tier in self._tiers.values():
+                self.stack.callback(tier.close)
+        return self._tiers
+
+    def _nodes(self) -> dict[int | None, Device]:
+        """One card of each NUMA node that has some."""
+        return {device.node: device for device in self.devices.values() if not device.is_direct}
 
     def _check_fit(self, *, is_heir: bool = False) -> None:
         """See that all floors and rings together fit beside what others hold, before any is taken, and that no arena is
@@ -195,7 +199,7 @@ class Beginning:
         """
         limits = self.config.limits
         staging = max(limits.buffer_bytes, PIECE_BYTES) * limits.buffers_count * len(self.devices)
-        staging += self.config.ram_tier_bytes
+        staging += self.config.ram_tier_bytes * len(self._nodes())
         sums: dict[str, tuple[Device, int, int, int]] = {}  # all devices in host memory are one sum
         for name, device in self.devices.items():
             place = "host memory" if name.startswith("cpu") else name

@@ -25,7 +25,7 @@ class ServerConfig:
     floor_bytes: Mapping[str, int] = field(default_factory=dict)
     """Device name -> of that, what is taken at start and kept; none: nothing."""
     ram_tier_bytes: int = 0
-    """Page-locked host memory for blocks that leave cards."""
+    """Page-locked host memory for blocks that leave cards, on each NUMA node that has some."""
     linger_s: float = 1.0
     """Memory that became free stays for so long: what is loaded next may want it."""
     connections_max: int = 1024

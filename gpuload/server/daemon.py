@@ -108,8 +108,8 @@ async def serve(
                 begun = await beginning.take_over(heir)
             else:
                 begun = (await beginning.go_on(left) if left is not None else None) or await beginning.anew(left)
-            estate, sites, tier = begun.estate, begun.sites, beginning.tier()
-            if tier is not None:
+            estate, sites, tiers = begun.estate, begun.sites, beginning.tiers()
+            for tier in tiers.values():
                 tier.is_resident = lambda digest: any(digest in site.catalog.blocks for site in sites.values())
             stack.callback(estate.close)
             kept = KeptFiles(list(devices.values()))
@@ -154,7 +154,7 @@ async def serve(
                         nursery.start_soon(_until_lost, lost, site.tend, config.linger_s)
                         if site.leaving is not None:
                             nursery.start_soon(_until_lost, lost, site.leaving.run)
-                    if tier is not None:
+                    for tier in tiers.values():
                         nursery.start_soon(_until_lost, lost, tier.lock_all)
                     if tracer.fault:
                         log.warning("%s", tracer.fault)

@@ -27,6 +27,7 @@ from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor, namesa
 from gpuload.server.client_files import ClientFiles
 from gpuload.server.estate import Estate
 from gpuload.server.loader import CONTENT_PREFIX, Loader
+from gpuload.server.ram_tier import RamTier
 from gpuload.server.site import Site
 from gpuload.server.tables import TENSORS_MAX, read_table
 from gpuload.server.tally import LoadTally, gathered, processes
@@ -354,8 +355,11 @@ class Operations:
                 }
             )
         head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid(), **self._estate.life()}
-        tiers = {id(site.tier): site.tier for site in self._sites.values() if site.tier is not None}
-        ram = [tier.described() for tier in tiers.values()]
+        behind: dict[RamTier, list[str]] = {}
+        for name, site in self._sites.items():
+            if site.tier is not None:
+                behind.setdefault(site.tier, []).append(name)
+        ram = [{"devices": names, **tier.described()} for tier, names in behind.items()]
         return {**head, "devices": devices, "mounts": self._kept.mounts(), "ram_tiers": ram}
 
     def _site(self, given: object) -> Site:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import trio
 
 from gpuload.device.base import Device, Run, Staging
+from gpuload.device.nodes import on_node
 from gpuload.errors import DeviceError, DeviceLostError
 from gpuload.server.digest_files import Digest
 from gpuload.server.granules import RunSet
@@ -60,7 +61,7 @@ class RamTier:
     """Blocks in page-locked memory of at most `nbytes`."""
 
     def __init__(self, nbytes: int, device: Device) -> None:
-        """device: one of those that reach it, which makes the memory."""
+        """device: one of those that reach it, which makes the memory, on its own node."""
         self.slab_bytes = min(SLAB_BYTES, nbytes)
         self.slot_bytes = min(SLOT_BYTES, self.slab_bytes)
         self._per_slab = self.slab_bytes // self.slot_bytes
@@ -96,7 +97,7 @@ class RamTier:
         """Page-lock slab by slab; what is refused is done without."""
         while len(self._slabs) < self.slabs_count:
             try:
-                slab = await trio.to_thread.run_sync(self._device.alloc_staging, self.slab_bytes)
+                slab = await trio.to_thread.run_sync(self._lock_one)
             except DeviceLostError:
                 raise
             except (DeviceError, OSError) as error:
@@ -104,6 +105,10 @@ class RamTier:
                 return
             self._free.put([(len(self._slabs) * self._per_slab, self._per_slab)])
             self._slabs.append(slab)
+
+    def _lock_one(self) -> Staging:
+        with on_node(self._device.node):  # this thread touches it
+            return self._device.alloc_staging(self.slab_bytes)
 
     def find(self, digest: Digest) -> Kept | None:
         """The block, complete."""
@@ -177,10 +182,11 @@ class RamTier:
             offset = 0
         return found
 
-    def described(self) -> dict[str, int]:
+    def described(self) -> dict[str, int | None]:
         """For `status`."""
         return {
-            "bytes": self.nbytes, "locked_bytes": self.locked_bytes, "used_bytes": self.used_bytes,
+            "node": self._device.node, "bytes": self.nbytes,
+            "locked_bytes": self.locked_bytes, "used_bytes": self.used_bytes,
             "blocks": self.blocks_count, "saved_bytes": self.totals.saved, "returned_bytes": self.totals.returned,
             "dropped_bytes": self.totals.dropped,
         }  # fmt: skip

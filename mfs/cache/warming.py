@@ -1,13 +1,15 @@
 """Memory for the first chunks of a load, found before there is one.
 
 A mount is mostly followed by a program that takes seconds to start, and then reads. Touching memory meanwhile is taken
-slowly, by one worker, half of the time and only while nothing else is to be done: nobody waits for it.
+slowly, by one worker, half of the time and only while nothing else is to be done: nobody waits for it. Where files are
+read past us (`whole`) neither RAM is wanted nor are cores to spare.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import trio
 
@@ -25,10 +27,13 @@ _LOOK_S = 1.0  # once there is enough
 _BUSY_S = 0.05
 
 
-async def keep_warm(memory: RamTier, slots: Slots, pool: WorkerPool) -> None:
-    """Have pieces of the RAM tier touched that nobody uses yet, until cancelled."""
+async def keep_warm(memory: RamTier, slots: Slots, pool: WorkerPool, is_busy: Callable[[], bool]) -> None:
+    """Have pieces of the RAM tier touched that nobody uses yet, until cancelled.
+
+    is_busy: whether cores are used that the pool knows nothing of.
+    """
     while True:
-        if any(worker["inflight"] for worker in pool.describe()):
+        if is_busy() or any(worker["inflight"] for worker in pool.describe()):
             await trio.sleep(_BUSY_S)
             continue
         try:

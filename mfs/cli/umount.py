@@ -13,6 +13,8 @@ from mfs.cli.text import clean
 from mfs.errors import MfsError, NotFoundError, StoreError, UsageError
 from mfs.units import parse_duration
 
+_NAMED_MAX = 5
+
 
 @click.command(
     cls=Page,
@@ -64,7 +66,11 @@ def umount(mountpoint: str, force: bool, timeout: str) -> None:
     if detach.wait_until_ended(record, timeout_s):
         return
     if not force:
-        raise StoreError(f"unmounted, but the daemon (pid {record.pid}) still runs after {timeout}; --force ends it")
+        elsewhere = ", ".join(map(str, detach.namespaces_with(served.place.mount)[:_NAMED_MAX]))
+        why = f": it is still mounted in the mount namespaces of processes {elsewhere}" if elsewhere else ""
+        raise StoreError(
+            f"unmounted, but the daemon (pid {record.pid}) still runs after {timeout}{why}; --force ends it"
+        )
     detach.end_daemon(record, timeout_s, folder=folder, owner=owner)
 
 

@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from mfs import children
@@ -171,3 +172,17 @@ def forget(mountpoint: str) -> None:
 def other_mounts(mount: Mount) -> list[str]:
     """Where else the same file system is mounted (bind mounts): it lives on there."""
     return [other.mountpoint for other in mountinfo.read() if other.device == mount.device]
+
+
+def namespaces_with(mount: Mount) -> list[int]:
+    """A process of each other mount namespace in which the same file system is mounted: a container, or `unshare`."""
+    found: dict[str, int] = {}
+    for entry in os.scandir("/proc"):
+        with suppress(OSError, ValueError):  # it has ended, or is not ours to look at
+            pid, namespace = int(entry.name), os.readlink(f"/proc/{entry.name}/ns/mnt")
+            if namespace in found or namespace == os.readlink("/proc/self/ns/mnt"):
+                continue
+            mounts = mountinfo.parse(Path(f"/proc/{pid}/mountinfo").read_bytes())
+            if any(other.device == mount.device for other in mounts):
+                found[namespace] = pid
+    return sorted(found.values())

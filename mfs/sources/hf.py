@@ -47,6 +47,9 @@ from mfs.types import ByteRange, Entry, EntryKind, ObjectId
 ADDRESSES_MAX = 4096
 """Addresses of files remembered; at the limit all are forgotten, which costs one request per file in use."""
 
+KEPT_NAMES_MAX = 20_000
+"""Of a commit, in memory, some 10 MB: so a look for changes asks the Hub, whose limit all nodes share, one question."""
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -75,6 +78,8 @@ class HfSource:
         self._addresses: dict[tuple[str, str], _Address] = {}
         self._asking: dict[tuple[str, str], threading.Lock] = {}
         """Held by who asks for a file's address; others that want the same file wait for his answer."""
+        self._last_tree: tuple[str, tuple[Page, ...]] | None = None
+        """A commit, and what `_tree` found of it."""
         self._guard = threading.Lock()
         """Around changes of both tables, never while the Hub is asked."""
         self.identity = f"hf://{repo}" if self._endpoint == HUB_URL else f"hf://{repo}@{self._endpoint}"
@@ -90,6 +95,22 @@ class HfSource:
         """Pin the revision and yield all directories at `path` and below; see `Source.list`."""
         where = f"hf://{self._repo}@{self._revision}"
         commit, is_gated = self._pin(where, deadline_s)
+        listed = self._tree(commit, where, deadline_s)
+        found: Iterator[Page] = iter(listed)
+        if self._is_cache:
+            found = iter(hf_cache.cache_pages(found, where, self._revision, commit))
+        pages = [page for page in found if not path or page[0] == path or page[0].startswith(f"{path}/")]
+        if not pages:
+            raise NotFoundError(f"{where}: no directory {path!r}")
+        if is_gated:
+            self._check_access(commit, listed, where, deadline_s)
+        yield from pages
+
+    def _tree(self, commit: str, where: str, deadline_s: float) -> tuple[Page, ...]:
+        """All directories of a commit, which never change: the last one's are kept, unless they are large."""
+        last = self._last_tree
+        if last is not None and last[0] == commit:
+            return last[1]
         tree = TreeBuilder(where, "")
         trail = Trail(where)
         page: Hop | None = Hop(f"{self._api('tree', commit)}?recursive=true")
@@ -100,15 +121,10 @@ class HfSource:
             trail.see(reply.body if count else b"")
             following = next_url(reply.headers, answered.url)
             page = self._page_at(following, answered) if following else None
-        found = tree.pages()
-        if self._is_cache:
-            found = iter(hf_cache.cache_pages(found, where, self._revision, commit))
-        pages = [page for page in found if not path or page[0] == path or page[0].startswith(f"{path}/")]
-        if not pages:
-            raise NotFoundError(f"{where}: no directory {path!r}")
-        if is_gated:
-            self._check_access(commit, tree.pages(), where, deadline_s)
-        yield from pages
+        pages = tuple(tree.pages())
+        is_small = sum(len(entries) for _, entries in pages) <= KEPT_NAMES_MAX
+        self._last_tree = (commit, pages) if is_small else None
+        return pages
 
     def _check_access(self, commit: str, pages: Iterable[Page], where: str, deadline_s: float) -> None:
         """The Hub lists a gated repository for everyone: asking for a file says now what reading would say later."""

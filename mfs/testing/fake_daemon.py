@@ -89,7 +89,7 @@ class FakeDaemon:
                        "inflight": 0, "cache_bytes": 0, "direct_bytes": 0, "cache_faults": 0},
             "reads": {"count": 0, "bytes": 0, "errors_count": 0, "waiting": 0},
             "open_files": 0,
-            "passthrough": {"open_files": 0, "sealed_count": 0, "note": None},
+            "passthrough": {"open_files": 0, "sealed_count": 0, "read_ahead_bytes": 0, "note": None},
             "prefetch": {"queued_bytes": 0, "active_objects": 0},
             "metrics_addr": None,
             "workers": [],

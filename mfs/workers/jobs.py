@@ -285,6 +285,10 @@ class Jobs:
         """Read chunks of a sealed object into the page cache, as far as half of the free memory goes. {bytes}"""
         return {"bytes": page_cache.fill(self._ssd()[0], object_from_wire(obj), chunks)}
 
+    def page_cache_front(self, *, obj: list[Any], first: int, filled: int, emit: Emit) -> Frame:
+        """{front} of a sealed object, see `page_cache.front`."""
+        return {"front": page_cache.front(self._ssd()[0], object_from_wire(obj), first, filled)}
+
     def scrub(self, *, after: str, emit: Emit) -> Frame:
         """Verify the sealed object that comes after a cache_id ('' for the first); a bad one is removed.
 

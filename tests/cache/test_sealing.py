@@ -330,6 +330,24 @@ def test_who_has_it_open_keeps_it_however_it_goes(
     os.close(fd)
 
 
+def test_the_front_is_where_the_page_cache_has_a_gap(tier: SsdTier, tmp_path: Path) -> None:
+    obj = written(tier, size=24 * CHUNK_BYTES + 5)
+    assert page_cache.front(tier, obj, 0, 0) is None
+    assert seal(tier, obj)
+    with data_path(tmp_path, obj).open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # what is read here is all that is read
+        assert page_cache.front(tier, obj, 0, 0) == (0, True)
+        for index in (0, 1, 2, 8):
+            assert len(os.pread(file.fileno(), CHUNK_BYTES, index * CHUNK_BYTES)) == CHUNK_BYTES
+        assert page_cache.front(tier, obj, 0, 0) == (3, False)
+        assert page_cache.front(tier, obj, 2, 0) == (3, False)
+        assert page_cache.front(tier, obj, 3, 9) == (3, True)  # what stands before is of our own filling
+        assert page_cache.front(tier, obj, 24, 0) == (24, True)
+        os.pread(file.fileno(), 1, 24 * CHUNK_BYTES)
+        assert page_cache.front(tier, obj, 24, 0) == (25, True)
+
+
 # -- only the very file that was sealed
 
 

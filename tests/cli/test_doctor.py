@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from mfs import limits
+from mfs.findings import Level
 from mfs.fuse import kernel as fuse_kernel
 from mfs.planning import disk, kernel, machine, origin
+from mfs.planning.doctor import _traces
 from mfs.planning.wanted import Wanted
 from tests.cli.conftest import DEADLINE_S, FakeMount, Mfs
 from tests.servers.nginx import NginxServer
@@ -65,6 +67,15 @@ def test_this_machine_alone(mfs: Mfs) -> None:
     starts = {line.index("fault") for line in lines if line.startswith("memory ")}
     assert starts == {lines[0].index("LEVEL")}, "aligned"
     assert "1 fault" in lines[-1]
+
+
+def test_traces_that_cannot_be_had_are_said() -> None:
+    asked = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
+    assert list(_traces({})) == []
+    assert [found.level for found in _traces(asked)] == [Level.OK]
+    [found] = _traces(asked | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+    assert (found.level, "'grpc'" in found.value) == (Level.WARNING, True)
+    assert "http/protobuf" in found.advice
 
 
 def test_one_truth_of_what_the_kernel_has() -> None:

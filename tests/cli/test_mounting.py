@@ -148,6 +148,21 @@ def test_umount_of_a_mount_in_use(mfs: Mfs, models: Path, mnt: Path) -> None:
     assert runtime.read_record(str(mnt)) is None
 
 
+def test_umount_names_who_has_the_mount_elsewhere(mfs: Mfs, models: Path, mnt: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mount namespaces are root's")
+    mfs("mount", models, mnt, *SMALL)
+    with subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; read end"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        other.stdout.readline()
+        said = mfs("umount", "--timeout", "0.5s", mnt, status=1).stderr
+        assert re.search(rf"in the mount namespaces of processes [\d, ]*\b{other.pid}\b", said)
+        other.communicate(b"\n", timeout=30)
+
+
 def test_umount_wants_the_mountpoint(mfs: Mfs, fake_mount: Callable[..., FakeMount]) -> None:
     mnt = fake_mount()
     assert f"name its mount point, {mnt.path}" in mfs.error("umount", mnt / "llama", status=2)

@@ -51,6 +51,23 @@ def test_who_opens_a_complete_file_reads_it_without_the_daemon(mount: TestMount)
     assert mount.client.status()["reads"]["count"] == before
 
 
+def test_who_reads_on_in_order_is_read_ahead_of(folder: origins.FolderOrigin, mounted: Mounted) -> None:
+    size = 80 << 20
+    folder.put("w.bin", ramp(size))
+    mount = mounted(folder)
+    path = str(mount.path / "w.bin")
+    list(mount.client.prefetch(["w.bin"], "ssd", wait=True))
+    reader = mount.outside()
+    reader.call(touching.hold, "fd", path)
+    reader.call(touching.held_read, "fd", 0, 4096)
+    for start in range(0, 40 << 20, 1 << 20):
+        assert reader.call(touching.held_read, "fd", start, 1 << 20) == ramp(1 << 20, start)
+    assert mount.wait_for(lambda: mount.client.status()["passthrough"]["read_ahead_bytes"] > 0)
+    for start in range(40 << 20, size, 1 << 20):
+        assert reader.call(touching.held_read, "fd", start, 1 << 20) == ramp(1 << 20, start)
+    assert mount.client.status()["reads"]["count"] == 0
+
+
 def test_prefetch_seals_and_the_first_reader_is_passed_through(mount: TestMount) -> None:
     path = str(mount.path / "w.bin")
     list(mount.client.prefetch(["w.bin"], "ssd", wait=True))

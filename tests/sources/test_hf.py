@@ -15,7 +15,7 @@ import pytest
 
 from mfs.errors import AccessError, NotFoundError, TransientStoreError, UsageError
 from mfs.fetch.transport import Transport
-from mfs.sources import SourceOptions, open_source
+from mfs.sources import SourceOptions, hf, open_source
 from mfs.sources.base import Source
 from mfs.sources.hf_access import expiry_s, parse_hf_url
 from mfs.testing import ramp
@@ -161,6 +161,25 @@ def test_an_address_that_does_not_come_keeps_nobody_from_other_files(
         finally:
             go.set()
         assert slow.result() == ramp(10, 0)
+
+
+def test_a_look_for_changes_asks_one_question_until_there_are_some(
+    hub: HubServer, origin: HubOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin.put("w.safetensors", ramp(1000))
+    source = origin.source()
+    first = list_tree(source)
+    hub.forget_stats()
+    assert list_tree(source) == first
+    assert (hub.stats()["hub"], hub.stats().get("tree", 0)) == (1, 0)
+    origin.put("d/other", b"2")
+    assert len(list_tree(source)) > len(first)
+    monkeypatch.setattr(hf, "KEPT_NAMES_MAX", 1)
+    origin.put("d/third", b"3")
+    before = list_tree(source)
+    hub.forget_stats()
+    assert list_tree(source) == before
+    assert hub.stats()["tree"] == 1
 
 
 def _requests(hub: HubServer) -> dict[str, int]:

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from gpuload.cli import doctor, doctor_cuda
 from gpuload.cli.app import cli
 from gpuload.cli.doctor_cuda import Compatibility, Wheel
-from gpuload.device import cards
+from gpuload.device import cards, nodes
 from gpuload.device import driver as cu
 from gpuload.device.cards import Bus, Card, Managed
 from gpuload.device.host import HostDevice
@@ -208,9 +208,9 @@ def test_the_bus_as_sysfs_has_it(tmp_path: Path) -> None:
     bus = cards.bus_of(card(), tmp_path)
     assert bus == Bus(1, 16, 5, 16)
     assert bus.gb_s == pytest.approx(63, rel=0.01)
-    assert cards.numa_node_of(card(), tmp_path) == 1
+    assert nodes.node_of(card().pci, tmp_path) == 1
     assert cards.bus_of(card(pci="0000:00:00.0"), tmp_path) is None
-    assert cards.numa_node_of(card(pci="0000:00:00.0"), tmp_path) is None
+    assert nodes.node_of("0000:00:00.0", tmp_path) is None
     (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
     said = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n"
     (tmp_path / "proc/driver/nvidia/version").write_text(said)
@@ -234,13 +234,13 @@ def test_a_process_on_another_memory_node(monkeypatch: pytest.MonkeyPatch, tmp_p
         place = tmp_path / f"sys/devices/system/node/node{number}"
         place.mkdir(parents=True)
         (place / "cpulist").write_text(f"{cpus}\n")
-    assert doctor_cuda.process_nodes(tmp_path) == {0}
-    monkeypatch.setattr(cards, "numa_node_of", lambda card: 1)
-    monkeypatch.setattr(doctor_cuda, "process_nodes", lambda: {0})
+    assert nodes.process_nodes(tmp_path) == {0}
+    monkeypatch.setattr(nodes, "node_of", lambda pci: 1)
+    monkeypatch.setattr(nodes, "process_nodes", lambda: {0})
     found = doctor_cuda._node("cuda:0", card())
     assert found.level == "warning"
     assert found.advice.endswith("numactl --cpunodebind=1 --membind=1")
-    monkeypatch.setattr(doctor_cuda, "process_nodes", lambda: {0, 1})
+    monkeypatch.setattr(nodes, "process_nodes", lambda: {0, 1})
     assert doctor_cuda._node("cuda:0", card()).level == "ok"
 
 

@@ -222,8 +222,11 @@ def test_an_engine_under_gpuload_run_needs_no_flag(
 
 @pytest.mark.timeout(1000)
 @pytest.mark.usefixtures("engines")
-def test_two_ranks_of_an_engine_read_each_byte_once(llama: list[Path], said: list[Any]) -> None:
+def test_two_ranks_of_an_engine_read_each_byte_once(
+    llama: list[Path], said: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tensor-parallel over gloo: as many tensors on each rank, each handed over by whoever read it."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")  # of itself it wants a NUMA node for each
     outcome = run_engine(llama[0], socket_path=None, load_format="gpuload", tensor_parallel_size=2)
     assert outcome.found["says"] == said[0]
     first, second = outcome.found["worker"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuload.device import nodes
 from gpuload.device.base import Device
 from gpuload.device.host import HostDevice, view_of
 from gpuload.errors import DeviceError
@@ -95,6 +97,33 @@ async def test_all_ways_bring_the_same_bytes(bed: _Bed, is_direct: bool, limits:
     assert sorted(landed) == list(range(5)), "each transfer lands once"
     for index, want in enumerate(bed.want):
         assert b"".join(v for (t, _), v in sorted(seen.items()) if t == index) == want, "the check saw other bytes"
+
+
+async def test_readers_stay_on_the_processors_of_the_devices_memory_node_for_the_load_alone(
+    bed: _Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = os.sched_getaffinity(0)
+    if len(mine) < 2:
+        pytest.skip("this process has one processor: nothing to choose")
+    monkeypatch.setattr(nodes, "ROOT", tmp_path)
+    place = tmp_path / "sys/devices/system/node/node1"
+    place.mkdir(parents=True)
+    (place / "cpulist").write_text(f"{min(mine)},4000-4007\n")
+    seen: list[set[int]] = []
+
+    class Told(FileSource):
+        def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
+            seen.append(os.sched_getaffinity(0))
+            super().read_into(shard, start, views)
+
+    device = HostDevice(is_direct=False)
+    for node, wanted in ((1, {min(mine)}), (None, mine), (2, mine)):  # of 2 nobody says anything
+        device.node = node
+        seen.clear()
+        await bed.move(Told(bed.shards), device, TINY)
+        assert seen
+        assert all(one == wanted for one in seen), node
+    assert [bytes(m) for m in bed.memory] == bed.want
 
 
 async def test_batches_are_moved_while_later_ones_are_planned(bed: _Bed) -> None:

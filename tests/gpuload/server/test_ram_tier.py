@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import torch
 from gpuload.client.asking import ask, load_resident
 from gpuload.client.attached import attach
 from gpuload.device.host import HostDevice, HostStream
+from gpuload.device.nodes import on_node
 from gpuload.errors import DeviceError, FitError
 from gpuload.server import loader, ram_tier
 from gpuload.server.daemon import ServerConfig
@@ -306,3 +310,47 @@ def test_a_tier_needs_a_card_and_room(config: ServerConfig) -> None:
         running_server(replace(config, ram_tier_bytes=1 << 50), lambda _: Card()),
     ):
         raise AssertionError("it started")
+
+
+def test_each_node_with_cards_has_a_tier_of_its_own(
+    config: ServerConfig, small_granules: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    @contextmanager
+    def recorded(node: int | None) -> Iterator[bool]:
+        asked.append(node)
+        with on_node(node) as is_set:
+            yield is_set
+
+    monkeypatch.setattr(ram_tier, "on_node", recorded)
+    monkeypatch.setattr(ram_tier, "SLAB_BYTES", 16 * UNIT)
+    nodes = {"cuda:0": 0, "cuda:1": 1, "cuda:2": 0}
+
+    def open_one(name: str) -> Card:
+        made = Card()
+        made.name, made.node = name, nodes[name]
+        return made
+
+    config = replace(config, arena_bytes=dict.fromkeys(nodes, 8 * UNIT), ram_tier_bytes=32 * UNIT)
+    with running_server(config, open_one) as server:
+        tiers = [server.sites[name].tier for name in nodes]
+        assert tiers[0] is tiers[2] is not tiers[1]
+        while any(found.locked_bytes < found.nbytes for found in tiers if found is not None):
+            server.settle()
+        found = ask({"op": "status"}, socket_path=server.socket_path)["ram_tiers"]
+        assert [(t["node"], t["bytes"]) for t in found] == [(0, 32 * UNIT), (1, 32 * UNIT)]
+    assert sorted(asked, key=str) == [0, 0, 1, 1]
+
+
+def test_memory_comes_to_stand_on_a_node_while_that_is_asked_for() -> None:
+    policy = ctypes.c_int(-1)
+    libc, get_mempolicy = ctypes.CDLL(None), {"x86_64": 239, "aarch64": 236}[platform.machine()]
+    seen = []
+    for node in (0, 1023, None):
+        with on_node(node) as is_set:
+            libc.syscall(get_mempolicy, ctypes.byref(policy), None, 0, None, 0)
+            seen.append((is_set, policy.value))
+        libc.syscall(get_mempolicy, ctypes.byref(policy), None, 0, None, 0)
+        assert policy.value == 0, "as it was"
+    assert seen == [(True, 1), (False, 0), (False, 0)]

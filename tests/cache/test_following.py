@@ -1,0 +1,86 @@
+"""What is read ahead of who reads a whole file past us: as much as he has taken, two windows at most, once."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from mfs.cache.following import _LEAST_CHUNKS, _WINDOW_CHUNKS, _WINDOWS, Course
+
+COUNT = 400
+
+
+def windows(course: Course, count: int = COUNT) -> list[range]:
+    return list(iter(lambda: course.next_window(count), range(0)))
+
+
+def test_a_look_at_the_beginning_orders_nothing() -> None:
+    course = Course()
+    assert not windows(course)
+    for front in range(_LEAST_CHUNKS):
+        assert course.note(front, True)
+        assert not windows(course)
+
+
+def test_who_stands_still_gets_no_more() -> None:
+    course = Course()
+    course.note(0, True)
+    course.note(_LEAST_CHUNKS, True)
+    assert windows(course)
+    assert not course.note(_LEAST_CHUNKS, True)
+    assert not windows(course)
+
+
+@pytest.mark.parametrize("began", [0, 7])
+def test_a_reader_is_led_through_the_file(began: int) -> None:
+    """Each chunk is ordered once at most, never behind him nor further ahead than he has come and two windows are."""
+    course, ordered = Course(), set[int]()
+    course.note(began, True)
+    front = began
+    while front < COUNT:
+        front += 1  # he reads a chunk; what was ordered is there at once
+        while front in ordered:
+            front += 1
+        if front >= COUNT:
+            break
+        assert course.note(front, True)
+        for window in windows(course):
+            taken = front - began
+            assert len(window) < min(taken, _WINDOW_CHUNKS)
+            assert window.start >= front
+            assert window.stop <= front + _WINDOWS * min(taken, _WINDOW_CHUNKS)
+            assert not ordered & set(window)
+            ordered |= set(window)
+    assert len(ordered) > 0.9 * (COUNT - began)
+
+
+def test_nothing_is_ordered_before_the_chunk_left_out_was_passed() -> None:
+    course = Course()
+    course.note(0, True)
+    course.note(_WINDOW_CHUNKS, True)
+    first, second = windows(course)
+    assert (first, second) == (range(16, 31), range(32, 47))
+    course.note(first.stop, True)  # the kernel shows what we filled, and no more
+    assert not windows(course)
+    course.note(first.stop + 1, True)
+    assert windows(course) == [range(48, 63)]
+
+
+def test_who_reads_at_several_places_is_left_alone_while_he_does() -> None:
+    course = Course()
+    for front in itertools.chain([0], range(5, 50, 5)):
+        course.note(front, False)
+        assert not windows(course)
+    course.note(50, True)
+    course.note(54, True)
+    assert windows(course)
+
+
+def test_the_end_of_the_file_is_the_end() -> None:
+    course = Course()
+    course.note(0, True)
+    course.note(8, True)
+    assert windows(course, 10) == [range(8, 9)]
+    course.note(9, True)
+    assert not windows(course, 10)
