@@ -220,7 +220,8 @@ class Beginning:
                 raise FitError(
                     f"this does not fit {place}: floors {format_size(floors)}, staging and RAM tier"
                     f" {format_size(rings)}; of its {format_size(memory.total_bytes)} others hold"
-                    f" {format_size(others)}, free are {format_size(memory.free_bytes)}; short by {format_size(short)}; nothing was taken",
+                    f" {format_size(others)}, free are {format_size(memory.free_bytes)}; short by"
+                    f" {format_size(short)}; nothing was taken",
                     shortfall_bytes=short,
                 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -67,6 +68,15 @@ class Served:
     def ask(self, op: str, **more: Any) -> dict[str, Any]:
         return ask({"op": op, **more}, socket_path=self.path)
 
+    def kill(self) -> int:
+        """As the kernel does when memory is short. Returns who it was, once it is dead: before, it may still accept."""
+        pid = self.pid
+        process = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        select.select([process], [], [], DEADLINE_S)
+        os.close(process)
+        return pid
+
     def load(self, path: Path, name: str, *, is_swap: bool = False) -> dict[str, Any]:
         return load_resident(path, name, "cpu", is_swap=is_swap, socket_path=self.path)["report"]
 
@@ -119,8 +129,7 @@ class TestKilled:
         old = served.attach("m")
         served.load(write(tmp_path / "b.safetensors", second), "m", is_swap=True)
         served.ask("pin", model="m", pinned=True)
-        before, pid = served.ask("status"), served.pid
-        os.kill(pid, signal.SIGKILL)
+        before, pid = served.ask("status"), served.kill()
         after = served.ask("status")
         assert after["pid"] != pid
         assert (before["servers_before"], after["servers_before"]) == (0, 1)
@@ -147,9 +156,8 @@ class TestKilled:
         above = served.start_serving()
         served.load(write(tmp_path / "a.safetensors", content(1)), "m")
         held = served.attach("m")
-        pid = served.pid
         os.kill(above.pid, signal.SIGSTOP)  # it will not start the next one yet
-        os.kill(pid, signal.SIGKILL)
+        served.kill()
         del held
         gc.collect()
         os.kill(above.pid, signal.SIGCONT)
@@ -202,7 +210,7 @@ class TestKilled:
             was = file.read(1)
             file.seek(1000)
             file.write(bytes([was[0] ^ 1]))
-        os.kill(pid, signal.SIGKILL)
+        served.kill()
         names = [m["model"] for m in served.ask("status")["devices"][0]["models"]]
         assert names == ["whole"]
         assert_same(served.attach("whole"), content(2))
@@ -309,8 +317,7 @@ class TestReplaced:
         served.wait_for("leases", 0)
         served.ask("unload", model="m")
         assert set(served.gauges().values()) == {0}
-        pid = served.pid
-        os.kill(pid, signal.SIGKILL)
+        pid = served.kill()
         assert served.pid != pid, "its own holder has everything"
 
     def test_a_lease_goes_on_and_ends_with_its_client(self, served: Served, tmp_path: Path) -> None:
@@ -413,8 +420,7 @@ class TestOnCards:
             served.start_serving()
             load_resident(write(tmp_path / "a.safetensors", made), "m", "cuda:0", socket_path=served.path)
             assert attached() == {name: bits(tensor) for name, tensor in made.items()}
-            free, pid = free_bytes(), served.pid
-            os.kill(pid, signal.SIGKILL)
+            free, pid = free_bytes(), served.kill()
             assert served.pid != pid
             assert attached() == {name: bits(tensor) for name, tensor in made.items()}
             served.start_serving("--take-over")
@@ -466,7 +472,7 @@ class TestServiceManager:
             manager.take_all()
             assert len({name for name, _ in manager.store}) == len(manager.store), "what is kept is kept once"
 
-            os.kill(pid, signal.SIGKILL)
+            assert served.kill() == pid
             again(manager, served)
             assert served.ask("status")["servers_before"] == 4
             assert served.gauges()["leases"] == 1
