@@ -6,10 +6,10 @@ Where there is no service manager this is one, of one service, and speaks as sys
 started with NOTIFY_SOCKET and says READY=1, FDSTORE=1 and FDSTOREREMOVE=1 there; its successor gets what is kept as
 LISTEN_FDS and LISTEN_FDNAMES. A stored connection whose other end is closed is dropped, as systemd drops it.
 
-A server that ends well has meant to, and one that keeps nothing has nothing to be gone on with: their status becomes
-ours. One that is killed, or fails, once it had said READY=1 is followed by another, which the clients wait for in the
-listening socket; after too many in a short time no more. Signals go to the server. If this process is killed the
-server is told to end, by the kernel.
+A server that ends well, or has said STOPPING=1, has meant to, and one that keeps nothing has nothing to be gone on
+with: their status becomes ours. One that is killed, or fails, once it had said READY=1 is followed by another, which
+the clients wait for in the listening socket; after too many in a short time no more. Signals go to the server, and none
+follows it then. If this process is killed the server is told to end, by the kernel.
 
 As little as a service manager, this process must fail: nothing is imported but small modules. Source: sd_notify(3),
 sd_listen_fds(3).
@@ -134,7 +134,8 @@ class Holder:
         if pid == self._child:
             lines = message.decode(errors="replace").splitlines()
             words = dict(line.partition("=")[::2] for line in lines)
-            self._is_ready = self._is_ready or words.get("READY") == "1"
+            if "READY" in words or "STOPPING" in words:
+                self._is_ready = words.get("READY") == "1"
             name = words.get("FDNAME", "")
             if words.get("FDSTORE") == "1" and name and ":" not in name:
                 while fds and len(self._kept) < _FDS_MAX:
@@ -164,6 +165,7 @@ class Holder:
         os.close(fd)
 
     def _forward(self, number: int, frame: object) -> None:
+        self._is_ready = False  # whatever it dies of now, it was to end
         if self._child:
             os.kill(self._child, number)
         else:

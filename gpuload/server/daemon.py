@@ -133,7 +133,7 @@ async def serve(
             stack.callback(connections.close)
             for client in begun.clients:
                 connections.add(*client)
-            giver = Giver(estate, connections, begun.door, ending, VERSION)
+            giver = Giver(estate, connections, begun.door, ending, VERSION, is_kept_on=config.is_kept_on)
             if must is not None:
                 # The kernel keeps a process, with all it has, while one of its threads is in a call on a hung file.
                 must += [estate.stop, begun.door.shut, *(site.arena.close for site in sites.values())]

@@ -35,6 +35,7 @@ from gpuload.server.door import Door
 from gpuload.server.estate import FORMAT, Estate
 from gpuload.server.succession import Left
 from gpuload.wire import FDS_MAX, Channel, close_all
+from mfs import manager
 from mfs.errors import MfsError
 
 log = logging.getLogger("gpuload.server")
@@ -57,8 +58,18 @@ WHY = "the gpuload server gives its place to another one just now; nothing was c
 class Giver:
     """The side that has everything. One heir at a time."""
 
-    def __init__(self, estate: Estate, connections: Connections, door: Door, ending: trio.Event, version: str) -> None:
-        """ending: set once all is another server's, and that one serves."""
+    def __init__(
+        self,
+        estate: Estate,
+        connections: Connections,
+        door: Door,
+        ending: trio.Event,
+        version: str,
+        *,
+        is_kept_on: bool,
+    ) -> None:
+        """ending: set once all is another server's, and that one serves. is_kept_on: see `ServerConfig`."""
+        self._is_kept_on = is_kept_on
         self._estate, self._connections, self._version = estate, connections, version
         self._door, self._ending = door, ending
         self.has_given = False
@@ -110,13 +121,20 @@ class Giver:
             fds += [client.sock.fileno() for client in resting]
             await channel.send({"names": names}, fds, message_s=HELD_S)
             await _expect(channel, "held", HELD_S)
+            self._tell_holder("STOPPING=1")  # should we be killed from here on, nobody is to follow us but the heir
             await channel.send({"yours": True}, message_s=1.0)
         except BaseException:
+            self._tell_holder("READY=1")
             for site in self._estate.sites.values():
                 site.is_frozen = False
             self._estate.resume()
             connections.resume()
             raise
+
+    def _tell_holder(self, message: str) -> None:
+        """Systemd follows the heir by itself, once that has said MAINPID."""
+        if not self._is_kept_on:
+            manager.notify(message, address=self._estate.store.address)
 
     async def _part(self, *, is_first: bool) -> tuple[list[str], list[int]]:
         """The door and what arenas live by come first, all that changes comes later."""
