@@ -191,6 +191,37 @@ class DeviceSuite:
         arena.close()
         lent.close()
 
+    def test_an_arena_outlives_who_made_it(self, device: Device) -> None:
+        """Its bytes are there for whoever has copies of its descriptors, who can write and hand out as its maker."""
+        unit = device.granule_bytes
+        arena, staging, stream = self._arena(device, 3), device.alloc_staging(4096), device.open_stream()
+        staging.view[:] = ramp(4096)
+        stream.copy_in(arena.address + unit, staging.address, 4096)
+        stream.record().wait(30)
+        copies = [os.dup(fd) for fd in arena.descriptors([(1, 1)])]
+        shared = arena.shared()
+        shared = None if shared is None else os.dup(shared)
+        arena.close()
+        before = len(os.listdir("/proc/self/fd"))
+        heir = device.reserve_arena(3 * unit, shared)
+        heir.adopt([(1, 1)], copies)
+        heir.release([(0, 1), (2, 1)])
+        heir.commit([(2, 1)])
+        assert (heir.granules_count, heir.granule_bytes) == (3, unit)
+        assert device.read_back(heir.address + unit, 4096) == ramp(4096)
+        stream.copy_within(heir.address + 2 * unit, heir.address + unit, 4096)
+        stream.record().wait(30)
+        fds = heir.export([(2, 1), (1, 1)])
+        mapping = device.attach(fds, [(2, 1), (1, 1)])
+        trio_close(fds)
+        assert device.read_back(mapping.address, 4096) == device.read_back(mapping.address + unit, 4096) == ramp(4096)
+        heir.close()
+        assert device.read_back(mapping.address, 4096) == ramp(4096), "who has it mapped keeps it"
+        mapping.close()
+        assert len(os.listdir("/proc/self/fd")) < before, "the copies are the heir's, and closed by it"
+        stream.close()
+        staging.close()
+
     def test_an_arena_larger_than_the_device_is_refused(self, device: Device) -> None:
         with pytest.raises(FitError) as caught:
             device.create_arena(device.memory().total_bytes * 2)
@@ -344,8 +375,8 @@ class FaultyDevice:
         self.staging_count += 1
         return _CountedStaging(self._inner.alloc_staging(nbytes, is_locked=is_locked), self)
 
-    def reserve_arena(self, nbytes: int) -> Arena:
-        return self._inner.reserve_arena(nbytes)
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> Arena:
+        return self._inner.reserve_arena(nbytes, shared)
 
     def create_arena(self, nbytes: int) -> Arena:
         return self._inner.create_arena(nbytes)

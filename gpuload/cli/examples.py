@@ -64,4 +64,6 @@ gpuload run -- vllm serve /mnt/models/llama""",
     "hook": """\
 gpuload hook install && GPULOAD_AUTO=1 python server.py
 gpuload hook remove""",
+    "include": """\
+cc -std=c11 -I"$(gpuload include)" program.c -o program""",
 }

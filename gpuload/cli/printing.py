@@ -12,6 +12,7 @@ from mfs.cli.findings import show_findings as show_all
 from mfs.cli.run import say
 from mfs.cli.text import clean, count, print_json, size
 from mfs.findings import Finding
+from mfs.units import format_duration
 
 HOLDERS_MAX = 10
 """Programs that are named of one old generation; --json has all."""
@@ -114,6 +115,11 @@ def show_status(reply: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(reply)
         return
+    if "uptime_s" in reply:  # not of an older server
+        print(
+            f"pid {reply['pid']}, up {format_duration(reply['uptime_s'])}; servers of these weights before it:"
+            f" {reply['servers_before']}; a crash loses them: {'no' if reply['outlives_a_crash'] else 'yes'}"
+        )
     for device in reply["devices"]:
         print(
             f"{device['device']}: arena {size(device['arena_bytes'])}, taken {size(device['arena_committed_bytes'])},"

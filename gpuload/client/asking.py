@@ -42,7 +42,7 @@ def load_resident(
     device: where all of it goes, or what options['device_map'] (module prefix -> device) leaves out; None: the server's
         only device, and for a swap where the model stands that it replaces.
     options: 'device_map', 'ranks', 'rank', 'world', 'rules', 'pinned', 'retain', 'allow_gap', 'label', 'explain', as
-        the protocol has them (ARCHITECTURE.md).
+        the protocol has them (PROTOCOL.md).
     Raises: FitError naming the shortfall, UsageError, AwayError, and what reading the files raises.
     Cancellation: closing the connection (an interrupt does) cancels the load; the old model keeps serving.
     """

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gpuload import wire
-from gpuload.client import rings, tensors
+from gpuload.client import arrays, rings, tensors
 from gpuload.client.asking import ATTACH_S, LOAD_S, connect, exchange, wait_resident
 from gpuload.descriptors import park, room_for
 from gpuload.device import identity_of, open_device
@@ -194,6 +194,7 @@ def let_go() -> None:
     """
     close_left()
     if not tensors.is_capturing():
+        arrays.close_left()
         rings.let_go()
 
 

@@ -112,6 +112,22 @@ class Arena(Protocol):
         """Descriptors with which another process maps these granules, read-only. The caller closes them."""
         ...
 
+    def shared(self) -> int | None:
+        """A descriptor that all of its memory lives by, if there is one: see `descriptors`."""
+        ...
+
+    def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
+        """What the memory of these granules lives by, one for each; none where all has one. As long as any process has
+        copies of these, however this one ends, the memory is there, and another process of ours can `adopt` it. They
+        stay the arena's, until it gives the granule's memory back."""
+        ...
+
+    def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
+        """Have the memory that another process of ours has behind these granules; from copies of its `descriptors`,
+        which are the arena's from here on. Where all has one descriptor there is nothing to do. Raises: DeviceError.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -203,8 +219,11 @@ class Device(Protocol):
         """is_locked=False: `Staging.lock` does it, once somebody has filled it and so touched its pages."""
         ...
 
-    def reserve_arena(self, nbytes: int) -> Arena:
-        """Addresses for so much; no memory. Raises: DeviceError."""
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> Arena:
+        """Addresses for so much; no memory. Raises: DeviceError.
+
+        shared: a copy of what `Arena.shared` of another process gave: its memory. The arena's from here on.
+        """
         ...
 
     def create_arena(self, nbytes: int) -> Arena:

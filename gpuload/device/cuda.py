@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import time
 from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
@@ -213,6 +214,9 @@ class CudaArena:
         self.granule_bytes, self.granules_count = device.granule_bytes, granules_count
         self._handles: dict[int, int] = {}
         """By granule, of those that are mapped."""
+        self._fds: dict[int, int] = {}
+        """By granule, where somebody wanted one. Whoever attaches gets a copy then: nothing says that a granule which
+        was imported may be exported again."""
         self.address = device.number("cuMemAddressReserve", c_ulonglong, self._nbytes, 0, 0, 0)
 
     @property
@@ -245,16 +249,43 @@ class CudaArena:
         driver, unit = self._device.driver, self.granule_bytes
         properties = ctypes.byref(self._device.properties)
         for granule in range(first, first + count):
-            handle = driver.number("cuMemCreate", c_ulonglong, unit, properties, 0)
-            try:
-                driver.call("cuMemMap", self.address + granule * unit, unit, 0, handle, 0)
-            except BaseException:
-                self._device.give_back("cuMemRelease", handle)
-                raise
-            self._handles[granule] = handle
-        driver.call(
-            "cuMemSetAccess", self.address + first * unit, count * unit, self._device.access(cu.ACCESS_READWRITE), 1
-        )
+            self._map(granule, driver.number("cuMemCreate", c_ulonglong, unit, properties, 0))
+        self._allow(first, count)
+
+    def _map(self, granule: int, handle: int) -> None:
+        unit = self.granule_bytes
+        try:
+            self._device.driver.call("cuMemMap", self.address + granule * unit, unit, 0, handle, 0)
+        except BaseException:
+            self._device.give_back("cuMemRelease", handle)
+            raise
+        self._handles[granule] = handle
+
+    def _allow(self, first: int, count: int) -> None:
+        at, size = self.address + first * self.granule_bytes, count * self.granule_bytes
+        self._device.driver.call("cuMemSetAccess", at, size, self._device.access(cu.ACCESS_READWRITE), 1)
+
+    def shared(self) -> int | None:
+        return None
+
+    def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
+        wanted = [granule for first, count in runs for granule in range(first, first + count)]
+        for granule in wanted:
+            if granule not in self._fds:
+                self._fds[granule] = self._exported(granule)
+        return [self._fds[granule] for granule in wanted]
+
+    def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
+        """Not known before a GPU was seen: whether a driver keeps granules whose maker has died for as long as one of
+        their descriptors is open, as its documentation has it of handles, and gives them with their bytes."""
+        wanted = [granule for first, count in runs for granule in range(first, first + count)]
+        self._fds |= dict(zip(wanted, fds, strict=True))
+        driver, kind = self._device.driver, cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        with self._device.current():
+            for granule, fd in zip(wanted, fds, strict=True):
+                self._map(granule, driver.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind))
+            for run in runs:
+                self._allow(*run)
 
     def release(self, runs: Sequence[Run]) -> None:
         refused: list[DeviceError] = []
@@ -268,6 +299,9 @@ class CudaArena:
             raise refused[0]
 
     def _release(self, granule: int, handle: int, refused: list[DeviceError]) -> None:
+        fd = self._fds.pop(granule, None)
+        if fd is not None:
+            os.close(fd)
         at = self.address + granule * self.granule_bytes
         for name, args in (("cuMemUnmap", (at, self.granule_bytes)), ("cuMemRelease", (handle,))):
             try:
@@ -283,13 +317,20 @@ class CudaArena:
         fds: list[int] = []
         try:
             for first, count in runs:
-                for granule in range(first, first + count):
-                    kind, handle = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, self._handles[granule]
-                    fds.append(self._device.number("cuMemExportToShareableHandle", c_int, handle, kind, 0))
+                fds.extend(self._exported(granule) for granule in range(first, first + count))
+        except OSError as error:
+            close_all(fds)
+            raise DeviceError(f"cannot hand out granules of {self._device.name}: {error.strerror}") from None
         except BaseException:
             close_all(fds)
             raise
         return fds
+
+    def _exported(self, granule: int) -> int:
+        if granule in self._fds:
+            return os.dup(self._fds[granule])
+        kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return self._device.number("cuMemExportToShareableHandle", c_int, self._handles[granule], kind, 0)
 
     def close(self) -> None:
         if self.address:
@@ -481,7 +522,10 @@ class CudaDevice:
         """As cuMemSetAccess takes it: this card's own."""
         return ctypes.byref(cu.MemAccessDesc(cu.MemLocation(cu.LOCATION_TYPE_DEVICE, self.index), flags))
 
-    def reserve_arena(self, nbytes: int) -> CudaArena:
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> CudaArena:
+        if shared is not None:
+            os.close(shared)
+            raise DeviceError(f"an arena on {self.name} has a descriptor for each granule, not one for all")
         self._check_shared()
         return CudaArena(self, nbytes // self.granule_bytes)
 

@@ -142,15 +142,14 @@ class HostStaging:
 class HostArena:
     """See `base.Arena`. Memory is taken when it is committed: a machine without room says so there, not in a load."""
 
-    def __init__(self, nbytes: int, granule_bytes: int) -> None:
+    def __init__(self, nbytes: int, granule_bytes: int, shared: int | None = None) -> None:
         self.granule_bytes = granule_bytes
         self.granules_count = nbytes // granule_bytes
         size = self.granules_count * granule_bytes
-        self._fd = os.memfd_create("gpuload-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._fd = _made_file(size) if shared is None else shared
         try:
-            os.ftruncate(self._fd, size)
-            os.fchmod(self._fd, 0o400)
-            fcntl.fcntl(self._fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
+            if os.fstat(self._fd).st_size != size:
+                raise ValueError(f"there is one of {os.fstat(self._fd).st_size}")
             self._map = mmap.mmap(self._fd, size or mmap.PAGESIZE, mmap.MAP_SHARED)
         except (OSError, ValueError) as error:
             os.close(self._fd)
@@ -188,11 +187,32 @@ class HostArena:
     def export(self, runs: Sequence[Run]) -> list[int]:
         return [os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)]
 
+    def shared(self) -> int | None:
+        return self._fd
+
+    def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
+        return ()
+
+    def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
+        return None
+
     def close(self) -> None:
         if self._fd >= 0:
             self._map.close()
             os.close(self._fd)
             self._fd = -1
+
+
+def _made_file(size: int) -> int:
+    fd = os.memfd_create("gpuload-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        os.fchmod(fd, 0o400)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
+    except OSError as error:
+        os.close(fd)
+        raise DeviceError(f"cannot reserve an arena of {size} bytes: {error}") from None
+    return fd
 
 
 class HostMapping:
@@ -321,8 +341,8 @@ class HostDevice:
     def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> HostStaging:
         return HostStaging(nbytes, self._registered, is_touched=is_locked)
 
-    def reserve_arena(self, nbytes: int) -> HostArena:
-        return HostArena(nbytes, self.granule_bytes)
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> HostArena:
+        return HostArena(nbytes, self.granule_bytes, shared)
 
     def create_arena(self, nbytes: int) -> HostArena:
         return whole(self.reserve_arena(nbytes))

@@ -110,6 +110,8 @@ class Model:
     """The name that it has lost."""
     used_at: int = 0
     """The clock at its last use."""
+    number: int = 0
+    """What the estate knows it by; 0 before that has its record."""
     is_unwanted: bool = False
     """Somebody unloaded it: what goes with it is not kept in RAM."""
 
@@ -145,7 +147,7 @@ class Model:
             del part.catalog.models[self.name]
             part.catalog.retired.append(self)
         self.was, self.name = self.name, None
-        self._drop_if_unused()
+        self.drop_if_unused()
 
     def touch(self) -> None:
         self.used_at = next(_clock)
@@ -159,11 +161,12 @@ class Model:
     def end(self, lease: Lease) -> None:
         self.leases.remove(lease)
         if self.name is None:
-            self._drop_if_unused()
+            self.drop_if_unused()
         elif self.retain == "lease" and not self.leases_count and not self.is_pinned:
             self.retire()
 
-    def _drop_if_unused(self) -> None:
+    def drop_if_unused(self) -> None:
+        """Give its blocks back, if it is retired and nobody has a lease."""
         if self.leases_count:
             return
         for part in self.parts:

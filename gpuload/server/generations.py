@@ -1,7 +1,8 @@
 """The number of every model that is served, and who waits for another one. Trio thread only.
 
 A server counts what it publishes, over all names: whatever becomes of a name, its later content has the higher number.
-The count begins anew with the process, so a number alone means nothing to another server; content digests do.
+The count goes on with the estate. A server that begins without one begins anew, so a number alone means nothing to
+another server; content digests do.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import trio
 
 from gpuload.errors import BusyError
 from gpuload.server.catalog import Model
+from gpuload.server.estate import Counters
 from mfs.errors import ChangedError, UsageError
 
 WAITERS_MAX = 256
@@ -41,15 +43,20 @@ class Wanted:
 class Generations:
     """What was given out so far, and a bounded number of waiters."""
 
-    def __init__(self) -> None:
-        self.last = 0
+    def __init__(self, counters: Counters | None = None) -> None:
+        """counters: of the estate, with the number that was given out last."""
+        self._counters = counters if counters is not None else Counters()
         self.waiting_count = 0
         self._strangers_count = 0
         self._lot = trio.lowlevel.ParkingLot()
 
+    @property
+    def last(self) -> int:
+        return self._counters.last_generation
+
     def publish(self, model: Model) -> None:
         """Serve `model` under its name and a number of its own, and wake who waits."""
-        self.last += 1
+        self._counters.last_generation += 1
         model.generation = self.last
         model.publish()
         self._lot.unpark_all()

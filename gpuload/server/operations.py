@@ -25,6 +25,7 @@ from gpuload.moving.timing import Timing
 from gpuload.server import pulled
 from gpuload.server.catalog import Block, Catalog, Lease, Model, ResidentTensor, namesakes
 from gpuload.server.client_files import ClientFiles
+from gpuload.server.estate import Estate
 from gpuload.server.generations import Wanted
 from gpuload.server.loader import CONTENT_PREFIX, Loader
 from gpuload.server.ram_tier import RamTier
@@ -80,8 +81,8 @@ class Answer:
 class Operations:
     """The server's devices, behind the verbs of the protocol."""
 
-    def __init__(self, loader: Loader, kept: KeptFiles, tracer: Tracer, *, version: str) -> None:
-        self._kept, self._tracer = kept, tracer
+    def __init__(self, loader: Loader, kept: KeptFiles, tracer: Tracer, estate: Estate, *, version: str) -> None:
+        self._kept, self._tracer, self._estate = kept, tracer, estate
         self._loader, self._sites = loader, loader.sites
         self._catalogs = [site.catalog for site in loader.sites.values()]
         self._version = version
@@ -272,7 +273,16 @@ class Operations:
                 begins.append(offsets)
                 site = self._sites[part.catalog.device]
                 shown = runs if is_wanted else []
-                parts.append({"device": site.device.identity, "arena": site.token, "runs": shown, "fds": 0})
+                unit = site.arena.granule_bytes
+                parts.append(
+                    {
+                        "device": site.device.identity,
+                        "arena": site.token,
+                        "granule_bytes": unit,
+                        "runs": shown,
+                        "fds": 0,
+                    }
+                )
                 exports.append((site.arena, shown))
 
             def export() -> None:
@@ -372,7 +382,7 @@ class Operations:
                     "models": [{**_summary(m), **_held(m, catalog)} for m in models],
                 }
             )
-        head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid()}
+        head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid(), **self._estate.life()}
         head |= {"generation": self._loader.generations.last, "waiting": self._loader.generations.waiting_count}
         behind: dict[RamTier, list[str]] = {}
         for name, site in self._sites.items():

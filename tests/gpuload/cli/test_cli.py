@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from gpuload.cli.app import cli
 from gpuload.cli.options import parse_device_map, parse_rules
+from gpuload.client.asking import ask
 from gpuload.client.attached import attach
 from gpuload.server import versions
 from gpuload.testing import random_tensors, write
@@ -109,7 +110,8 @@ def test_a_server_may_open_as_many_files_as_it_is_let(tmp_path: Path) -> None:
             assert server.stderr is not None
             hard = server.stdout.readline().strip()
             assert "serving" in server.stderr.readline()
-            limits = Path(f"/proc/{server.pid}/limits").read_text()
+            pid = ask({"op": "ping"}, socket_path=str(tmp_path / "s.sock"))["pid"]
+            limits = Path(f"/proc/{pid}/limits").read_text()
             assert next(line for line in limits.splitlines() if "open files" in line).split()[3:5] == [hard, hard]
         finally:
             server.send_signal(signal.SIGINT)
