@@ -117,7 +117,9 @@ class Mount:
         follows = identities is not None
         self.config = config
         self.started_at = time.time()
-        beside_bytes = PROCESS_BYTES * (1 + config.workers_count)
+        self.tracer = Tracer()
+        self.exporting = Beside()
+        beside_bytes = PROCESS_BYTES * (1 + config.workers_count + self.tracer.is_on)
         self.memory = RamTier(RamConfig(config.ram_bytes, beside_bytes, coming_bytes, serves=follows))
         self.pool = WorkerPool(replace(_pool_config(config), identities=tuple(identities or ())))
         ssd = config.cache_dir is not None
@@ -139,8 +141,6 @@ class Mount:
                 SmallFiles(SmallFilesConfig(), self.cache, self.pool), timeout_s=config.timeout_s,
             )  # fmt: skip
         self.oplog = OpLog([source.name for source in config.sources])
-        self.tracer = Tracer()
-        self.exporting = Beside()
         self.loads = Loads([source.name for source in config.sources], self.tracer.begin)
         self.cache.waits.listeners.append(self.loads.note)
         self.cache.filler.span_of = self.loads.span_of
