@@ -271,6 +271,8 @@ class Mount:
                 # Only now, that the files are closed: closing one tells the prefetcher.
                 nursery.cancel_scope.cancel()
             await self.save()
+            await self.tracer.flush(self.exporting.send)  # and not before another daemon takes over: `run` goes on then
+            await self.exporting.close()
 
     def _open_session(self, predecessor: Predecessor | None) -> AbstractAsyncContextManager[Session]:
         sources = self.config.sources
@@ -374,8 +376,6 @@ class Mount:
             if self.publication is not None and self.session.is_ours:  # else the next daemon writes, and knows better
                 await self.publication.write_record()
             await self.cache.saver.wait_saved()
-        await self.tracer.flush(self.exporting.send)
-        await self.exporting.close()
 
     # -- from time to time
 
