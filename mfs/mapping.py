@@ -5,11 +5,12 @@ nothing behind the end), and their parts given back and taken (fallocate(2)).
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
 
-_MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15
+_MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE = 14, 15, 23
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -50,3 +51,13 @@ def map_file(fd: int, nbytes: int, *, start: int = 0, writable: bool = False, hu
     weakref.finalize(held, _libc.munmap, address, nbytes).atexit = False
     view = memoryview(held).cast("B")
     return view if writable else view.toreadonly()
+
+
+def populate(view: memoryview) -> None:
+    """Have the memory behind a writable mapping, whose bytes mean nothing yet. Raises: OSError."""
+    address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+    if not _libc.madvise(address, len(view), _MADV_POPULATE_WRITE):
+        return
+    if ctypes.get_errno() != errno.EINVAL:  # else Linux before 5.14
+        raise OSError(ctypes.get_errno(), f"no memory for {len(view)} bytes: {os.strerror(ctypes.get_errno())}")
+    view[:] = bytes(len(view))

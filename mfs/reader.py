@@ -109,6 +109,11 @@ class OpenObject:
         """Say that `span` is read now. Returns whether missing chunks should be fetched whole."""
         return self._prefetcher.note(self.state, span)
 
+    @property
+    def has_header(self) -> bool:
+        """Whether it has one that we know."""
+        return self._prefetcher.has_header(self.state)
+
     async def header(self) -> bytes | None:
         """The blocks that hold the file's header, None where it has none we know or it could not be fetched."""
         with self._loads.opening(self.load, "header", self._path):

@@ -42,7 +42,7 @@ def load_resident(
     device: where all of it goes, or what options['device_map'] (module prefix -> device) leaves out; None: the server's
         only device, and for a swap where the model stands that it replaces.
     options: 'device_map', 'ranks', 'rank', 'world', 'rules', 'pinned', 'retain', 'allow_gap', 'label', 'explain', as
-        the protocol has them (ARCHITECTURE.md).
+        the protocol has them (PROTOCOL.md).
     Raises: FitError naming the shortfall, UsageError, AwayError, and what reading the files raises.
     Cancellation: closing the connection (an interrupt does) cancels the load; the old model keeps serving.
     """
@@ -55,6 +55,25 @@ def load_resident(
         reply, got = exchange(sock, request, (), paths=paths)
         wire.close_all(got)
         return reply
+
+
+def wait_resident(
+    model: str,
+    *,
+    after: int = 0,
+    unlike: str = "",
+    device: str | None = None,
+    socket_path: str | None = None,
+    timeout_s: float,
+) -> dict[str, Any]:
+    """Wait until the server serves a later generation of `model` than `after`, or content whose digest is not `unlike`.
+
+    after: 0 waits until there is any.
+    Returns what is served then: 'generation', 'digest', ...; 'changed' is False if `timeout_s` passed before.
+    Raises: BusyError if too many wait, ChangedError if the server never gave out `after`, AwayError if it ends.
+    """
+    request = {"op": "wait", "model": model, "device": device, "after": after, "unlike": unlike, "timeout_s": timeout_s}
+    return ask(request, socket_path=socket_path, timeout_s=timeout_s + ATTACH_S)
 
 
 def ask(

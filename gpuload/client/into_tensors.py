@@ -11,7 +11,7 @@ import trio
 from gpuload.client import rings, tensors
 from gpuload.device import open_device
 from gpuload.device.base import Device
-from gpuload.moving.pipeline import Limits, move_batches
+from gpuload.moving.pipeline import Limits, move_batches, move_one_by_one
 from gpuload.moving.plan import Batch, Piece, Transfer, each_batch
 from gpuload.moving.pool import open_source
 from gpuload.moving.shards import Shard
@@ -28,6 +28,23 @@ async def move_all(
     """Fill every tensor of `made` (by `make_all`) from its transfer, all devices at once."""
     addresses = [tensor.data_ptr() for tensor in made]
     await move_to_addresses(shards, batches_of(transfers, limits), addresses, limits)
+
+
+def move_few(
+    shards: Sequence[Shard], transfers: Sequence[Transfer], made: Sequence[torch.Tensor], limits: Limits
+) -> bool:
+    """As `move_all`, in the caller's thread, where that is no slower: to host memory, and no more than one read.
+    Returns whether it was done."""
+    if sum(t.nbytes for t in transfers) > DIRECT_BYTES or any(not t.device.startswith("cpu") for t in transfers):
+        return False
+    addresses = [tensor.data_ptr() for tensor in made]
+    batches = each_batch(transfers, buffer_bytes=limits.buffer_bytes)
+    with closing(open_source(shards)) as source, closing(open_device("cpu")) as device:
+        move_one_by_one(
+            batches, source=source, device=device, limits=limits,
+            runs_of=lambda piece: [(addresses[piece.transfer] + piece.offset, piece.nbytes)],
+        )  # fmt: skip
+    return True
 
 
 def batches_of(transfers: Sequence[Transfer], limits: Limits) -> dict[str, Iterator[Batch]]:

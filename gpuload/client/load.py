@@ -10,7 +10,7 @@ import torch
 
 from gpuload.client.device_maps import DeviceMap, DeviceName, by_strategy, check_there, explicit, free_bytes
 from gpuload.client.door import run_inside
-from gpuload.client.into_tensors import make_all, move_all
+from gpuload.client.into_tensors import make_all, move_all, move_few
 from gpuload.client.streaming import stream_transfers
 from gpuload.device import canonical_name
 from gpuload.moving.model_files import open_model
@@ -95,7 +95,8 @@ def _load(shards: Sequence[Shard], place: Place, limits: Limits) -> dict[str, to
     try:
         transfers = _plan(shards, place)
         made = make_all(transfers)
-        run_inside(lambda: move_all(shards, transfers, made, limits))
+        if not move_few(shards, transfers, made, limits):
+            run_inside(lambda: move_all(shards, transfers, made, limits))
         return {t.name: tensor for t, tensor in zip(transfers, made, strict=True)}
     finally:
         close_shards(shards)

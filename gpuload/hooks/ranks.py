@@ -35,8 +35,13 @@ from gpuload.moving.shards import Shard, close_shards, open_shards
 from mfs.errors import MfsError, StoreError
 
 TURN_BYTES = 64 << 20
-"""Of tensors in one broadcast, unless a single one is larger: at 50 GB/s a millisecond, some twenty times what it costs
-to begin one."""
+"""Of tensors in one broadcast at most, unless a single one is larger: at 50 GB/s a millisecond, some twenty times what
+it costs to begin one."""
+
+TURN_BYTES_MIN = 1 << 20
+
+TURNS_MIN = 4
+"""For each rank, where the model has the bytes: so that all have about as much to read, and none waits long."""
 
 HEAD_BYTES = 512
 """In front of a turn: 0, or the UTF-8 bytes of what went wrong."""
@@ -89,8 +94,10 @@ class Turn:
     """Of that."""
 
 
-def plan_turns(transfers: Sequence[Transfer], world: int, turn_bytes: int = TURN_BYTES) -> list[Turn]:
+def plan_turns(transfers: Sequence[Transfer], world: int) -> list[Turn]:
     """All transfers, in order, in turns that give every rank about as much to read. Pure."""
+    total = sum(t.nbytes for t in transfers)
+    turn_bytes = max(TURN_BYTES_MIN, min(TURN_BYTES, total // (TURNS_MIN * world)))
     turns: list[Turn] = []
     loads = [0] * world
     members: list[int] = []

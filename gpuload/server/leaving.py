@@ -42,8 +42,6 @@ class _Way:
     kept: Kept
     left: int = 0
     """Copies that are not done."""
-    is_lost: bool = False
-    """One of them failed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,30 +152,34 @@ class Leaving:
                         assert event is not None
                         event.wait(STEP_S)
                         events.popleft()
-                        self._done(under_way.popleft(), is_there=True)
+                        self._done(under_way.popleft())
                     else:
                         return
         except BaseException:  # the stream has ended: nothing is copied any more
-            for copy in under_way:
-                self._done(copy, is_there=False)
             while (copy := self._next()) is not None:
-                self._done(copy, is_there=False)
+                under_way.append(copy)
+            for copy in under_way:
+                self._open(copy)
+            for way in dict.fromkeys(copy.way for copy in under_way):
+                trio.from_thread.run_sync(self.tier.drop, way.kept)
             raise
 
     def _next(self) -> _Copy | None:
         with self._changed:
             return self._queue.popleft() if self._queue else None
 
-    def _done(self, copy: _Copy, *, is_there: bool) -> None:
-        """Its granules may be written; the block is kept once all of it is there."""
-        way = copy.way
+    def _open(self, copy: _Copy) -> None:
+        """Its granules may be written."""
         with self._changed:
             for granule in copy.granules:
                 self._pending[granule] -= 1
                 if not self._pending[granule]:
                     del self._pending[granule]
             self._changed.notify_all()
-        way.left -= 1
-        way.is_lost = way.is_lost or not is_there
-        if not way.left:
-            trio.from_thread.run_sync(self.tier.drop if way.is_lost else self.tier.complete, way.kept)
+
+    def _done(self, copy: _Copy) -> None:
+        """It is there; the block is kept once all of it is."""
+        self._open(copy)
+        copy.way.left -= 1
+        if not copy.way.left:
+            trio.from_thread.run_sync(self.tier.complete, copy.way.kept)

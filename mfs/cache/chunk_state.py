@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import trio
 
 from mfs.cache.chunks import full_mask
-from mfs.cache.ram import Piece, Place, RamFile
+from mfs.cache.pieces import Piece
+from mfs.cache.ram import Place, RamFile
 from mfs.errors import MfsError
 from mfs.types import CHUNK_BYTES, ObjectId
 from mfs.waits import Cause
@@ -134,7 +135,7 @@ class Chunk:
     @property
     def piece(self) -> Piece:
         """What a worker needs to read or fill it."""
-        return Piece(self.place.file.fd, self.place.start, self.length)
+        return Piece(self.place.file.fd, self.place.start, self.length, self.place.file.stays)
 
     def view(self, start: int, stop: int) -> memoryview:
         """Its bytes [start, stop); only its valid blocks mean anything."""

@@ -2,7 +2,7 @@
 
 The kernel's own read-ahead does not begin before a reader has copied what he has, and is as long as the disk's setting.
 We see no reads of such a file, but where its page cache stands: a reader who goes through it from where it began to be
-cached moves that *front*. What he has taken so far is read ahead of him, up to two windows of 64 MiB. How far he is in
+cached moves that *front*. As much as he has taken is read ahead of him, up to two windows of 64 MiB. How far he is in
 what we have filled the kernel does not tell; so of each window the last chunk is left out, and when it is there all the
 same, he has come by.
 
@@ -33,6 +33,8 @@ _LOOK_S, _LOOK_MAX_S = 0.02, 0.5
 _STILL_S = 10.0
 _LEAST_CHUNKS = 4
 """That a reader must have taken first. A look at a header is less, also where the disk's read-ahead is 8 MiB."""
+_GAP_CHUNKS = 4
+"""Left to the reader and the kernel's read-ahead where nothing is filled yet: side by side both would wait."""
 _WINDOW_CHUNKS, _WINDOWS = 16, 2
 _AT_ONCE = 2  # orders for one window
 
@@ -132,8 +134,8 @@ class Course:
         if self._began is None or self.front < self._due:
             return range(0)
         window = min(self.front - self._began, _WINDOW_CHUNKS)
-        start = max(self.filled, self.front)
-        if start >= count or start + window > self.front + _WINDOWS * window:
+        start = self.filled if self.filled > self.front else self.front + _GAP_CHUNKS
+        if start >= count or start + window > self.front + _GAP_CHUNKS + _WINDOWS * window:
             self._due = self._left_out[0] + 1 if self._left_out else count
             return range(0)
         self.filled = min(start + window, count)

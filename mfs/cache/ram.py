@@ -6,7 +6,7 @@ may have to be found by a hypervisor, at up to ten times the price of the bytes 
 shall have as a file, borrowers or the kernel, stand in their object's *own* file, which is exactly the object: its
 bytes at their own offsets. From there a chunk's memory goes when its piece is punched out.
 
-Workers are sent a piece's descriptor with each order. Which bytes of a piece mean anything is `chunk_cache`'s business.
+Workers are sent pieces, by descriptors (`pieces`). Which bytes of a piece mean anything is `chunk_cache`'s business.
 Nothing here does I/O, and nothing blocks.
 
 Memory that goes with a whole file (see `RamFile.given`) is there until its last reader elsewhere is gone, so it
@@ -17,27 +17,25 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import mmap
 import os
 import resource
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from mfs import limits
-from mfs.cache.chunks import full_mask
 from mfs.cache.tmpfs import PrivateTmpfs
 from mfs.errors import ConfigError, StoreError, TransientStoreError
-from mfs.mapping import allocate, map_file, punch_hole
+from mfs.mapping import map_file, punch_hole
 from mfs.types import CHUNK_BYTES
 
 SLOTS_COUNT_MIN = 16
 """Fewer cannot hold the readers, fills and SSD writes of even one stream."""
 
-_WARM_MAX = 256  # pieces kept without a user: what a load takes before its first chunks are on SSD and give theirs up
+_WARM_MAX = 256  # pieces kept without a user
+_WARM_AHEAD_MAX = 160  # touched for the first load: at 1 GiB what it takes before its chunks are on SSD and read
 _SLACK_BYTES = 64 << 20  # of the tmpfs beyond the budget: a borrower who touches what he was not lent takes memory
 _OTHER_DESCRIPTORS = 512  # of the daemon: sockets, workers, logs
 _MAPPINGS_MAX = 65530  # vm.max_map_count's default
@@ -60,15 +58,6 @@ class RamConfig:
     """The mount serves already: what does not fit now is done without, down to SLOTS_COUNT_MIN."""
 
 
-class Piece(NamedTuple):
-    """A chunk's part of a file, for a worker: the descriptor travels beside the order, as SCM_RIGHTS."""
-
-    fd: int
-    start: int
-    length: int
-    """Of the chunk. The file has memory, or room for it, up to the end of that page."""
-
-
 class Place(NamedTuple):
     """Where a chunk's slot is."""
 
@@ -89,6 +78,8 @@ class RamFile:
         self.slots_count = 0
         self.holders = 0
         """Who needs the file itself, also with nothing in it: borrowers that have it mapped."""
+        self.stays = False
+        """It is there for as long as the tier is: the common file."""
         self.given = False
         """The kernel or others read the whole file by themselves: nothing may be punched out of it any more."""
         self._view = map_file(fd, size, writable=True) if size else memoryview(b"")  # only address space
@@ -229,8 +220,8 @@ class RamTier:
         """A slot in an object's own file, for the chunk that begins at `start`."""
         self.slots_used += 1
         obj.slots_count += 1
-        if self._warm:
-            self._cool(self.slots_free)
+        if self._warm:  # one goes for it, so that it finds memory that the machine has at hand
+            self._cool(min(self.slots_free, len(self._warm) - 1))
         return Place(obj, start, next(self._serials))
 
     def take_common(self) -> Place:
@@ -246,6 +237,7 @@ class RamTier:
     def _in_common(self, *, warm: bool) -> Place:
         if self._common is None:
             self._common = self.open(self.size_bytes)
+            self._common.stays = True
         start = self._warm.pop() if warm and self._warm else self._cold_piece()
         self.slots_used += 1
         self._common.slots_count += 1
@@ -304,7 +296,7 @@ class RamTier:
         It is to be given back by `give`. Raises: StoreError if that file cannot be had.
         """
         used_count = self._common.slots_count if self._common is not None else 0
-        if self._is_cooled or len(self._warm) >= min(_WARM_MAX - used_count, self.slots_free):
+        if self._is_cooled or len(self._warm) >= min(_WARM_AHEAD_MAX - used_count, self.slots_free):
             return None
         place = self._in_common(warm=False)
         self._warming.add(place.slot)
@@ -367,34 +359,3 @@ def write(place: Place, content: memoryview) -> None:
         except OSError as error:
             raise StoreError(f"RAM tier: no memory for a chunk: {error.strerror}") from error
         content, position = content[count:], position + count
-
-
-@contextmanager
-def mapped(piece: Piece, *, to_fill: int) -> Iterator[memoryview]:
-    """A worker's view of a piece, page-aligned: up to 4 MiB, and to the end of the page where the chunk ends earlier.
-    Unmapped afterwards, so that no worker keeps memory alive that the daemon drops. Closes the descriptor.
-
-    to_fill: mask of the blocks that will be written. If those are all, the memory is taken first, in huge pages, so
-    that its lack is an error and not a signal. A few are not worth a huge page each, which would be zeroed: a fault
-    that brings 128 KiB would cost 2 MiB (the tmpfs has room for all slots, and more).
-    Raises: StoreError.
-    """
-    try:
-        length = piece.length
-        everything = full_mask(length)
-        is_whole = to_fill & everything == everything
-        if is_whole:
-            try:
-                allocate(piece.fd, piece.start, length)
-            except OSError as error:
-                raise StoreError(f"RAM tier: no memory for a chunk: {error.strerror}") from error
-        nbytes = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-        try:
-            view = map_file(piece.fd, nbytes, start=piece.start, writable=True, huge=is_whole)
-        except OSError as error:
-            raise StoreError(f"RAM tier: a chunk cannot be mapped: {error}") from error
-    finally:
-        os.close(piece.fd)
-    yield view
-    if to_fill:  # who maps the whole file sees its last page too: nothing but zeros behind the end
-        view[length:] = bytes(nbytes - length)

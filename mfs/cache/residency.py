@@ -97,6 +97,7 @@ class ResidencyTables:
             a writer whose disk is full.
         """
         self._directory = root_of(cache_directory) / "index"
+        self._meta_path = str(self._directory / "meta" / "data.ninja")
         self._pins = root_of(cache_directory) / "pins"
         self._cache_directory = cache_directory
         self._mode = "r+" if writable else "r"
@@ -122,9 +123,11 @@ class ResidencyTables:
         """The object's row, None if it has none. Another object may get it at once, unless something is resident."""
         self._remap_if_changed()
         a, b, c = id_words(cache_id)
-        rows = self._objects[: int(self._meta[0])]
-        hits = np.flatnonzero((rows[:, 0] == a) & (rows[:, 1] == b) & (rows[:, 2] == c))
-        return int(hits[0]) if len(hits) else None
+        rows = self._objects.view(np.ndarray)[: int(self._meta[0])]  # a memmap is slower at each step
+        for row in np.flatnonzero(rows[:, 0] == a):
+            if rows[row, 1] == b and rows[row, 2] == c:
+                return int(row)
+        return None
 
     def set_mask(self, obj: ObjectId, index: int, mask: int) -> None:
         """Say which blocks of a chunk stand on SSD, and that it was used now."""
@@ -374,7 +377,7 @@ class ResidencyTables:
         ):
             raise ValueError("its rows do not fit together")
         self._meta, self._objects, self._chunks = meta, objects, chunks
-        self._inode = (self._directory / "meta" / "data.ninja").stat().st_ino
+        self._inode = os.stat(self._meta_path).st_ino
 
     def _open(self, name: str, columns: int) -> Any:
         path = self._directory / name
@@ -392,7 +395,7 @@ class ResidencyTables:
     def _remap_if_changed(self) -> None:
         """Follow another process that grew or rebuilt the tables."""
         try:
-            rebuilt = (self._directory / "meta" / "data.ninja").stat().st_ino != self._inode
+            rebuilt = os.stat(self._meta_path).st_ino != self._inode
             if rebuilt:
                 self._map()
         except Exception as error:  # being rebuilt at this moment: the old tables serve until it is done

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import trio
 
 from mfs.cache.chunks import full_mask
-from mfs.cache.ram import Piece, RamTier
+from mfs.cache.pieces import Piece
+from mfs.cache.ram import RamTier
 from mfs.cache.slots import Slots
 from mfs.errors import MfsError, StoreError
 from mfs.types import CHUNK_BYTES
@@ -47,7 +48,7 @@ async def keep_warm(memory: RamTier, slots: Slots, pool: WorkerPool, is_busy: Ca
         since_s = time.monotonic()
         is_clean = False
         try:
-            piece = Piece(place.file.fd, place.start, CHUNK_BYTES)
+            piece = Piece(place.file.fd, place.start, CHUNK_BYTES, place.file.stays)
             await pool.call("warm", mask=full_mask(CHUNK_BYTES), piece=piece, priority=Priority.BACKGROUND)
             is_clean = True
         except MfsError as error:

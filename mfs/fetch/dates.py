@@ -6,6 +6,7 @@ import email.utils
 import math
 import re
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TEXT_MAX = 64
@@ -49,6 +50,7 @@ def http_date(seconds: int) -> str:
     return email.utils.formatdate(seconds, usegmt=True)
 
 
+@lru_cache(maxsize=256)  # an object's date comes with each of its ranges
 def _moment(text: str) -> datetime | None:
     for parse in (_iso_moment, _http_moment):
         try:

@@ -96,7 +96,8 @@ class FileOperations:
         if file.settled:
             if way is None and file.is_whole and (backing := self.passthrough.resume(node)):
                 return self._opened(node, entry, file, backing)
-            if way or (node in self._headed and (way == 0 or not self._may_pass_through(file))):
+            is_headed = node in self._headed or not file.has_header
+            if way or (is_headed and (way == 0 or not self._may_pass_through(file))):
                 return self._opened(node, entry, file, way or 0)
         return self._open_unsettled(node, entry, file)
 

@@ -4,6 +4,10 @@ One handler for each operation. What it can say at once it returns, and that goe
 it must wait it returns a coroutine, which becomes a task. So a request that memory can answer costs two system calls
 and no task: through pyfuse3 it cost four times as much or more (decisions/0012).
 
+Readers do not hold up who only looks. The kernel hands requests over in the order in which they came, so a LOOKUP may
+stand behind hundreds of READs of 1 MiB, each of which takes a third of a millisecond to copy. So the device is emptied
+first, and again after each answer to a READ: what is small is answered as it comes, READs stand in a line of our own.
+
 The device is read without blocking. The kernel takes a request back when its reader is killed just as we are told that
 there is one; a read that blocked then would hold the whole process up.
 
@@ -17,6 +21,7 @@ import logging
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -74,45 +79,92 @@ class Loop:
         self._buffer = bytearray(write_bytes_max + _ROOM_BYTES)
         self._tasks_max = tasks_max
         self._tasks_count = 0
+        self._reads: deque[tuple[int, int, bytes, float]] = deque()
+        """READs that were not looked at yet: unique, node, body, time.perf_counter() when it was read. Bounded, with
+        the tasks, by what may wait."""
+        self._is_working = False
+        """Whether somebody comes back to the line."""
         self._times = times or OperationTimes(self._handlers)
+        self._nursery: trio.Nursery | None = None
 
     async def run(self) -> None:
         """Returns when the mount is gone. Cancelled: what waits is dropped unanswered, for the kernel to send again."""
-        async with trio.open_nursery() as nursery:
-            buffer, body = self._buffer, memoryview(self._buffer)[IN_HEADER_BYTES:]
+        self._reads.clear()
+        self._is_working = False
+        async with trio.open_nursery() as self._nursery:
             while True:
                 await trio.lowlevel.wait_readable(self._device)
-                for _ in range(_REQUESTS_AT_ONCE):
-                    try:
-                        length = os.readv(self._device, [buffer])
-                    except BlockingIOError:
-                        if select.select([self._device], [], [], _LINGER_S)[0]:
-                            continue
-                        break
-                    except OSError as error:
-                        if error.errno == errno.ENODEV:
-                            nursery.cancel_scope.cancel()
-                            return
-                        if error.errno in (errno.ENOENT, errno.EINTR):  # taken back while we read it
-                            continue
-                        raise
-                    self._take(nursery, body[: length - IN_HEADER_BYTES])
+                await self._work_off()
 
-    def _take(self, nursery: trio.Nursery, body: memoryview) -> None:
-        """Answer the request in the buffer, or begin to. No checkpoint."""
-        opcode, unique, node = IN_HEADER.unpack_from(self._buffer)
+    async def _work_off(self) -> None:
+        """Answer what the device has and what stands in line, giving others their turns."""
+        assert self._nursery is not None
+        self._is_working = True
+        while True:
+            if not self._turn():
+                self._nursery.cancel_scope.cancel()
+            if not self._reads:
+                break
+            await trio.lowlevel.checkpoint()
+        self._is_working = False
+
+    def _turn(self) -> bool:
+        """Answer what can be answered at once, for a while; False once the mount is gone. No checkpoint."""
+        before, answers_left = self._tasks_count, _REQUESTS_AT_ONCE
+        while answers_left > 0:
+            answered = self._empty_device(answers_left)
+            if answered is None:
+                return False
+            answers_left -= answered
+            if self._reads:
+                unique, node, body, since_s = self._reads.popleft()
+                self._handle(Opcode.READ, unique, node, memoryview(body), since_s)
+                answers_left -= 1
+            elif self._tasks_count > before or not select.select([self._device], [], [], _LINGER_S)[0]:
+                break  # a task that was begun does not wait for the next request
+        return True
+
+    def _empty_device(self, answers_max: int) -> int | None:
+        """Answer so many of what is small, and put READs into their line; how many were answered, None once the mount
+        is gone. No checkpoint.
+        """
+        body, answered = memoryview(self._buffer)[IN_HEADER_BYTES:], 0
+        while answered < answers_max:
+            try:
+                length = os.readv(self._device, [self._buffer])
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    return None
+                if error.errno in (errno.ENOENT, errno.EINTR):  # taken back while we read it
+                    continue
+                raise
+            since_s = time.perf_counter()
+            opcode, unique, node = IN_HEADER.unpack_from(self._buffer)
+            if opcode == Opcode.READ and self._may_wait:
+                self._reads.append((unique, node, bytes(body[: length - IN_HEADER_BYTES]), since_s))
+                continue
+            answered += 1
+            if opcode == Opcode.READ:
+                self._refuse_more(opcode, unique)
+            else:
+                self._handle(opcode, unique, node, body[: length - IN_HEADER_BYTES], since_s)
+        return answered
+
+    def _handle(self, opcode: int, unique: int, node: int, body: memoryview, since_s: float) -> None:
+        """Answer a request, or begin to. No checkpoint."""
         handler = self._handlers.get(opcode)
         if handler is None:
             if opcode not in UNANSWERED:
                 self._write(unique, -errno.ENOSYS, ())
             return
-        since_s, took = time.perf_counter(), self._times.by_opcode[opcode]
+        took = self._times.by_opcode[opcode]
         if opcode in ANSWERED_FIRST:
             self._write(unique, 0, ())
             opcode = Opcode.FORGET  # whatever becomes of it, nobody waits for it any more
-        elif opcode == Opcode.OPEN and self._tasks_count >= self._tasks_max:
-            self._times.errors[opcode, errno.EIO] += 1
-            self._write(unique, -errno.EIO, ())  # at once: what it would open, nobody would close
+        elif opcode == Opcode.OPEN and not self._may_wait:
+            self._refuse_more(opcode, unique)  # at once: what it would open, nobody would close
             return
         try:
             answer = handler(node, body)
@@ -125,12 +177,22 @@ class Loop:
                 self._write(unique, 0, answer)
             took.note(time.perf_counter() - since_s)
         elif self._tasks_count < self._tasks_max:
+            assert self._nursery is not None
             self._tasks_count += 1
-            nursery.start_soon(self._answer, opcode, unique, answer, took, since_s)
+            self._nursery.start_soon(self._answer, opcode, unique, answer, took, since_s)
         else:
             answer.close()
-            self._times.errors[opcode, errno.EIO] += 1
-            self._write(unique, -errno.EIO, ())
+            self._refuse_more(opcode, unique)
+
+    @property
+    def _may_wait(self) -> bool:
+        """Whether one more request may; those that stand in line may all have to."""
+        return self._tasks_count + len(self._reads) < self._tasks_max
+
+    def _refuse_more(self, opcode: int, unique: int) -> None:
+        """As many wait as may."""
+        self._times.errors[opcode, errno.EIO] += 1
+        self._write(unique, -errno.EIO, ())
 
     async def _answer(
         self, opcode: int, unique: int, answer: Coroutine[Any, Any, Body], took: Durations, since_s: float
@@ -144,6 +206,12 @@ class Loop:
         finally:
             self._tasks_count -= 1
             took.note(time.perf_counter() - since_s)
+        if opcode == Opcode.READ:  # tasks that go on together may be dozens
+            self._empty_device(_REQUESTS_AT_ONCE)
+            if self._reads and not self._is_working:
+                assert self._nursery is not None
+                self._is_working = True
+                self._nursery.start_soon(self._work_off)
 
     def _refuse(self, opcode: int, unique: int, error: Exception) -> None:
         name = self._names[opcode]

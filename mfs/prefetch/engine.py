@@ -115,6 +115,11 @@ class Prefetcher:
             track.handles -= 1
             track.left_at = time.monotonic()
 
+    def has_header(self, state: ObjectState) -> bool:
+        """Whether an opened file has a header of which we know what it is."""
+        track = self._tracks.get(state)
+        return track is not None and track.heading is not None
+
     async def header(self, state: ObjectState) -> bytes | None:
         """The whole blocks holding the header of an opened safetensors file; None if it has none or it is not to be
         had.

@@ -28,6 +28,7 @@ from mfs.cache.residency import ResidencyTables
 from mfs.cache.ssd import SsdTier
 from mfs.errors import StoreError
 from mfs.fetch.retry import telling
+from mfs.mapping import populate
 from mfs.safetensors import parse_header
 from mfs.sources.base import Moved, Source
 from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
@@ -108,8 +109,11 @@ class Jobs:
         }
 
     def warm(self, *, mask: int, piece: memoryview, emit: Emit) -> Frame:
-        """Touch all of a piece, whose bytes mean nothing."""
-        piece[:] = bytes(len(piece))
+        """Have the memory of a piece whose bytes mean nothing."""
+        try:
+            populate(piece)
+        except OSError as error:
+            raise StoreError(f"RAM tier: {error}") from error
         return {}
 
     def _read_ssd(self, obj: ObjectId, index: int, mask: int, view: memoryview) -> tuple[int, bool, dict[int, int]]:

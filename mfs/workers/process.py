@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import queue
 import signal
 import socket
 import sys
@@ -23,7 +22,7 @@ from typing import Protocol, runtime_checkable
 
 from mfs import logs
 from mfs.cache.chunk_places import ChunkPlaces
-from mfs.cache.ram import Piece, mapped
+from mfs.cache.pieces import Common, Piece, mapped
 from mfs.cache.ssd import SsdConfig
 from mfs.errors import MfsError, to_wire
 from mfs.fetch.retry import taken_counts
@@ -75,7 +74,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # what was imported stays: no need to look through it again and again
         send({"id": 0, "result": {"hello": os.getpid(), "identities": jobs.identities}})
-        _serve(frames, jobs, send)
+        _Crew(frames, jobs, send).work()
     os._exit(0)  # threads may sit in a recv whose answer nobody wants any more
 
 
@@ -103,37 +102,70 @@ def _open_jobs(setup: Frame, send: _Sender) -> Jobs:
     return Jobs(sources, tier)
 
 
-def _serve(frames: Iterator[Frame], jobs: Jobs, send: _Sender) -> None:
-    # A thread is begun when none is idle: as many as operations were under way here at once, which the daemon bounds.
-    work: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-    idle = threading.Semaphore(0)
-    for frame in frames:
-        if frame["op"] == "ping":  # here: threads may all be waiting for origins
-            send({"id": 0, "pong": True})
-            continue
-        work.put(frame)
-        if not idle.acquire(blocking=False):
-            threading.Thread(target=_run, args=(work, idle, jobs, send), daemon=True).start()
+class _Crew:
+    """Threads that take orders from the socket, one at a time, and do what they have taken themselves: an order is not
+    handed from one thread to another, which would cost it a wake-up.
 
+    One of them always waits for the next order: who takes one while all others are at work begins another thread first.
+    So there are as many as there were operations under way here at once, which the daemon bounds, and one.
+    """
 
-def _run(work: queue.SimpleQueue[Frame], idle: threading.Semaphore, jobs: Jobs, send: _Sender) -> None:
-    while True:
-        frame = work.get()
+    def __init__(self, frames: Iterator[Frame], jobs: Jobs, send: _Sender) -> None:
+        self._frames = frames
+        self._jobs = jobs
+        self._send = send
+        self._taking = threading.Lock()
+        self._counting = threading.Lock()
+        self._idle_count = 1
+        """Threads that wait for an order, or are about to."""
+
+    def work(self) -> None:
+        """Take orders and do them until the socket closes; for as many threads as like. The others may still be at
+        work then.
+        """
+        while True:
+            with self._taking:
+                frame = next(self._frames, None)
+            if frame is None:
+                return
+            with self._counting:
+                self._idle_count -= 1
+                is_last = not self._idle_count
+                self._idle_count += is_last
+            if is_last:
+                threading.Thread(target=self._work_beside, daemon=True).start()
+            self._do(frame)
+            with self._counting:
+                self._idle_count += 1
+
+    def _work_beside(self) -> None:
+        status = 1
+        try:
+            self.work()
+            status = 0
+        except BaseException:
+            logger.exception("this worker cannot go on")
+        finally:  # the socket is closed, or what came from it is no order: nobody else would hear of either
+            os._exit(status)
+
+    def _do(self, frame: Frame) -> None:
+        if frame["op"] == "ping":
+            self._send({"id": 0, "pong": True})
+            return
         serial, operation, trace = frame.pop("id"), frame.pop("op"), frame.pop("trace", None)
 
-        def emit(part: Frame, serial: int = serial) -> None:
-            send({"id": serial, "part": part})
+        def emit(part: Frame) -> None:
+            self._send({"id": serial, "part": part})
 
         with recording(trace) as spans:
             try:
-                answer: Frame = {"id": serial, "result": _do(jobs, operation, frame, emit)}
+                answer: Frame = {"id": serial, "result": _do(self._jobs, operation, frame, emit)}
             except Exception as error:
                 answer = {"id": serial, "error": to_wire(error)}
                 logger.debug("%s failed", operation, exc_info=True)
         if spans:
             answer["spans"] = spans
-        idle.release()
-        send(answer)
+        self._send(answer)
 
 
 def _trace() -> logs.TraceIds | None:
@@ -148,8 +180,9 @@ def _do(jobs: Jobs, operation: str, arguments: Frame, emit: Callable[[Frame], No
         result = getattr(jobs, operation)(**arguments, emit=emit)
         return result
     to_fill = arguments["mask"] if operation in _FILLS else 0
-    with mapped(arguments.pop("piece"), to_fill=to_fill) as piece:
-        result = getattr(jobs, operation)(**arguments, piece=piece, emit=emit)
+    piece, common = arguments.pop("piece")
+    with mapped(piece, to_fill=to_fill, common=common) as view:
+        result = getattr(jobs, operation)(**arguments, piece=view, emit=emit)
     return result
 
 
@@ -211,8 +244,11 @@ class _Sender:
 
 
 def _receive(channel: socket.socket) -> Iterator[Frame]:
-    """Orders; in place of the daemon's own descriptor each `piece` has the one that came with it, to be closed."""
+    """Orders. Each `piece` has, in place of the daemon's own descriptor, the one that came with it, to be closed; and
+    beside it the common file, if it is there.
+    """
     decoder, came = Decoder(), deque[int]()
+    common: Common | None = None
     while True:
         try:
             data, fds, _, _ = socket.recv_fds(channel, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
@@ -223,7 +259,12 @@ def _receive(channel: socket.socket) -> Iterator[Frame]:
         came.extend(fds)  # with the first byte of its order, and never two in one message
         for frame in decoder.feed(data):
             if "piece" in frame:
-                frame["piece"] = Piece(came.popleft(), *frame["piece"][1:])
+                piece = Piece(*frame["piece"])
+                if piece.fd >= 0:
+                    piece = piece._replace(fd=came.popleft())
+                if piece.stays and piece.fd >= 0:
+                    common, piece = Common(piece.fd), piece._replace(fd=-1)
+                frame["piece"] = piece, common if piece.stays else None
             yield frame
 
 

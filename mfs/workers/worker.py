@@ -14,6 +14,7 @@ from collections.abc import Callable
 import trio
 
 from mfs import children
+from mfs.cache.pieces import Piece
 from mfs.workers.frames import Decoder, Frame, encode
 from mfs.workers.job import Job
 
@@ -39,6 +40,8 @@ class Worker:
         self._unsent: deque[tuple[bytes, int]] = deque()
         """Frames its socket had no room for yet, each with the descriptor that goes with it, ours to close, or -1;
         bounded by what the lanes may have in flight."""
+        self._has_common = False
+        """It was sent the RAM tier's common file."""
         self._sending = trio.Event()
         """Set when `_unsent` gets its first byte."""
         self._channel, theirs = socket.socketpair()
@@ -67,8 +70,16 @@ class Worker:
         return self._process.returncode
 
     def send(self, frame: Frame) -> None:
-        """Send a frame, and the descriptor of its `piece`; at once or as soon as the socket has room; never waits."""
-        data, fd = encode(frame), frame["piece"].fd if "piece" in frame else -1
+        """Send a frame, and the descriptor of its `piece` unless it has that file; at once or as soon as the socket has
+        room; never waits.
+        """
+        piece: Piece | None = frame.get("piece")
+        if piece is not None and piece.stays and self._has_common:
+            piece = piece._replace(fd=-1)
+            frame = {**frame, "piece": piece}
+        fd = piece.fd if piece is not None else -1
+        self._has_common = self._has_common or (piece is not None and piece.stays)
+        data = encode(frame)
         sent = 0
         if not self._unsent:
             with contextlib.suppress(OSError):  # full, or dead: then `_receive` hears of it

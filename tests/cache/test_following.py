@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from mfs.cache.following import _LEAST_CHUNKS, _WINDOW_CHUNKS, _WINDOWS, Course
+from mfs.cache.following import _GAP_CHUNKS, _LEAST_CHUNKS, _WINDOW_CHUNKS, _WINDOWS, Course
 
 COUNT = 400
 
@@ -49,7 +49,7 @@ def test_a_reader_is_led_through_the_file(began: int) -> None:
             taken = front - began
             assert len(window) < min(taken, _WINDOW_CHUNKS)
             assert window.start >= front
-            assert window.stop <= front + _WINDOWS * min(taken, _WINDOW_CHUNKS)
+            assert window.stop <= front + _GAP_CHUNKS + _WINDOWS * min(taken, _WINDOW_CHUNKS)
             assert not ordered & set(window)
             ordered |= set(window)
     assert len(ordered) > 0.9 * (COUNT - began)
@@ -60,11 +60,11 @@ def test_nothing_is_ordered_before_the_chunk_left_out_was_passed() -> None:
     course.note(0, True)
     course.note(_WINDOW_CHUNKS, True)
     first, second = windows(course)
-    assert (first, second) == (range(16, 31), range(32, 47))
+    assert (first, second) == (range(20, 35), range(36, 51))
     course.note(first.stop, True)  # the kernel shows what we filled, and no more
     assert not windows(course)
     course.note(first.stop + 1, True)
-    assert windows(course) == [range(48, 63)]
+    assert windows(course) == [range(52, 67)]
 
 
 def test_who_reads_at_several_places_is_left_alone_while_he_does() -> None:
@@ -81,6 +81,6 @@ def test_the_end_of_the_file_is_the_end() -> None:
     course = Course()
     course.note(0, True)
     course.note(8, True)
-    assert windows(course, 10) == [range(8, 9)]
-    course.note(9, True)
-    assert not windows(course, 10)
+    assert windows(course, 14) == [range(12, 13)]
+    course.note(13, True)
+    assert not windows(course, 14)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mfs import limits
-from mfs.cache.ram import SLOTS_COUNT_MIN, Piece, Place, RamConfig, RamFile, RamTier, mapped
+from mfs import limits, mapping
+from mfs.cache.pieces import Piece, mapped
+from mfs.cache.ram import SLOTS_COUNT_MIN, Place, RamConfig, RamFile, RamTier
 from mfs.errors import ConfigError, TransientStoreError
 from mfs.testing import ramp
 from mfs.types import CHUNK_BYTES
@@ -141,6 +142,25 @@ def test_what_is_touched_ahead_fits_into_the_budget(memory: RamTier) -> None:
     assert memory.warm_up() is None
 
 
+@pytest.mark.parametrize("advice", [mapping._MADV_POPULATE_WRITE, 9999], ids=["asked for", "unknown to the kernel"])
+def test_memory_is_there_before_anybody_fills_it(memory: RamTier, advice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapping, "_MADV_POPULATE_WRITE", advice)
+    obj = memory.open(CHUNK_BYTES)
+    view = mapping.map_file(obj.fd, CHUNK_BYTES, writable=True)
+    assert memory_of(obj) == 0
+    mapping.populate(view)
+    assert memory_of(obj) == CHUNK_BYTES
+
+
+def test_a_slot_in_a_file_of_its_own_finds_the_memory_of_a_warm_piece(memory: RamTier) -> None:
+    place = memory.take_common()
+    put(place, bytes(CHUNK_BYTES))
+    memory.give(place)
+    assert memory.warm_bytes == memory_of(place.file) == CHUNK_BYTES
+    memory.take(memory.open(CHUNK_BYTES), 0)
+    assert memory.warm_bytes == memory_of(place.file) == 0
+
+
 def test_the_page_behind_the_end_is_zeros(memory: RamTier) -> None:
     """Whoever maps the file sees it; O_DIRECT reads whole pages of a file on disk into it."""
     obj = memory.open(5000)
@@ -243,6 +263,7 @@ def test_a_budget_beyond_the_machine_is_refused(budget_bytes: int) -> None:
 
 _BORROWER = """
 import mmap, os, sys
+from mfs.cache.pieces import *
 from mfs.cache.ram import *
 if {uid}:
     os.setgroups([]); os.setgid({uid}); os.setuid({uid})

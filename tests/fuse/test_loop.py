@@ -225,3 +225,57 @@ async def test_where_no_more_may_wait_a_file_is_not_even_opened(loops: Any) -> N
     unique = kernel.ask(Opcode.OPEN, bytes(8))
     assert await kernel.hear() == (unique, errno.EIO, b"")
     assert not opened
+
+
+async def test_who_only_looks_does_not_stand_behind_readers(ends: tuple[socket.socket, socket.socket]) -> None:
+    kernel = Kernel(ends[0])
+    handlers: dict[Opcode, Handler] = {opcode: lambda node, body: () for opcode in (Opcode.READ, Opcode.GETATTR)}
+    reads = [kernel.ask(Opcode.READ, bytes(40)) for _ in range(3)]
+    look = kernel.ask(Opcode.GETATTR, bytes(16))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Loop(ends[1].fileno(), handlers, write_bytes_max=0, tasks_max=10).run)
+        assert [(await kernel.hear())[0] for _ in range(4)] == [look, *reads]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_read_that_comes_while_another_is_answered_is_answered_too(loops: Any) -> None:
+    """It is taken from the device by whoever has answered, while the loop waits for the device."""
+    asked: list[int] = []
+
+    async def read(node: int, body: bytes) -> Body:
+        await trio.sleep(0.01)  # the loop waits by then
+        if len(asked) == 1:
+            asked.append(kernel.ask(Opcode.READ, bytes(40)))
+        return ()
+
+    kernel: Kernel = loops({Opcode.READ: lambda node, body: read(node, bytes(body))})
+    asked.append(kernel.ask(Opcode.READ, bytes(40)))
+    assert [(await kernel.hear())[0] for _ in range(2)] == asked
+
+
+async def test_reads_that_stand_in_line_are_left_to_whoever_serves_next(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    """More than one turn's; those that were dropped are not answered when the loop runs again."""
+    kernel, count = Kernel(ends[0]), 40
+    cancelled = trio.CancelScope()
+
+    def read(node: int, body: memoryview) -> Body:
+        cancelled.cancel()
+        return ()
+
+    loop = Loop(ends[1].fileno(), {Opcode.READ: read}, write_bytes_max=0, tasks_max=100)
+    for _ in range(count):
+        kernel.ask(Opcode.READ, bytes(40))
+    with cancelled:
+        await loop.run()
+    heard = 0
+    while kernel.has_heard():
+        await kernel.hear()
+        heard += 1
+    assert 0 < heard < count
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        last = kernel.ask(Opcode.READ, bytes(40))
+        assert (await kernel.hear())[0] == last
+        nursery.cancel_scope.cancel()

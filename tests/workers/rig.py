@@ -12,7 +12,8 @@ import pytest
 import trio
 
 from mfs.cache.chunk_cache import CacheConfig, ChunkCache
-from mfs.cache.ram import SLOTS_COUNT_MIN, Piece, RamConfig, RamFile, RamTier
+from mfs.cache.pieces import Piece
+from mfs.cache.ram import SLOTS_COUNT_MIN, RamConfig, RamFile, RamTier
 from mfs.cache.ssd import SsdConfig, SsdTier
 from mfs.errors import MfsError
 from mfs.testing import ramp

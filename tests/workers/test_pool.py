@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from mfs.cache.chunks import full_mask
+from mfs.cache.pieces import Piece
 from mfs.errors import ConfigError, MfsError, NotFoundError, StoreError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ObjectId
 from mfs.workers import pool as pool_module
@@ -182,6 +183,40 @@ async def test_each_order_has_its_own_descriptor_also_behind_a_full_socket(
         assert all(rig.in_ram(obj, 0) == rig.contents[obj] for obj in objects)
         assert len(os.listdir("/proc/self/fd")) == fds_before + len(objects), "a descriptor was kept beside the files'"
         rig.assert_idle()
+
+
+async def test_the_common_file_is_sent_once_to_each_worker_and_kept_mapped(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, workers_count=1) as rig:
+        obj = rig.put_ramp("model.bin", 3 * CHUNK_BYTES)
+        places = [rig.memory.take_common() for _ in range(3)]
+        common = places[0].file
+        [pid] = worker_pids(rig)
+
+        async def fill(index: int, mask: int) -> None:
+            piece = Piece(common.fd, places[index].start, CHUNK_BYTES, common.stays)
+            await rig.pool.call("fill", **fill_arguments(rig, obj, index, mask) | {"piece": piece})
+
+        await fill(0, FULL)  # the first brings the file
+        before = len(os.listdir(f"/proc/{pid}/fd"))
+        assert mappings(pid, common.fd) == 2
+        await fill(1, FULL)
+        await fill(2, 1 << 5)  # by the other mapping, of small pages
+        assert (len(os.listdir(f"/proc/{pid}/fd")), mappings(pid, common.fd)) == (before, 2)
+        for index, (start, stop) in enumerate([(0, CHUNK_BYTES), (0, CHUNK_BYTES), (5 * BLOCK_BYTES, 6 * BLOCK_BYTES)]):
+            at = index * CHUNK_BYTES
+            place = places[index].start
+            assert common.view(place + start, place + stop) == rig.contents[obj][at + start : at + stop]
+        os.kill(pid, signal.SIGKILL)
+        await fill(0, 1)  # another worker, which was sent nothing yet
+        for place in places:
+            rig.memory.give(place)
+        rig.assert_idle()
+
+
+def mappings(pid: int, fd: int) -> int:
+    """How often a process has a file mapped that we have open."""
+    inode = str(os.fstat(fd).st_ino)
+    return sum(line.split()[4] == inode for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
 
 
 async def test_an_order_whose_caller_was_cancelled_before_its_turn_is_not_sent(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 import weakref
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import safetensors
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file as reference_load_file
 
 import gpuload
-from gpuload.client import tensors
+from gpuload.client import into_tensors, tensors
+from gpuload.client import load as loading
 from gpuload.client.door import run_inside
 from gpuload.client.tensors import TORCH_DTYPES
 from gpuload.moving.pipeline import Limits
@@ -263,3 +265,24 @@ def test_the_door_raises_the_one_error() -> None:
 
     with pytest.raises(NotFoundError, match="nothing there"):
         run_inside(work)
+
+
+def test_what_is_one_read_is_moved_by_the_callers_own_thread_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = random_tensors(1, {"a.q_proj.weight": (64, 30), "a.o_proj.weight": (16, 64), "b": (7,), "c": (0, 3)})
+    path = write(tmp_path / "a.safetensors", tensors)
+    ways: list[int] = []
+
+    def counted(work: Any) -> Any:
+        ways.append(1)
+        return run_inside(work)
+
+    monkeypatch.setattr(loading, "run_inside", counted)
+    whole, rank = gpuload.load_file(path), gpuload.load_model(path, rank=1, world=2)
+    assert not ways
+    monkeypatch.setattr(into_tensors, "DIRECT_BYTES", 1000)
+    assert_same(gpuload.load_file(path), whole)
+    assert_same(gpuload.load_model(path, rank=1, world=2), rank)
+    assert len(ways) == 2
+    assert_same(whole, tensors)

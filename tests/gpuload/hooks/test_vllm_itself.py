@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,21 @@ def test_formats_of_other_loaders_are_ours_on_a_mount(mounted: Path, plain: list
     assert found == [[plain[0], [0, count, 0]]] * 2
 
 
+@pytest.mark.timeout(400)
+def test_two_ranks_read_each_byte_once(llama: list[Path], plain: list[Any], tmp_path: Path) -> None:
+    """vLLM's own tensor-parallel group, over gloo: all tensors on each, each handed over by whoever read it."""
+    with ThreadPoolExecutor(2) as pool:
+        calls = [
+            pool.submit(vllm, "rank", llama[0], tmp_path / "rendezvous", n, socket_path=None, timeout_s=ENGINE_S)
+            for n in range(2)
+        ]
+        found = [call.result().found for call in calls]
+    assert [one["tensors"] for one in found] == [plain[0]] * 2
+    assert [one["counts"] for one in found] == [[0, len(plain[0]), 0]] * 2
+    assert all(one["read"] for one in found)
+    assert sum(one["read"] for one in found) < sum(file.stat().st_size for file in llama[0].glob("*.safetensors"))
+
+
 def test_its_sleep_mode_knows_our_backend() -> None:
     found = vllm("sleeps", socket_path=None).found
     assert (found["made"], found["is one"], found["state"]) == ("GpuloadBackend", True, "RUNNING")
@@ -197,6 +213,28 @@ def test_an_engine_served_by_the_resident_server_says_the_same_and_swaps_its_wei
 
 @pytest.mark.timeout(1000)
 @pytest.mark.usefixtures("engines")
+def test_a_swap_at_the_server_reaches_a_running_engine_and_no_key_or_value_of_before_stays(
+    resident: ServerThread, llama: list[Path]
+) -> None:
+    """As engines that began with those weights say; of a prompt whose keys and values were cached with others."""
+    options = [json.dumps({"model": str(folder), "block_size": 32}) for folder in llama]
+
+    def run(first: str, *folders: Path) -> Any:
+        words = (first, resident.socket_path, *folders)
+        return vllm("updated", *words, socket_path=None, timeout_s=ENGINE_S, **ENGINE_ENVIRONMENT).found["says"]
+
+    found = run(options[0], llama[1], llama[0])
+    (new, _), *_ = run(options[1], llama[1])
+    (old, cached_first), (again, cached), (after, cached_after), _, (back, cached_back), _ = found
+    assert (old, after, back) == (again, new, old)
+    assert old != new
+    assert (cached_first, cached_after, cached_back) == (0, 0, 0)
+    assert cached > 0, "the cache was not in use at all"
+    assert resident.gauges()["leases"] == 0
+
+
+@pytest.mark.timeout(1000)
+@pytest.mark.usefixtures("engines")
 def test_an_engine_without_a_server_loads_by_our_pipeline(llama: list[Path], said: list[Any]) -> None:
     outcome = run_engine(llama[0], socket_path=None, load_format="gpuload")
     assert outcome.found["says"] == said[0]
@@ -218,21 +256,3 @@ def test_an_engine_under_gpuload_run_needs_no_flag(
         assert (streamed, left) == (0, 0)
         assert served > 0
         assert resident.gauges()["models"] == len(list(llama[0].glob("*.safetensors")))
-
-
-@pytest.mark.timeout(1000)
-@pytest.mark.usefixtures("engines")
-def test_two_ranks_of_an_engine_read_each_byte_once(
-    llama: list[Path], said: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tensor-parallel over gloo: as many tensors on each rank, each handed over by whoever read it."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")  # of itself it wants a NUMA node for each
-    outcome = run_engine(llama[0], socket_path=None, load_format="gpuload", tensor_parallel_size=2)
-    assert outcome.found["says"] == said[0]
-    first, second = outcome.found["worker"]
-    assert first == second
-    assert first[0] == first[2] == 0
-    assert first[1] > 0
-    parts = outcome.found["read"]
-    assert all(parts)
-    assert sum(parts) < 1.1 * sum(file.stat().st_size for file in llama[0].glob("*.safetensors"))

@@ -98,6 +98,23 @@ def iterated_as(folder: str, *formats: str) -> list[Any]:
     return [_iterated(folder, load_format, {}) for load_format in formats]
 
 
+def rank(folder: str, rendezvous: str, number: str) -> Found:
+    """The loader in one of two tensor-parallel ranks, as vLLM's own parallel state has them."""
+    import os
+
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": "2", "VLLM_DIST_IDENT": "test"}
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    from gpuload.hooks.counts import counts
+
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(2, int(number), f"file://{rendezvous}", int(number), "gloo")
+        initialize_model_parallel(2)
+        tensors, counted = _iterated(folder, "gpuload", {})
+    return {"tensors": tensors, "counts": counted, "read": counts.read_bytes}
+
+
 def sleeps() -> Found:
     """What vLLM's registry makes of our backend of its sleep mode, and what that is made of."""
     from vllm.config.model import ModelConfig
@@ -131,11 +148,7 @@ def engine(options: str, then: str = "") -> Found:
     def says() -> list[int]:
         return list(llm.generate([{"prompt_token_ids": PROMPT}], greedy, use_tqdm=False)[0].outputs[0].token_ids)
 
-    found: Found = {
-        "says": says(),
-        "worker": llm.collective_rpc(worker_counts),
-        "read": llm.collective_rpc(worker_read),
-    }
+    found: Found = {"says": says(), "worker": llm.collective_rpc(worker_counts)}
     if then:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": then})
         llm.reset_prefix_cache()
@@ -143,15 +156,35 @@ def engine(options: str, then: str = "") -> Found:
     return found
 
 
+def updated(options: str, socket_path: str, *folders: str) -> Found:
+    """A whole engine that serves the first folder; then each of the others is swapped in at the server under the name
+    "llama" and put into the engine. What it says of one long prompt, whose keys and values its cache keeps."""
+    from vllm import LLM, SamplingParams
+
+    from gpuload.client.asking import load_resident
+    from gpuload.hooks import vllm_update
+
+    llm = LLM(
+        skip_tokenizer_init=True, max_model_len=128, enforce_eager=True, dtype="bfloat16", max_num_seqs=4,
+        enable_prefix_caching=True, worker_extension_cls=vllm_update.EXTENSION, **json.loads(options),
+    )  # fmt: skip
+    greedy = SamplingParams(temperature=0, max_tokens=24, detokenize=False)
+
+    def says() -> list[Any]:
+        given = [(7 * i) % 251 + 1 for i in range(90)]
+        made = llm.generate([{"prompt_token_ids": given}], greedy, use_tqdm=False)[0]
+        return [list(made.outputs[0].token_ids), made.num_cached_tokens]
+
+    found: list[Any] = [says(), says()]
+    for folder in folders:
+        load_resident(folder, "llama", "cpu", is_swap=True, socket_path=socket_path)
+        digest = vllm_update.update(llm, "llama", socket_path=socket_path)
+        found += [says(), says()]
+    return {"says": found, "digest": digest}
+
+
 def worker_counts(worker: Any) -> list[int]:
     """Runs inside vLLM's worker process."""
     from gpuload.hooks.counts import counts
 
     return [counts.served, counts.streamed, counts.left]
-
-
-def worker_read(worker: Any) -> int:
-    """Runs there too: bytes of tensors that this worker's own pipeline has read."""
-    from gpuload.hooks.counts import counts
-
-    return counts.read_bytes
