@@ -53,6 +53,8 @@ class Holder:
         self._pending: list[int] = []
         """Signals that came while there was no server."""
         self._is_ready = False
+        self._was_told = False
+        """A signal came: whatever the server says or dies of afterwards, it was to end."""
 
     def run(self) -> int:
         """Returns the wait status of the last server."""
@@ -61,7 +63,7 @@ class Holder:
         crashes: list[float] = []
         while True:
             pid, status = self._attend()
-            if not status or not self._is_ready or "index" not in self._kept.values():
+            if not status or self._was_told or not self._is_ready or "index" not in self._kept.values():
                 return status
             how = f"the server (pid {pid}) {_in_words(status)}"
             crashes = [at for at in crashes if time.monotonic() - at < WITHIN_S]
@@ -165,7 +167,7 @@ class Holder:
         os.close(fd)
 
     def _forward(self, number: int, frame: object) -> None:
-        self._is_ready = False  # whatever it dies of now, it was to end
+        self._was_told = True
         if self._child:
             os.kill(self._child, number)
         else:

@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from gpuload import wire
-from gpuload.client.asking import ATTACH_S, connect, exchange
+from gpuload.client.asking import ATTACH_S, check_granules, connect, exchange
 from gpuload.descriptors import park, room_for
 from gpuload.device import identity_of, open_device
 from gpuload.device.base import Mapping as DeviceMapping
@@ -291,6 +291,7 @@ def _mapped(held: _Held, reply: Mapping[str, Any], got: Sequence[int]) -> list[t
             places.append((0, (CPU, 0)))
             continue
         device = open_device(part["device"])
+        check_granules(part, device.granule_bytes)
         mapping = device.attach(own, runs)
         held.mappings.append(mapping)
         is_cpu = device.name.startswith("cpu")

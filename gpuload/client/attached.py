@@ -23,7 +23,7 @@ import torch
 
 from gpuload import wire
 from gpuload.client import arrays, rings, tensors
-from gpuload.client.asking import ATTACH_S, LOAD_S, connect, exchange, wait_resident
+from gpuload.client.asking import ATTACH_S, LOAD_S, check_granules, connect, exchange, wait_resident
 from gpuload.descriptors import park, room_for
 from gpuload.device import identity_of, open_device
 from gpuload.device.base import Change
@@ -333,6 +333,7 @@ def _flat(held: Held, reply: dict[str, Any], got: Sequence[int]) -> list[torch.T
         if not runs:
             flat.append(torch.empty(0, dtype=torch.uint8, device=part["device"]))
             continue
+        check_granules(part, device.granule_bytes)
         mapping = device.attach(own, runs)
         held.mappings.append(mapping)
         held.by_part[index] = mapping

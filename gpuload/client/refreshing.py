@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpuload import wire
 from gpuload.client import tensors
-from gpuload.client.asking import connect, exchange
+from gpuload.client.asking import check_granules, connect, exchange
 from gpuload.descriptors import park, room_for
 from gpuload.device.base import Change
 from gpuload.errors import BusyError, DeviceError, first_error
@@ -175,6 +175,7 @@ def _prepared(attached: Attached, sock: socket.socket, request: dict[str, Any]) 
             for index, own in enumerate(split(reply, got)):
                 mapping, part, shown = held.by_part.get(index), reply["parts"][index], held.shown["parts"][index]
                 if mapping is not None:
+                    check_granules(part, shown["granule_bytes"])
                     is_same = is_held and part.get("arena", "") == shown.get("arena")
                     runs = [(first, count) for first, count in part["runs"]]
                     changes.append(mapping.prepare(own, runs, is_same=is_same))

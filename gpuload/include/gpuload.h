@@ -76,6 +76,7 @@ typedef struct {
     void *address;        /* of all of it here; a device address on a GPU */
     uint64_t nbytes;
     int cuda_ordinal;     /* -1 on the CPU */
+    pid_t pid_;           /* who mapped it: no forked child may call a driver */
     uint64_t unit_;       /* bytes of a granule */
 } gpuload_part;
 
@@ -281,10 +282,10 @@ static inline int gpuload_wait_(int sock, short events, double until, char *erro
     for (;;) {
         struct pollfd one = {sock, events, 0};
         double left = until - gpuload_now_();
-        int n = poll(&one, 1, left <= 0 ? 0 : left > 3600 ? 3600000 : (int)(left * 1000) + 1);
+        int n = poll(&one, 1, !(left > 0) ? 0 : left > 3600 ? 3600000 : (int)(left * 1000) + 1);
         if (n > 0) return 0;
         if (n < 0 && errno != EINTR) return gpuload_fail_(error, GPULOAD_SYSTEM, "poll: %s", strerror(errno));
-        if (left <= 0) return gpuload_fail_(error, GPULOAD_AWAY, "the gpuload server did not answer in time; try later");
+        if (!(left > 0)) return gpuload_fail_(error, GPULOAD_AWAY, "the gpuload server did not answer in time; try later");
     }
 }
 
@@ -378,7 +379,8 @@ static inline int gpuload_connect_(const char *path, double until, int *sock, ch
     memcpy(address.sun_path, path, strlen(path));
     *sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (*sock < 0) return gpuload_fail_(error, GPULOAD_SYSTEM, "socket: %s", strerror(errno));
-    if (left < 0.001) left = 0.001; /* the kernel's own deadline: a full backlog is waited for, in turn */
+    if (!(left >= 0.001)) left = 0.001; /* the kernel's own deadline: a full backlog is waited for, in turn */
+    if (left > 1e6) left = 1e6;
     wait.tv_sec = (time_t)left, wait.tv_usec = (suseconds_t)((left - (double)wait.tv_sec) * 1e6);
     setsockopt(*sock, SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof wait);
     while (connect(*sock, (struct sockaddr *)&address, sizeof address)) {
@@ -482,25 +484,32 @@ typedef struct {
 } gpuload_cuda_;
 
 static inline gpuload_cuda_ *gpuload_load_cuda_(char *error) { /* once for each file that includes this; for ever */
-    static gpuload_cuda_ cuda;
+    static gpuload_cuda_ *ready; /* seen by other threads only when it is whole */
     static const char *const names[] = {"cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetUuid_v2", "cuDevicePrimaryCtxRetain",
         "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuCtxSynchronize", "cuMemAddressReserve", "cuMemAddressFree",
         "cuMemImportFromShareableHandle", "cuMemRelease", "cuMemMap", "cuMemUnmap", "cuMemSetAccess"};
-    void **to[] = {(void **)&cuda.init, (void **)&cuda.count, (void **)&cuda.get, (void **)&cuda.uuid, (void **)&cuda.retain, (void **)&cuda.push,
-        (void **)&cuda.pop, (void **)&cuda.synchronize, (void **)&cuda.reserve, (void **)&cuda.free, (void **)&cuda.import, (void **)&cuda.release,
-        (void **)&cuda.map, (void **)&cuda.unmap, (void **)&cuda.access};
+    gpuload_cuda_ *cuda = __atomic_load_n(&ready, __ATOMIC_ACQUIRE), *first = NULL;
     size_t i;
     int result;
-    if (cuda.library) return &cuda;
-    cuda.library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    for (i = 0; cuda.library && i < sizeof names / sizeof *names; i++) {
-        void *found = dlsym(cuda.library, names[i]);
-        if (!found) { cuda.library = NULL; break; }
-        memcpy(to[i], &found, sizeof found);
+    if (cuda) return cuda;
+    cuda = (gpuload_cuda_ *)calloc(1, sizeof *cuda);
+    if (!cuda) { gpuload_fail_(error, GPULOAD_SYSTEM, "no memory"); return NULL; }
+    cuda->library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    {
+        void **to[] = {(void **)&cuda->init, (void **)&cuda->count, (void **)&cuda->get, (void **)&cuda->uuid, (void **)&cuda->retain, (void **)&cuda->push,
+            (void **)&cuda->pop, (void **)&cuda->synchronize, (void **)&cuda->reserve, (void **)&cuda->free, (void **)&cuda->import, (void **)&cuda->release,
+            (void **)&cuda->map, (void **)&cuda->unmap, (void **)&cuda->access};
+        for (i = 0; cuda->library && i < sizeof names / sizeof *names; i++) {
+            void *found = dlsym(cuda->library, names[i]);
+            if (!found) { cuda->library = NULL; break; }
+            memcpy(to[i], &found, sizeof found);
+        }
     }
-    if (!cuda.library) { gpuload_fail_(error, GPULOAD_SYSTEM, "no CUDA driver here that maps memory of others (libcuda.so.1)"); return NULL; }
-    if ((result = cuda.init(0))) { cuda.library = NULL; gpuload_fail_(error, GPULOAD_SYSTEM, "cuInit failed: %d", result); return NULL; }
-    return &cuda;
+    if (!cuda->library) { free(cuda); gpuload_fail_(error, GPULOAD_SYSTEM, "no CUDA driver here that maps memory of others (libcuda.so.1)"); return NULL; }
+    if ((result = cuda->init(0))) { free(cuda); gpuload_fail_(error, GPULOAD_SYSTEM, "cuInit failed: %d", result); return NULL; }
+    if (__atomic_compare_exchange_n(&ready, &first, cuda, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return cuda;
+    free(cuda);
+    return first;
 }
 
 static inline int gpuload_find_card_(gpuload_cuda_ *cuda, const char *name, int *ordinal, char *error) {
@@ -553,7 +562,7 @@ static inline int gpuload_map_cuda_(gpuload_part *part, uint64_t unit, const int
     if (result && at) gpuload_unmap_cuda_(cuda, at, unit, i, part->nbytes);
     cuda->pop(&context);
     if (result) return gpuload_fail_(error, GPULOAD_SYSTEM, "%s failed: %d", call, result);
-    part->address = (void *)(uintptr_t)at, part->cuda_ordinal = ordinal;
+    part->address = (void *)(uintptr_t)at, part->cuda_ordinal = ordinal, part->pid_ = getpid();
     return 0;
 }
 
@@ -608,7 +617,10 @@ static inline void gpuload_release(gpuload_model *model) {
         gpuload_part *part = &model->parts[i];
         if (!part->address) continue;
 #ifdef GPULOAD_WITH_CUDA
-        if (part->cuda_ordinal >= 0) { gpuload_release_cuda_(part, part->unit_); continue; }
+        if (part->cuda_ordinal >= 0) {
+            if (part->pid_ == getpid()) gpuload_release_cuda_(part, part->unit_);
+            continue;
+        }
 #endif
         munmap(part->address, (size_t)part->nbytes);
     }
@@ -695,7 +707,7 @@ static inline int gpuload_take_tensors_(gpuload_model *model, const char *rows, 
         to->shape = shape, bits = 1;
         for (dim = gpuload_first_(field[2]); dim; dim = gpuload_next_(dim), shape++) {
             if (++to->rank > GPULOAD_RANK_MAX || !gpuload_number_(dim, shape)) is_odd = 1;
-            else if (*shape && bits > ((uint64_t)1 << 60) / *shape) is_odd = 1;
+            else if (*shape && bits > ((uint64_t)1 << 56) / *shape) is_odd = 1;
             else bits *= *shape;
             if (is_odd) break;
         }

@@ -117,6 +117,7 @@ class Connections:
         """
         self._is_pausing, self._at_rest = True, trio.Event()
         self._accepting.cancel()
+        self._operations.hush(True)
         for client in self._clients:
             client.waiting.cancel()
         with trio.move_on_after(drain_s):
@@ -136,6 +137,7 @@ class Connections:
     def resume(self) -> None:
         """Go on after `pause`."""
         self._is_pausing, self._why = False, ""
+        self._operations.hush(False)
         self._start()
 
     def close(self) -> None:

@@ -48,6 +48,7 @@ class Generations:
         self._counters = counters if counters is not None else Counters()
         self.waiting_count = 0
         self._strangers_count = 0
+        self._is_hushed = False
         self._lot = trio.lowlevel.ParkingLot()
 
     @property
@@ -61,8 +62,14 @@ class Generations:
         model.publish()
         self._lot.unpark_all()
 
+    def hush(self, is_hushed: bool) -> None:
+        """While it is so waits end at once, as those whose time is over: their clients ask again. For a server that
+        gives its place, which would wait for them."""
+        self._is_hushed = is_hushed
+        self._lot.unpark_all()
+
     async def wait(self, wanted: Wanted, timeout_s: float, find: Callable[[], Model | None], *, is_ours: bool) -> bool:
-        """Until what `find` finds is what is wanted; False if `timeout_s` passes before.
+        """Until what `find` finds is what is wanted; False if `timeout_s` passes before, or by `hush`.
 
         is_ours: whether the server's own user asks, or root.
         Raises: UsageError, BusyError if too many wait; ChangedError if `after` was never given out here.
@@ -78,7 +85,7 @@ class Generations:
                 )
             wanted = Wanted(self.last, wanted.unlike)  # of a server before this one
         with self._place(is_ours), trio.move_on_after(timeout_s):
-            while not wanted.is_met_by(find()):
+            while not self._is_hushed and not wanted.is_met_by(find()):
                 await self._lot.park()
         return wanted.is_met_by(find())
 

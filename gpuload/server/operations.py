@@ -88,6 +88,10 @@ class Operations:
         self._version = version
         self._tally = LoadTally()
 
+    def hush(self, is_hushed: bool) -> None:
+        """Whether requests that only wait end at once."""
+        self._loader.generations.hush(is_hushed)
+
     async def metrics(self, accept: str) -> Text:
         """What Prometheus is told; see `mfs.metrics`."""
         families = gathered(self._sites, self._tally, self._version, self._loader.generations)

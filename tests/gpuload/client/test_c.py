@@ -293,6 +293,7 @@ LIES: list[tuple[str, Callable[[], tuple[bytes, list[list[int]]]], int]] = [
     ("far beyond", lambda: (frame(with_row("w", "U8", [8], 0, 2**62, 8), 1), [[memory()]]), PROTOCOL_ERROR),
     ("a shape of other bytes", lambda: (frame(with_row("w", "F32", [2], 0, 0, 7), 1), [[memory()]]), PROTOCOL_ERROR),
     ("a shape beyond", lambda: (frame(with_row("w", "U8", [2**40, 2**40], 0, 0, 8), 1), [[memory()]]), PROTOCOL_ERROR),
+    ("a shape whose bits overflow", lambda: (frame(with_row("w", "F64", [2**60], 0, 0, 0), 1), [[memory()]]), PROTOCOL_ERROR),
     ("many axes", lambda: (frame(with_row("w", "U8", [1] * 100, 0, 0, 1), 1), [[memory()]]), PROTOCOL_ERROR),
     ("a negative axis", lambda: (frame(with_row("w", "U8", [-1], 0, 0, 1), 1), [[memory()]]), PROTOCOL_ERROR),
     ("half an offset", lambda: (frame(with_row("w", "U8", [1], 0, 0.5, 1), 1), [[memory()]]), PROTOCOL_ERROR),
@@ -346,14 +347,15 @@ def test_where_the_header_is() -> None:
 
 
 def test_digests_are_what_the_protocol_says(server: ServerThread, tmp_path: Path) -> None:
-    made = random_tensors(1, {"b": (5 << 20,), "a": (3, 7), "none": (0, 2)}, "U8")
+    made = random_tensors(1, {"b": (5 << 20,), 'a "q"\u00e9\n\u007f': (3, 7), "none": (0, 2)}, "U8")
     load_resident(write(tmp_path / "a.safetensors", made), "m", "cpu", socket_path=server.socket_path)
-    hasher = blake3(repr([[("format", "pt")]]).encode())
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         names = file.offset_keys()
+    text = {"b": '"b"', 'a "q"\u00e9\n\u007f': '"a \\"q\\"\u00e9\\n\u007f"', "none": '"none"'}
+    rows = ",".join(f'[{text[name]},"U8",[{",".join(str(n) for n in made[name].shape)}]]' for name in names)
+    hasher = blake3(blake3(f'[[[["format","pt"]]],[{rows}]]'.encode()).digest())
     for name in names:
         data = bits(made[name])
-        hasher.update(repr((name, "U8", tuple(made[name].shape))).encode())
         for at in range(0, len(data), 4 << 20):
             hasher.update(blake3(data[at : at + (4 << 20)]).digest())
     model = ask({"op": "status"}, socket_path=server.socket_path)["devices"][0]["models"][0]

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,27 @@ class TestKilled:
         kept = [line.split("=")[1] for line in done.stdout.splitlines()]
         assert kept == ["", *["index:more"] * holder.CRASHES_MAX], "each gets what the first had kept, but for the rest"
 
+    def test_who_was_told_to_stop_is_not_followed_whatever_it_says_then(self) -> None:
+        """Told in the middle of a take-over it takes its clients up again, which it says."""
+        done = subprocess.run(
+            [sys.executable, "-c", f"{HOLDER}\n"], env={**os.environ, "FAKE": FAKE_THAT_WAS_TOLD}, capture_output=True,
+            text=True, timeout=DEADLINE_S,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL
+        assert "starting the next one" not in done.stderr
+
+
+FAKE_THAT_WAS_TOLD = """
+import os, signal
+from mfs import manager
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+manager.notify("FDSTORE=1\\nFDNAME=index", [os.memfd_create("index")])
+manager.notify("READY=1")
+os.kill(os.getppid(), signal.SIGTERM)
+signal.sigwait({signal.SIGTERM})
+manager.notify("READY=1")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 HOLDER = """
 import os, sys
@@ -381,6 +403,19 @@ class TestReplaced:
         assert process.returncode == 1
         assert "no gpuload server at" in said
         assert said.count("\n") == 1
+
+    def test_who_waits_for_other_content_goes_on_waiting_at_the_heir(self, served: Served, tmp_path: Path) -> None:
+        served.start_serving()
+        served.load(write(tmp_path / "a.safetensors", content(1)), "m")
+        held = served.attach("m")
+        with ThreadPoolExecutor(1) as pool:
+            waiter = pool.submit(held.wait, timeout_s=DEADLINE_S)
+            until = time.monotonic() + DEADLINE_S
+            while not served.ask("status")["waiting"] and time.monotonic() < until:
+                time.sleep(0.01)
+            served.start_serving("--take-over")
+            served.load(write(tmp_path / "b.safetensors", content(2)), "m", is_swap=True)
+            assert waiter.result(DEADLINE_S)
 
     def test_a_question_that_does_not_end_keeps_nobody_from_taking_over(self, served: Served) -> None:
         served.start_serving()
