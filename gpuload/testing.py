@@ -131,6 +131,39 @@ class DeviceSuite:
         trio_close(fds)
         self._close(stream, staging, arena)
 
+    def test_other_granules_take_the_same_addresses(self, device: Device) -> None:
+        unit = device.granule_bytes
+        arena, staging, stream = self._arena(device, 5), device.alloc_staging(16), device.open_stream()
+        for granule in range(5):
+            staging.view[:] = bytes([granule]) * 16
+            stream.copy_in(arena.address + granule * unit, staging.address, 16)
+            stream.record().wait(30)
+
+        def shown(address: int) -> list[int]:
+            return [device.read_back(address + place * unit, 1)[0] for place in range(3)]
+
+        fds = arena.export([(0, 3)])
+        mapping = device.attach(fds, [(0, 3)])
+        trio_close(fds)
+        fds = arena.export([(3, 1), (1, 1), (4, 1)])
+        runs = [(3, 1), (1, 1), (4, 1)]
+        for is_same in (True, False):
+            change = mapping.prepare(fds, runs, is_same=is_same)
+            assert shown(mapping.address) == [0, 1, 2]
+            change.exchange()
+            assert shown(mapping.address) == [3, 1, 4]
+            if is_same:
+                change.exchange()
+                assert shown(mapping.address) == [0, 1, 2]
+            change.close()
+            change.close()
+        with pytest.raises(ValueError, match="3 granules that are shown"):
+            mapping.prepare(fds[:2], runs[:2] if len(fds) > 1 else [(3, 2)], is_same=True)
+        assert not mapping.is_hidden
+        mapping.close()
+        trio_close(fds)
+        self._close(stream, staging, arena)
+
     def test_memory_of_others_is_copied_from_in_place(self, device: Device) -> None:
         """As the files of a mount come: a file in memory, mapped without the right to write, taken in two pieces."""
         size = 4 * mmap.PAGESIZE
@@ -157,6 +190,37 @@ class DeviceSuite:
         stream.close()
         arena.close()
         lent.close()
+
+    def test_an_arena_outlives_who_made_it(self, device: Device) -> None:
+        """Its bytes are there for whoever has copies of its descriptors, who can write and hand out as its maker."""
+        unit = device.granule_bytes
+        arena, staging, stream = self._arena(device, 3), device.alloc_staging(4096), device.open_stream()
+        staging.view[:] = ramp(4096)
+        stream.copy_in(arena.address + unit, staging.address, 4096)
+        stream.record().wait(30)
+        copies = [os.dup(fd) for fd in arena.descriptors([(1, 1)])]
+        shared = arena.shared()
+        shared = None if shared is None else os.dup(shared)
+        arena.close()
+        before = len(os.listdir("/proc/self/fd"))
+        heir = device.reserve_arena(3 * unit, shared)
+        heir.adopt([(1, 1)], copies)
+        heir.release([(0, 1), (2, 1)])
+        heir.commit([(2, 1)])
+        assert (heir.granules_count, heir.granule_bytes) == (3, unit)
+        assert device.read_back(heir.address + unit, 4096) == ramp(4096)
+        stream.copy_within(heir.address + 2 * unit, heir.address + unit, 4096)
+        stream.record().wait(30)
+        fds = heir.export([(2, 1), (1, 1)])
+        mapping = device.attach(fds, [(2, 1), (1, 1)])
+        trio_close(fds)
+        assert device.read_back(mapping.address, 4096) == device.read_back(mapping.address + unit, 4096) == ramp(4096)
+        heir.close()
+        assert device.read_back(mapping.address, 4096) == ramp(4096), "who has it mapped keeps it"
+        mapping.close()
+        assert len(os.listdir("/proc/self/fd")) < before, "the copies are the heir's, and closed by it"
+        stream.close()
+        staging.close()
 
     def test_an_arena_larger_than_the_device_is_refused(self, device: Device) -> None:
         with pytest.raises(FitError) as caught:
@@ -311,8 +375,8 @@ class FaultyDevice:
         self.staging_count += 1
         return _CountedStaging(self._inner.alloc_staging(nbytes, is_locked=is_locked), self)
 
-    def reserve_arena(self, nbytes: int) -> Arena:
-        return self._inner.reserve_arena(nbytes)
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> Arena:
+        return self._inner.reserve_arena(nbytes, shared)
 
     def create_arena(self, nbytes: int) -> Arena:
         return self._inner.create_arena(nbytes)

@@ -1,4 +1,4 @@
-"""The protocol's bytes: one JSON object per frame, with file descriptors behind it. The page on it is ARCHITECTURE.md.
+"""The protocol's bytes: one JSON object per frame, with file descriptors behind it. The page on it is PROTOCOL.md.
 
     frame        4 bytes, big-endian length of the JSON; the JSON, UTF-8, an object
     descriptors  for every FDS_PER_MESSAGE of the object's "fds": one byte 'F' with them as SCM_RIGHTS
@@ -105,23 +105,29 @@ class Channel:
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self.sock = sock
 
-    async def receive(self, *, idle_s: float, message_s: float, fds_max: int) -> tuple[dict[str, Any], int] | None:
+    async def wait_request(self, *, idle_s: float) -> None:
+        """Until the peer asks something or has closed; nothing of it is read. Cancellation: safe.
+
+        idle_s: longest wait. Raises: ServerError.
+        """
+        with _told(), trio.fail_after(idle_s):
+            await trio.lowlevel.wait_readable(self.sock)
+
+    async def receive(self, *, message_s: float, fds_max: int) -> tuple[dict[str, Any], int] | None:
         """The next request, and how many descriptors follow it (`receive_fds`); None when the peer has closed.
 
-        idle_s: longest wait for a request to begin. message_s: longest wait for the rest of it.
+        message_s: longest wait for all of it.
         Raises: ServerError for a request that breaks the protocol or comes too slowly.
         """
-        with _told():
-            with trio.fail_after(idle_s):
-                first = await self.sock.recv(1)
+        with _told(), trio.fail_after(message_s):
+            first = await self.sock.recv(1)
             if not first:
                 return None
-            with trio.fail_after(message_s):
-                raw = first + await self._exactly(_LENGTH.size - 1)
-                message, count = decode(await self._exactly(decode_length(raw, REQUEST_BYTES_MAX)))
-                check_depth(message)
-                if count > fds_max:
-                    raise ServerError(f"a request with {count} descriptors, more than {fds_max}")
+            raw = first + await self._exactly(_LENGTH.size - 1)
+            message, count = decode(await self._exactly(decode_length(raw, REQUEST_BYTES_MAX)))
+            check_depth(message)
+            if count > fds_max:
+                raise ServerError(f"a request with {count} descriptors, more than {fds_max}")
             return message, count
 
     async def receive_fds(self, count: int, into: list[int], *, message_s: float) -> None:

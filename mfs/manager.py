@@ -35,11 +35,11 @@ def notify(message: str, fds: Sequence[int] = (), *, address: str | None = None)
     return True
 
 
-def barrier() -> None:
-    """Wait until it has done what it was told; for some seconds at most."""
+def barrier(*, address: str | None = None) -> None:
+    """Wait until it has done what it was told; for some seconds at most. address: as of `notify`."""
     ours, theirs = os.pipe2(os.O_CLOEXEC)
     try:
-        told = notify("BARRIER=1", [theirs])
+        told = notify("BARRIER=1", [theirs], address=address)
         os.close(theirs)
         theirs = -1
         if told:

@@ -38,9 +38,10 @@ from mfs.units import parse_address
 class _Front(Front):
     groups = (
         ("Serve", ("serve", "load", "swap", "pin", "unload", "evict", "resize")),
-        ("Look", ("status", "metrics", "plan", "doctor", "bench")),
+        ("Look", ("status", "wait", "metrics", "plan", "doctor", "bench")),
         ("Ahead of need", ("digest",)),
         ("Programs that know nothing of gpuload", ("run", "hook")),
+        ("Programs in C and C++", ("include",)),
     )
     sections = {  # noqa: RUF012
         "Examples": """\
@@ -116,6 +117,12 @@ def cli(**_: Any) -> None:
     show_default=True,
     help="Lines for people or JSON; auto: by whether it is a terminal.",
 )
+@click.option(
+    "--take-over",
+    "takes_over",
+    is_flag=True,
+    help="Go on in place of the server that is there; under systemd it returns once that is so.",
+)
 @socket_option
 def serve(
     arenas: tuple[str, ...],
@@ -125,6 +132,7 @@ def serve(
     digests: str | None,
     metrics_addr: str | None,
     log_format: str,
+    takes_over: bool,
     socket_path: str | None,
 ) -> None:
     """Hold weights for every process of this node, until SIGTERM or Ctrl-C.
@@ -133,9 +141,13 @@ def serve(
     beside it has the rest; nothing fragments. What --floor keeps is always there: a swap waits for nobody, and in host
     memory not for the kernel to zero it. Users that the socket's mode admits may attach and look; only this user and
     root may load, swap, pin, unload and resize. 'cpu:1', 'cpu:2' and so on are further arenas in host memory.
+
+    Weights and who is attached outlive a server that is killed: a second process, or systemd, keeps them for the next
+    one, which is started at once. With --take-over a new version, say, goes on in place of a server at work: nobody
+    loses weights, and no connection is refused. The arenas must be the same.
     """
-    from gpuload.device import open_device
-    from gpuload.server.daemon import ServerConfig, run
+    from gpuload.cli import serving
+    from gpuload.server.config import ServerConfig
 
     budget = parse_arenas(arenas or ("cpu=4G",))
     floor = parse_arenas(floors, "--floor")
@@ -159,9 +171,23 @@ def serve(
         ram_tier_bytes=ram_tier,
         digests_folder=folder,
         metrics_addr=metrics_addr,
+        store_address=serving.store_address(),
+        is_kept_on=not serving.has_holder(),
     )
+    if not serving.has_manager():
+        serving.become_holder()
+    if takes_over and not serving.is_child():
+        serving.start_child()
+        return
     set_up_logging("WARNING", "gpuload", log_format)
-    run(config, open_device, lambda: say(f"serving at {path}", "gpuload"))
+    from gpuload.device import open_device
+    from gpuload.server.daemon import run
+
+    def on_ready() -> None:
+        say(f"serving at {path}", "gpuload")
+        serving.tell_parent()
+
+    run(config, open_device, on_ready, takes_over=takes_over)
 
 
 def _loading(command: Callable[..., None]) -> Callable[..., None]:
@@ -212,8 +238,8 @@ def swap(model: str, allow_gap: bool, **given: Any) -> None:
     """Serve MODEL in place of what has its name; only bytes that differ are moved.
 
     The old model serves until the new one is complete, on all its devices, and goes on serving if anything fails.
-    Programs that are attached keep the old bytes until they let go. Without --device and --device-map the new one
-    stands where the old one stood.
+    Programs that are attached keep the old bytes until they refresh or let go. Without --device and --device-map the
+    new one stands where the old one stood.
     """
     _load(model, is_swap=True, options={"allow_gap": allow_gap}, **given)
 
@@ -323,6 +349,33 @@ def status(as_json: bool, socket_path: str | None) -> None:
     from gpuload.client.asking import ask
 
     printing.show_status(ask({"op": "status"}, socket_path=socket_path), as_json)
+
+
+@cli.command(
+    short_help="Wait until a model is resident, or swapped.", cls=Page, sections={"Examples": EXAMPLES["wait"]}
+)
+@click.argument("name")
+@click.option(
+    "--after", default=0, type=click.IntRange(0), metavar="GEN", help="A generation; 0: until there is any.  [0]"
+)
+@click.option(
+    "--timeout", "timeout_s", default=60.0, type=click.FloatRange(0), metavar="SECONDS", help="At most 3600.  [60]"
+)
+@device_option
+@json_option
+@socket_option
+def wait(name: str, after: int, timeout_s: float, device: str | None, as_json: bool, socket_path: str | None) -> None:
+    """Wait until NAME is served in a later generation than GEN, and say which. Status 1 if that did not happen in time.
+
+    Generations are numbers that `load`, `swap` and `status` show; each content that comes to be served has a higher one
+    than all before. They begin anew with the server.
+    """
+    from gpuload.client.asking import wait_resident
+
+    reply = wait_resident(name, after=after, device=device, socket_path=socket_path, timeout_s=timeout_s)
+    printing.show_waited(reply, as_json, timeout_s)
+    if not reply["changed"]:
+        raise Failed
 
 
 @cli.command(short_help="Print metrics for Prometheus.", cls=Page, sections={"Examples": EXAMPLES["metrics"]})
@@ -518,3 +571,11 @@ def hook(action: str) -> None:
     else:
         path = pth.install() if action == "install" else pth.remove()
         click.echo(f"{path}: {'installed; set GPULOAD_AUTO=1 to use it' if action == 'install' else 'removed'}")
+
+
+@cli.command(short_help="Print where gpuload.h is.", cls=Page, sections={"Examples": EXAMPLES["include"]})
+def include() -> None:
+    """Print the folder of gpuload.h, the client for C and C++, and of an example that uses it."""
+    from gpuload import include_dir
+
+    click.echo(include_dir())

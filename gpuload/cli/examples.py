@@ -34,6 +34,10 @@ gpuload pin llama --off""",
     "status": """\
 gpuload status
 gpuload status --json | jq '.devices[].models[].model'""",
+    "wait": """\
+gpuload wait llama                    until it is resident
+gpuload wait llama --after 3 --timeout 600 && systemctl reload chat
+gpuload wait llama --after "$(gpuload status --json | jq .generation)"    until whatever comes next of it""",
     "metrics": """\
 gpuload metrics
 gpuload metrics --json | jq '.[] | select(.name == "gpuload_load_seconds")'
@@ -60,4 +64,6 @@ gpuload run -- vllm serve /mnt/models/llama""",
     "hook": """\
 gpuload hook install && GPULOAD_AUTO=1 python server.py
 gpuload hook remove""",
+    "include": """\
+cc -std=c11 -I"$(gpuload include)" program.c -o program""",
 }

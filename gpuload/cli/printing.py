@@ -9,8 +9,13 @@ from typing import Any
 
 from gpuload.cli.doctor_cuda import Compatibility
 from mfs.cli.findings import show_findings as show_all
+from mfs.cli.run import say
 from mfs.cli.text import clean, count, print_json, size
 from mfs.findings import Finding
+from mfs.units import format_duration
+
+HOLDERS_MAX = 10
+"""Programs that are named of one old generation; --json has all."""
 
 
 def show(reply: dict[str, Any], as_json: bool, *lines: str) -> None:
@@ -86,6 +91,16 @@ def show_unloaded(reply: dict[str, Any], as_json: bool) -> None:
     show(reply, as_json, f"{reply['model']} on {reply['device']}: {after}")
 
 
+def show_waited(reply: dict[str, Any], as_json: bool, timeout_s: float) -> None:
+    if as_json:
+        print_json(reply)
+    elif reply["changed"]:
+        print(clean(f"{reply['model']}: generation {reply['generation']}, {reply['digest'][:16]}"))
+    else:
+        now = f"still generation {reply['generation']}" if reply["generation"] else "not resident"
+        say(f"{reply['model']} is {now} after {timeout_s:g} s", "gpuload")
+
+
 def show_resized(reply: dict[str, Any], as_json: bool) -> None:
     lines = [
         f"{reply['device']}: arena {size(reply['arena_bytes'])}, taken {size(reply['arena_committed_bytes'])}, used"
@@ -100,6 +115,11 @@ def show_status(reply: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(reply)
         return
+    if "uptime_s" in reply:  # not of an older server
+        print(
+            f"pid {reply['pid']}, up {format_duration(reply['uptime_s'])}; servers of these weights before it:"
+            f" {reply['servers_before']}; a crash loses them: {'no' if reply['outlives_a_crash'] else 'yes'}"
+        )
     for device in reply["devices"]:
         print(
             f"{device['device']}: arena {size(device['arena_bytes'])}, taken {size(device['arena_committed_bytes'])},"
@@ -111,6 +131,8 @@ def show_status(reply: dict[str, Any], as_json: bool) -> None:
             continue
         columns = ("model", ">bytes", ">leases", "pinned", ">generation", "rest on", "from")
         _show_table(columns, (_model_row(m, device["device"]) for m in device["models"]))
+        for model in (m for m in device["models"] if m["model"] is None):
+            print(clean(_laggards(model)))
     for tier in reply.get("ram_tiers", ()):
         whom, node = ", ".join(tier["devices"]), tier["node"]
         where = whom if node is None else f"{whom} on node {node}"
@@ -125,13 +147,23 @@ def show_status(reply: dict[str, Any], as_json: bool) -> None:
 def _model_row(model: dict[str, Any], device: str) -> Sequence[str]:
     """bytes: on this device."""
     return (
-        model["model"] or "(retired)",
+        model["model"] or f"{model['was']} (old)",
         size(model["bytes_here"]),
         str(model["leases"]),
         "yes" if model["pinned"] else "",
         str(model["generation"]),
         ", ".join(name for name in model["devices"] if name != device),
         model["label"],
+    )
+
+
+def _laggards(model: dict[str, Any]) -> str:
+    """Who keeps a model that is served no more, and what that costs."""
+    programs = [f"pid {one['pid'] or '?'} (user {one['uid']})" for one in model["holders"]]
+    more = f" and {len(programs) - HOLDERS_MAX} more" if len(programs) > HOLDERS_MAX else ""
+    return (
+        f"  generation {model['generation']} of {model['was']} is held by {', '.join(programs[:HOLDERS_MAX])}{more}:"
+        f" {size(model['bytes_alone'])} will be free once they refresh or let go"
     )
 
 

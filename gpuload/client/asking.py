@@ -7,11 +7,12 @@ import errno
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpuload import wire
-from gpuload.errors import AwayError, BusyError, from_wire
+from gpuload.errors import AwayError, BusyError, ServerError, from_wire
 from gpuload.moving.model_files import find_shards, left_out
 from gpuload.moving.shards import open_file, spare_descriptors
 from gpuload.paths import SOCKET_VARIABLE, default_socket
@@ -42,7 +43,7 @@ def load_resident(
     device: where all of it goes, or what options['device_map'] (module prefix -> device) leaves out; None: the server's
         only device, and for a swap where the model stands that it replaces.
     options: 'device_map', 'ranks', 'rank', 'world', 'rules', 'pinned', 'retain', 'allow_gap', 'label', 'explain', as
-        the protocol has them (ARCHITECTURE.md).
+        the protocol has them (PROTOCOL.md).
     Raises: FitError naming the shortfall, UsageError, AwayError, and what reading the files raises.
     Cancellation: closing the connection (an interrupt does) cancels the load; the old model keeps serving.
     """
@@ -55,6 +56,31 @@ def load_resident(
         reply, got = exchange(sock, request, (), paths=paths)
         wire.close_all(got)
         return reply
+
+
+def wait_resident(
+    model: str,
+    *,
+    after: int = 0,
+    unlike: str = "",
+    device: str | None = None,
+    socket_path: str | None = None,
+    timeout_s: float,
+) -> dict[str, Any]:
+    """Wait until the server serves a later generation of `model` than `after`, or content whose digest is not `unlike`.
+
+    after: 0 waits until there is any.
+    Returns what is served then: 'generation', 'digest', ...; 'changed' is False if `timeout_s` passed before.
+    Raises: BusyError if too many wait, ChangedError if the server never gave out `after`, AwayError if it ends.
+    """
+    until, left_s = time.monotonic() + timeout_s, timeout_s
+    while True:
+        asked = {"op": "wait", "model": model, "device": device, "after": after, "unlike": unlike, "timeout_s": left_s}
+        reply = ask(asked, socket_path=socket_path, timeout_s=left_s + ATTACH_S)
+        left_s = until - time.monotonic()
+        if reply["changed"] or left_s <= 0:
+            return reply
+        # A server that gives its place to another one ends waits early; the next question is the other's.
 
 
 def ask(
@@ -132,6 +158,18 @@ def exchange(
         wire.close_all(got)
         raise from_wire(reply)
     return reply, got
+
+
+def check_granules(part: Mapping[str, Any], granule_bytes: int) -> None:
+    """Whether a part of an answer counts in granules of this size, as this program's devices do.
+
+    Raises: ServerError; the runs would lead to other bytes.
+    """
+    if part.get("granule_bytes") != granule_bytes:
+        raise ServerError(
+            f"the gpuload server has granules of {part.get('granule_bytes')} bytes on {part['device']}, this program"
+            f" expects {granule_bytes}: they are of different versions; restart the older one"
+        )
 
 
 def _timeval(seconds: float) -> bytes:

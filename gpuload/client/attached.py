@@ -2,7 +2,8 @@
 
 A lease is a connection. It is held by the memory itself: as long as any tensor, or any view of one, stands on attached
 memory, the connection stays open and the server keeps those bytes. In a forked child the same holds, since parent and
-child share the connection.
+child share the connection. A refresh (`refreshing`) takes a second lease, shows its bytes under the first one's
+addresses, and keeps that connection in place of the first.
 """
 
 from __future__ import annotations
@@ -11,20 +12,27 @@ import atexit
 import copy
 import os
 import socket
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpuload import wire
-from gpuload.client import rings, tensors
-from gpuload.client.asking import ATTACH_S, LOAD_S, connect, exchange
+from gpuload.client import arrays, rings, tensors
+from gpuload.client.asking import ATTACH_S, LOAD_S, check_granules, connect, exchange, wait_resident
 from gpuload.descriptors import park, room_for
 from gpuload.device import identity_of, open_device
+from gpuload.device.base import Change
 from gpuload.device.base import Mapping as DeviceMapping
-from gpuload.errors import ServerError
+from gpuload.errors import DeviceError, ServerError
+from mfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from gpuload.client.refreshing import Refresh
 
 
 class Attached(dict[str, torch.Tensor]):
@@ -32,6 +40,7 @@ class Attached(dict[str, torch.Tensor]):
 
     Tensors are zero-copy. On the CPU a write goes to this process's own copy of that page; on CUDA the driver maps the
     memory read-only, and a kernel that writes to it ends this process's use of the card: clone what is to be changed.
+    What is served later under the name is shown by `refresh`, at the same addresses; until then the old content stays.
     Copies of it (`copy`, `torch.save`, `pickle`) are plain dictionaries, as of what `load_file` gives; deep ones and
     saved ones stand on memory of their own.
     """
@@ -44,19 +53,71 @@ class Attached(dict[str, torch.Tensor]):
     digest: str
     """Of the whole content; equal digests are equal models."""
     generation: int
-    """Counts the swaps of that name; a later `attach` with a higher one got newer weights."""
+    """The server's number for it; what is served later has a higher one."""
     metadata: Sequence[Mapping[str, str] | None]
     """Each shard's own strings."""
     report: Mapping[str, Any] | None
     """What the server had to do to have it resident; None if that was not asked."""
 
-    def __init__(self, made: Mapping[str, torch.Tensor], reply: Mapping[str, Any], held: _Held) -> None:
+    def __init__(self, made: Mapping[str, torch.Tensor], reply: Mapping[str, Any], held: Held) -> None:
         super().__init__(made)
-        self.model, self.digest = reply["model"], reply["digest"]
         self.devices = tuple(part["device"] for part in reply["parts"])
         self.device = ",".join(self.devices)
-        self.generation, self.metadata, self.report = reply["generation"], reply["metadata"], reply.get("report")
         self._held = held
+        self.become(reply)
+
+    def become(self, reply: Mapping[str, Any]) -> None:
+        """Say of itself what the server's answer says of its content. Not for programs."""
+        self.model, self.digest = reply["model"], reply["digest"]
+        self.generation, self.metadata, self.report = reply["generation"], reply["metadata"], reply.get("report")
+
+    def wait(self, after: int | None = None, *, timeout_s: float = 60.0) -> bool:
+        """Wait until the name is served with other content than this, and say whether that came in `timeout_s`.
+
+        after: wait for a later generation than this one instead.
+        Raises: AwayError if the server ends, BusyError if too many wait, ChangedError if it never gave out `after`,
+            UsageError for what has no name or for more than an hour.
+        """
+        asked = self._held.asked()
+        reply = wait_resident(
+            asked["model"],
+            after=self.generation if after is None else after,
+            unlike=self.digest if after is None else "",
+            device=asked.get("device"),
+            socket_path=self._held.socket_path,
+            timeout_s=timeout_s,
+        )
+        return bool(reply["changed"])
+
+    def prepare(self, *, digest: str | None = None, timeout_s: float = ATTACH_S) -> Refresh:
+        """Hold what is served now, ready to be shown by `Refresh.apply`; nothing changes yet.
+
+        For several ranks: one prepares, the others with its `digest`, and only when all have, all apply. Whoever could
+        not tells the others, who `close` theirs: so all get the same content, or none changes.
+        digest: as for `attach`.
+        Raises: as `attach`; ChangedError too where names, types, shapes or places differ, which only a new `attach` can
+            follow; BusyError while another refresh of this is under way; UsageError while this thread captures a graph.
+        """
+        from gpuload.client.refreshing import prepare
+
+        return prepare(self, digest, timeout_s)
+
+    def refresh(self, *, digest: str | None = None, timeout_s: float = ATTACH_S) -> bool:
+        """Show what is served now, in these very tensors: their addresses stay, so do captured graphs. Says whether
+        anything was new.
+
+        Call it where nothing uses the tensors: no other thread reads them, captures a graph or queues a kernel, and no
+        backward pass is to come. Kernels that are queued are waited for. On the CPU, what this process wrote to them is
+        gone, wherever it wrote. Old memory is given back.
+        Raises: as `prepare` and `Refresh.apply`.
+        """
+        with self.prepare(digest=digest, timeout_s=timeout_s) as ready:
+            return ready.apply()
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        if self._held.fault:
+            raise DeviceError(self._held.fault)
+        raise KeyError(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # An OrderedDict, as torch's state dicts are: the one dictionary by name that torch.load takes by default.
@@ -69,17 +130,33 @@ class Attached(dict[str, torch.Tensor]):
         return copy.deepcopy(dict(self), memo)
 
 
-_left: deque[tuple[list[DeviceMapping], socket.socket]] = deque()
+_left: deque[tuple[Sequence[DeviceMapping | Change], socket.socket]] = deque()
 """What nobody uses any more, and what to unmap has to wait for the device: no business of a finalizer's."""
 
 
-class _Held:
+class Held:
     """The mappings and the connection that stands for their lease; unmapped first, released then."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+    def __init__(self, sock: socket.socket, socket_path: str | None) -> None:
+        self.sock, self.socket_path = sock, socket_path
         self.mappings: list[DeviceMapping] = []
+        self.request: Mapping[str, Any] = {}
+        self.shown: dict[str, Any] = {}
+        """Of the answer: 'parts' and 'tensors', as they stand here now."""
+        self.by_part: dict[int, DeviceMapping] = {}
+        self.refreshing = threading.Lock()
+        """Held by the one refresh that may be under way."""
+        self.fault = ""
+        """Why nothing is shown here any more."""
         self._pid = os.getpid()
+
+    def asked(self) -> Mapping[str, Any]:
+        """The request that it came from. Raises: UsageError if that named no model, DeviceError if all is lost."""
+        if self.fault:
+            raise DeviceError(self.fault)
+        if self.request.get("op") != "attach":
+            raise UsageError("only what was attached by a name follows it: these were opened as files, or committed")
+        return self.request
 
     def close(self) -> None:
         """Idempotent."""
@@ -91,12 +168,20 @@ class _Held:
 
     def __del__(self) -> None:
         try:
-            if self._pid == os.getpid() and any(mapping.waits_to_close for mapping in self.mappings):
-                _left.append((self.mappings, self.sock))
-            else:
-                self.close()
+            leave(self.mappings, self.sock, is_ours=self._pid == os.getpid())
         except Exception:  # while the interpreter ends, parts of it are gone; the kernel unmaps and closes then
             pass
+
+
+def leave(left: Sequence[DeviceMapping | Change], sock: socket.socket, *, is_ours: bool = True) -> None:
+    """Close mappings, or changes to such, and their connection then; later, if that waits for the device. For
+    finalizers. is_ours: not a forked child, for whom nothing waits."""
+    if is_ours and any(one.waits_to_close for one in left):
+        _left.append((left, sock))
+        return
+    with sock:
+        for one in left:
+            one.close()
 
 
 def let_go() -> None:
@@ -109,6 +194,7 @@ def let_go() -> None:
     """
     close_left()
     if not tensors.is_capturing():
+        arrays.close_left()
         rings.let_go()
 
 
@@ -118,12 +204,12 @@ def close_left() -> None:
         return
     while _left:
         try:
-            mappings, sock = _left.popleft()
+            left, sock = _left.popleft()
         except IndexError:  # another thread was first
             return
         with sock:
-            while mappings:
-                mappings.pop().close()
+            for one in left:
+                one.close()
 
 
 def _leave() -> None:
@@ -148,11 +234,12 @@ def attach(
 
     device: only what stands on this one, which is how a rank is attached; None: all of it, wherever it stands (of
         several models with that name, the one on the server's first device).
-    digest: refuse any other content. Several ranks attach one after the other, and a swap may fall between: the first
-        attaches and tells the others its `Attached.digest`; whoever is refused makes all of them begin anew. It is the
-        same for all ranks of a model that was loaded as one (`ranks`, `device_map`).
-    Raises: AwayError if no server answers, NotFoundError if it has no such model, ChangedError if its content is not
-        `digest`, AccessError, DeviceError.
+    digest: that content and no other: what is served, or what somebody attached before it was swapped out. Several
+        ranks attach one after the other, and a swap may fall between: the first attaches, tells the others its
+        `Attached.digest`, and holds on until all have attached. It is the same for all ranks of a model that was loaded
+        as one (`ranks`, `device_map`).
+    Raises: AwayError if no server answers, NotFoundError if it has no such model, ChangedError if it has no content
+        `digest` of that name, AccessError, DeviceError.
     """
     request = {"op": "attach", "model": model}
     if device is not None:
@@ -195,7 +282,8 @@ def commit_file(request: dict[str, Any], fds: Sequence[int], socket_path: str | 
 def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None, timeout_s: float) -> Attached:
     tensors.check_mode()
     let_go()
-    held = _Held(connect(socket_path, timeout_s))
+    held = Held(connect(socket_path, timeout_s), socket_path)
+    held.request = request
     try:
         reply, flat = _mapped(held, request, fds)
         held.sock = park(held.sock)
@@ -209,7 +297,7 @@ def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None
     return Attached(made, reply, held)
 
 
-def _mapped(held: _Held, request: dict[str, Any], fds: Sequence[int]) -> tuple[dict[str, Any], list[torch.Tensor]]:
+def _mapped(held: Held, request: dict[str, Any], fds: Sequence[int]) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Ask, and map every part of the answer: the answer, and the memory of each part as bytes."""
     with ExitStack() as room:
         # A 16 GB model on CUDA comes as 2000 descriptors, for as long as it takes to map them; 1024 is the usual limit.
@@ -218,7 +306,13 @@ def _mapped(held: _Held, request: dict[str, Any], fds: Sequence[int]) -> tuple[d
         return reply, _flat(held, reply, got)
 
 
-def _flat(held: _Held, reply: dict[str, Any], got: Sequence[int]) -> list[torch.Tensor]:
+def split(reply: Mapping[str, Any], got: Sequence[int]) -> list[Sequence[int]]:
+    """Which of the descriptors are each part's."""
+    at = list(accumulate((part["fds"] for part in reply["parts"]), initial=0))
+    return [got[begin:end] for begin, end in pairwise(at)]
+
+
+def _flat(held: Held, reply: dict[str, Any], got: Sequence[int]) -> list[torch.Tensor]:
     flat: list[torch.Tensor] = []
     if "parts" not in reply:
         raise ServerError("the gpuload server is of another version than this program: restart it")
@@ -226,9 +320,8 @@ def _flat(held: _Held, reply: dict[str, Any], got: Sequence[int]) -> list[torch.
         tensors.torch_dtype(dtype, name)
         tensors.storage_shape(dtype, shape, name)
     used = {part for _, _, _, part, _, _ in reply["tensors"]}
-    at = 0
-    for index, part in enumerate(reply["parts"]):
-        own, at = got[at : at + part["fds"]], at + part["fds"]
+    held.shown = {"parts": [dict(part) for part in reply["parts"]], "tensors": reply["tensors"]}
+    for index, (part, own) in enumerate(zip(reply["parts"], split(reply, got), strict=True)):
         if index not in used:  # another rank's, on a card that this process may not even see
             flat.append(torch.empty(0, dtype=torch.uint8))
             continue
@@ -240,7 +333,9 @@ def _flat(held: _Held, reply: dict[str, Any], got: Sequence[int]) -> list[torch.
         if not runs:
             flat.append(torch.empty(0, dtype=torch.uint8, device=part["device"]))
             continue
+        check_granules(part, device.granule_bytes)
         mapping = device.attach(own, runs)
         held.mappings.append(mapping)
+        held.by_part[index] = mapping
         flat.append(tensors.over_memory(held, mapping.address, mapping.nbytes, part["device"]))
     return flat

@@ -112,7 +112,43 @@ class Arena(Protocol):
         """Descriptors with which another process maps these granules, read-only. The caller closes them."""
         ...
 
+    def shared(self) -> int | None:
+        """A descriptor that all of its memory lives by, if there is one: see `descriptors`."""
+        ...
+
+    def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
+        """What the memory of these granules lives by, one for each; none where all has one. As long as any process has
+        copies of these, however this one ends, the memory is there, and another process of ours can `adopt` it. They
+        stay the arena's, until it gives the granule's memory back."""
+        ...
+
+    def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
+        """Have the memory that another process of ours has behind these granules; from copies of its `descriptors`,
+        which are the arena's from here on. Where all has one descriptor there is nothing to do. Raises: DeviceError.
+        """
+        ...
+
     def close(self) -> None: ...
+
+
+class Change(Protocol):
+    """Other granules for a mapping, as many, held and ready; nobody sees them yet."""
+
+    waits_to_close: bool
+    """As `Mapping.waits_to_close`."""
+
+    def exchange(self) -> None:
+        """Show these in place of what the mapping shows, and keep that; once more: the other way round. Waits for the
+        device. Nobody may use the addresses meanwhile, nor capture a graph on that device.
+
+        Raises: DeviceError. What was shown is shown again then, every granule of it; or, where not even that succeeds,
+            none: the mapping is hidden.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what is not shown. Idempotent."""
+        ...
 
 
 A = TypeVar("A", bound=Arena)
@@ -137,6 +173,21 @@ class Mapping(Protocol):
     waits_to_close: bool
     """Whether `close` waits for the device. Then no finalizer and no timer may call it: they run in the middle of
     anything, the capture of a CUDA graph too, which that would break."""
+    is_hidden: bool
+    """See `hide`."""
+
+    def prepare(self, fds: Sequence[int], runs: Sequence[Run], *, is_same: bool) -> Change:
+        """Get ready to show other granules at the same addresses. `fds` as for `Device.attach`; they stay the caller's.
+
+        is_same: they are of the arena that is shown already, whose granules are held: equal numbers are equal bytes.
+        Raises: DeviceError; ValueError for another number of granules.
+        """
+        ...
+
+    def hide(self) -> None:
+        """Show nothing any more: whoever reads there ends, rather than take one content for another. Raises:
+        DeviceError."""
+        ...
 
     def close(self) -> None:
         """Unmap. Nobody may use the addresses afterwards. In a forked child, what is its parent's alone stays."""
@@ -168,8 +219,11 @@ class Device(Protocol):
         """is_locked=False: `Staging.lock` does it, once somebody has filled it and so touched its pages."""
         ...
 
-    def reserve_arena(self, nbytes: int) -> Arena:
-        """Addresses for so much; no memory. Raises: DeviceError."""
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> Arena:
+        """Addresses for so much; no memory. Raises: DeviceError.
+
+        shared: a copy of what `Arena.shared` of another process gave: its memory. The arena's from here on.
+        """
         ...
 
     def create_arena(self, nbytes: int) -> Arena:

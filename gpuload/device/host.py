@@ -142,15 +142,14 @@ class HostStaging:
 class HostArena:
     """See `base.Arena`. Memory is taken when it is committed: a machine without room says so there, not in a load."""
 
-    def __init__(self, nbytes: int, granule_bytes: int) -> None:
+    def __init__(self, nbytes: int, granule_bytes: int, shared: int | None = None) -> None:
         self.granule_bytes = granule_bytes
         self.granules_count = nbytes // granule_bytes
         size = self.granules_count * granule_bytes
-        self._fd = os.memfd_create("gpuload-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._fd = _made_file(size) if shared is None else shared
         try:
-            os.ftruncate(self._fd, size)
-            os.fchmod(self._fd, 0o400)
-            fcntl.fcntl(self._fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
+            if os.fstat(self._fd).st_size != size:
+                raise ValueError(f"there is one of {os.fstat(self._fd).st_size}")
             self._map = mmap.mmap(self._fd, size or mmap.PAGESIZE, mmap.MAP_SHARED)
         except (OSError, ValueError) as error:
             os.close(self._fd)
@@ -188,6 +187,15 @@ class HostArena:
     def export(self, runs: Sequence[Run]) -> list[int]:
         return [os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)]
 
+    def shared(self) -> int | None:
+        return self._fd
+
+    def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
+        return ()
+
+    def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
+        return None
+
     def close(self) -> None:
         if self._fd >= 0:
             self._map.close()
@@ -195,27 +203,58 @@ class HostArena:
             self._fd = -1
 
 
+def _made_file(size: int) -> int:
+    fd = os.memfd_create("gpuload-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        os.fchmod(fd, 0o400)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
+    except OSError as error:
+        os.close(fd)
+        raise DeviceError(f"cannot reserve an arena of {size} bytes: {error}") from None
+    return fd
+
+
 class HostMapping:
     """See `base.Mapping`. Private and writable: a write copies that page for this process alone."""
 
     waits_to_close = False
+    is_hidden = False
 
     def __init__(self, fd: int, runs: Sequence[Run], granule_bytes: int) -> None:
+        self.runs, self._unit = list(runs), granule_bytes
         self.nbytes = sum(count for _, count in runs) * granule_bytes
         self.address = 0
         if not self.nbytes:
             return
         self.address = self._mmap(None, self.nbytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-        at = self.address
         try:
-            for first, count in runs:
-                flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
-                protection = mmap.PROT_READ | mmap.PROT_WRITE
-                self._mmap(at, count * granule_bytes, protection, flags, fd, first * granule_bytes)
-                at += count * granule_bytes
+            self.show(fd, self.runs)
         except BaseException:
             self.close()
             raise
+
+    def show(self, fd: int, runs: list[Run]) -> None:
+        """Map all of it anew; no address is ever without a mapping. Raises: DeviceError, with a part of it done."""
+        at = self.address
+        for first, count in runs:
+            flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            self._mmap(at, count * self._unit, protection, flags, fd, first * self._unit)
+            at += count * self._unit
+        self.runs = runs
+
+    def hide(self) -> None:
+        self.is_hidden = True
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
+        self._mmap(self.address, self.nbytes, _PROT_NONE, flags, -1, 0)
+
+    def prepare(self, fds: Sequence[int], runs: Sequence[Run], *, is_same: bool) -> HostChange:
+        check_one(fds)
+        if sum(count for _, count in runs) * self._unit != self.nbytes:
+            raise ValueError(f"{runs} are not the {self.nbytes // self._unit} granules that are shown")
+        HostMapping(fds[0], runs, self._unit).close()  # a rehearsal: the kernel has room for so many mappings
+        return HostChange(self, fds[0], list(runs), is_same=is_same)
 
     def _mmap(self, at: int | None, nbytes: int, protection: int, flags: int, fd: int, offset: int) -> int:
         address = _libc.mmap(at, nbytes, protection, flags, fd, offset)
@@ -227,6 +266,46 @@ class HostMapping:
         if self.address:
             _libc.munmap(self.address, self.nbytes)
             self.address = 0
+
+
+class HostChange:
+    """See `base.Change`. All granules are mapped anew, equal ones too: what this process has written to its copies of
+    pages is gone, everywhere."""
+
+    waits_to_close = False
+
+    def __init__(self, mapping: HostMapping, fd: int, runs: list[Run], *, is_same: bool) -> None:
+        self._mapping, self._runs, self._is_same = mapping, runs, is_same
+        self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        self._is_shown = False
+
+    def exchange(self) -> None:
+        before = self._mapping.runs
+        try:
+            self._show(self._runs, is_new=not self._is_shown)
+        except Exception:
+            try:
+                self._show(before, is_new=self._is_shown)
+            except Exception:
+                self._mapping.hide()
+            raise
+        self._runs, self._is_shown = before, not self._is_shown
+
+    def _show(self, runs: list[Run], *, is_new: bool) -> None:
+        if not is_new and not self._is_same:
+            raise DeviceError("there is no descriptor any more of the arena that was shown before")
+        self._mapping.show(self._fd, runs)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def check_one(fds: Sequence[int]) -> None:
+    """Raises: DeviceError."""
+    if len(fds) != 1:
+        raise DeviceError(f"an arena in host memory comes as one descriptor, got {len(fds)}")
 
 
 class HostDevice:
@@ -262,8 +341,8 @@ class HostDevice:
     def alloc_staging(self, nbytes: int, *, is_locked: bool = True) -> HostStaging:
         return HostStaging(nbytes, self._registered, is_touched=is_locked)
 
-    def reserve_arena(self, nbytes: int) -> HostArena:
-        return HostArena(nbytes, self.granule_bytes)
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> HostArena:
+        return HostArena(nbytes, self.granule_bytes, shared)
 
     def create_arena(self, nbytes: int) -> HostArena:
         return whole(self.reserve_arena(nbytes))
@@ -272,8 +351,7 @@ class HostDevice:
         return ()
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> HostMapping:
-        if len(fds) != 1:
-            raise DeviceError(f"an arena in host memory comes as one descriptor, got {len(fds)}")
+        check_one(fds)
         return HostMapping(fds[0], runs, self.granule_bytes)
 
     def register(self, address: int, nbytes: int) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gpuload.hooks.auto import is_asked_for
+from gpuload.hooks.sglang_update import TARGET, iterate_named
 from gpuload.hooks.weights import are_mounted, own_device, weights_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def register() -> None:
         return
     for target in (*(f"{_MODULE}.{name}" for name in ITERATORS), *OF_LOADERS):
         HookRegistry.register(target, iterate, HookType.AROUND)
+    HookRegistry.register(TARGET, iterate_named, HookType.AROUND)
     _is_registered = True
 
 

@@ -77,6 +77,9 @@ class Part:
         return sum(b.nbytes for b in self.blocks)
 
 
+LAGGARDS_MAX = 5
+"""Old generations, and programs of each, that a refusal names."""
+
 _clock = itertools.count(1)
 """One for all arenas: uses of models that stand in several are compared."""
 
@@ -98,13 +101,17 @@ class Model:
     label: str = ""
     """Where it was loaded from, for people."""
     is_pinned: bool = False
-    leases_count: int = 0
+    leases: list[Lease] = field(default_factory=list)
     retain: str = "lru"
     """'lru': stays until its room is needed; 'lease': goes when its last lease ends."""
-    generation: int = 1
-    """Counts the swaps of this name."""
+    generation: int = 0
+    """See `generations`; 0 until it is served."""
+    was: str = ""
+    """The name that it has lost."""
     used_at: int = 0
     """The clock at its last use."""
+    number: int = 0
+    """What the estate knows it by; 0 before that has its record."""
     is_unwanted: bool = False
     """Somebody unloaded it: what goes with it is not kept in RAM."""
 
@@ -117,6 +124,10 @@ class Model:
         """Device -> digest of what stands there: equal for two models exactly if one can serve for the other."""
         return {part.catalog.device: part.digest for part in self.parts}
 
+    @property
+    def leases_count(self) -> int:
+        return len(self.leases)
+
     def blocks_in(self, catalog: Catalog) -> list[Block]:
         return [block for part in self.parts if part.catalog is catalog for block in part.blocks]
 
@@ -124,7 +135,6 @@ class Model:
         """Serve it under its name from now on; whoever had the name on any of its devices is retired, whole."""
         assert self.name is not None
         for old in namesakes(self.name, [part.catalog for part in self.parts]):
-            self.generation = max(self.generation, old.generation + 1)
             old.retire()
         for part in self.parts:
             part.catalog.models[self.name] = self
@@ -136,24 +146,27 @@ class Model:
         for part in self.parts:
             del part.catalog.models[self.name]
             part.catalog.retired.append(self)
-        self.name = None
-        self._drop_if_unused()
+        self.was, self.name = self.name, None
+        self.drop_if_unused()
 
     def touch(self) -> None:
         self.used_at = next(_clock)
 
-    def lease(self) -> None:
-        self.leases_count += 1
+    def lease(self, pid: int = 0, uid: int = 0) -> Lease:
+        made = Lease(self, pid, uid)
+        self.leases.append(made)
         self.touch()
+        return made
 
-    def end_lease(self) -> None:
-        self.leases_count -= 1
+    def end(self, lease: Lease) -> None:
+        self.leases.remove(lease)
         if self.name is None:
-            self._drop_if_unused()
+            self.drop_if_unused()
         elif self.retain == "lease" and not self.leases_count and not self.is_pinned:
             self.retire()
 
-    def _drop_if_unused(self) -> None:
+    def drop_if_unused(self) -> None:
+        """Give its blocks back, if it is retired and nobody has a lease."""
         if self.leases_count:
             return
         for part in self.parts:
@@ -163,10 +176,29 @@ class Model:
             part.blocks = []
 
 
+@dataclass(eq=False)
+class Lease:
+    """One client's hold on a model, all of it."""
+
+    model: Model
+    pid: int
+    """Who attached; a forked child may hold it on. 0: the server's pid namespace does not have him."""
+    uid: int
+
+    def end(self) -> None:
+        self.model.end(self)
+
+
 def namesakes(name: str | None, catalogs: Iterable[Catalog]) -> list[Model]:
     """The served models of that name in these arenas, each once."""
     found = {id(m): m for catalog in catalogs if name is not None and (m := catalog.models.get(name)) is not None}
     return list(found.values())
+
+
+def holders(leases: Sequence[Lease]) -> str:
+    """'pid 12 (user 0), pid 13 (user 0)', and how many more there are."""
+    told = [f"pid {lease.pid or '?'} (user {lease.uid})" for lease in leases[:LAGGARDS_MAX]]
+    return ", ".join(told) + (f" and {len(leases) - LAGGARDS_MAX} more" if len(leases) > LAGGARDS_MAX else "")
 
 
 class Catalog:
@@ -321,9 +353,29 @@ class Catalog:
             why += f" {format_size(self.open_count * unit)}"
         return FitError(
             f"{what} needs {needs} on {self.device}: {why}, after evicting what may go {after}"
-            f" ({self._held()}); short by {format_size(short)}; nothing was evicted",
+            f" ({self._held()}); short by {format_size(short)}; nothing was evicted{self._laggards(granules, room)}",
             shortfall_bytes=short,
             waits=waits,
+        )
+
+    def bytes_alone(self, *models: Model) -> int:
+        """What of the arena nobody else holds: it would be free without these models."""
+        return self._lost_count(models) * self.granule_bytes
+
+    def _laggards(self, granules: int, room: int) -> str:
+        """Who holds what was swapped out or unloaded, for a refusal: it is they who stand in the way, perhaps."""
+        if not self.retired:
+            return ""
+        more = self.bytes_alone(*self.retired)
+        is_enough = room * self.granule_bytes + more >= granules * self.granule_bytes
+        told = [
+            f"{model.was!r} generation {model.generation} by {holders(model.leases)}"
+            for model in self.retired[:LAGGARDS_MAX]
+        ]
+        told += [f"{len(self.retired) - LAGGARDS_MAX} more"] if len(self.retired) > LAGGARDS_MAX else []
+        return (
+            f"; old generations still hold {format_size(more)}"
+            f"{', enough if their programs refresh or let go' if is_enough else ''}: {', '.join(told)}"
         )
 
     def reserve(self, nbytes: int) -> Block:

@@ -50,6 +50,14 @@ class Granules:
         self.taken_count += wanted
         return taken
 
+    def claim(self, runs: Iterable[Run]) -> None:
+        """Exactly these, absent so far, are there and taken. Raises: ValueError if one of them is not absent."""
+        self.taken_count += self._absent.remove(runs)
+
+    def absent_runs(self) -> list[Run]:
+        """Without memory."""
+        return self._absent.runs()
+
     def put(self, runs: Iterable[Run]) -> None:
         """Give back what `take` gave. Raises: ValueError if any of it is free already."""
         self.taken_count -= self._free.put(runs)
@@ -98,6 +106,23 @@ class RunSet:
             wanted -= used
             self.members_count -= used
         return sorted(taken)
+
+    def runs(self) -> list[Run]:
+        return list(self._runs)
+
+    def remove(self, runs: Iterable[Run]) -> int:
+        """Take exactly these out, and say how many that were. Raises: ValueError if one of them is no member."""
+        removed = 0
+        for first, count in runs:
+            at = bisect.bisect_right(self._runs, (first, self._count)) - 1
+            begin, size = self._runs[at] if at >= 0 else (0, 0)
+            if count < 1 or not begin <= first <= first + count <= begin + size:
+                raise ValueError(f"granules [{first}, {first + count}) are not there")
+            rest = [(begin, first - begin), (first + count, begin + size - first - count)]
+            self._runs[at : at + 1] = [run for run in rest if run[1]]
+            removed += count
+        self.members_count -= removed
+        return removed
 
     def put(self, runs: Iterable[Run]) -> int:
         """Take in what is no member, and say how many that were. Raises: ValueError if any of it is one."""

@@ -35,6 +35,8 @@ from gpuload.moving.source import FileSource, Source
 from gpuload.moving.timing import TimedSource
 from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
 from gpuload.server.digests import DigestCache, digest_views, now_ns
+from gpuload.server.estate import Estate
+from gpuload.server.generations import Generations
 from gpuload.server.layout import placed_bytes
 from gpuload.server.pulled import PulledSource
 from gpuload.server.returning import Returning, TierSource
@@ -63,10 +65,16 @@ class Loader:
     """All loads of a server."""
 
     def __init__(
-        self, sites: Mapping[str, Site], digests: DigestCache, limits: Limits, mapper: Mapper | None = None
+        self,
+        sites: Mapping[str, Site],
+        digests: DigestCache,
+        limits: Limits,
+        estate: Estate,
+        mapper: Mapper | None = None,
     ) -> None:
         """mapper: keeps what mounts lend over loads; None: every load maps it anew."""
-        self.sites = sites
+        self.sites, self._estate = sites, estate
+        self.generations = Generations(estate.counters)
         self._digests, self._limits, self._mapper = digests, limits, mapper
         self._thinkers = trio.CapacityLimiter(4)
 
@@ -183,6 +191,7 @@ class Loader:
                     work.lenders = await work.job.files.call(lambda: lenders_of(work.job.shards))
                 was_known = work.is_known
                 await take_places(work)
+                self._estate.sync()  # before a byte goes where victims were: see `estate`
                 with _traced(work.job, "fill"), one_error():
                     async with trio.open_nursery() as nursery:
                         for part in work.parts:
@@ -195,7 +204,12 @@ class Loader:
                 await self._think(work.find_content)
                 for part in work.parts:
                     await self._complete(work, part)
-                return self._publish(work, table)
+                made = self._made(work, table)
+                async with self._estate.recorded(made):
+                    for part in work.parts:
+                        part.own = []  # the model holds them from here on
+                    self.generations.publish(made)
+                return made
             work.let_go()
             return model
         except BaseException:
@@ -416,16 +430,15 @@ class Loader:
             block.lenders = work.lenders_of(part.plans[i])
             part.own[i] = catalog.complete(block, digest, pieces)
 
-    def _publish(self, work: Work, table: list[ResidentTensor]) -> Model:
+    def _made(self, work: Work, table: list[ResidentTensor]) -> Model:
         job = work.job
         parts = []
         assert work.content is not None
         whole, content = work.content
         for part in work.parts:
             blocks = [block for block in part.own if block is not None]
-            part.own = []  # the model holds them from here on
             parts.append(Part(part.site.catalog, content[part.site.name], blocks))
-        model = Model(
+        return Model(
             name=job.name if job.name is not None else content_name(content),
             digest=whole,
             parts=parts,
@@ -436,8 +449,6 @@ class Loader:
             is_pinned=job.is_pinned or work.inherits_pin,
             retain=job.retain,
         )
-        model.publish()
-        return model
 
 
 def _timed(job: Job, phase: str) -> AbstractContextManager[None]:

@@ -23,8 +23,10 @@ from gpuload.moving.plan import Placement
 from gpuload.moving.shards import Shard
 from gpuload.moving.timing import Timing
 from gpuload.server import pulled
-from gpuload.server.catalog import Block, Catalog, Model, ResidentTensor, namesakes
+from gpuload.server.catalog import Block, Catalog, Lease, Model, ResidentTensor, namesakes
 from gpuload.server.client_files import ClientFiles
+from gpuload.server.estate import Estate
+from gpuload.server.generations import Wanted
 from gpuload.server.loader import CONTENT_PREFIX, Loader
 from gpuload.server.ram_tier import RamTier
 from gpuload.server.site import Site
@@ -72,23 +74,27 @@ class Answer:
 
     message: dict[str, Any]
     fds: Sequence[int] = ()
-    lease: Model | None = None
+    lease: Lease | None = None
     lost: DeviceLostError | None = None
 
 
 class Operations:
     """The server's devices, behind the verbs of the protocol."""
 
-    def __init__(self, loader: Loader, kept: KeptFiles, tracer: Tracer, *, version: str) -> None:
-        self._kept, self._tracer = kept, tracer
+    def __init__(self, loader: Loader, kept: KeptFiles, tracer: Tracer, estate: Estate, *, version: str) -> None:
+        self._kept, self._tracer, self._estate = kept, tracer, estate
         self._loader, self._sites = loader, loader.sites
         self._catalogs = [site.catalog for site in loader.sites.values()]
         self._version = version
         self._tally = LoadTally()
 
+    def hush(self, is_hushed: bool) -> None:
+        """Whether requests that only wait end at once."""
+        self._loader.generations.hush(is_hushed)
+
     async def metrics(self, accept: str) -> Text:
         """What Prometheus is told; see `mfs.metrics`."""
-        families = gathered(self._sites, self._tally, self._version)
+        families = gathered(self._sites, self._tally, self._version, self._loader.generations)
         return await trio.to_thread.run_sync(_exposed, families, accept)
 
     async def answer(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
@@ -111,9 +117,10 @@ class Operations:
             case "commit":
                 return await self._commit(request, files, peer)
             case "attach":
-                model = self._find(request)
-                _check_digest(model, _text(request, "digest"))
+                model = self._find_content(request, _text(request, "digest"))
                 return await self._attach(model, self._only(request), {}, peer)
+            case "wait":
+                return Answer(await self._wait(request, peer))
             case "unload":
                 return await self._unload(request)
             case "resize":
@@ -245,14 +252,15 @@ class Operations:
                     f"user {peer.uid} may not attach to {site.name} of user {os.geteuid()}: CUDA leaves it to him who"
                     " attaches whether he can write to everybody's weights; run a server of your own"
                 )
-        model.lease()
+        lease = model.lease(peer.pid, peer.uid)
         try:
-            return await self._handed_out(model, only, extra)
+            return await self._handed_out(lease, only, extra)
         except BaseException:
-            model.end_lease()
+            lease.end()
             raise
 
-    async def _handed_out(self, model: Model, only: Site | None, extra: dict[str, Any]) -> Answer:
+    async def _handed_out(self, lease: Lease, only: Site | None, extra: dict[str, Any]) -> Answer:
+        model = lease.model
         parts: list[dict[str, Any]] = []
         begins: list[list[int]] = []
         exports: list[tuple[Arena, list[Run]]] = []
@@ -268,8 +276,18 @@ class Operations:
                 runs, offsets = _runs(part.blocks, part.catalog.granule_bytes)
                 begins.append(offsets)
                 site = self._sites[part.catalog.device]
-                parts.append({"device": site.device.identity, "runs": runs if is_wanted else [], "fds": 0})
-                exports.append((site.arena, runs if is_wanted else []))
+                shown = runs if is_wanted else []
+                unit = site.arena.granule_bytes
+                parts.append(
+                    {
+                        "device": site.device.identity,
+                        "arena": site.token,
+                        "granule_bytes": unit,
+                        "runs": shown,
+                        "fds": 0,
+                    }
+                )
+                exports.append((site.arena, shown))
 
             def export() -> None:
                 """On CUDA a call for each granule, thousands of them: not on the loop, where all others wait."""
@@ -290,8 +308,26 @@ class Operations:
         except BaseException:
             close_all(fds)
             raise
-        message = {**_summary(model), **extra, "parts": parts, "tensors": table, "metadata": model.metadata}
-        return Answer(message, fds, model)
+        told = {**_summary(model), "model": model.name or model.was, **extra}
+        message = {**told, "parts": parts, "tensors": table, "metadata": model.metadata}
+        return Answer(message, fds, lease)
+
+    async def _wait(self, request: dict[str, Any], peer: Peer) -> dict[str, Any]:
+        """The model of that name once it is another than the client knows; what there is when the time is over."""
+        name, only = _name(request.get("model")), self._only(request)
+        after, timeout_s = request.get("after", 0), request.get("timeout_s", 0)
+        if type(after) is not int or after < 0 or type(timeout_s) not in (int, float):
+            raise UsageError("'after' must be a generation, from 0, and 'timeout_s' a number")
+
+        def find() -> Model | None:
+            catalogs = self._catalogs if only is None else [only.catalog]
+            return next(iter(namesakes(name, catalogs)), None)
+
+        wanted = Wanted(after, _text(request, "unlike"))
+        changed = await self._loader.generations.wait(wanted, timeout_s, find, is_ours=peer.may_change)
+        model = find()
+        there = {"generation": 0, "digest": ""} if model is None else _summary(model)
+        return {**there, "model": name, "changed": changed}
 
     async def _unload(self, request: dict[str, Any]) -> Answer:
         model = self._find_one(request)
@@ -347,10 +383,11 @@ class Operations:
                     **_sizes(site),
                     "loads": site.waiting_count,
                     "gauges": catalog.gauges(),
-                    "models": [{**_summary(m), "bytes_here": _bytes_here(m, catalog)} for m in models],
+                    "models": [{**_summary(m), **_held(m, catalog)} for m in models],
                 }
             )
-        head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid()}
+        head = {"protocol": PROTOCOL, "version": self._version, "pid": os.getpid(), **self._estate.life()}
+        head |= {"generation": self._loader.generations.last, "waiting": self._loader.generations.waiting_count}
         behind: dict[RamTier, list[str]] = {}
         for name, site in self._sites.items():
             if site.tier is not None:
@@ -384,6 +421,25 @@ class Operations:
         found = namesakes(name, self._catalogs)
         return found[0] if found else _missing(name, self._catalogs)
 
+    def _find_content(self, request: dict[str, Any], digest: str) -> Model:
+        """As `_find`, but if certain content is wanted: that, served or only held by somebody still.
+
+        Raises: ChangedError if it is neither.
+        """
+        name, only = _name(request.get("model")), self._only(request)
+        catalogs = self._catalogs if only is None else [only.catalog]
+        served = namesakes(name, catalogs)[:1]
+        held = [old for c in catalogs for old in c.retired if (old.was, old.digest) == (name, digest)]
+        if held and not any(model.digest == digest for model in served):
+            return held[0]
+        model = self._find(request)
+        if digest in ("", model.digest):
+            return model
+        raise ChangedError(
+            f"{model.name!r} is now {model.digest[:16]}…, asked for was {digest[:16]}…: it was swapped in between, and"
+            " nobody holds the other any more; attach every rank again, so that all have the same weights"
+        )
+
     def _find_one(self, request: dict[str, Any]) -> Model:
         """As `_find`, but where several have the name, it must be said which is meant."""
         found = namesakes(_name(request.get("model")), self._catalogs)
@@ -409,15 +465,6 @@ def _missing(name: str, catalogs: Sequence[Catalog]) -> Model:
     """Raises: NotFoundError naming what there is."""
     there = ", ".join(sorted({n for catalog in catalogs for n in catalog.models})) or "none"
     raise NotFoundError(f"no model {name!r} is resident; there are: {there}")
-
-
-def _check_digest(model: Model, wanted: str) -> None:
-    """Raises: ChangedError if certain content is wanted, and that is not it."""
-    if wanted not in ("", model.digest):
-        raise ChangedError(
-            f"{model.name!r} is now {model.digest[:16]}…, asked for was {wanted[:16]}…: it was swapped in between;"
-            " attach every rank again, so that all have the same weights"
-        )
 
 
 def _runs(blocks: Sequence[Block], unit: int) -> tuple[list[Run], list[int]]:
@@ -474,8 +521,14 @@ def _summary(model: Model) -> dict[str, Any]:
     }
 
 
-def _bytes_here(model: Model, catalog: Catalog) -> int:
-    return sum(t.nbytes for t in model.tensors if model.parts[t.part].catalog is catalog)
+def _held(model: Model, catalog: Catalog) -> dict[str, Any]:
+    """What of it stands in that arena, and whose hands it is in."""
+    return {
+        "bytes_here": sum(t.nbytes for t in model.tensors if model.parts[t.part].catalog is catalog),
+        "bytes_alone": catalog.bytes_alone(model),
+        "holders": [{"pid": lease.pid, "uid": lease.uid} for lease in model.leases],
+        **({} if model.name is not None else {"was": model.was}),
+    }
 
 
 def _shards(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,8 +52,14 @@ class Site:
     """Where blocks go that leave it; None: nowhere."""
     floor_count: int = 0
     """Granules whose memory is kept, whether models need it or not."""
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Tells clients whether granules of two answers are of one arena: then equal numbers are equal memory."""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """Held by the load that may change what stands here."""
+    is_frozen: bool = False
+    """Its memory may be another server's by now: nothing goes back."""
+    before_release: Callable[[Site, Sequence[Run]], Awaitable[None]] | None = None
+    """Told of granules whose memory is about to go back."""
     _changing: trio.Lock = field(default_factory=trio.Lock)
     """Held while memory comes or goes."""
     _freed: trio.Event = field(default_factory=trio.Event)
@@ -92,10 +99,12 @@ class Site:
         async with self._changing:
             granules = self.catalog.granules
             spare = self.catalog.spare_count(self.floor_count)
-            if not spare:
+            if not spare or self.is_frozen:
                 return
             runs = granules.going(spare)
             try:
+                if self.before_release is not None:
+                    await self.before_release(self, runs)
                 await trio.to_thread.run_sync(self._release, runs)
             except trio.Cancelled:  # before it began
                 granules.came(runs)
@@ -105,6 +114,18 @@ class Site:
             except DeviceError as error:  # nobody uses them, whatever the device counts
                 log.warning("%s: %s", self.name, error)
             granules.gone(runs)
+
+    async def freeze(self) -> None:
+        """From here on nothing goes back, and nothing is on its way."""
+        self.is_frozen = True
+        async with self._changing:
+            pass
+
+    async def drop_absent(self) -> None:
+        """Give back what may stand behind granules that have no memory as far as we know: a server's before us."""
+        async with self._changing:
+            if self.arena.shared() is not None:
+                await trio.to_thread.run_sync(self.arena.release, self.catalog.granules.absent_runs())
 
     def _release(self, runs: Sequence[Run]) -> None:
         if self.leaving is not None:

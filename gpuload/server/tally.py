@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from gpuload.server.catalog import Model
+from gpuload.server.generations import Generations
 from gpuload.server.site import Site
 from gpuload.server.work import Report
 from mfs.durations import Durations
@@ -68,7 +69,7 @@ class LoadTally:
         self.gaps += report.had_gap
 
 
-def gathered(sites: Mapping[str, Site], tally: LoadTally, version: str) -> Families:
+def gathered(sites: Mapping[str, Site], tally: LoadTally, version: str, generations: Generations) -> Families:
     """What a scrape says now. No checkpoint."""
     families = Families()
     families.info("gpuload_build", "What serves.", {"version": version, "python": platform.python_version()})
@@ -76,6 +77,7 @@ def gathered(sites: Mapping[str, Site], tally: LoadTally, version: str) -> Famil
     families.gauge("gpuload_uptime_seconds", "Since the server began.", time.time() - tally.started_at)
     _add_devices(families, sites)
     _add_models(families, sites)
+    families.gauge("gpuload_waiting", "Programs that wait for a generation.", generations.waiting_count)
     _add_ram_tiers(families, sites)
     families.histogram(
         "gpuload_load_seconds", "How long loads took that went well, waiting for their turn included.",
@@ -123,6 +125,8 @@ def _add_devices(families: Families, sites: Mapping[str, Site]) -> None:
         ("gpuload_models", "Models served from it.", {(n,): len(s.catalog.models) for n, s in sites.items()}),
         ("gpuload_retired_models", "Models swapped out or unloaded whose programs still hold them.",
          {(n,): len(s.catalog.retired) for n, s in sites.items()}),
+        ("gpuload_retired_bytes", "What these alone keep of the arena.",
+         {(n,): s.catalog.bytes_alone(*s.catalog.retired) for n, s in sites.items()}),
     )  # fmt: skip
     for name, help, samples in columns:
         families.gauge(name, help, samples, ["device"])
@@ -156,15 +160,19 @@ def _add_models(families: Families, sites: Mapping[str, Site]) -> None:
     bytes_here: Counter[tuple[str, ...]] = Counter()
     leases: Counter[tuple[str, ...]] = Counter()
     generations: dict[tuple[str, ...], float] = {}
+    contents: dict[tuple[str, ...], float] = {}
     for model in served.values():
         label = _label(model, generations)
         for part in model.parts:
             bytes_here[label, part.catalog.device] += part.nbytes
         leases[label,] += model.leases_count
         generations[label,] = max(generations.get((label,), 0), model.generation)
+        if label == model.name:
+            contents[label, model.digest] = 1
     families.gauge("gpuload_model_bytes", "What stands of a served model on a device.", bytes_here, ["model", "device"])
     families.gauge("gpuload_model_leases", "Programs that hold a served model.", leases, ["model"])
-    families.gauge("gpuload_model_generation", "Which model of that name it is; swaps count.", generations, ["model"])
+    families.gauge("gpuload_model_generation", "Which model of that name it is; grows.", generations, ["model"])
+    families.gauge("gpuload_model_info", "What is served under a name: 1.", contents, ["model", "digest"])
     total = sum(model.leases_count for model in (*served.values(), *retired.values()))
     families.gauge("gpuload_leases", "Programs that hold a model, a retired one too.", total)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -198,13 +199,16 @@ class Work:
 
     def describe(self) -> None:
         """What of the model's digests needs no bytes: the files' own strings, which are handed out beside the tensors,
-        and the name, type and shape of every tensor. Once; `find_content` does it where it was not done."""
+        and the name, type and shape of every tensor. Once; `find_content` does it where it was not done.
+
+        As JSON without spaces, in UTF-8: PROTOCOL.md."""
         if self._described:
             return
         strings = [sorted((shard.header.metadata or {}).items()) for shard in self.job.shards]
         for device in self._devices():
             rows = [(t.name, t.dtype, t.shape) for t in self.transfers if device in ("", t.device)]
-            self._described[device] = blake3(repr((strings, rows)).encode("utf-8")).digest()
+            text = json.dumps([strings, rows], ensure_ascii=False, separators=(",", ":"))
+            self._described[device] = blake3(text.encode("utf-8")).digest()
 
     def find_content(self) -> None:
         """Fill in `content`; all digests must be known."""

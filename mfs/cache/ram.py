@@ -220,8 +220,8 @@ class RamTier:
         """A slot in an object's own file, for the chunk that begins at `start`."""
         self.slots_used += 1
         obj.slots_count += 1
-        if self._warm:
-            self._cool(self.slots_free)
+        if self._warm:  # one goes for it, so that it finds memory that the machine has at hand
+            self._cool(min(self.slots_free, len(self._warm) - 1))
         return Place(obj, start, next(self._serials))
 
     def take_common(self) -> Place:

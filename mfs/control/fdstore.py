@@ -38,7 +38,7 @@ def received(name: str) -> list[int]:
     """
     found: dict[str, int] = {}
     others = set[str]()
-    for fd, called in _listened():
+    for fd, called in listened():
         stem, _, kind = called.rpartition(".")
         if stem == name and kind in manager.KINDS and kind not in found:
             found[kind] = fd
@@ -75,8 +75,8 @@ def ask_keeper(path: Path, name: str) -> list[int]:
     return []
 
 
-def _listened() -> list[tuple[int, str]]:
-    """(descriptor, name) of what was passed to this very process."""
+def listened() -> list[tuple[int, str]]:
+    """(descriptor, name) of what a service manager passed to this very process, the caller's from here on."""
     try:
         if int(os.environ.get("LISTEN_PID", "0")) != os.getpid():
             return []

@@ -152,6 +152,15 @@ def test_memory_is_there_before_anybody_fills_it(memory: RamTier, advice: int, m
     assert memory_of(obj) == CHUNK_BYTES
 
 
+def test_a_slot_in_a_file_of_its_own_finds_the_memory_of_a_warm_piece(memory: RamTier) -> None:
+    place = memory.take_common()
+    put(place, bytes(CHUNK_BYTES))
+    memory.give(place)
+    assert memory.warm_bytes == memory_of(place.file) == CHUNK_BYTES
+    memory.take(memory.open(CHUNK_BYTES), 0)
+    assert memory.warm_bytes == memory_of(place.file) == 0
+
+
 def test_the_page_behind_the_end_is_zeros(memory: RamTier) -> None:
     """Whoever maps the file sees it; O_DIRECT reads whole pages of a file on disk into it."""
     obj = memory.open(5000)

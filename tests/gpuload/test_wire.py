@@ -20,5 +20,5 @@ async def test_a_request_nested_beyond_reason_is_refused_in_one_line(form: str, 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.SocketStream(theirs).send_all, struct.pack(">I", len(body)) + body)
             with pytest.raises(ServerError) as refused:
-                await wire.Channel(ours).receive(idle_s=30, message_s=30, fds_max=0)
+                await wire.Channel(ours).receive(message_s=30, fds_max=0)
     assert len(str(refused.value)) < 200

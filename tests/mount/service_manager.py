@@ -60,6 +60,11 @@ class ServiceManager:
         return self._main.pid
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Of another process of the service: ExecReload=, say."""
+        return {**os.environ, "NOTIFY_SOCKET": str(self._path)}
+
+    @property
     def log(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 

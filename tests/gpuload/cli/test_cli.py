@@ -15,6 +15,8 @@ from click.testing import CliRunner
 
 from gpuload.cli.app import cli
 from gpuload.cli.options import parse_device_map, parse_rules
+from gpuload.client.asking import ask
+from gpuload.client.attached import attach
 from gpuload.server import versions
 from gpuload.testing import random_tensors, write
 from mfs.errors import UsageError
@@ -28,6 +30,7 @@ COMMANDS = [
     "resize",
     "pin",
     "status",
+    "wait",
     "plan",
     "digest",
     "doctor",
@@ -78,6 +81,16 @@ def test_a_life_of_a_model(socket_path: Path, tmp_path: Path) -> None:
     status = json.loads(gpuload("status", "--json", socket_path=socket_path))
     assert [(m["model"], m["pinned"], m["generation"]) for m in status["devices"][0]["models"]] == [("first", True, 2)]
     assert "second.safetensors" in gpuload("status", socket_path=socket_path)
+    assert "first: generation 2, " in gpuload("wait", "first", "--after", 1, socket_path=socket_path)
+    over = gpuload("wait", "first", "--after", 2, "--timeout", 0, socket_path=socket_path, status=1)
+    assert over == "gpuload: first is still generation 2 after 0 s\n"
+    assert json.loads(gpuload("wait", "first", "--json", socket_path=socket_path))["generation"] == 2
+    held = attach("first", socket_path=str(socket_path))
+    gpuload("swap", first, socket_path=socket_path)
+    who = f"generation 2 of first is held by pid {os.getpid()} (user {os.getuid()}): 4.0 M will be free once they"
+    assert who in gpuload("status", socket_path=socket_path)
+    del held
+    gpuload("swap", second, socket_path=socket_path)
     large = write(tmp_path / "large.safetensors", random_tensors(3, {"x": (32 << 20,)}))
     refused = gpuload("load", large, socket_path=socket_path, status=1)
     assert "short by" in refused
@@ -97,7 +110,8 @@ def test_a_server_may_open_as_many_files_as_it_is_let(tmp_path: Path) -> None:
             assert server.stderr is not None
             hard = server.stdout.readline().strip()
             assert "serving" in server.stderr.readline()
-            limits = Path(f"/proc/{server.pid}/limits").read_text()
+            pid = ask({"op": "ping"}, socket_path=str(tmp_path / "s.sock"))["pid"]
+            limits = Path(f"/proc/{pid}/limits").read_text()
             assert next(line for line in limits.splitlines() if "open files" in line).split()[3:5] == [hard, hard]
         finally:
             server.send_signal(signal.SIGINT)

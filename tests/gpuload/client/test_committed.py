@@ -81,9 +81,9 @@ def test_equal_bytes_are_kept_once_whoever_committed_them(server: ServerThread) 
     assert first.report["bytes_copied"] == sum(t.nbytes for t in made.values())
     assert twin.report["bytes_copied"] == 0
     assert server.gauges()["granules_used"] == used
-    assert commit(IDENTITY, made, **where).generation == 1, "the same again is no swap"
+    assert commit(IDENTITY, made, **where).generation == first.generation, "the same again is no swap"
     changed = made | {"w3": random_tensors(9, {"x": (64, 512)})["x"]}
-    assert commit(IDENTITY, changed, **where).generation == 2
+    assert commit(IDENTITY, changed, **where).generation > twin.generation
     assert_same(first, made)
     assert_same(committed(IDENTITY, **where), changed)
     del first, twin

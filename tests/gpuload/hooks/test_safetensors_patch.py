@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gpuload.client.asking import ask
 from gpuload.testing import ServerThread, random_tensors, write
 from tests.gpuload.hooks.conftest import DEADLINE_S, NO_SOCKET, SITE, hooked_environment, run_hooked
 
@@ -190,9 +191,11 @@ def test_a_server_that_is_stopped_holds_nobody(file: Path, tmp_path: Path) -> No
     try:
         assert server.stderr is not None
         assert "serving" in server.stderr.readline()
-        server.send_signal(signal.SIGSTOP)
+        pid = ask({"op": "ping"}, socket_path=socket_path)["pid"]
+        os.kill(pid, signal.SIGSTOP)
         code = "import gpuload.hooks.resident as r; r.PING_S = 0.2" + USE.format(early="")
         assert_alone(code, file, socket_path, "did not answer")
+        os.kill(pid, signal.SIGCONT)
     finally:
         server.kill()
         server.communicate()

@@ -83,7 +83,8 @@ def test_it_registers_once_and_only_if_asked(registry: type[HookRegistry], monke
     sglang.register()
     sglang.register()
     names = [target.rpartition(".")[2] for target, _, _ in registry.registered]
-    assert names == [*sglang.ITERATORS, *(target.rpartition(".")[2] for target in sglang.OF_LOADERS)]
+    loaders = (target.rpartition(".")[2] for target in sglang.OF_LOADERS)
+    assert names == [*sglang.ITERATORS, *loaders, "_get_weights_iterator"]
 
 
 def test_without_sglang_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,28 @@ def test_an_engine_served_by_the_resident_server_says_the_same_and_swaps_its_wei
 
 @pytest.mark.timeout(1000)
 @pytest.mark.usefixtures("engines")
+def test_a_swap_at_the_server_reaches_a_running_engine_and_no_key_or_value_of_before_stays(
+    resident: ServerThread, llama: list[Path]
+) -> None:
+    """As engines that began with those weights say; of a prompt whose keys and values were cached with others."""
+    options = [json.dumps({"model": str(folder), "block_size": 32}) for folder in llama]
+
+    def run(first: str, *folders: Path) -> Any:
+        words = (first, resident.socket_path, *folders)
+        return vllm("updated", *words, socket_path=None, timeout_s=ENGINE_S, **ENGINE_ENVIRONMENT).found["says"]
+
+    found = run(options[0], llama[1], llama[0])
+    (new, _), *_ = run(options[1], llama[1])
+    (old, cached_first), (again, cached), (after, cached_after), _, (back, cached_back), _ = found
+    assert (old, after, back) == (again, new, old)
+    assert old != new
+    assert (cached_first, cached_after, cached_back) == (0, 0, 0)
+    assert cached > 0, "the cache was not in use at all"
+    assert resident.gauges()["leases"] == 0
+
+
+@pytest.mark.timeout(1000)
+@pytest.mark.usefixtures("engines")
 def test_an_engine_without_a_server_loads_by_our_pipeline(llama: list[Path], said: list[Any]) -> None:
     outcome = run_engine(llama[0], socket_path=None, load_format="gpuload")
     assert outcome.found["says"] == said[0]

@@ -156,6 +156,33 @@ def engine(options: str, then: str = "") -> Found:
     return found
 
 
+def updated(options: str, socket_path: str, *folders: str) -> Found:
+    """A whole engine that serves the first folder; then each of the others is swapped in at the server under the name
+    "llama" and put into the engine. What it says of one long prompt, whose keys and values its cache keeps."""
+    from vllm import LLM, SamplingParams
+
+    from gpuload.client.asking import load_resident
+    from gpuload.hooks import vllm_update
+
+    llm = LLM(
+        skip_tokenizer_init=True, max_model_len=128, enforce_eager=True, dtype="bfloat16", max_num_seqs=4,
+        enable_prefix_caching=True, worker_extension_cls=vllm_update.EXTENSION, **json.loads(options),
+    )  # fmt: skip
+    greedy = SamplingParams(temperature=0, max_tokens=24, detokenize=False)
+
+    def says() -> list[Any]:
+        given = [(7 * i) % 251 + 1 for i in range(90)]
+        made = llm.generate([{"prompt_token_ids": given}], greedy, use_tqdm=False)[0]
+        return [list(made.outputs[0].token_ids), made.num_cached_tokens]
+
+    found: list[Any] = [says(), says()]
+    for folder in folders:
+        load_resident(folder, "llama", "cpu", is_swap=True, socket_path=socket_path)
+        digest = vllm_update.update(llm, "llama", socket_path=socket_path)
+        found += [says(), says()]
+    return {"says": found, "digest": digest}
+
+
 def worker_counts(worker: Any) -> list[int]:
     """Runs inside vLLM's worker process."""
     from gpuload.hooks.counts import counts

@@ -42,7 +42,7 @@ class Shared(HostDevice):
         self.asked.set()
         return Memory(self.total * UNIT, max(0, (self.total - self.others) * UNIT - self.arena_bytes))
 
-    def reserve_arena(self, nbytes: int) -> HostArena:
+    def reserve_arena(self, nbytes: int, shared: int | None = None) -> HostArena:
         self.has_started = True
         return _Counted(nbytes, self)
 

@@ -394,7 +394,7 @@ def test_a_server_that_does_not_fit_beside_others_takes_nothing(
     taken: list[int] = []
 
     class Watched(FullDevice):
-        def reserve_arena(self, nbytes: int) -> Arena:
+        def reserve_arena(self, nbytes: int, shared: int | None = None) -> Arena:
             taken.append(nbytes)
             return super().reserve_arena(nbytes)
 

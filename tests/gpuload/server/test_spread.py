@@ -296,8 +296,13 @@ def test_ranks_never_mix_what_a_swap_falls_between(spread: ServerThread, tmp_pat
     load(spread, write(tmp_path / "a.safetensors", old), device_map={}, ranks=ranks, rules=RULES)
     first = attached(spread, ranks[0])
     swap(spread, write(tmp_path / "b.safetensors", new))
-    with pytest.raises(ChangedError, match=f"'m' is now .*asked for was {first.digest[:16]}.*attach every rank again"):
-        attach("m", ranks[1], digest=first.digest, socket_path=spread.socket_path)
+    late = attach("m", ranks[1], digest=first.digest, socket_path=spread.socket_path)
+    assert_same(late, rank_of(old, 1))
+    assert (late.model, late.digest) == ("m", first.digest)
+    digest = first.digest
+    del first, late
+    with pytest.raises(ChangedError, match=f"'m' is now .*asked for was {digest[:16]}.*attach every rank again"):
+        attach("m", ranks[1], digest=digest, socket_path=spread.socket_path)
     first = attached(spread, ranks[0])
     second = attach("m", ranks[1], digest=first.digest, socket_path=spread.socket_path)
     assert_same(first, rank_of(new, 0))

@@ -1,0 +1,528 @@
+"""A server that is killed, stopped or replaced while it is used: weights and leases stay, and nobody is refused."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpuload import holder
+from gpuload.client.asking import ask, connect, load_resident
+from gpuload.client.attached import Attached, attach
+from gpuload.errors import BusyError, FitError
+from gpuload.testing import assert_same, bits, random_tensors, write
+from gpuload.wire import close_all, receive_blocking, send_blocking
+from mfs.errors import MfsError, NotFoundError
+from tests.gpuload.client.test_c import DUMP, build, parsed, run
+from tests.gpuload.device.conftest import compiled
+from tests.mount.service_manager import ServiceManager
+
+__all__ = ["compiled"]  # a fixture
+
+DEADLINE_S = 60.0
+ARENA = "cpu=64MiB"
+SHAPES = {f"l.{i}": (512, 2048) for i in range(4)} | {"n": (50,)}
+
+
+class Served:
+    """A `gpuload serve` that a test starts, kills, and has replaced."""
+
+    def __init__(self, folder: Path, arena: str = ARENA) -> None:
+        self.folder, self.path = folder, str(folder / "s.sock")
+        self.command = [sys.executable, "-m", "gpuload", "serve", "--socket", self.path, "--arena", arena]
+        self.command += ["--digests", str(folder / "d")]
+        self.environment: dict[str, str] = {}
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, **self.environment}
+        process = subprocess.Popen([*self.command, *more], stderr=subprocess.PIPE, text=True, env=environment)
+        self.processes.append(process)
+        return process
+
+    def start_serving(self, *more: str) -> subprocess.Popen[str]:
+        process = self.start(*more)
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "serving" in line, line
+        return process
+
+    @property
+    def pid(self) -> int:
+        return int(self.ask("ping")["pid"])
+
+    def ask(self, op: str, **more: Any) -> dict[str, Any]:
+        return ask({"op": op, **more}, socket_path=self.path)
+
+    def kill(self) -> int:
+        """As the kernel does when memory is short. Returns who it was, once it is dead: before, it may still accept."""
+        pid = self.pid
+        process = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        select.select([process], [], [], DEADLINE_S)
+        os.close(process)
+        return pid
+
+    def load(self, path: Path, name: str, *, is_swap: bool = False) -> dict[str, Any]:
+        return load_resident(path, name, "cpu", is_swap=is_swap, socket_path=self.path)["report"]
+
+    def attach(self, name: str) -> Attached:
+        return attach(name, socket_path=self.path)
+
+    def gauges(self) -> dict[str, int]:
+        return dict(self.ask("status")["devices"][0]["gauges"])
+
+    def wait_for(self, gauge: str, value: int) -> None:
+        until = time.monotonic() + DEADLINE_S
+        while self.gauges()[gauge] != value:
+            assert time.monotonic() < until, self.gauges()
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.communicate(timeout=DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                there = subprocess.run(["ps", "-eo", "pid,ppid,stat,wchan:20,args"], capture_output=True, text=True)
+                process.kill()
+                _, said = process.communicate()
+                raise AssertionError(f"{process.args} did not end; {said}\n{there.stdout}") from None
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    made = Served(tmp_path)
+    yield made
+    made.close()
+
+
+def content(seed: int) -> dict[str, torch.Tensor]:
+    return random_tensors(seed, SHAPES)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Of bits: random ones are no numbers now and then, which equal nothing."""
+    return torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
+class TestKilled:
+    def test_weights_names_pins_and_leases_are_there_after_kill_9(self, served: Served, tmp_path: Path) -> None:
+        first, second = content(1), content(2)
+        served.start_serving()
+        served.load(write(tmp_path / "a.safetensors", first), "m")
+        old = served.attach("m")
+        served.load(write(tmp_path / "b.safetensors", second), "m", is_swap=True)
+        served.ask("pin", model="m", pinned=True)
+        before, pid = served.ask("status"), served.kill()
+        after = served.ask("status")
+        assert after["pid"] != pid
+        assert (before["servers_before"], after["servers_before"]) == (0, 1)
+        assert after["devices"][0]["gauges"] == before["devices"][0]["gauges"]
+        told = ("model", "digest", "pinned", "generation", "leases", "bytes", "label")
+        assert [{k: m[k] for k in told} for m in after["devices"][0]["models"]] == [
+            {k: m[k] for k in told} for m in before["devices"][0]["models"]
+        ]
+        assert_same(old, first)
+        assert_same(served.attach("m"), second)
+        report = served.load(tmp_path / "b.safetensors", "again")
+        assert report["bytes_copied"] == 0, "what is resident is found by its digest"
+        del old
+        gc.collect()
+        served.wait_for("retired", 0)
+        for name in ("m", "again"):
+            served.ask("unload", model=name)
+        served.wait_for("leases", 0)
+        assert set(served.gauges().values()) == {0}
+
+    def test_a_client_that_leaves_while_nobody_serves_has_no_lease_afterwards(
+        self, served: Served, tmp_path: Path
+    ) -> None:
+        above = served.start_serving()
+        served.load(write(tmp_path / "a.safetensors", content(1)), "m")
+        held = served.attach("m")
+        os.kill(above.pid, signal.SIGSTOP)  # it will not start the next one yet
+        served.kill()
+        del held
+        gc.collect()
+        os.kill(above.pid, signal.SIGCONT)
+        served.wait_for("leases", 0)
+
+    def test_a_copy_in_flight_is_not_believed(self, served: Served, tmp_path: Path) -> None:
+        """Killed at random points of loads: what has a name afterwards has its bytes, and no granule is lost."""
+        chance = random.Random(5)
+        served.start_serving()
+        known = {seed: content(seed) for seed in range(3)}
+        files = {seed: write(tmp_path / f"{seed}.safetensors", made) for seed, made in known.items()}
+        found = 0
+        served.load(files[2], "m")
+        for _ in range(3):
+            name, pid = "m", served.pid
+            killer = threading.Timer(0.03 + chance.random() * 0.1, os.kill, [pid, signal.SIGKILL])
+            killer.start()
+            with suppress(MfsError):
+                for seed in (0, 1, 2, 0, 1, 2):
+                    served.load(files[seed], name, is_swap=True)
+            killer.join()
+            until = time.monotonic() + DEADLINE_S
+            while served.pid == pid:
+                assert time.monotonic() < until
+            got = served.attach(name)
+            assert any(all(same(got[n], made[n]) for n in SHAPES) for made in known.values())
+            found += 1
+            del got
+        assert found == 3, "what was served before the kill is there in any case"
+        gc.collect()
+        with suppress(NotFoundError):
+            served.ask("unload", model="m")
+        served.wait_for("leases", 0)
+        assert set(served.gauges().values()) == {0}
+
+    def test_bytes_that_are_not_what_they_were_are_given_up(self, served: Served, tmp_path: Path) -> None:
+        """As after a server that went wild before it died."""
+        served.start_serving()
+        served.load(write(tmp_path / "a.safetensors", content(1)), "spoilt")
+        served.load(write(tmp_path / "b.safetensors", content(2)), "whole")
+        pid = served.pid
+        arena = next(
+            f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")
+            if "gpuload-arena" in os.readlink(f"/proc/{pid}/fd/{fd}")
+        )  # fmt: skip
+        if os.geteuid():
+            pytest.skip("only root may write there")
+        with open(arena, "r+b") as file:
+            file.seek(1000)
+            was = file.read(1)
+            file.seek(1000)
+            file.write(bytes([was[0] ^ 1]))
+        served.kill()
+        names = [m["model"] for m in served.ask("status")["devices"][0]["models"]]
+        assert names == ["whole"]
+        assert_same(served.attach("whole"), content(2))
+
+    def test_a_server_that_dies_again_and_again_is_given_up(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", f"{HOLDER}\n"], env={**os.environ, "FAKE": FAKE}, capture_output=True, text=True,
+            timeout=DEADLINE_S,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL
+        assert done.stderr.count("starting the next one") == holder.CRASHES_MAX
+        assert done.stderr.splitlines()[-1].endswith("given up, with the weights")
+        kept = [line.split("=")[1] for line in done.stdout.splitlines()]
+        assert kept == ["", *["index:more"] * holder.CRASHES_MAX], "each gets what the first had kept, but for the rest"
+
+    def test_who_was_told_to_stop_is_not_followed_whatever_it_says_then(self) -> None:
+        """Told in the middle of a take-over it takes its clients up again, which it says."""
+        done = subprocess.run(
+            [sys.executable, "-c", f"{HOLDER}\n"], env={**os.environ, "FAKE": FAKE_THAT_WAS_TOLD}, capture_output=True,
+            text=True, timeout=DEADLINE_S,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL
+        assert "starting the next one" not in done.stderr
+
+
+FAKE_THAT_WAS_TOLD = """
+import os, signal
+from mfs import manager
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+manager.notify("FDSTORE=1\\nFDNAME=index", [os.memfd_create("index")])
+manager.notify("READY=1")
+os.kill(os.getppid(), signal.SIGTERM)
+signal.sigwait({signal.SIGTERM})
+manager.notify("READY=1")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+HOLDER = """
+import os, sys
+from gpuload import holder
+holder.children.python = lambda *_: [sys.executable, "-c", os.environ["FAKE"]]
+holder._FIRST_PAUSE_S = 0.001
+holder.main()
+"""
+
+FAKE = """
+import os, signal
+from mfs import manager
+print("kept=" + os.environ.get("LISTEN_FDNAMES", ""), flush=True)
+if "LISTEN_FDNAMES" not in os.environ:
+    assert os.environ.get("LISTEN_PID") in (None, str(os.getpid()))
+    for name in ("index", "less", "more"):
+        manager.notify("FDSTORE=1\\nFDNAME=" + name, [os.memfd_create(name)])
+    manager.notify("FDSTOREREMOVE=1\\nFDNAME=less")
+else:
+    assert os.environ["LISTEN_PID"] == str(os.getpid())
+    assert [os.readlink(f"/proc/self/fd/{fd}") for fd in (3, 4)] == ["/memfd:index (deleted)", "/memfd:more (deleted)"]
+manager.notify("READY=1")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+class TestReplaced:
+    def test_fifty_clients_notice_nothing(self, served: Served, tmp_path: Path) -> None:
+        """They attach, check, let go and ping, all the time, while models are swapped and the server is replaced."""
+        known = {seed: content(seed) for seed in range(2)}
+        files = {seed: write(tmp_path / f"{seed}.safetensors", made) for seed, made in known.items()}
+        digests: dict[str, int] = {}
+        served.start_serving()
+        for seed in (0, 1):
+            served.load(files[seed], "m", is_swap=True)
+            digests[served.attach("m").digest] = seed
+        wrong, stop = list[object](), threading.Event()
+        done = [0] * 50
+
+        def use(number: int) -> None:
+            held: Attached | None = None
+            while not stop.is_set():
+                try:
+                    if number % 2:
+                        served.ask("ping")
+                    elif held is None:
+                        held = served.attach("m")
+                    else:
+                        name = f"l.{number % 4}"
+                        if not same(held[name], known[digests[held.digest]][name]):
+                            wrong.append("other bytes")
+                        held = None
+                except BusyError as error:
+                    if "gives its place" not in str(error):
+                        wrong.append(error)
+                except BaseException as error:
+                    wrong.append(error)
+                done[number] += 1
+                time.sleep(0.02)  # a new server needs the machine as well
+
+        def swap() -> None:
+            seed = 0
+            while not stop.is_set():
+                try:
+                    served.load(files[seed := 1 - seed], "m", is_swap=True)
+                except FitError:  # those who are attached hold all
+                    time.sleep(0.02)
+                except BusyError as error:
+                    if "nothing was changed" not in str(error):
+                        wrong.append(error)
+
+        threads = [threading.Thread(target=use, args=(n,)) for n in range(50)] + [threading.Thread(target=swap)]
+        for thread in threads:
+            thread.start()
+        pids = [served.pid]
+        for _ in range(2):
+            old = served.processes[-1]
+            served.start_serving("--take-over")
+            assert old.wait(DEADLINE_S) == 0
+            pids.append(served.pid)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert min(done) > 0
+        assert len(set(pids)) == 3
+        assert served.ask("status")["servers_before"] == 2
+        gc.collect()
+        served.wait_for("leases", 0)
+        served.ask("unload", model="m")
+        assert set(served.gauges().values()) == {0}
+        pid = served.kill()
+        assert served.pid != pid, "its own holder has everything"
+
+    def test_a_lease_goes_on_and_ends_with_its_client(self, served: Served, tmp_path: Path) -> None:
+        served.start_serving()
+        served.load(write(tmp_path / "a.safetensors", content(1)), "m")
+        held = served.attach("m")
+        served.start_serving("--take-over")
+        assert served.gauges()["leases"] == 1
+        assert_same(held, content(1))
+        del held
+        gc.collect()
+        served.wait_for("leases", 0)
+
+    def test_an_heir_that_fails_changes_nothing(self, served: Served, tmp_path: Path) -> None:
+        """One of another version; one that breaks off at each step."""
+        served.start_serving()
+        served.load(write(tmp_path / "a.safetensors", content(1)), "m")
+        held = served.attach("m")
+        resting = connect(served.path, DEADLINE_S)  # who has asked nothing yet
+        pid = served.pid
+        first = {"op": "take-over", "format": 1, "version": "x"}
+        for said, why in [
+            ([{"op": "take-over", "format": 2, "version": "9.9"}], "gpuload 9.9) that knows format 2 wants to take"),
+            ([first, {"op": "what"}], "it said 'what', expected 'yield'"),
+            ([first, {"op": "yield"}, {"op": "hold"}], "it said 'hold', expected 'held'"),
+            ([first], None),
+            ([first, {"op": "yield"}], None),
+        ]:
+            with connect(served.path, DEADLINE_S) as sock:
+                for message in said:
+                    send_blocking(sock, message)
+                    answer, fds = receive_blocking(sock)
+                    close_all(fds)
+                if why is not None:
+                    assert why in answer["message"]
+                    assert "\n" not in answer["message"]
+            assert served.pid == pid
+        send_blocking(resting, {"op": "ping"})
+        assert receive_blocking(resting)[0]["pid"] == pid
+        resting.close()
+        assert_same(served.attach("m"), content(1))
+        assert_same(held, content(1))
+        served.start_serving("--take-over")
+        assert served.pid != pid
+
+    def test_another_arena_is_refused_in_one_line(self, served: Served) -> None:
+        served.start_serving()
+        pid = served.pid
+        other = subprocess.run(
+            [sys.executable, "-m", "gpuload", "serve", "--socket", served.path, "--arena", "cpu=32MiB", "--take-over"],
+            capture_output=True, text=True, timeout=DEADLINE_S,
+        )  # fmt: skip
+        assert other.returncode == 1
+        assert other.stderr.count("\n") == 1
+        assert "wanted is cpu (cpu) of 16 granules" in other.stderr
+        assert served.pid == pid
+
+    def test_without_a_server_there_is_nothing_to_take_over(self, served: Served) -> None:
+        process = served.start("--take-over")
+        _, said = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 1
+        assert "no gpuload server at" in said
+        assert said.count("\n") == 1
+
+    def test_who_waits_for_other_content_goes_on_waiting_at_the_heir(self, served: Served, tmp_path: Path) -> None:
+        served.start_serving()
+        served.load(write(tmp_path / "a.safetensors", content(1)), "m")
+        held = served.attach("m")
+        with ThreadPoolExecutor(1) as pool:
+            waiter = pool.submit(held.wait, timeout_s=DEADLINE_S)
+            until = time.monotonic() + DEADLINE_S
+            while not served.ask("status")["waiting"] and time.monotonic() < until:
+                time.sleep(0.01)
+            served.start_serving("--take-over")
+            served.load(write(tmp_path / "b.safetensors", content(2)), "m", is_swap=True)
+            assert waiter.result(DEADLINE_S)
+
+    def test_a_question_that_does_not_end_keeps_nobody_from_taking_over(self, served: Served) -> None:
+        served.start_serving()
+        pid = served.pid
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as half:
+            half.connect(served.path)
+            half.sendall(b"\0\0")  # and never the rest
+            served.start_serving("--take-over")
+            assert served.pid != pid
+            half.settimeout(DEADLINE_S)
+            assert half.recv(1) == b""
+
+
+class TestOnCards:
+    """On the stand-in driver, where a granule is there as long as any process has a descriptor or a mapping of it."""
+
+    def test_memory_lives_by_its_descriptors(self, compiled: Path, tmp_path: Path) -> None:
+        served = Served(tmp_path, "cuda:0=64MiB")
+        cards = {
+            "LD_LIBRARY_PATH": str(compiled.parent),
+            "STANDIN_CENSUS": str(os.getpid()),
+            "STANDIN_MEMORY": str(256 << 20),
+        }
+        served.environment = cards
+        program = build(tmp_path / "dump", DUMP, "-DGPULOAD_WITH_CUDA")
+        made = content(1)
+
+        def attached() -> dict[str, bytes]:
+            done = run(program, served.path, "m", "-", "-", "60", **cards)
+            assert done.returncode == 0, done.stderr
+            return {name: data for name, _, _, data in parsed(done.stdout)}
+
+        def free_bytes() -> int:
+            return int(served.ask("status")["devices"][0]["device_free_bytes"])
+
+        try:
+            served.start_serving()
+            load_resident(write(tmp_path / "a.safetensors", made), "m", "cuda:0", socket_path=served.path)
+            assert attached() == {name: bits(tensor) for name, tensor in made.items()}
+            free, pid = free_bytes(), served.kill()
+            assert served.pid != pid
+            assert attached() == {name: bits(tensor) for name, tensor in made.items()}
+            served.start_serving("--take-over")
+            assert attached() == {name: bits(tensor) for name, tensor in made.items()}
+            assert served.processes[0].wait(DEADLINE_S) == 0
+            assert free_bytes() == free, "it is the same memory, once"
+            report = load_resident(tmp_path / "a.safetensors", "other", "cuda:0", socket_path=served.path)["report"]
+            assert report["bytes_copied"] == 0
+        finally:
+            served.close()
+
+
+class TestServiceManager:
+    def test_restart_kill_and_reload_under_systemds_protocols(self, served: Served, tmp_path: Path) -> None:
+        with ServiceManager(tmp_path) as manager:
+            manager.start(served.command, {})
+            manager.wait_for("READY=1")
+            served.load(write(tmp_path / "a.safetensors", content(1)), "m")
+            held = served.attach("m")
+            manager.take_all()
+            names = [name for name, _ in manager.store]
+            assert {"socket", "lock", "index", "shared.0"} < set(names)
+            assert sum(name.startswith("lease.") for name in names) == 1
+
+            assert manager.stop() == 0  # systemctl restart: whoever asks meanwhile waits
+            answers: list[dict[str, Any]] = []
+            asking = threading.Thread(target=lambda: answers.append(served.ask("ping")))
+            asking.start()
+            again(manager, served)
+            asking.join(DEADLINE_S)
+            assert answers[0]["pid"] == manager.pid
+            assert_same(served.attach("m"), content(1))
+            gc.collect()
+            served.wait_for("leases", 1)
+
+            manager.kill_group()  # with all that is around it
+            again(manager, served)
+            status = served.ask("status")
+            assert (status["servers_before"], status["outlives_a_crash"]) == (2, True)
+            assert served.gauges()["leases"] == 1
+
+            reload = subprocess.Popen([*served.command, "--take-over"], env=manager.environment)  # ExecReload=
+            said = len(manager.said)
+            manager.wait_for("MAINPID=", after=said)
+            assert manager.wait_ended() == 0
+            assert reload.wait(DEADLINE_S) == 0
+            pid = served.pid
+            assert f"MAINPID={pid}" in manager.said[-1][1] or any(f"MAINPID={pid}" in m for _, m in manager.said)
+            manager.take_all()
+            assert len({name for name, _ in manager.store}) == len(manager.store), "what is kept is kept once"
+
+            assert served.kill() == pid
+            again(manager, served)
+            assert served.ask("status")["servers_before"] == 4
+            assert served.gauges()["leases"] == 1
+            assert_same(held, content(1))
+            del held
+            gc.collect()
+            served.wait_for("leases", 0)
+            served.ask("unload", model="m")
+            assert set(served.gauges().values()) == {0}
+            manager.take_all()
+            assert not [name for name, _ in manager.store if name.startswith(("model.", "lease."))]
+
+
+def again(manager: ServiceManager, served: Served) -> None:
+    """As Restart=: with what the store has."""
+    said = len(manager.said)
+    manager.start(served.command, {})
+    manager.wait_for("READY=1", after=said)
