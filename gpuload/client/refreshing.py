@@ -12,6 +12,7 @@ applied: what is shown and what is leased must never differ.
 from __future__ import annotations
 
 import logging
+import os
 import select
 import socket
 import threading
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from gpuload.client.attached import Attached
 
 log = logging.getLogger("gpuload.client")
+
+_showing = threading.Lock()
+"""Held while what is shown changes: a thread that forks waits for it, since its child would have a mix."""
+os.register_at_fork(before=_showing.acquire, after_in_parent=_showing.release, after_in_child=_showing.release)
 
 
 class Refresh:
@@ -69,10 +74,11 @@ class Refresh:
         held = self._attached._held
         sock = park(self._sock)
         self._sock = sock
-        self._exchange()
-        held.sock, self._sock = sock, held.sock
-        held.shown = {"parts": self._reply["parts"], "tensors": self._reply["tensors"]}
-        self._attached.become(self._reply)
+        with _showing:
+            self._exchange()
+            held.sock, self._sock = sock, held.sock
+            held.shown = {"parts": self._reply["parts"], "tensors": self._reply["tensors"]}
+            self._attached.become(self._reply)
 
     def _exchange(self) -> None:
         done: list[Change] = []

@@ -105,17 +105,15 @@ def test_every_question(server: ServerThread, tmp_path: Path) -> None:
         status = ask(server, "status")
         [device] = status["devices"]
         assert set(status) == {
-            "protocol", "version", "pid", "uptime_s", "servers_before", "weights_since_s", "outlives_a_crash", "generation",
-            "waiting", "mounts", "ram_tiers", "devices", "fds",
+            "protocol", "version", "pid", "uptime_s", "servers_before", "weights_since_s", "outlives_a_crash",
+            "generation", "waiting", "mounts", "ram_tiers", "devices", "fds",
         }  # fmt: skip
-        assert set(device) == SIZES | {
-            "identity", "device_bytes", "device_free_bytes", "loads", "gauges", "models"
-        }
+        assert set(device) == SIZES | {"identity", "device_bytes", "device_free_bytes", "loads", "gauges", "models"}
         [model] = device["models"]
         assert set(model) == SUMMARY | {"bytes_here", "bytes_alone", "holders"}
         assert model["holders"] == [{"pid": os.getpid(), "uid": os.getuid()}]
         gone = ask(server, "unload", model="m")
-        assert {key: gone[key] for key in ("model", "leases", "released")} == {"model": "m", "leases": 1, "released": False}
+        assert (gone["model"], gone["leases"], gone["released"]) == ("m", 1, False)
         [model] = ask(server, "status")["devices"][0]["models"]
         assert (model["model"], model["was"]) == (None, "m")
 

@@ -293,7 +293,7 @@ LIES: list[tuple[str, Callable[[], tuple[bytes, list[list[int]]]], int]] = [
     ("far beyond", lambda: (frame(with_row("w", "U8", [8], 0, 2**62, 8), 1), [[memory()]]), PROTOCOL_ERROR),
     ("a shape of other bytes", lambda: (frame(with_row("w", "F32", [2], 0, 0, 7), 1), [[memory()]]), PROTOCOL_ERROR),
     ("a shape beyond", lambda: (frame(with_row("w", "U8", [2**40, 2**40], 0, 0, 8), 1), [[memory()]]), PROTOCOL_ERROR),
-    ("a shape whose bits overflow", lambda: (frame(with_row("w", "F64", [2**60], 0, 0, 0), 1), [[memory()]]), PROTOCOL_ERROR),
+    ("bits that overflow", lambda: (frame(with_row("w", "F64", [2**60], 0, 0, 0), 1), [[memory()]]), PROTOCOL_ERROR),
     ("many axes", lambda: (frame(with_row("w", "U8", [1] * 100, 0, 0, 1), 1), [[memory()]]), PROTOCOL_ERROR),
     ("a negative axis", lambda: (frame(with_row("w", "U8", [-1], 0, 0, 1), 1), [[memory()]]), PROTOCOL_ERROR),
     ("half an offset", lambda: (frame(with_row("w", "U8", [1], 0, 0.5, 1), 1), [[memory()]]), PROTOCOL_ERROR),

@@ -21,7 +21,7 @@ import gpuload.client.attached
 from gpuload.client.asking import ask, load_resident
 from gpuload.client.attached import Attached, attach, open_resident
 from gpuload.client.refreshing import _uninterrupted
-from gpuload.device.host import HostDevice, HostMapping
+from gpuload.device.host import HostChange, HostDevice, HostMapping
 from gpuload.errors import BusyError, DeviceError
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import ServerThread, assert_same, bits, random_tensors, running_server, write
@@ -351,7 +351,7 @@ def test_refreshes_beside_swaps_are_never_mixed(server: ServerThread, tmp_path: 
 KILLED = """
 import sys
 from gpuload.client import attached, refreshing
-from gpuload.device.host import HostDevice, HostMapping
+from gpuload.device.host import HostChange, HostDevice, HostMapping
 attached.open_device = lambda name: HostDevice(granule_bytes=4096)
 held = attached.attach("m", socket_path=sys.argv[1])
 print("attached", flush=True)
@@ -400,6 +400,39 @@ def test_a_forked_child_refreshes_for_itself(server: ServerThread, tmp_path: Pat
     assert os.waitpid(child, 0)[1] == 0
     assert replay(captured) == bytes_of(content(1))
     assert server.gauges()["leases"] == 1
+
+
+def test_who_forks_beside_a_refresh_has_no_mix(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpuload.client.attached, "open_device", lambda name: HostDevice(name=name, granule_bytes=4096))
+    config = replace(config, arena_bytes=dict.fromkeys(["cpu", "cpu:1"], 100 * 4096))
+    with running_server(config, lambda name: HostDevice(name=name, granule_bytes=4096)) as server:
+        spread = {"device_map": {"big": "cpu:1", "": "cpu"}}
+        serve(server, tmp_path, content(1), **spread)
+        held = attach("m", socket_path=server.socket_path)
+        captured = graph(held)
+        serve(server, tmp_path, content(2), **spread)
+        began, forked, exchange = threading.Event(), threading.Event(), HostChange.exchange
+
+        def slow(change: HostChange) -> None:
+            exchange(change)
+            began.set()
+            forked.wait(0.3)  # a child that is made here has the first part alone
+
+        monkeypatch.setattr(HostChange, "exchange", slow)
+        refresh = threading.Thread(target=held.refresh)
+        refresh.start()
+        began.wait()
+        child = os.fork()
+        if not child:
+            os._exit(8 if replay(captured) == bytes_of(content(2)) else 7)
+        forked.set()
+        refresh.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 8
+        del held
+        gc.collect()
+        assert server.gauges()["leases"] == 0
 
 
 def test_an_interrupt_waits_until_it_is_done() -> None:
