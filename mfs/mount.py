@@ -117,7 +117,9 @@ class Mount:
         follows = identities is not None
         self.config = config
         self.started_at = time.time()
-        beside_bytes = PROCESS_BYTES * (1 + config.workers_count)
+        self.tracer = Tracer()
+        self.exporting = Beside()
+        beside_bytes = PROCESS_BYTES * (1 + config.workers_count + self.tracer.is_on)
         self.memory = RamTier(RamConfig(config.ram_bytes, beside_bytes, coming_bytes, serves=follows))
         self.pool = WorkerPool(replace(_pool_config(config), identities=tuple(identities or ())))
         ssd = config.cache_dir is not None
@@ -139,8 +141,6 @@ class Mount:
                 SmallFiles(SmallFilesConfig(), self.cache, self.pool), timeout_s=config.timeout_s,
             )  # fmt: skip
         self.oplog = OpLog([source.name for source in config.sources])
-        self.tracer = Tracer()
-        self.exporting = Beside()
         self.loads = Loads([source.name for source in config.sources], self.tracer.begin)
         self.cache.waits.listeners.append(self.loads.note)
         self.cache.filler.span_of = self.loads.span_of
@@ -271,6 +271,8 @@ class Mount:
                 # Only now, that the files are closed: closing one tells the prefetcher.
                 nursery.cancel_scope.cancel()
             await self.save()
+            await self.tracer.flush(self.exporting.send)  # and not before another daemon takes over: `run` goes on then
+            await self.exporting.close()
 
     def _open_session(self, predecessor: Predecessor | None) -> AbstractAsyncContextManager[Session]:
         sources = self.config.sources
@@ -374,8 +376,6 @@ class Mount:
             if self.publication is not None and self.session.is_ours:  # else the next daemon writes, and knows better
                 await self.publication.write_record()
             await self.cache.saver.wait_saved()
-        await self.tracer.flush(self.exporting.send)
-        await self.exporting.close()
 
     # -- from time to time
 

@@ -12,6 +12,7 @@ from urllib.parse import unquote_plus
 MASK = "***"
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{1,2}\S+")
+_QUERY = re.compile(r"\?\S+")
 _BEHIND_AT = re.compile(r"@(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 _PARAMETER = re.compile(r"""(?<=[?&;#])([^=&;#\s]+)=([^&;#\s'"<>)]*)""")
 _SECRET_NAMES = re.compile(
@@ -63,8 +64,11 @@ def _masked_parameter(match: re.Match[str]) -> str:
 
 
 def mask(text: str) -> str:
-    """`text` with every URL in it as `mask_url` has it."""
-    return _URL.sub(lambda found: mask_url(found[0]), text) if ":/" in text else text
+    """`text` with every URL in it as `mask_url` has it, and so the queries of those that are told without their host:
+    libraries name a request by its path.
+    """
+    shown = _URL.sub(lambda found: mask_url(found[0]), text) if ":/" in text else text
+    return _QUERY.sub(lambda found: _PARAMETER.sub(_masked_parameter, found[0]), shown) if "?" in shown else shown
 
 
 def clean(text: str) -> str:

@@ -56,6 +56,11 @@ def test_what_lets_in_is_taken_out(url: str, shown: str) -> None:
     assert mask(f"'{url}': refused") == f"'{shown}': refused"
 
 
+def test_a_query_is_masked_where_a_library_names_no_host() -> None:
+    said = f"HTTPPool(host='h'): Max retries exceeded with url: /v1?api_key={CANARY}&x=1 (refused): what? a=1"
+    assert mask(said) == said.replace(CANARY, "***")
+
+
 def test_an_endpoint_without_its_scheme_hides_its_user_too() -> None:
     assert mask_url(f"user:{CANARY}@host:9000") == "***@host:9000"
 

@@ -3,7 +3,7 @@
 A reader that runs on a card's node fills memory of that node, since the kernel gives a page where it is first touched:
 copies then do not cross the sockets. A policy that the program was started with (numactl) stays in force.
 Source: Documentation/ABI/testing/sysfs-bus-pci; Documentation/ABI/stable/sysfs-devices-node; sched_setaffinity(2);
-set_mempolicy(2).
+set_mempolicy(2), get_mempolicy(2).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ ROOT = Path("/")
 """Where sysfs is mounted below."""
 
 _SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}.get(platform.machine())
-_MPOL_DEFAULT, _MPOL_PREFERRED = 0, 1
+_GET_MEMPOLICY = {"x86_64": 239, "aarch64": 236}.get(platform.machine())
+_MPOL_PREFERRED = 1
 _NODES_MAX = 1024
 """As many as the kernel can be built for."""
 
@@ -79,23 +80,35 @@ def beside(node: int | None) -> Iterator[None]:
 @contextmanager
 def on_node(node: int | None) -> Iterator[bool]:
     """Pages that this thread touches first in here come to stand on `node`, if it has room; gives whether the kernel
-    took that. None, a node that is not there, or another machine than those above: they stand anywhere.
+    took that. None, a node that is not there, or another machine than those above: they stand anywhere. The thread's
+    own policy (numactl's, say) is in force again afterwards.
     """
-    is_set = node is not None and 0 <= node < _NODES_MAX and _set(_MPOL_PREFERRED, node)
+    before = _policy() if node is not None and 0 <= node < _NODES_MAX else None
+    is_set = before is not None and node is not None and _set(_MPOL_PREFERRED, _mask(node))
     try:
         yield is_set
     finally:
-        if is_set:
-            _set(_MPOL_DEFAULT, None)
+        if is_set and before is not None:
+            _set(*before)
 
 
-def _set(policy: int, node: int | None) -> bool:
-    if _SET_MEMPOLICY is None:
-        return False
+def _mask(*nodes: int) -> ctypes.Array[ctypes.c_ulong]:
     word = ctypes.sizeof(ctypes.c_ulong) * 8
     mask = (ctypes.c_ulong * (_NODES_MAX // word))()
-    if node is None:
-        return bool(_libc.syscall(_SET_MEMPOLICY, policy, None, 0) == 0)
-    mask[node // word] = 1 << node % word
-    # one more than there are bits: the kernel takes the last one off (mm/mempolicy.c, get_nodes)
-    return bool(_libc.syscall(_SET_MEMPOLICY, policy, mask, _NODES_MAX + 1) == 0)
+    for node in nodes:
+        mask[node // word] |= 1 << node % word
+    return mask
+
+
+def _policy() -> tuple[int, ctypes.Array[ctypes.c_ulong]] | None:
+    """This thread's mode and nodes; None where nobody says."""
+    mode, mask = ctypes.c_int(), _mask()
+    if _GET_MEMPOLICY is None:
+        return None
+    # one more than there are bits, here and below: the kernel takes the last one off (mm/mempolicy.c)
+    is_told = _libc.syscall(_GET_MEMPOLICY, ctypes.byref(mode), mask, _NODES_MAX + 1, None, 0) == 0
+    return (mode.value, mask) if is_told else None
+
+
+def _set(mode: int, mask: ctypes.Array[ctypes.c_ulong]) -> bool:
+    return _SET_MEMPOLICY is not None and bool(_libc.syscall(_SET_MEMPOLICY, mode, mask, _NODES_MAX + 1) == 0)

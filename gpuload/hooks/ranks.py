@@ -32,7 +32,7 @@ from gpuload.moving.model_files import without
 from gpuload.moving.pipeline import Limits
 from gpuload.moving.plan import Placement, Transfer, plan_transfers
 from gpuload.moving.shards import Shard, close_shards, open_shards
-from mfs.errors import MfsError, StoreError
+from mfs.errors import StoreError
 
 TURN_BYTES = 64 << 20
 """Of tensors in one broadcast at most, unless a single one is larger: at 50 GB/s a millisecond, some twenty times what
@@ -130,14 +130,17 @@ def shared_weights(
     group: Group,
     *,
     fault: str = "",
+    is_served: bool = False,
     limits: Limits | None = None,
     tell: Callable[[str], object] = lambda why: None,
 ) -> Iterator[tuple[str, torch.Tensor]] | None:
-    """(name, tensor) of every file, on `device` and in the same order on every rank; None where they do not agree.
+    """(name, tensor) of every file, on `device` and in the same order on every rank; None where they do not agree, or
+    where none has to read.
 
-    Every rank of the group calls it, at the same point of its work. left_out: of each file, what it is not to give.
-    fault: why this rank will not take part, if it will not. tell: told why it came to None, on the ranks whose fault it
-    is not.
+    Every rank of the group calls it, at the same point of its work and whatever its own device is, since all of them
+    exchange once before the first byte. left_out: of each file, what it is not to give.
+    fault: why this rank will not take part, if it will not. is_served: whether it has all of it in memory that ranks
+    share. tell: told why it came to None, where that is somebody's fault.
     """
     shards: list[Shard] = []
     plan = b""
@@ -150,14 +153,17 @@ def shared_weights(
             for t in transfers:
                 tensors.torch_dtype(t.dtype, t.name)
                 tensors.storage_shape(t.dtype, t.shape, t.name)
-            plan = _fingerprint(shards, transfers)
-    except MfsError as error:
-        fault = str(error)
+            plan = fingerprint(shards, transfers)
+    except Exception as error:  # whatever it is, the others wait to hear of it
+        fault = str(error) or type(error).__name__
     try:
-        heard = group.exchange({"fault": fault, "plan": plan})
+        heard = group.exchange({"fault": fault, "plan": plan, "is_served": is_served})
     except BaseException:
         close_shards(shards)
         raise
+    if all(one["is_served"] for one in heard):
+        close_shards(shards)
+        return None
     faults = [f"rank {rank}: {one['fault']}" for rank, one in enumerate(heard) if one["fault"]]
     if not faults and any(one["plan"] != plan for one in heard):
         faults = ["the ranks see different files"]
@@ -168,7 +174,7 @@ def shared_weights(
     return _in_turns(shards, transfers, device, group, limits or Limits())
 
 
-def _fingerprint(shards: Sequence[Shard], transfers: Sequence[Transfer]) -> bytes:
+def fingerprint(shards: Sequence[Shard], transfers: Sequence[Transfer]) -> bytes:
     """Equal on two ranks only if they read the very same files: parts of two revisions must not be mixed."""
     hasher = hashlib.sha256()
     for shard in shards:
@@ -179,9 +185,14 @@ def _fingerprint(shards: Sequence[Shard], transfers: Sequence[Transfer]) -> byte
     return hasher.digest()
 
 
-def _identity(fd: int) -> tuple[int, int, int]:
+def _identity(fd: int) -> tuple[int, int, int, bytes]:
+    """The last: which revision a mount of ours says that it is, since two mounts number and date their files alike."""
     status = os.fstat(fd)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    try:
+        revision = os.getxattr(fd, "user.mfs.revision")
+    except OSError:
+        revision = b""
+    return status.st_ino, status.st_size, status.st_mtime_ns, revision
 
 
 def _in_turns(

@@ -81,15 +81,14 @@ def _shared(
 ) -> Iterator[tuple[str, Any]] | None:
     from gpuload.hooks.ranks import shared_weights
 
-    fault = "" if group.carries(device) else f"{device} is not what its group carries tensors on"
-    if not device.startswith("cuda") and all(group.exchange(has_arena(device, socket_path))):
-        return None  # one memory for all ranks, as it is
+    is_on_card = device.startswith("cuda")
     return shared_weights(
         files,
         left_out,
         device,
         group,
-        fault=fault,
+        fault="" if group.carries(device) else f"{device} is not what its group carries tensors on",
+        is_served=not is_on_card and has_arena(device, socket_path),
         tell=lambda why: tell_once("every rank reads for itself", StoreError(why)),
     )
 

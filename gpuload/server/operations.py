@@ -180,6 +180,8 @@ class Operations:
         is_commit = request.get("op") == "commit"
         is_swap = request.get("op") == "swap"
         placements = self._placements(name if is_swap else None, request)
+        if is_commit and placements != [Placement(placements[0].device)]:
+            raise UsageError("a commit goes whole to one device: say that by 'device' alone")
         labels = request.get("files")
         count = (len(files.fds) - is_commit) if files is not None else 0
         if files is None or not isinstance(labels, list) or len(labels) != count:

@@ -62,6 +62,7 @@ async def take_places(work: Work) -> None:
     finally:
         for part in work.parts:
             part.site.catalog.promised_count = 0
+            part.site.catalog.on_freed()  # of what came for a load that had no room elsewhere nobody has need
 
 
 async def _hold_in_ram(work: Work, part: PartWork) -> None:
@@ -118,7 +119,7 @@ async def _grow(work: Work, room: _Room) -> None:
         catalog = part.site.catalog
         catalog.promised_count = catalog.granules.free_count + lacking
         if lacking:
-            await part.site.grow(lacking)
+            await part.site.grow(lambda own=catalog: own.promised_count - own.granules.free_count)  # type: ignore[misc]
 
 
 def _take(work: Work, room: _Room) -> None:

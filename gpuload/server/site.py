@@ -17,7 +17,7 @@ from pathlib import Path
 import trio
 
 from gpuload.device.base import Arena, Device, Run
-from gpuload.errors import DeviceError, DeviceLostError, FitError
+from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
 from gpuload.moving.staging import Ring
 from gpuload.server.catalog import Block, Catalog
 from gpuload.server.leaving import Leaving
@@ -82,11 +82,14 @@ class Site:
             memory = await trio.to_thread.run_sync(self.device.memory)
             self.catalog.obtainable_count = memory.free_bytes // self.arena.granule_bytes
 
-    async def grow(self, count: int) -> None:
-        """Memory for `count` granules more, which are free then. Raises: as `Arena.commit`; nothing changed then."""
+    async def grow(self, lacking: Callable[[], int]) -> None:
+        """Memory for as many granules more as `lacking` says once it is our turn: another's may have come meanwhile.
+        They are free then. Raises: as `Arena.commit`; nothing changed then."""
         async with self._changing:
             granules = self.catalog.granules
-            runs = granules.coming(count)
+            runs = granules.coming(max(0, lacking()))
+            if not runs:
+                return
             try:
                 await trio.to_thread.run_sync(self.arena.commit, runs)
             except BaseException:
@@ -111,6 +114,10 @@ class Site:
                 raise
             except DeviceLostError:
                 raise
+            except BusyError as error:  # something is still copied out of them: they stay
+                log.warning("%s: %s", self.name, error)
+                granules.came(runs)
+                return
             except DeviceError as error:  # nobody uses them, whatever the device counts
                 log.warning("%s: %s", self.name, error)
             granules.gone(runs)
@@ -138,9 +145,13 @@ class Site:
         Raises: FitError past `wait_s`; budget and floor stay what they are, and what is there is kept.
         """
         deadline = trio.current_time() + wait_s
-        while lacking := max(0, min(self.floor_count, self.catalog.budget_count) - self.catalog.granules.present_count):
+
+        def lacks() -> int:
+            return min(self.floor_count, self.catalog.budget_count) - self.catalog.granules.present_count
+
+        while (lacking := lacks()) > 0:
             try:
-                await self.grow(lacking)
+                await self.grow(lacks)
             except FitError as error:
                 if trio.current_time() >= deadline:
                     who = await self.who_holds()

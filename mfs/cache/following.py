@@ -57,22 +57,26 @@ class Follower:
     def begin(self, state: ObjectState) -> None:
         """Somebody has opened a file that is on SSD. As many as may be are followed, others not."""
         if self._nursery is not None and state not in self._followed and len(self._followed) < _FILES_MAX:
-            self._followed[state] = trio.CancelScope()
-            self._nursery.start_soon(self._follow, state)
+            scope = self._followed[state] = trio.CancelScope()
+            self._nursery.start_soon(self._follow, state, scope)
 
     def end(self, state: ObjectState) -> None:
-        """Nobody has it open any more. What is on order is still brought: a window."""
-        if state in self._followed:
-            self._followed[state].cancel()
+        """Nobody has it open any more: the next who opens it is followed anew, however soon he comes. What is on order
+        is still brought: a window.
+        """
+        scope = self._followed.pop(state, None)
+        if scope is not None:
+            scope.cancel()
 
-    async def _follow(self, state: ObjectState) -> None:
+    async def _follow(self, state: ObjectState, scope: trio.CancelScope) -> None:
         try:
-            with self._followed[state]:
+            with scope:
                 await self._keep_ahead(state)
         except MfsError as error:
             logger.info("%s is not read ahead: %s", state.object.path, error)
         finally:
-            del self._followed[state]
+            if self._followed.get(state) is scope:
+                del self._followed[state]
 
     async def _keep_ahead(self, state: ObjectState) -> None:
         count, course = state.object.chunks_count, Course()

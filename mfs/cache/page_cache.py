@@ -9,8 +9,10 @@ Source: cachestat(2), Linux 6.5; do_sync_mmap_readahead in mm/filemap.c; MADV_PO
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import logging
 import mmap
 import os
 import struct
@@ -21,6 +23,8 @@ from mfs import limits
 from mfs.cache.sealing import open_sealed
 from mfs.cache.ssd import SsdTier
 from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
+
+logger = logging.getLogger(__name__)
 
 _SYS_CACHESTAT = 451  # the same on all architectures
 _RANGE, _FOUND = struct.Struct("<QQ"), struct.Struct("<Q32x")
@@ -42,7 +46,8 @@ def fill(tier: SsdTier, obj: ObjectId, chunks: Sequence[int]) -> int:
         for index in chunks[: room_bytes // CHUNK_BYTES]:
             span = obj.chunk_range(index)
             with mmap.mmap(fd, len(span), prot=mmap.PROT_READ, offset=span.start) as mapped:
-                mapped.madvise(mmap.MADV_HUGEPAGE)
+                with contextlib.suppress(OSError):  # a kernel that has none
+                    mapped.madvise(mmap.MADV_HUGEPAGE)
                 mapped.madvise(_MADV_POPULATE_READ)
             done += len(span)
         return done
@@ -74,7 +79,8 @@ def front(tier: SsdTier, obj: ObjectId, first: int, filled: int) -> Front | None
         gap = max(at + _READ_AHEAD_CHUNKS, filled)
         after = range(gap, min(gap + _AFTER_CHUNKS, count))
         return Front(at, not any(_cached_pages(fd, obj.chunk_range(index)) for index in after))
-    except NotImplementedError:
+    except NotImplementedError as error:
+        _say(str(error))
         return None
     finally:
         os.close(fd)
@@ -84,11 +90,16 @@ def _cached_pages(fd: int, span: ByteRange) -> int:
     """Pages of a range that stand in the page cache. Raises: NotImplementedError where the kernel cannot tell."""
     found = ctypes.create_string_buffer(_FOUND.size)
     if _syscall()(_SYS_CACHESTAT, fd, _RANGE.pack(span.start, len(span)), found, 0):
-        raise NotImplementedError
+        raise NotImplementedError(os.strerror(ctypes.get_errno()))
     (pages,) = _FOUND.unpack(found.raw)
     return int(pages)
 
 
 @functools.cache
 def _syscall() -> Any:
-    return ctypes.CDLL(None).syscall
+    return ctypes.CDLL(None, use_errno=True).syscall
+
+
+@functools.cache
+def _say(why: str) -> None:
+    logger.info("who reads whole files by the kernel is not read ahead of: cachestat: %s", why)

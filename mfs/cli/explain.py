@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from mfs.cli.page import Page, json_option
-from mfs.cli.targets import TREE_PATH, targets
+from mfs.cli.targets import TREE_PATH, Target, targets
 from mfs.cli.text import print_json
+from mfs.control.api import Json
 from mfs.errors import NotFoundError, StoreError, UsageError
 
 
@@ -53,6 +56,7 @@ def explain(path: str, count: int, html: Path | None, as_json: bool) -> None:
         raise UsageError("--html and --json: give one of them")
     (target,) = targets([path])
     loads = target.client.loads(target.paths[0])["loads"][-count:]
+    _check_exists(target, loads)
     if as_json:
         print_json({"loads": loads})
         return
@@ -77,3 +81,12 @@ def explain(path: str, count: int, html: Path | None, as_json: bool) -> None:
             out.print(render(load, out.width))
         else:
             print_plain(out, render(load, None))
+
+
+def _check_exists(target: Target, loads: Sequence[Json]) -> None:
+    """Raises: NotFoundError if the path is neither in the tree nor that of a load, whose model may be gone."""
+    path = target.paths[0]
+    if any(f"{load['model']}/".startswith(f"{path}/") for load in loads) or not path:
+        return
+    with suppress(StoreError):  # its origin is away: nobody knows, and loads are explained without
+        target.client.stat(path)

@@ -13,6 +13,7 @@ from mfs.cache.ram import PROCESS_BYTES, RamConfig, RamTier
 from mfs.errors import ConfigError
 from mfs.findings import Finding, fault, note, ok, warning
 from mfs.planning.wanted import Wanted
+from mfs.tracing import settings
 from mfs.units import format_size
 
 DESCRIPTORS_LOW = 4096
@@ -90,7 +91,8 @@ def _file_size(wanted: Wanted) -> Finding:
 def _memory(wanted: Wanted) -> Iterator[Finding]:
     found = limits.available()
     value = f"{format_size(found.free_bytes)} free of {format_size(found.total_bytes)}: {found.bound_by}"
-    beside = PROCESS_BYTES * (1 + wanted.workers_count)
+    is_traced = settings.is_wanted(os.environ) and not settings.fault(os.environ)
+    beside = PROCESS_BYTES * (1 + wanted.workers_count + is_traced)
     try:
         tier = RamTier(RamConfig(wanted.ram_bytes, beside))
     except ConfigError:

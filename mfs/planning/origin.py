@@ -86,7 +86,7 @@ def _reach(name: str, address: str, *, is_signed: bool, wanted: Wanted) -> Gener
             f"{name}: name", f"{first[0]} is not known ({reason})", "check the host's name and /etc/resolv.conf"
         )
         return False
-    value = f"{first[0]} has {len(found)} addresses, in {_ms(took_s)}"
+    value = f"{first[0]} has {len(found)} address{'es' if len(found) > 1 else ''}, in {_ms(took_s)}"
     yield (
         ok(f"{name}: name", value)
         if took_s < 1

@@ -70,7 +70,7 @@ class Beside:
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as on_failure:
             on_failure.callback(ours.close)
-            command = children.python("-m", "mfs.tracing.process", str(theirs.fileno()))
+            command = children.python("-m", "mfs.tracing.process", str(theirs.fileno()), str(math.ceil(ANSWER_S)))
             self._process = await trio.to_thread.run_sync(_popen, command, theirs.fileno())
             on_failure.pop_all()
         self._channel = trio.socket.from_stdlib_socket(ours)

@@ -1,7 +1,8 @@
-"""The process that exports a daemon's traces: `python -m mfs.tracing.process FD`, started by `beside`.
+"""The process that exports a daemon's traces: `python -m mfs.tracing.process FD SECONDS`, started by `beside`.
 
 Batches come over the socket as MessagePack, [row, …] each; each is answered in turn by '' or what went wrong. It ends
-with the socket. Beside readers and fetches it steps back: what it does is late then, and bounded there.
+with the socket, and by SIGALRM where a batch takes SECONDS: the daemon that would kill it then may be gone. Beside
+readers and fetches it steps back: what it does is late then, and bounded there.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> None:
             batches.feed(data)
             for rows in batches:
                 said = ""
+                signal.alarm(int(sys.argv[2]))
                 try:
                     if exporter is None:
                         exporter = Exporter("mfs")
@@ -40,6 +42,7 @@ def main() -> None:
                     exporter.export(rows)
                 except MfsError as error:
                     said = str(error) or type(error).__name__
+                signal.alarm(0)
                 channel.sendall(msgpack.packb(said))
 
 

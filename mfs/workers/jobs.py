@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
@@ -347,6 +348,7 @@ class Jobs:
 
     def verify(self, *, obj: list[Any], emit: Emit) -> Frame:
         """Re-read what the SSD tier holds of an object; bad blocks are dropped, a sealed object with one as a whole.
+        What that is, its files say, and the tables, by which it counts: a worker may have died before it told them.
 
         Result: {checked_bytes, bad: [[chunk, reason]]}. Where the source stated a sha256 and all of the object is here,
         that is checked too. Intermediate frames {checked_bytes}.
@@ -356,7 +358,9 @@ class Jobs:
         scratch = memoryview(mmap.mmap(-1, CHUNK_BYTES))
         checked, bad, whole = 0, [], bool(target.digest and target.digest.startswith("sha256:"))
         sha256 = hashlib.sha256()
-        for index, promised in enumerate(int(mask) for mask in tables.masks(target.cache_id)):
+        standing = tier.standing(target.cache_id)
+        promises = zip_longest(map(int, tables.masks(target.cache_id)), standing.masks if standing else (), fillvalue=0)
+        for index, promised in enumerate(mask | other for mask, other in promises):
             length = len(target.chunk_range(index))
             whole = whole and promised == full_mask(length)
             if not promised:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any, cast
 
 import pytest
+import trio
+import trio.testing
 
-from mfs.cache.following import _GAP_CHUNKS, _LEAST_CHUNKS, _WINDOW_CHUNKS, _WINDOWS, Course
+from mfs.cache.chunk_state import ObjectState
+from mfs.cache.following import _GAP_CHUNKS, _LEAST_CHUNKS, _WINDOW_CHUNKS, _WINDOWS, Course, Follower
+from tests.cache.objectfiles import make_object
+from tests.workers.rig import until
 
 COUNT = 400
 
@@ -84,3 +90,24 @@ def test_the_end_of_the_file_is_the_end() -> None:
     assert windows(course, 14) == [range(12, 13)]
     course.note(13, True)
     assert not windows(course, 14)
+
+
+async def test_who_closes_and_opens_again_at_once_is_followed_anew() -> None:
+    looks = list[str]()
+
+    class Silent:
+        async def call(self, operation: str, **arguments: Any) -> None:
+            looks.append(operation)
+            await trio.sleep_forever()
+
+    follower, state = Follower(cast(Any, Silent())), ObjectState(make_object(), 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(follower.run)
+        await trio.testing.wait_all_tasks_blocked()
+        follower.begin(state)
+        await until(lambda: len(looks) == 1, "a look")
+        follower.end(state)
+        follower.begin(state)  # both in one turn of the device's loop
+        await until(lambda: len(looks) == 2, "another look")
+        nursery.cancel_scope.cancel()
+    assert set(looks) == {"page_cache_front"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
+import mmap
 import os
 import signal
 import subprocess
@@ -266,6 +268,15 @@ def test_the_page_cache_is_filled_on_request(tier: SsdTier, tmp_path: Path) -> N
     assert cached_pages(data_path(tmp_path, obj)) >= -(-(obj.size - CHUNK_BYTES) // 4096)  # and what was read ahead
 
 
+def test_the_page_cache_is_filled_where_the_kernel_has_no_huge_pages(
+    tier: SsdTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    obj = written(tier)
+    assert seal(tier, obj)
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)  # as unknown there as this is here
+    assert page_cache.fill(tier, obj, [0, 1, 2]) == obj.size
+
+
 @pytest.mark.parametrize("index", [0, 2])
 def test_what_lacks_a_block_is_not_sealed(tier: SsdTier, index: int) -> None:
     obj = make_object(size=2 * CHUNK_BYTES + 5 * BLOCK_BYTES + 777)
@@ -346,6 +357,18 @@ def test_the_front_is_where_the_page_cache_has_a_gap(tier: SsdTier, tmp_path: Pa
         assert page_cache.front(tier, obj, 24, 0) == (24, True)
         os.pread(file.fileno(), 1, 24 * CHUNK_BYTES)
         assert page_cache.front(tier, obj, 24, 0) == (25, True)
+
+
+def test_where_the_kernel_does_not_tell_of_its_page_cache_that_is_said_once(
+    tier: SsdTier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    obj = written(tier)
+    assert seal(tier, obj)
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(page_cache, "_SYS_CACHESTAT", 9999)  # Linux before 6.5
+    page_cache._say.cache_clear()
+    assert [page_cache.front(tier, obj, 0, 0) for _ in range(3)] == [None] * 3
+    assert caplog.text.count("cachestat: Function not implemented") == 1
 
 
 # -- only the very file that was sealed
@@ -461,6 +484,18 @@ def test_verify_of_a_sealed_object_removes_it_whole_and_says_so_once(tier: SsdTi
     assert [chunk for chunk, _ in found["bad"]] == [1]
     assert jobs.residency(objects=[object_to_wire(obj)], emit=no_frames) == {"rows": [[0, False]]}
     assert not data_path(tmp_path, obj).exists()
+
+
+def test_verify_looks_at_what_the_tables_were_not_told(tier: SsdTier, jobs: Jobs, tmp_path: Path) -> None:
+    """A worker killed between a record and the tables leaves this."""
+    obj = make_object(size=2 * CHUNK_BYTES)
+    write_chunk(tier, obj, 1, full_mask(CHUNK_BYTES))
+    wire = object_to_wire(obj)
+    assert jobs.verify(obj=wire, emit=lambda frame: None) == {"checked_bytes": CHUNK_BYTES, "bad": []}
+    rot(data_path(tmp_path, obj), CHUNK_BYTES + 5)
+    found = jobs.verify(obj=wire, emit=lambda frame: None)
+    assert [chunk for chunk, _ in found["bad"]] == [1]
+    assert tier.mask(obj.cache_id, 1) == full_mask(CHUNK_BYTES) & ~1
 
 
 def test_the_scrub_goes_from_one_sealed_object_to_the_next(tier: SsdTier, jobs: Jobs, tmp_path: Path) -> None:

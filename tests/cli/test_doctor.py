@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,13 @@ from typing import Any
 import pytest
 
 from mfs import limits
+from mfs.cache.ram import PROCESS_BYTES
 from mfs.findings import Level
 from mfs.fuse import kernel as fuse_kernel
 from mfs.planning import disk, kernel, machine, origin
 from mfs.planning.doctor import _traces
 from mfs.planning.wanted import Wanted
+from mfs.units import parse_size
 from tests.cli.conftest import DEADLINE_S, FakeMount, Mfs
 from tests.servers.nginx import NginxServer
 from tests.servers.relay import Relay
@@ -98,6 +101,14 @@ def test_memory_that_does_not_fit_is_a_fault() -> None:
     found = doctor("--ram-size", "100000T", status=1)
     assert level_of(found, "memory") == "fault"
     assert "lower --ram-size" in found["memory"]["advice"]
+    traced = doctor("--ram-size", "100000T", status=1, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9")
+    assert for_processes(traced) - for_processes(found) == PROCESS_BYTES
+
+
+def for_processes(found: dict[str, dict[str, str]]) -> int:
+    said = re.search(r"and (\S+ \S+) for processes", found["memory"]["value"])
+    assert said is not None
+    return parse_size(said[1])
 
 
 def test_what_a_container_lacks(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from mfs.testing import ramp
 from mfs.testing.mounting import TestMount
-from tests.mount import origins
+from tests.mount import origins, touching
 from tests.mount.crash_soak import TIRELESS
 
 _FILES_COUNT, _FILE_BYTES = 8, (9 << 20) + 17
@@ -83,13 +83,19 @@ def _read_one(path: str, number: int, chance: random.Random, ramps: dict[int, by
         for _ in range(chance.randrange(1, _READS_PER_OPEN)):
             offset = chance.randrange(size - _PIECE_BYTES)
             # A fault that fails is SIGBUS, which no reader here may meet: mapped pieces are asked for by pread first.
-            got = os.pread(fd, _PIECE_BYTES, offset)
+            got = touching.read_on(fd, _PIECE_BYTES, offset)
             if view is not None:
                 got = view[offset : offset + _PIECE_BYTES]
             found["operations"] += 1
             shift = (got[0] - offset) % 251
-            if got != ramps[shift][offset % 251 :][:_PIECE_BYTES] or shift // _VERSIONS != number:
-                found["wrong"].append(f"{path}: other bytes at {offset}")
+            expected = ramps[shift][offset % 251 :][:_PIECE_BYTES]
+            if got != expected or shift // _VERSIONS != number:
+                at = next((at for at in range(len(got)) if got[at] != expected[at]), len(got))
+                how = "mapped" if view is not None else "read"
+                found["wrong"].append(
+                    f"{path}: {len(got)} bytes {how} at {offset} of file {shift // _VERSIONS}, "
+                    f"others than expected from {at} on: {got[at : at + 8].hex()}"
+                )
             elif opened not in (None, shift):
                 found["wrong"].append(f"{path}: at {offset} of version {shift}, opened as {opened}")
             opened = shift

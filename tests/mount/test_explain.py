@@ -188,6 +188,8 @@ class TestCommand:
         all_of = json.loads(self.explain(mount, mount.path, "--json", "--last", 9))["loads"]
         assert [one["model"] for one in all_of] == ["n", "m"]
         assert self.explain(mount, mount.path, "--json", "--html", "x", status=2).count("\n") == 1
+        for missing in ("n/other", "other/w.bin"):
+            assert "no such file or directory" in self.explain(mount, mount.path / missing, status=1)
 
     def test_one_file_that_needs_no_other(self, folder: origins.FolderOrigin, mounted: Mounted, tmp_path: Path) -> None:
         pytest.importorskip("mfs.page.timeline")

@@ -182,6 +182,22 @@ def test_a_collector_that_is_away_delays_and_fails_nothing(
     assert mount.log.count("traces cannot be exported") == 1
 
 
+def test_a_mount_is_handed_over_while_its_collector_does_not_answer(
+    nginx: NginxServer, mounted: Mounted, receiver: Receiver
+) -> None:
+    origin = origins.WebOrigin(nginx)
+    origin.put_all({"m/a.bin": CONTENT, "n/b.bin": CONTENT})
+    origin.env = environment(receiver)
+    receiver.may_answer.clear()
+    mount = mounted(origin)
+    assert mount.call(touching.read, str(mount.path / "m/a.bin")) == CONTENT
+    assert mount.wait_for(lambda: receiver.requests_count > 0)
+    mount.hand_over()
+    receiver.may_answer.set()
+    assert mount.call(touching.read, str(mount.path / "n/b.bin")) == CONTENT
+    assert mount.wait_for(lambda: "n" in {span.attributes["mfs.model"] for span in named(receiver, "load")})
+
+
 def test_an_origin_that_fails_shows_in_the_tree_and_the_log_names_it(
     nginx: NginxServer, mounted: Mounted, receiver: Receiver
 ) -> None:

@@ -155,7 +155,7 @@ def held_read(name: str, offset: int, length: int) -> bytes:
 def held_outcome(name: str, offset: int, length: int) -> bytes | str:
     """The bytes, or the errno name."""
     try:
-        return _read_on(_held[name], length, offset)
+        return read_on(_held[name], length, offset)
     except OSError as error:
         return errno.errorcode[error.errno or 0]
 
@@ -242,14 +242,14 @@ def read_outcome(path: str, offset: int, length: int) -> bytes | str:
     try:
         fd = os.open(path, os.O_RDONLY)
         try:
-            return _read_on(fd, length, offset)
+            return read_on(fd, length, offset)
         finally:
             os.close(fd)
     except OSError as error:
         return errno.errorcode[error.errno or 0]
 
 
-def _read_on(fd: int, length: int, offset: int) -> bytes:
+def read_on(fd: int, length: int, offset: int) -> bytes:
     """As pread, on where that ends before a page that cannot be had: the error comes with the next call."""
     found = b""
     while len(found) < length and (piece := os.pread(fd, length - len(found), offset + len(found))):

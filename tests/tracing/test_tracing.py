@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
+import msgpack
 import pytest
 import trio
 
+from mfs import children
 from mfs.errors import StoreError
 from mfs.tracing import beside, collector, export, settings
 from mfs.tracing.beside import Beside
@@ -238,6 +243,21 @@ async def test_an_exporting_process_that_is_ill_costs_its_batch_and_is_replaced(
                 await exporting.send([ROW])
         await exporting.close()
     assert [span.name for span in receiver.spans] == ["load"]
+
+
+def test_an_exporter_whose_daemon_was_killed_ends_though_its_collector_does_not_answer() -> None:
+    with receiving() as receiver, contextlib.ExitStack() as ends:
+        receiver.may_answer.clear()
+        ours, theirs = socket.socketpair()
+        process = subprocess.Popen(
+            children.python("-m", "mfs.tracing.process", str(theirs.fileno()), "1"), pass_fds=(theirs.fileno(),),
+            env=children.environment() | {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url},
+        )  # fmt: skip
+        ends.callback(process.kill)
+        theirs.close()
+        ours.sendall(msgpack.packb([ROW]))
+        ours.close()
+        assert process.wait(timeout=60) == -signal.SIGALRM
 
 
 async def test_what_the_exporter_says_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:

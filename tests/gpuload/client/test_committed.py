@@ -219,3 +219,13 @@ def test_filling_is_the_same_in_small_steps(server: ServerThread) -> None:
         fill(into, {}, limits=None)
     del held
     gc.collect()
+
+
+@pytest.mark.parametrize("more", [{"world": 2, "rules": {"*": 0}}, {"device_map": {"w": "cpu"}}])
+def test_a_commit_is_of_one_device(server: ServerThread, more: dict[str, Any]) -> None:
+    """Parts would ask for the same range, and one punch out what the other had not read yet."""
+    request = {"op": "commit", "model": "x", "device": "cpu", "files": ["x"], **more}
+    ours, theirs = socket.socketpair()
+    refused = pytest.raises(UsageError, match="a commit goes whole to one device")
+    with ours, theirs, open(os.memfd_create("table"), "rb") as table, refused:
+        ask(request, [table.fileno(), theirs.fileno()], socket_path=server.socket_path)

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpuload.hooks.ranks import ALIGN_BYTES, HEAD_BYTES, plan_turns
+from gpuload.hooks.ranks import ALIGN_BYTES, HEAD_BYTES, fingerprint, plan_turns
 from gpuload.moving.plan import Transfer
+from gpuload.moving.shards import close_shards, open_shards
 from gpuload.testing import ServerThread, random_tensors, write
 from tests.gpuload.hooks.conftest import NO_SOCKET, run_program
 from tests.gpuload.hooks.programs import digests
@@ -41,6 +42,20 @@ def test_turns_hold_every_tensor_once_and_load_all_ranks_alike(world: int) -> No
         assert not any(offset % ALIGN_BYTES for offset in turn.offsets)
     loads = [sum(t.nbytes for t in turns if t.rank == rank) for rank in range(world)]
     assert max(loads) - min(loads) <= 301 * MIB, "no more than the largest turn apart"
+
+
+def test_files_of_two_mounts_are_not_taken_for_one(tmp_path: Path) -> None:
+    """Two mounts number and date their files alike; the revision is what tells one's from the other's."""
+    shards = open_shards([write(tmp_path / "a.safetensors", {"w": torch.ones(4)})])
+    found = []
+    for revision in (b"one", b"other", b"one"):
+        try:
+            os.setxattr(shards[0].path, "user.mfs.revision", revision)
+        except OSError as error:
+            pytest.skip(f"no extended attributes here: {error}")
+        found.append(fingerprint(shards, []))
+    close_shards(shards)
+    assert found[0] == found[2] != found[1]
 
 
 def _interleaved(ends: Sequence[int], offsets: Sequence[int]) -> list[int]:
@@ -80,9 +95,11 @@ def test_ranks_read_each_byte_once_and_fail_alike(resident: ServerThread, tmp_pa
         {"files": [names], "socket": NO_SOCKET, "fails": 1},
         {"files": [names, [f"twin/{name}" for name in names]], "socket": NO_SOCKET},
         {"files": [names, [*names[:2], "missing.safetensors"]], "socket": NO_SOCKET},
+        {"files": [names], "socket": NO_SOCKET, "devices": ["cpu", "cuda:0"]},  # as where one card has no room for it
+        {"files": [names], "socket": NO_SOCKET, "last": True},
     ]
-    served, shared, failed, apart, missing = run_ranks(tmp_path, cases)
-    for one in (*shared, *apart, *served):
+    served, shared, failed, apart, missing, unlike, after = run_ranks(tmp_path, cases)
+    for one in (*shared, *apart, *served, unlike[0], *after):
         assert one["tensors"] == json.loads(json.dumps(digests(want)))
     assert shared[0]["names"] == shared[1]["names"]
     assert sum(one["read"] for one in shared) < total + 3 * 64 * 1024, "once among them"
@@ -93,5 +110,8 @@ def test_ranks_read_each_byte_once_and_fail_alike(resident: ServerThread, tmp_pa
     assert all(one["read"] >= total - 8 for one in apart), "other files, perhaps of other bytes: each its own"
     assert set(missing[0]["tensors"]) == set(want)
     assert "missing.safetensors" in missing[1]["error"]
+    assert unlike[0]["read"] >= total - 8, "what one rank cannot do none does"
+    assert "cuda" in unlike[1]["error"].lower(), "by itself, and there is no card"
+    assert sum(one["read"] for one in after) < total + 3 * 64 * 1024, "the ranks still understand each other"
     assert [one["read"] for one in served] == [0, 0], "one memory for both"
     assert [one["counts"] for one in served] == [[len(want), 0]] * 2

@@ -15,7 +15,7 @@ from gpuload.server.granules import Granules
 from gpuload.server.layout import ALIGN_BYTES, BLOCK_GRANULES, plan_blocks
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 12)), max_size=60))
 def test_granules_are_never_given_twice_and_never_lost(steps: list[tuple[bool, int]]) -> None:
     granules, held = Granules(40), []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuload.server import versions
@@ -139,11 +139,13 @@ rows = st.dictionaries(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(key=st.binary(max_size=40), known=rows)
 def test_what_is_written_is_read(key: bytes, known: dict) -> None:  # type: ignore[type-arg]
     assert decode(encode(key, known), key) == known
 
 
+@settings(deadline=None)
 @given(known=rows, data=st.data())
 def test_damaged_files_are_refused_whole(known: dict, data: st.DataObject) -> None:  # type: ignore[type-arg]
     raw = bytearray(encode(b"key", known))

@@ -18,7 +18,7 @@ from gpuload.client.asking import ask, load_resident
 from gpuload.client.attached import Attached, attach
 from gpuload.device.base import Arena, Holder, Memory, Run
 from gpuload.device.host import HostArena, HostDevice
-from gpuload.errors import FitError
+from gpuload.errors import BusyError, FitError
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import ServerThread, assert_same, random_tensors, running_server, write
 from mfs.errors import UsageError
@@ -277,3 +277,67 @@ def test_no_memory_is_left_by_random_swaps(server: ServerThread, device: Shared,
     fds = server.sites["cpu"].arena.export([(0, 1)])
     assert os.fstat(fds[0]).st_blocks == 0
     os.close(fds[0])
+
+
+def test_memory_that_came_for_a_load_that_is_refused_elsewhere_goes_back(
+    config: ServerConfig, small_granules: None, tmp_path: Path
+) -> None:
+    """Nothing was freed then, but neither is it anybody's."""
+    devices = {name: Shared(name) for name in ("cpu", "cpu:1")}
+    config = replace(config, arena_bytes=dict.fromkeys(devices, GRANULES * UNIT), linger_s=0.0)
+    path = write(tmp_path / "both.safetensors", random_tensors(1, {"a.w": (32, 2048), "b.w": (32, 2048)}))
+    with running_server(config, devices.__getitem__) as server:
+        came = threading.Event()
+
+        def refuse(runs: Sequence[Run]) -> None:
+            if devices["cpu"].arena_bytes:
+                came.set()
+            raise FitError("somebody was quicker", shortfall_bytes=1, waits=True)
+
+        server.sites["cpu:1"].arena.commit = refuse  # type: ignore[method-assign]
+        with pytest.raises(FitError, match="somebody was quicker"):
+            load_resident(
+                path, "m", None, socket_path=server.socket_path, options={"device_map": {"a": "cpu", "b": "cpu:1"}}
+            )
+        assert came.is_set(), "memory for the first part was there"
+        server.settle()
+        assert devices["cpu"].arena_bytes == 0
+
+
+def test_two_who_see_that_memory_lacks_take_it_once(server: ServerThread) -> None:
+    """Both wait while memory comes or goes, and what the first had made is there when it is the second's turn."""
+    changing, errors = server.sites["cpu"]._changing, list[BaseException]()
+
+    def ask_for_a_floor() -> None:
+        try:
+            resize(server, GRANULES, floor_bytes=40 * UNIT)
+        except BaseException as error:
+            errors.append(error)
+
+    server.on_loop(changing.acquire_nowait)
+    threads = [threading.Thread(target=ask_for_a_floor) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while server.on_loop(changing.statistics).tasks_waiting < len(threads):
+        assert not errors
+        server.settle()
+    server.on_loop(changing.release)
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert sizes(server) == (GRANULES, 40, 0)
+
+
+def test_what_is_still_copied_out_is_not_given_back_and_ends_nobody(server: ServerThread, tmp_path: Path) -> None:
+    site = server.sites["cpu"]
+    load(server, made(tmp_path, 1)[0], "one")
+
+    def refuse(runs: Sequence[Run]) -> None:
+        raise BusyError("it did not leave")
+
+    site._release = refuse  # type: ignore[method-assign]
+    ask({"op": "unload", "model": "one"}, socket_path=server.socket_path)
+    assert sizes(server) == (GRANULES, 32, 0)
+    del site._release
+    resize(server, GRANULES)
+    assert sizes(server) == (GRANULES, 0, 0)

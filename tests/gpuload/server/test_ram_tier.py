@@ -354,3 +354,22 @@ def test_memory_comes_to_stand_on_a_node_while_that_is_asked_for() -> None:
         libc.syscall(get_mempolicy, ctypes.byref(policy), None, 0, None, 0)
         assert policy.value == 0, "as it was"
     assert seen == [(True, 1), (False, 0), (False, 0)]
+
+
+def test_a_policy_that_was_there_is_there_again() -> None:
+    """numactl --interleave=0, as a thread of a program that was started so has it."""
+    policy, mask, interleave = ctypes.c_int(-1), (ctypes.c_ulong * 16)(1), 3
+    libc = ctypes.CDLL(None)
+    set_mempolicy, get_mempolicy = {"x86_64": (238, 239), "aarch64": (237, 236)}[platform.machine()]
+
+    def work() -> None:
+        assert libc.syscall(set_mempolicy, interleave, mask, 1025) == 0
+        with on_node(0) as is_set:
+            assert is_set
+        mask[0] = 0
+        libc.syscall(get_mempolicy, ctypes.byref(policy), mask, 1025, None, 0)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert (policy.value, mask[0]) == (interleave, 1)
