@@ -12,11 +12,14 @@ import pytest
 import torch
 
 import gpuload.client.arrays
+import gpuload.client.attached
 from gpuload import attach_arrays
 from gpuload.client.asking import load_resident
+from gpuload.client.attached import attach
 from gpuload.device import driver as cu
 from gpuload.device.cuda import CudaDevice
 from gpuload.device.host import HostDevice, view_of
+from gpuload.errors import ServerError
 from gpuload.server.config import ServerConfig
 from gpuload.testing import ServerThread, bits, random_tensors, running_server, write
 from mfs.errors import ChangedError, NotFoundError
@@ -40,6 +43,19 @@ MADE = {
     **random_tensors(4, {"f8": (9, 2)}, "F8_E4M3"),
     "bool": torch.tensor([True, False, True]),
 }
+
+
+@one_way
+def test_granules_of_another_size_are_refused(
+    server: ServerThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a server of another version: its runs would lead to other bytes."""
+    load_resident(write(tmp_path / "a.safetensors", MADE), "m", "cpu", socket_path=server.socket_path)
+    for module, door in ((gpuload.client.arrays, attach_arrays), (gpuload.client.attached, attach)):
+        monkeypatch.setattr(module, "open_device", lambda name: HostDevice(granule_bytes=2 * GRANULE))
+        with pytest.raises(ServerError, match=rf"granules of {GRANULE} bytes on cpu, .* expects {2 * GRANULE}"):
+            door("m", socket_path=server.socket_path)
+    assert server.gauges()["leases"] == 0
 
 
 @one_way
