@@ -34,7 +34,8 @@ def become_holder() -> None:
     """Go on as the holder, which starts this very command below itself. Does not return."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, children.python("-m", "gpuload.holder", *sys.argv[1:]))
+    command = children.python("-m", "gpuload.holder", *sys.argv[1:])
+    os.execv(command[0], command)
 
 
 def is_child() -> bool:

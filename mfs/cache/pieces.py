@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -32,16 +33,20 @@ class Piece(NamedTuple):
 
 
 class Common:
-    """The common file, mapped by a worker for good."""
+    """The common file, mapped by a worker for good; piece by piece where its address space is limited (RLIMIT_AS)."""
 
     def __init__(self, fd: int) -> None:
         """fd: ours from now on. Raises: StoreError."""
         self.fd = fd
-        size = os.fstat(fd).st_size
-        self._views = _map(fd, 0, size, huge=False), _map(fd, 0, size, huge=True)
+        self._views: tuple[memoryview, memoryview] | None = None
+        if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+            size = os.fstat(fd).st_size
+            self._views = _map(fd, 0, size, huge=False), _map(fd, 0, size, huge=True)
 
     def view(self, start: int, nbytes: int, *, huge: bool) -> memoryview:
-        """A part of it; huge: as of `map_file`."""
+        """A part of it; huge: as of `map_file`. Raises: StoreError."""
+        if self._views is None:
+            return _map(self.fd, start, nbytes, huge=huge)
         return self._views[huge][start : start + nbytes]
 
 

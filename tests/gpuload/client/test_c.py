@@ -217,8 +217,8 @@ class Hostile:
                         client.sendmsg([mark], rights(group))
                 except OSError:  # it has seen enough
                     pass
-                if waits:
-                    client.recv(1)
+                while waits and client.recv(4096):  # a request may come in parts
+                    pass
             for fd in {fd for group in groups for fd in group}:
                 os.close(fd)
 

@@ -161,10 +161,12 @@ class AsyncLLM:
 
 
 def run(engine: AsyncLLM, model: str = "llama", **options: Any) -> str:
-    """In an asyncio loop, as vLLM's is."""
+    """In an asyncio loop, as vLLM's is; in a thread, since tests of a browser leave a loop behind in this one."""
     import asyncio
+    from concurrent.futures import ThreadPoolExecutor
 
-    return asyncio.run(vllm_update.update_async(engine, model, **options))
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(vllm_update.update_async(engine, model, **options))).result()
 
 
 def test_an_engine_that_is_answering_is_paused_for_it(swap: Callable[[Any], None]) -> None:
