@@ -13,22 +13,19 @@ Source: dlpack.h 1.1 (DLManagedTensor, DLManagedTensorVersioned); the array API 
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import itertools
 import math
 import os
-import socket
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from gpuload import wire
-from gpuload.client.asking import ATTACH_S, check_granules, connect, exchange
+from gpuload.client.asking import ATTACH_S, attach_request, check_granules, connect, exchange, split
+from gpuload.client.leaving import Lease, Left
 from gpuload.descriptors import park, room_for
-from gpuload.device import identity_of, open_device
-from gpuload.device.base import Mapping as DeviceMapping
+from gpuload.device import open_device
 from gpuload.errors import ServerError
 from mfs.safetensors import DTYPE_BITS
 
@@ -110,7 +107,7 @@ class Array:
     """One tensor: what it is, where it stands, and the DLPack protocol."""
 
     def __init__(
-        self, held: _Held, address: int, dtype: str, shape: Sequence[int], nbytes: int, device: tuple[int, int]
+        self, held: Lease, address: int, dtype: str, shape: Sequence[int], nbytes: int, device: tuple[int, int]
     ) -> None:
         self._held, self._device = held, device
         self.address = address
@@ -202,49 +199,15 @@ for _function in (_deleter, _destroyer):  # arrays may outlive this module, when
     _api.Py_IncRef(ctypes.py_object(_function))
 
 
-_left: deque[tuple[list[DeviceMapping], socket.socket]] = deque()
-
-
-class _Held:
-    """The mappings and the connection that stands for their lease; unmapped first, released then."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.mappings: list[DeviceMapping] = []
-        self._pid = os.getpid()
-
-    def close(self) -> None:
-        with self.sock:
-            while self.mappings:
-                self.mappings.pop().close()
-
-    def __del__(self) -> None:
-        try:
-            if self._pid == os.getpid() and any(mapping.waits_to_close for mapping in self.mappings):
-                _left.append((self.mappings, self.sock))
-            else:
-                self.close()
-        except Exception:  # while the interpreter ends, parts of it are gone; the kernel unmaps and closes then
-            pass
+_left = Left()
 
 
 def close_left() -> None:
     """Give back weights on GPUs whose last array is gone. Waits for the device: not while a graph is captured."""
-    while _left:
-        mappings, sock = _left.popleft()
-        with sock:
-            while mappings:
-                mappings.pop().close()
-
-
-def _leave() -> None:
-    """At the end of the process: the kernel unmaps, and closes the connections afterwards."""
-    while _left:
-        _left.popleft()[1].detach()
+    _left.close()
 
 
 os.register_at_fork(after_in_child=close_left)
-atexit.register(_leave)
 
 
 def attach_arrays(
@@ -258,10 +221,8 @@ def attach_arrays(
     """The tensors of a resident model, without a copy and without torch; see `attached.attach`, which has the same
     arguments and errors."""
     close_left()
-    request = {"op": "attach", "model": model}
-    request |= {} if device is None else {"device": identity_of(device)}
-    request |= {} if digest is None else {"digest": digest}
-    held = _Held(connect(socket_path, timeout_s))
+    request = attach_request(model, device, digest)
+    held = Lease(connect(socket_path, timeout_s), _left)
     try:
         with ExitStack() as room:
             reply, got = exchange(held.sock, request, (), admit=lambda count: room.enter_context(room_for(count)))
@@ -278,14 +239,12 @@ def attach_arrays(
     return Arrays(made, reply)
 
 
-def _mapped(held: _Held, reply: Mapping[str, Any], got: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
+def _mapped(held: Lease, reply: Mapping[str, Any], got: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
     """Of each part: where its memory begins here, and on which device."""
     if "parts" not in reply:
         raise ServerError("the gpuload server is of another version than this program: restart it")
     places: list[tuple[int, tuple[int, int]]] = []
-    at = 0
-    for part in reply["parts"]:
-        own, at = got[at : at + part["fds"]], at + part["fds"]
+    for part, own in zip(reply["parts"], split(reply, got), strict=True):
         runs = [(first, count) for first, count in part["runs"]]
         if not runs:  # another rank's, or one without bytes
             places.append((0, (CPU, 0)))

@@ -9,9 +9,11 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from gpuload import wire
+from gpuload.device import identity_of
 from gpuload.errors import AwayError, BusyError, ServerError, from_wire
 from gpuload.moving.model_files import find_shards, left_out
 from gpuload.moving.shards import open_file, spare_descriptors
@@ -187,3 +189,19 @@ def _opened(paths: Sequence[str]) -> Iterator[Sequence[int]]:
             yield fds
         finally:
             wire.close_all(fds)
+
+
+def split(reply: Mapping[str, Any], got: Sequence[int]) -> list[Sequence[int]]:
+    """Which of the descriptors are each part's."""
+    at = list(accumulate((part["fds"] for part in reply["parts"]), initial=0))
+    return [got[begin:end] for begin, end in pairwise(at)]
+
+
+def attach_request(model: str, device: str | int | None, digest: str | None) -> dict[str, Any]:
+    """What `attach` asks. Raises: as `identity_of`."""
+    request = {"op": "attach", "model": model}
+    if device is not None:
+        request["device"] = identity_of(device)
+    if digest is not None:
+        request["digest"] = digest
+    return request

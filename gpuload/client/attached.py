@@ -8,25 +8,32 @@ addresses, and keeps that connection in place of the first.
 
 from __future__ import annotations
 
-import atexit
 import copy
 import os
 import socket
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpuload import wire
 from gpuload.client import arrays, rings, tensors
-from gpuload.client.asking import ATTACH_S, LOAD_S, check_granules, connect, exchange, wait_resident
+from gpuload.client.asking import (
+    ATTACH_S,
+    LOAD_S,
+    attach_request,
+    check_granules,
+    connect,
+    exchange,
+    split,
+    wait_resident,
+)
+from gpuload.client.leaving import Lease, Left
 from gpuload.descriptors import park, room_for
 from gpuload.device import identity_of, open_device
-from gpuload.device.base import Change
 from gpuload.device.base import Mapping as DeviceMapping
 from gpuload.errors import DeviceError, ServerError
 from mfs.errors import UsageError
@@ -130,16 +137,15 @@ class Attached(dict[str, torch.Tensor]):
         return copy.deepcopy(dict(self), memo)
 
 
-_left: deque[tuple[Sequence[DeviceMapping | Change], socket.socket]] = deque()
-"""What nobody uses any more, and what to unmap has to wait for the device: no business of a finalizer's."""
+LEFT = Left()
 
 
-class Held:
-    """The mappings and the connection that stands for their lease; unmapped first, released then."""
+class Held(Lease):
+    """A lease, with what is shown of it."""
 
     def __init__(self, sock: socket.socket, socket_path: str | None) -> None:
-        self.sock, self.socket_path = sock, socket_path
-        self.mappings: list[DeviceMapping] = []
+        super().__init__(sock, LEFT)
+        self.socket_path = socket_path
         self.request: Mapping[str, Any] = {}
         self.shown: dict[str, Any] = {}
         """Of the answer: 'parts' and 'tensors', as they stand here now."""
@@ -148,7 +154,6 @@ class Held:
         """Held by the one refresh that may be under way."""
         self.fault = ""
         """Why nothing is shown here any more."""
-        self._pid = os.getpid()
 
     def asked(self) -> Mapping[str, Any]:
         """The request that it came from. Raises: UsageError if that named no model, DeviceError if all is lost."""
@@ -157,31 +162,6 @@ class Held:
         if self.request.get("op") != "attach":
             raise UsageError("only what was attached by a name follows it: these were opened as files, or committed")
         return self.request
-
-    def close(self) -> None:
-        """Idempotent."""
-        try:
-            while self.mappings:
-                self.mappings.pop().close()
-        finally:
-            self.sock.close()
-
-    def __del__(self) -> None:
-        try:
-            leave(self.mappings, self.sock, is_ours=self._pid == os.getpid())
-        except Exception:  # while the interpreter ends, parts of it are gone; the kernel unmaps and closes then
-            pass
-
-
-def leave(left: Sequence[DeviceMapping | Change], sock: socket.socket, *, is_ours: bool = True) -> None:
-    """Close mappings, or changes to such, and their connection then; later, if that waits for the device. For
-    finalizers. is_ours: not a forked child, for whom nothing waits."""
-    if is_ours and any(one.waits_to_close for one in left):
-        _left.append((left, sock))
-        return
-    with sock:
-        for one in left:
-            one.close()
 
 
 def let_go() -> None:
@@ -202,24 +182,10 @@ def close_left() -> None:
     """The weights alone, as `let_go`; nothing while this thread captures a graph."""
     if tensors.is_capturing():
         return
-    while _left:
-        try:
-            left, sock = _left.popleft()
-        except IndexError:  # another thread was first
-            return
-        with sock:
-            for one in left:
-                one.close()
-
-
-def _leave() -> None:
-    """At the end of the process: the kernel unmaps, and closes the connections afterwards."""
-    while _left:
-        _left.popleft()[1].detach()
+    LEFT.close()
 
 
 os.register_at_fork(after_in_child=close_left)  # what was left is the parent's: the child only lets go of the lease
-atexit.register(_leave)
 
 
 def attach(
@@ -241,12 +207,7 @@ def attach(
     Raises: AwayError if no server answers, NotFoundError if it has no such model, ChangedError if it has no content
         `digest` of that name, AccessError, DeviceError.
     """
-    request = {"op": "attach", "model": model}
-    if device is not None:
-        request["device"] = identity_of(device)
-    if digest is not None:
-        request["digest"] = digest
-    return _attach(request, (), socket_path, timeout_s)
+    return _attach(attach_request(model, device, digest), (), socket_path, timeout_s)
 
 
 def open_resident(
@@ -304,12 +265,6 @@ def _mapped(held: Held, request: dict[str, Any], fds: Sequence[int]) -> tuple[di
         reply, got = exchange(held.sock, request, fds, admit=lambda count: room.enter_context(room_for(count)))
         room.callback(wire.close_all, got)
         return reply, _flat(held, reply, got)
-
-
-def split(reply: Mapping[str, Any], got: Sequence[int]) -> list[Sequence[int]]:
-    """Which of the descriptors are each part's."""
-    at = list(accumulate((part["fds"] for part in reply["parts"]), initial=0))
-    return [got[begin:end] for begin, end in pairwise(at)]
 
 
 def _flat(held: Held, reply: dict[str, Any], got: Sequence[int]) -> list[torch.Tensor]:

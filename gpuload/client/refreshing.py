@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpuload import wire
 from gpuload.client import tensors
-from gpuload.client.asking import check_granules, connect, exchange
+from gpuload.client.asking import check_granules, connect, exchange, split
 from gpuload.descriptors import park, room_for
 from gpuload.device.base import Change
 from gpuload.errors import BusyError, DeviceError, first_error
@@ -131,10 +131,8 @@ class Refresh:
     def __del__(self) -> None:
         with suppress(Exception):  # as in Held
             if self._is_open:
-                from gpuload.client.attached import leave
-
                 self._is_open = False
-                leave(self._changes, self._sock)
+                self._attached._held.left.leave(self._changes, self._sock)
                 self._attached._held.refreshing.release()
 
 
@@ -163,8 +161,6 @@ def prepare(attached: Attached, digest: str | None, timeout_s: float) -> Refresh
 
 
 def _prepared(attached: Attached, sock: socket.socket, request: dict[str, Any]) -> Refresh:
-    from gpuload.client.attached import split
-
     held = attached._held
     with ExitStack() as room:
         reply, got = exchange(sock, request, (), admit=lambda count: room.enter_context(room_for(count)))
