@@ -65,7 +65,7 @@ class Holder:
             pid, status = self._attend()
             if not status or self._was_told or not self._is_ready or "index" not in self._kept.values():
                 return status
-            how = f"the server (pid {pid}) {_in_words(status)}"
+            how = f"the server (pid {pid}) {children.in_words(status)}"
             crashes = [at for at in crashes if time.monotonic() - at < WITHIN_S]
             if len(crashes) == CRASHES_MAX:
                 _say(f"{how}, after {CRASHES_MAX} others that did no better: given up, with the weights")
@@ -191,18 +191,9 @@ def _say(text: str) -> None:
         pass
 
 
-def _in_words(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-
-
 def main() -> None:
     """Hold one server for as long as there is one."""
-    status = os.waitstatus_to_exitcode(Holder(sys.argv[1:]).run())
-    if status < 0:
-        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
-        os.kill(os.getpid(), -status)
-    sys.exit(status)
+    children.end_as(Holder(sys.argv[1:]).run())
 
 
 if __name__ == "__main__":

@@ -114,13 +114,18 @@ class DeviceSuite:
         assert device.read_back(arena.address, 4096) == ramp(4096)
         self._close(stream, staging, arena)
 
-    def test_granules_are_mapped_in_the_order_asked(self, device: Device) -> None:
-        unit = device.granule_bytes
+    def _numbered(self, device: Device) -> tuple[Arena, Staging, Stream]:
+        """An arena whose five granules begin with their numbers."""
         arena, staging, stream = self._arena(device, 5), device.alloc_staging(16), device.open_stream()
         for granule in range(5):
             staging.view[:] = bytes([granule]) * 16
-            stream.copy_in(arena.address + granule * unit, staging.address, 16)
+            stream.copy_in(arena.address + granule * device.granule_bytes, staging.address, 16)
             stream.record().wait(30)
+        return arena, staging, stream
+
+    def test_granules_are_mapped_in_the_order_asked(self, device: Device) -> None:
+        unit = device.granule_bytes
+        arena, staging, stream = self._numbered(device)
         runs = [(3, 2), (0, 1)]
         fds = arena.export(runs)
         mapping = device.attach(fds, runs)
@@ -133,11 +138,7 @@ class DeviceSuite:
 
     def test_other_granules_take_the_same_addresses(self, device: Device) -> None:
         unit = device.granule_bytes
-        arena, staging, stream = self._arena(device, 5), device.alloc_staging(16), device.open_stream()
-        for granule in range(5):
-            staging.view[:] = bytes([granule]) * 16
-            stream.copy_in(arena.address + granule * unit, staging.address, 16)
-            stream.record().wait(30)
+        arena, staging, stream = self._numbered(device)
 
         def shown(address: int) -> list[int]:
             return [device.read_back(address + place * unit, 1)[0] for place in range(3)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -56,6 +57,21 @@ def environment(inherited: Mapping[str, str] | None = None) -> dict[str, str]:
             with suppress(OSError):  # the working directory is gone, and such a file with it
                 found[name] = os.path.abspath(found[name])
     return found
+
+
+def in_words(status: int) -> str:
+    """How a child ended, by its wait status."""
+    code = os.waitstatus_to_exitcode(status)
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+def end_as(status: int) -> None:
+    """End this process as a child of it ended, by its wait status. Does not return."""
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 def _names_code(name: str) -> bool:

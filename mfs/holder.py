@@ -73,7 +73,7 @@ class _Holder:
         while self._has_crashed():
             if self._serves:  # else it counts, however long it took
                 crashes = [at for at in crashes if time.monotonic() - at < WITHIN_S]
-            how = f"the daemon (pid {self._last}) {_in_words(status)}"
+            how = f"the daemon (pid {self._last}) {children.in_words(status)}"
             if len(crashes) == CRASHES_MAX:
                 self._say(f"{how}, after {CRASHES_MAX} others that did no better: the mount is given up")
                 self._end()
@@ -267,11 +267,6 @@ def _tell(connection: socket.socket, message: bytes) -> None:
             pass
 
 
-def _in_words(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-
-
 def main() -> None:
     """Hold one mount for as long as it stands."""
     try:
@@ -279,11 +274,7 @@ def main() -> None:
             file.write(_OOM_SCORE)
     except OSError:
         pass
-    status = os.waitstatus_to_exitcode(_Holder(sys.argv[1:]).run())
-    if status < 0:
-        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
-        os.kill(os.getpid(), -status)
-    sys.exit(status)
+    children.end_as(_Holder(sys.argv[1:]).run())
 
 
 if __name__ == "__main__":

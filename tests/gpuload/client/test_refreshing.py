@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -286,13 +287,19 @@ def test_a_server_that_was_started_anew_is_followed(config: ServerConfig, small_
         assert server.gauges()["leases"] == 0
 
 
-def test_parts_on_several_devices_change_together(
-    config: ServerConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@contextmanager
+def two_devices(config: ServerConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ServerThread, dict[str, Any]]]:
+    """A server with two arenas, and how a model is spread over them."""
     monkeypatch.setattr(gpuload.client.attached, "open_device", lambda name: HostDevice(name=name, granule_bytes=4096))
     config = replace(config, arena_bytes=dict.fromkeys(["cpu", "cpu:1"], 100 * 4096))
     with running_server(config, lambda name: HostDevice(name=name, granule_bytes=4096)) as server:
-        spread = {"device_map": {"big": "cpu:1", "": "cpu"}}
+        yield server, {"device_map": {"big": "cpu:1", "": "cpu"}}
+
+
+def test_parts_on_several_devices_change_together(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with two_devices(config, monkeypatch) as (server, spread):
         serve(server, tmp_path, content(1), **spread)
         held = attach("m", socket_path=server.socket_path)
         captured = graph(held)
@@ -405,10 +412,7 @@ def test_a_forked_child_refreshes_for_itself(server: ServerThread, tmp_path: Pat
 def test_who_forks_beside_a_refresh_has_no_mix(
     config: ServerConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpuload.client.attached, "open_device", lambda name: HostDevice(name=name, granule_bytes=4096))
-    config = replace(config, arena_bytes=dict.fromkeys(["cpu", "cpu:1"], 100 * 4096))
-    with running_server(config, lambda name: HostDevice(name=name, granule_bytes=4096)) as server:
-        spread = {"device_map": {"big": "cpu:1", "": "cpu"}}
+    with two_devices(config, monkeypatch) as (server, spread):
         serve(server, tmp_path, content(1), **spread)
         held = attach("m", socket_path=server.socket_path)
         captured = graph(held)
