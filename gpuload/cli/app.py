@@ -519,7 +519,8 @@ def doctor(devices: tuple[str, ...], as_json: bool, socket_path: str | None) -> 
 @click.option("--modelled", is_flag=True, help="The share of a link that loads reach on a model of a GPU; needs none.")
 @json_option
 def bench(device: str, size: int, folder: str, modelled: bool, as_json: bool) -> None:
-    """Measure loading, attaching and swapping on this machine, beside safetensors and the bare copy.
+    """Measure loading, attaching and swapping on this machine, beside safetensors and the bare copy. A row that fails
+    says why and costs no other; the exit status is 1 then.
 
     --modelled, from a checkout and with a C compiler: loads on a driver that is a model (tools/gpu/simulate has its
     prices). It shows what gpuload's own code leaves of a link, and says what it cannot tell.
@@ -531,7 +532,10 @@ def bench(device: str, size: int, folder: str, modelled: bool, as_json: bool) ->
         return
     from gpuload.cli.bench import run_bench
 
-    printing.show_bench(run_bench(device, size, folder), as_json)
+    found = run_bench(device, size, folder)
+    printing.show_bench(found, as_json)
+    if any("failed" in row for row in found["rows"]):
+        raise Failed
 
 
 @cli.command(
