@@ -36,6 +36,7 @@ from gpuload.moving.source import FileSource, Source
 from gpuload.moving.staging import Ring
 from gpuload.moving.timing import TimedSource
 from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
+from gpuload.server.commits import Commits, NoSource, check_there
 from gpuload.server.digests import DigestCache, digest_views, now_ns
 from gpuload.server.estate import Estate
 from gpuload.server.generations import Generations
@@ -72,6 +73,7 @@ class Loader:
         """mapper: keeps what mounts lend over loads; None: every load maps it anew."""
         self.sites, self._estate = sites, estate
         self.generations = Generations(estate.counters)
+        self.commits = Commits()
         self._digests, self._limits, self._mapper = digests, limits, mapper
         self._thinkers = trio.CapacityLimiter(4)
 
@@ -134,11 +136,17 @@ class Loader:
 
     async def _recall(self, work: Work) -> None:
         """Fill in the digests that are remembered for these very files."""
-
+        if work.job.known is not None:
+            work.digests.update(work.job.known)
+            await self._think(work.learn)
+            check_there(work)
+            return
         await self._think(lambda: work.recall([self._digests.find(version) for version in work.versions]))
 
     async def _remember(self, work: Work, began_ns: int) -> None:
         """Keep the digests that are known by now, and learn from them."""
+        if work.job.known is not None:
+            return
 
         def tell() -> None:
             for shard, version, digests in zip(work.job.shards, work.versions, work.found(), strict=True):
@@ -175,7 +183,7 @@ class Loader:
             await part.site.look()
         unsure = [part for part in work.parts if self._must_know(part)]
         try:
-            with closing(await work.job.files.open(lambda: self._open_source(work.job))) as source:
+            with closing(await self._opened(work.job)) as source:
                 if unsure:
                     with _traced(work.job, "hash"):
                         await turns.read(source, lambda rings: self._hash_pass(work, unsure, source, rings))
@@ -183,7 +191,7 @@ class Loader:
                     model = await self._resident(work) if work.is_known else None
                     if model is not None:
                         return model
-                if any(part.site.tier is not None for part in work.parts):
+                if work.job.known is None and any(part.site.tier is not None for part in work.parts):
                     work.lenders = await work.job.files.call(lambda: lenders_of(work.job.shards))
                 was_known = work.is_known
                 await take_places(work)
@@ -210,12 +218,19 @@ class Loader:
                     for part in work.parts:
                         part.own = []  # the model holds them from here on
                     self.generations.publish(made)
+                    if work.job.name is not None:
+                        self.commits.note(work.job, work.digests)
                 return made
             work.let_go()
             return model
         except BaseException:
             work.let_go()
             raise
+
+    async def _opened(self, job: Job) -> WatchedSource:
+        if job.known is not None:
+            return WatchedSource(NoSource(job))
+        return await job.files.open(lambda: self._open_source(job))
 
     def _open_source(self, job: Job) -> WatchedSource:
         traceparent = job.span.context.traceparent if job.span is not None else ""
@@ -385,7 +400,7 @@ class Loader:
                 raise ChangedError(f"{job.shards[shard].path} changed while it was loaded; load it again")
 
         def check_files() -> None:
-            if job.asked_fd is not None:  # written while it is read, by whoever brought it
+            if job.asked_fd is not None or job.known is not None:  # written while it is read, by whoever brought it
                 return
             for shard, version in zip(job.shards, work.versions, strict=True):
                 if stamp_of(os.fstat(shard.fd)) != version.stamp:

@@ -117,8 +117,9 @@ class Operations:
             case "commit":
                 return await self._commit(request, files, peer)
             case "attach":
+                told = await self._brought_back(request) if peer.may_change else {}
                 model = self._find_content(request, _text(request, "digest"))
-                return await self._attach(model, self._only(request), {}, peer)
+                return await self._attach(model, self._only(request), told, peer)  # no checkpoint since it was found
             case "wait":
                 return Answer(await self._wait(request, peer))
             case "unload":
@@ -314,6 +315,21 @@ class Operations:
         message = {**told, "parts": parts, "tensors": table, "metadata": model.metadata}
         return Answer(message, fds, lease)
 
+    async def _brought_back(self, request: dict[str, Any]) -> dict[str, Any]:
+        """See that a commit that is asked for, and was evicted, is there again, if that can be; with what it took."""
+        name, only = _name(request.get("model")), self._only(request)
+        job = self._loader.commits.find(name)
+        if (
+            job is None
+            or namesakes(name, self._catalogs)
+            or (only is not None and only.name != job.placements[0].device)
+        ):
+            return {}
+        with self._tally.timed("attach"):
+            _, report = await self._loader.load(job)
+        self._tally.note(report)
+        return {"report": report.as_dict()}
+
     async def _wait(self, request: dict[str, Any], peer: Peer) -> dict[str, Any]:
         """The model of that name once it is another than the client knows; what there is when the time is over."""
         name, only = _name(request.get("model")), self._only(request)
@@ -335,6 +351,7 @@ class Operations:
         model = self._find_one(request)
         name, leases = model.name, model.leases_count
         model.is_unwanted = True
+        self._loader.commits.forget(str(name))
         devices = model.devices
         model.retire()
         for device in devices:

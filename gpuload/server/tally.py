@@ -29,7 +29,7 @@ KINDS = {
     "AccessError": "access", "ChangedError": "changed", "IntegrityError": "integrity", "DeviceError": "device",
 }  # fmt: skip
 """By the class of an error; all others are 'failed'."""
-_VERBS = ("load", "swap", "open", "commit")
+_VERBS = ("load", "swap", "open", "commit", "attach")
 _WAYS = {
     "copied": "bytes_copied", "from_ram": "bytes_from_ram", "kept": "bytes_kept",
     "moved_inside": "bytes_moved_inside", "hashed": "bytes_hashed",
@@ -52,7 +52,8 @@ class LoadTally:
 
     @contextmanager
     def timed(self, verb: str) -> Iterator[None]:
-        """A load, a swap, an open or a commit goes on in here. What fails is counted by its kind, not by its time."""
+        """A load, a swap, an open, a commit, or an attach that brings one back, goes on in here. What fails is counted
+        by its kind, not by its time."""
         since_s = time.monotonic()
         try:
             yield
