@@ -121,7 +121,7 @@ def cli(**_: Any) -> None:
     "--take-over",
     "takes_over",
     is_flag=True,
-    help="Go on in place of the server that is there; under systemd it returns once that is so.",
+    help="Go on in place of the server that is there, with the same --arena; under systemd it returns once that is so.",
 )
 @socket_option
 def serve(
@@ -144,7 +144,8 @@ def serve(
 
     Weights and who is attached outlive a server that is killed: a second process, or systemd, keeps them for the next
     one, which is started at once. With --take-over a new version, say, goes on in place of a server at work: nobody
-    loses weights, and no connection is refused. The arenas must be the same.
+    loses weights, and no connection is refused. Every --arena must be as it was, else it is refused and the old one
+    serves on: `gpuload resize` changes a budget, and more than an arena was started with needs a start from nothing.
     """
     from gpuload.cli import serving
     from gpuload.server.config import ServerConfig
