@@ -94,7 +94,8 @@ class Operations:
 
     async def metrics(self, accept: str) -> Text:
         """What Prometheus is told; see `mfs.metrics`."""
-        families = gathered(self._sites, self._tally, self._version, self._loader.generations)
+        before = self._estate.counters.servers_before
+        families = gathered(self._sites, self._tally, self._version, self._loader.generations, servers_before=before)
         return await trio.to_thread.run_sync(_exposed, families, accept)
 
     async def answer(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
