@@ -57,9 +57,8 @@ class Contents:
             self.part(number, version, start, _LONG_BYTES) for start in range(0, size_of(version), _LONG_BYTES)
         )
 
-    def describe(self, got: bytes, number: int, version: int, start: int) -> str:
+    def describe(self, got: bytes, expected: bytes, number: int, version: int, start: int) -> str:
         """In which way these are not the bytes of a version, and whose they are."""
-        expected = self.part(number, version, start, len(got))
         differing = [at for at, (one, other) in enumerate(zip(got, expected, strict=False)) if one != other]
         if not differing:
             return f"{len(got)} bytes where there are {len(expected)}"
@@ -282,7 +281,7 @@ class _Reader:
     def _compare(self, how: str, opened: _Opened, start: int, got: bytes, expected: bytes) -> None:
         self.found.operations[how] += 1
         if got != expected:
-            described = self._contents.describe(got, opened.number, opened.version, start)
+            described = self._contents.describe(got, expected, opened.number, opened.version, start)
             again = os.pread(opened.fd, len(expected), start) == expected
             self._say(opened, f"{how} at {start}: {described}; read again {'right' if again else 'wrong'}")
 
