@@ -73,7 +73,7 @@ class _Held:
 
 @pytest.mark.parametrize("tier", ["ssd", "ram"])
 def test_who_reads_without_the_daemon_reads_on(folder: origins.FolderOrigin, mounted: Mounted, tier: Any) -> None:
-    """Evicted, replaced at the origin, pushed out by others, handed over, killed, and its file removed."""
+    """Evicted, pushed out by others, replaced at the origin, handed over, killed; closed, evicted, and all removed."""
     folder.put_all({"w.bin": ramp(SIZE), "x.bin": ramp(SIZE, 1), "y.bin": ramp(SIZE, 2)})
     mount = mounted(folder, cache_bytes=24 << 20)
     list(mount.client.prefetch(["w.bin"], tier, wait=True))
@@ -81,8 +81,6 @@ def test_who_reads_without_the_daemon_reads_on(folder: origins.FolderOrigin, mou
     assert passed_through(mount) >= 2
     mount.client.evict([""], "all")
     held.check()
-    folder.put("w.bin", ramp(SIZE, 7))
-    mount.client.refresh()
     list(mount.client.prefetch([""], tier, wait=True))  # more than there is room for
     held.check()
     mount.hand_over()
@@ -91,9 +89,28 @@ def test_who_reads_without_the_daemon_reads_on(folder: origins.FolderOrigin, mou
     held.check()
     held.close()
     assert mount.wait_for(lambda: passed_through(mount) == 0)
-    list(mount.client.prefetch(["x.bin", "y.bin"], tier, wait=True))
+    list(mount.client.prefetch(["w.bin"], tier, wait=True))
     mount.client.evict([""], "all")
+    assert mount.wait_for(lambda: mount.client.stat("w.bin")["ssd_bytes"] == 0)
     held.check(is_open=False)
     shutil.rmtree(mount.folder / "cache/v2/objects")
     held.check(is_open=False)
-    assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE, 7)
+    assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE)
+
+
+@pytest.mark.parametrize("tier", ["ssd", "ram"])
+def test_who_reads_a_replaced_version_without_the_daemon_reads_on(
+    folder: origins.FolderOrigin, mounted: Mounted, tier: Any
+) -> None:
+    folder.put("w.bin", ramp(SIZE))
+    mount = mounted(folder)
+    list(mount.client.prefetch(["w.bin"], tier, wait=True))
+    held = _Held(mount, "w.bin")
+    for start in (7, 8):
+        folder.put("w.bin", ramp(SIZE, start))
+        mount.client.refresh()
+        held.check()
+        list(mount.client.prefetch(["w.bin"], tier, wait=True))
+        mount.client.evict([""], "all")
+        held.check()
+        assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE, start)
