@@ -42,7 +42,7 @@ from tests.mount.soak_readers import FILES_COUNT, Board, Contents, Found, read_o
 logger = logging.getLogger(__name__)
 
 _DISK_BYTES, _CACHE_BYTES = 96 << 20, 48 << 20
-_PATIENCE_S = 120.0
+_PATIENCE_S = 300.0
 """A soak runs for hours beside other work: how long a pause is, is measured elsewhere."""
 _SAY_S = 60.0
 
@@ -269,7 +269,9 @@ def small_disk(cache: Path, image: Path) -> Iterator[None]:
 
 def mount_of(folder: origins.FolderOrigin, place: Path) -> TestMount:
     """A mount that has a small disk at `place`/cache."""
-    return TestMount(place, folder.url, cache_bytes=_CACHE_BYTES, workers_count=2)
+    mount = TestMount(place, folder.url, cache_bytes=_CACHE_BYTES, workers_count=2, timeout_s=60.0)
+    mount.ready_timeout_s = _PATIENCE_S
+    return mount
 
 
 def main() -> None:
