@@ -34,6 +34,8 @@ class TestAProcessImportsOnlyWhatItNeeds:
             ("mfs.daemon", {"numpy", "mmap_ninja", "boto3", "http.client", "xml", *PARALLEL}),
             ("mfs.tracing.process", {"trio", "numpy", "opentelemetry", *PARALLEL}),
             ("mfs.cli", {"trio", "numpy", "rich", "boto3", "http.client", *PARALLEL}),
+            ("gpuload.cli", {"trio", "numpy", "rich", "torch", *PARALLEL}),
+            ("gpuload.server.daemon", {"numpy", "torch", "boto3", *PARALLEL}),
         ],
     )
     def test_when_it_starts(self, what: str, away: set[str]) -> None:
