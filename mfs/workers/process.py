@@ -70,7 +70,6 @@ def main() -> None:
         except Exception as error:
             send({"id": 0, "error": to_wire(error)})
             return
-        gc.collect()
         gc.freeze()  # what was imported stays: no need to look through it again and again
         send({"id": 0, "result": {"hello": os.getpid(), "identities": jobs.identities}})
         _Crew(frames, jobs, send).work()
