@@ -32,6 +32,7 @@ from mfs.fetch.connections import Origin
 from mfs.fetch.dates import epoch_s
 from mfs.fetch.redirects import REDIRECT_STATUSES
 from mfs.fetch.retry import wished_pause_s
+from mfs.fetch.told import note_way
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.fetch.validators import opaque_of
 from mfs.types import ByteRange
@@ -63,29 +64,8 @@ _WAIT_STATUS = 429
 """And not 503, even with Retry-After: caches say that too, by themselves, where they cannot reach the origin."""
 _DRAGONFLY_FAULTS = ("proxy", "dfdaemon")  # and not 'backend', which is the origin
 
-_ways_lock = threading.Lock()
-_ways: dict[str, int] = {}
-"""Of the process, since they were last taken."""
-
 Check = Callable[[HTTPMessage], None]
 T = TypeVar("T")
-
-
-def taken_ways() -> dict[str, int]:
-    """What came which way since the last call, where a cache is set: {cache_bytes, direct_bytes: past it, from the
-    origin; cache_faults: how often it failed}. Empty, and costs nothing, where nothing came.
-    """
-    global _ways
-    if not _ways:
-        return {}
-    with _ways_lock:
-        found, _ways = _ways, {}
-    return found
-
-
-def _note_way(name: str, count: int) -> None:
-    with _ways_lock:
-        _ways[name] = _ways.get(name, 0) + count
 
 
 class Cache(NamedTuple):
@@ -187,7 +167,7 @@ class Route:
             return asked.send(self._transport, span, out)
         reply, way = self._read(self._cache, asked, shared, span, out)
         if reply.status in (200, 206):
-            _note_way(way, len(span))
+            note_way(way, len(span))
         return reply
 
     def _read(
@@ -324,7 +304,7 @@ class _Health:
             if ticket != self._failures:
                 return
             self._failures += 1
-            _note_way("cache_faults", 1)
+            note_way("cache_faults", 1)
             pause_s = self._pause_s()
             self._closed_until_s = time.monotonic() + pause_s
         log.warning(
