@@ -95,7 +95,7 @@ def estimate(
     An origin that does not answer is asked again for 15 seconds, one that asks to wait for as long as --timeout says.
     """
     from mfs.config import SourceConfig
-    from mfs.fetch.retry import telling
+    from mfs.fetch.told import telling
     from mfs.planning import prices
     from mfs.planning.cached import Cached
     from mfs.planning.estimate import Question
