@@ -45,6 +45,8 @@ _DISK_BYTES, _CACHE_BYTES = 96 << 20, 48 << 20
 _PATIENCE_S = 300.0
 """A soak runs for hours beside other work: how long a pause is, is measured elsewhere."""
 _SAY_S = 60.0
+_BETWEEN = 1000
+"""Operations between two things that happen, at most, but those that come during one."""
 
 
 @dataclass
@@ -242,7 +244,8 @@ def run(mount: TestMount, folder: origins.FolderOrigin, *, operations: int, read
         reader.start(read_on, str(mount.path / "m"), number, chance.randrange(2**32), board_path, readers)
     said_s = time.monotonic()
     while not disturber.disturb() or board.operations < operations:
-        time.sleep(chance.uniform(0, 0.5))
+        until = board.operations + chance.randrange(_BETWEEN)
+        assert mount.wait_for(lambda: board.operations >= until, timeout_s=_PATIENCE_S)  # noqa: B023
         if time.monotonic() > said_s + _SAY_S:
             said_s = time.monotonic()
             print(f"{board.operations} operations, {board.wrong} wrong; {dict(disturber.done)}", flush=True)
