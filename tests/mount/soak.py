@@ -41,7 +41,7 @@ from tests.mount.soak_readers import FILES_COUNT, Board, Contents, Found, read_o
 
 logger = logging.getLogger(__name__)
 
-_DISK_BYTES, _CACHE_BYTES = 96 << 20, 48 << 20
+_DISK_BYTES, _CACHE_BYTES = 112 << 20, 64 << 20
 _PATIENCE_S = 300.0
 """A soak runs for hours beside other work: how long a pause is, is measured elsewhere."""
 _SAY_S = 60.0

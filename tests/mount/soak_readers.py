@@ -23,7 +23,9 @@ _PIECE_BYTES, _LONG_BYTES = 5000, 1 << 20
 _BLOCK_BYTES, _CHUNK_BYTES = 128 << 10, 4 << 20
 _READS_MAX = 20
 """Of one burst."""
-_HELD_MAX = 2  # by each reader, over whatever happens; more, and nothing could be evicted
+_HELD_MAX = (
+    1  # by each reader, over whatever happens; with more, files would be open at all times, one way or the other
+)
 _WRONG_MAX = 20
 _GONE = (errno.ESTALE, errno.EFAULT)
 """How a read ends, and a look at a mapping, where the version is gone."""
@@ -194,9 +196,11 @@ class _Reader:
             is_kept = len(self._held) <= _HELD_MAX and self._chance.random() < 0.3
         if self._chance.random() < 0.2:
             os.posix_fadvise(opened.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        self._read(opened, self._chance.choice((self._pread, self._look, self._either, self._run, self._end)))
+        is_there = self._read(
+            opened, self._chance.choice((self._pread, self._look, self._either, self._run, self._end))
+        )
         self._look_around()
-        if not is_kept:
+        if not is_kept or not is_there:
             self._held.remove(opened)
             opened.close()
 
@@ -205,14 +209,16 @@ class _Reader:
         while self._held:
             self._held.pop().close()
 
-    def _read(self, opened: _Opened, kind: Callable[[_Opened], None]) -> None:
+    def _read(self, opened: _Opened, kind: Callable[[_Opened], None]) -> bool:
+        """Whether all that was to be read is there still."""
         try:
             kind(opened)
         except OSError as error:
-            if error.errno in _GONE and self._board.may_be_gone(opened.number, opened.version):
-                self.found.met["gone"] += 1
-                return
-            self._say(opened, f"{kind.__name__}: {error}")
+            if error.errno not in _GONE or not self._board.may_be_gone(opened.number, opened.version):
+                self._say(opened, f"{kind.__name__}: {error}")
+            self.found.met["gone"] += 1
+            return False
+        return True
 
     def _pread(self, opened: _Opened) -> None:
         for _ in range(self._chance.randrange(1, _READS_MAX)):
