@@ -45,7 +45,7 @@ _DISK_BYTES, _CACHE_BYTES = 112 << 20, 64 << 20
 _PATIENCE_S = 300.0
 """A soak runs for hours beside other work: how long a pause is, is measured elsewhere."""
 _SAY_S = 60.0
-_BETWEEN = 1000
+_BETWEEN = 500
 """Operations between two things that happen, at most, beside those that are made during one."""
 
 

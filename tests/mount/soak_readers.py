@@ -6,6 +6,7 @@ A file's size tells its version, and version and number every byte: what a read 
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import random
@@ -277,11 +278,12 @@ class _Reader:
         """Past the page cache, where the block is that `start` is in."""
         start = start // _BLOCK_BYTES * _BLOCK_BYTES
         expected = self._contents.part(opened.number, opened.version, start, _BLOCK_BYTES)
-        fd = os.open(f"/proc/self/fd/{opened.fd}", os.O_RDONLY | os.O_DIRECT)
+        flags = fcntl.fcntl(opened.fd, fcntl.F_GETFL)  # opened anew it could be ESTALE, had it been found damaged
+        fcntl.fcntl(opened.fd, fcntl.F_SETFL, flags | os.O_DIRECT)
         try:
-            count = os.preadv(fd, [self._direct], start)
+            count = os.preadv(opened.fd, [self._direct], start)
         finally:
-            os.close(fd)
+            fcntl.fcntl(opened.fd, fcntl.F_SETFL, flags)
         self._compare("direct", opened, start, self._direct[:count], expected)
 
     def _compare(self, how: str, opened: _Opened, start: int, got: bytes, expected: bytes) -> None:
