@@ -56,6 +56,8 @@ class WholeFiles:
         self._open_sealed = open_sealed
         self._coming: dict[ObjectState, float] = {}
         """Objects that may be complete, held, and when the last block of each was written."""
+        self._some = trio.Event()
+        """Set while there are any, as far as was looked."""
         self._sealing = trio.Lock()
         self.follower = Follower(pool)
         self._given: dict[ObjectState, int] = {}
@@ -103,6 +105,7 @@ class WholeFiles:
         if state not in self._coming:
             state.users += 1
         self._coming[state] = time.monotonic()
+        self._some.set()
 
     def lost(self, state: ObjectState) -> None:
         """The SSD tier dropped an object that may have been whole, for it was damaged."""
@@ -133,13 +136,13 @@ class WholeFiles:
 
     async def run(self) -> None:
         """Seal what is complete and quiet, one after the other, until cancelled."""
-        seen_count = self.reads_count()
         try:
             while True:
+                await self._some.wait()
+                seen_count = self.reads_count()
                 await trio.sleep(_LOOK_S)
                 now = time.monotonic()
-                last_count, seen_count = seen_count, self.reads_count()
-                is_loading = self._pool.inflight("origin") or seen_count > last_count
+                is_loading = self._pool.inflight("origin") or self.reads_count() > seen_count
                 patience_s = _PATIENCE_S if is_loading else _QUIET_S
                 for state in [state for state, at in self._coming.items() if at <= now - patience_s]:
                     del self._coming[state]
@@ -147,6 +150,8 @@ class WholeFiles:
                         await self.seal(state)
                     finally:
                         self._cache.close(state)
+                if not self._coming:
+                    self._some = trio.Event()
         finally:
             for state in self._coming:
                 self._cache.close(state)

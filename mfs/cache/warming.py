@@ -24,7 +24,7 @@ from mfs.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 1.0  # once there is enough, or none wanted
+_LOOK_S = 5.0  # once there is enough, or none wanted
 _BUSY_S = 0.05
 
 
