@@ -38,6 +38,7 @@ _QUIET_S, _PATIENCE_S = 1.0, 15.0
 """Since the last block of an object was written; longer while anything is fetched or read through us: a load has disk
 and cores for itself."""
 _SCRUB_RATE = 20e6  # bytes a second, on average
+_SCRUB_AFTER_S = 60.0  # since the mount began: mostly it is followed by loads
 _SCRUB_PAUSE_S, _SCRUBBED_S = 10.0, 3600.0  # between objects, and after the last
 _OPEN_S = 2.0  # that an open waits for the file; then it is read through us, as any other
 _OPENS_MAX = 8  # threads that a disk which hangs may hold
@@ -121,6 +122,7 @@ class WholeFiles:
     async def scrub(self) -> None:
         """Check what is sealed against its checksums for ever, slowly: reads by the kernel itself do not."""
         after = ""
+        await trio.sleep(_SCRUB_AFTER_S)
         while True:
             await trio.sleep(_SCRUB_PAUSE_S)
             try:
