@@ -53,6 +53,13 @@ def map_file(fd: int, nbytes: int, *, start: int = 0, writable: bool = False, hu
     return view if writable else view.toreadonly()
 
 
+def address_of(view: memoryview) -> int:
+    """Where what `map_file` gave, the whole of it, begins in this process."""
+    held = view.obj
+    assert isinstance(held, ctypes.Array)
+    return ctypes.addressof(held)
+
+
 def populate(view: memoryview) -> None:
     """Have the memory behind a writable mapping, whose bytes mean nothing yet. Raises: OSError."""
     address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
