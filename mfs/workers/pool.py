@@ -89,6 +89,8 @@ class WorkerPool:
         self._workers: list[Worker] = []
         self._failed_start: MfsError | None = None
         self._changed = trio.Event()
+        self._some = trio.Event()
+        """Set while there are jobs, as far as was looked."""
         self.identities = list(config.identities)
         """Of each source, known once a worker runs."""
         self._restarts = [0] * config.workers_count
@@ -117,6 +119,7 @@ class WorkerPool:
         self._enqueue(job)
 
     def _enqueue(self, job: Job) -> None:
+        self._some.set()
         line = self._line(job)
         line.push(job)
         self._dispatch(line)
@@ -373,6 +376,7 @@ class WorkerPool:
     async def _watch_deadlines(self) -> None:
         """A hung worker still owns what it fills: only its death makes that safe to use again."""
         while True:
+            await self._some.wait()
             await trio.sleep(_WATCH_S)
             now = time.monotonic()
             self._expire_queued(now)
@@ -390,6 +394,8 @@ class WorkerPool:
                         worker.pid, late[0].operation, _GRACE_S,
                     )  # fmt: skip
                     worker.kill()
+            if not any(worker.jobs for worker in self._workers) and not any(map(Line.has_any, self._lines.values())):
+                self._some = trio.Event()
 
     def _expire_queued(self, now: float) -> None:
         """What a reader waits for fails in time, also when no worker is there to take it."""
