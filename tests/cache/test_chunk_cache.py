@@ -36,8 +36,8 @@ async def read(rig: Rig, obj: ObjectId, start: int = 0, stop: int | None = None)
     state = rig.cache.open(obj, 0)
     span = ByteRange(start, obj.size if stop is None else stop)
     try:
-        view = await rig.cache.read(state, span)
-        assert view == rig.contents[obj][span.start : span.stop]
+        pieces = await rig.cache.read(state, span)
+        assert b"".join(pieces) == rig.contents[obj][span.start : span.stop]
     finally:
         rig.cache.close(state)
 
@@ -567,7 +567,7 @@ async def test_what_stands_in_common_memory_moves_into_the_objects_file_when_oth
         for index in (0, 0, 1, 3):
             nursery.start_soon(borrow, index)
         for _ in range(50):
-            assert await rig.cache.read(state, whole) == rig.contents[obj]
+            assert b"".join(await rig.cache.read(state, whole)) == rig.contents[obj]
     for index in range(4):
         await rig.cache.bring(state, index, to_ssd=False, keep=True)
     assert state.complete_in_ram
