@@ -155,9 +155,6 @@ class ChunkCache:
         Returns views that are good until the caller's next checkpoint.
         Raises: MfsError. Cancellation: safe; the fill goes on.
         """
-        pieces = self.read_nowait(state, span)
-        if pieces is not None:
-            return pieces
         parts = list(chunk_spans(span))
         for index, part in parts:  # who waited while he holds a slot could deadlock against another such reader
             await self._have(state, index, part, whole_chunks)
