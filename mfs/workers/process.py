@@ -171,10 +171,16 @@ class _Crew:
             answer["spans"] = spans
         self._send(answer)
         if then is not None and "result" in answer:
-            self._save(then, {name: frame[name] for name in ("obj", "index", "piece")} | {"sums": result["sums"]})
+            sums = [pair for pair in result["sums"] if not result["resident"] >> pair[0] & 1]
+            self._save(then, {name: frame[name] for name in ("obj", "index", "piece")} | {"sums": sums})
 
     def _save(self, serial: int, arguments: Frame) -> None:
-        """Write to the SSD tier what has just been filled, unless enough threads do; the daemon knows of it already."""
+        """Write to the SSD tier what has just been filled and did not come from there, unless enough threads do that;
+        the daemon counts on it already.
+        """
+        if not arguments["sums"]:
+            self._send({"id": serial, "result": {"bytes": 0, "full": False, "away": False}})
+            return
         if not self._saves_left.acquire(blocking=False):
             self._send({"id": serial, "result": {"later": True}})
             return
