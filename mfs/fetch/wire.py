@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 STALL_S = 10.0
 """Longest silence on a connection before it is given up and the request tried on another."""
 
-_LUMP_BYTES = 1 << 20
-"""Of a long body, what has to have come before a thread is woken for more: by one connection and 4 MiB at a time that
-takes a quarter of a receive's CPU, and nine of ten of its wake-ups."""
-
 CONNECT_S = 5.0
 """Longest wait for a connection to stand; a SYN lost three times has cost 7 s."""
 
@@ -95,15 +91,6 @@ class Wire:
 
     def receive_all(self, view: memoryview) -> int:
         """Receive until `view` is full or the peer closes; the bytes received. Raises: TimeoutError, OSError."""
-        if self._is_tls or len(view) < 2 * _LUMP_BYTES:
-            return self._receive_all(view)
-        # The last lump by itself: nobody is woken for less than is asked for, and behind it comes nothing more.
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _LUMP_BYTES)
-        filled = self._receive_all(view[:-_LUMP_BYTES])
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        return filled + self._receive_all(view[filled:]) if not self.has_ended else filled
-
-    def _receive_all(self, view: memoryview) -> int:
         flags = 0 if self._is_tls else socket.MSG_WAITALL
         filled = 0
         while filled < len(view):
