@@ -66,6 +66,13 @@ def read_in(fd: int, start: int, nbytes: int) -> None:
         raise OSError(ctypes.get_errno(), f"{nbytes} bytes cannot be read in: {os.strerror(ctypes.get_errno())}")
 
 
+def address_of(view: memoryview) -> int:
+    """Where what `map_file` gave, the whole of it, begins in this process."""
+    held = view.obj
+    assert isinstance(held, ctypes.Array)
+    return ctypes.addressof(held)
+
+
 def populate(view: memoryview) -> None:
     """Have the memory behind a writable mapping, whose bytes mean nothing yet. Raises: OSError."""
     address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))

@@ -228,6 +228,9 @@ class WholeFiles:
             if found is None:
                 state.whole = False
                 self._cache.relearn_ssd(state)
+            elif not state.whole:  # dropped meanwhile, perhaps for damage
+                found.close()
+                return None
             return found
         return None
 

@@ -33,12 +33,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mmap_ninja.numpy as ninja
 import numpy as np
 from numpy.typing import NDArray
 
 from mfs.cache.chunks import mask_bytes
 from mfs.cache.directory import open_own, root_of
+from mfs.cache.ninja import ninja
 from mfs.cache.residency_sums import Snapshot, bytes_of, id_of, id_words
 from mfs.cache.ssd import SsdConfig, SsdTier, Standing
 from mfs.errors import NotFoundError, StoreError

@@ -138,7 +138,13 @@ class Transport:
         ca_bundle: certificates to trust as well; None for what the environment names.
         uses_proxy: that the environment names.
         """
+        self._connections_max = connections_max
+        self._ca_bundle = ca_bundle
         self._pool = ConnectionPool(connections_max, ca_bundle, uses_proxy=uses_proxy)
+
+    def past_proxies(self) -> Transport:
+        """Another one, with as many connections and the same trust, for what is on this network."""
+        return Transport(connections_max=self._connections_max, ca_bundle=self._ca_bundle, uses_proxy=False)
 
     def request(
         self,

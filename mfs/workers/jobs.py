@@ -28,7 +28,7 @@ from mfs.cache.model_sums import ModelSums
 from mfs.cache.residency import ResidencyTables
 from mfs.cache.ssd import SsdTier
 from mfs.errors import StoreError
-from mfs.fetch.retry import telling
+from mfs.fetch.told import telling
 from mfs.mapping import populate
 from mfs.safetensors import parse_header
 from mfs.sources.base import Moved, Source

@@ -94,9 +94,9 @@ class WorkerPool:
         self._restarts = [0] * config.workers_count
         """How often each worker was started anew."""
         self.retries = Counter[str]({"failed": 0, "throttled": 0})
-        """How often workers have asked an origin again, by why; see `fetch.retry.taken_counts`."""
+        """How often workers have asked an origin again, by why; see `fetch.told.taken_retries`."""
         self.ways = Counter[str]({"cache_bytes": 0, "direct_bytes": 0, "cache_faults": 0})
-        """Which way ranges came where a cache is set that nodes share; see `fetch.route.taken_ways`."""
+        """Which way ranges came where a cache is set that nodes share; see `fetch.told.taken_ways`."""
         self.closing = False
         self.tier_fault: str | None = None
         """Why workers serve without the SSD tier, None while they have it or none is wanted."""

@@ -25,8 +25,7 @@ from mfs.cache.chunk_places import ChunkPlaces
 from mfs.cache.pieces import Common, Piece, mapped
 from mfs.cache.ssd import SsdConfig
 from mfs.errors import MfsError, to_wire
-from mfs.fetch.retry import taken_counts
-from mfs.fetch.route import taken_ways
+from mfs.fetch.told import taken_retries, taken_ways
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Moved, Page, Source
 from mfs.tracing.requests import current, recording
@@ -72,7 +71,6 @@ def main() -> None:
         except Exception as error:
             send({"id": 0, "error": to_wire(error)})
             return
-        gc.collect()
         gc.freeze()  # what was imported stays: no need to look through it again and again
         send({"id": 0, "result": {"hello": os.getpid(), "identities": jobs.identities}})
         _Crew(frames, jobs, send).work()
@@ -253,7 +251,7 @@ class _Sender:
         self._lock = threading.Lock()
 
     def __call__(self, frame: Frame) -> None:
-        if retries := taken_counts():
+        if retries := taken_retries():
             frame = {**frame, "retries": retries}
         if ways := taken_ways():
             frame = {**frame, "ways": ways}
