@@ -136,7 +136,7 @@ class Prefetcher:
             return None
         stop = min(-(-track.header_bytes // BLOCK_BYTES) * BLOCK_BYTES, state.object.size)
         try:
-            return bytes(await self._cache.read(state, ByteRange(0, stop)))
+            return b"".join(await self._cache.read(state, ByteRange(0, stop)))
         except MfsError:  # the reader will hear of it
             return None
 

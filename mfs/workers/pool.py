@@ -231,10 +231,20 @@ class WorkerPool:
         arguments = job.arguments
         if job.operation in _WITH_DEADLINE:
             arguments = {**arguments, "deadline_s": job.deadline_s}
+        if job.followed_by is not None:
+            job.followed_by.serial = next(self._serials)
+            arguments = {**arguments, "then": job.followed_by.serial}
         if job.span is not None:
             arguments = {**arguments, "trace": job.span.context.traceparent}
             job.span.attributes["mfs.queued_s"] = time.monotonic() - job.span.since_s
         worker.send({"id": job.serial, "op": job.operation, **arguments})
+
+    def _go_on(self, worker: Worker, job: Job) -> None:
+        """A worker has begun a job by itself."""
+        job.started = True
+        job.deadline_s = time.monotonic() + job.timeout_s
+        self._line(job).shares.take(job.group)
+        worker.jobs[job.serial] = job
 
     def _finished(self, worker: Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
         del worker.jobs[job.serial]
@@ -242,6 +252,8 @@ class WorkerPool:
         line.shares.give(job.group)
         if job.span is not None:
             job.span.end(error=str(error) if error is not None else "")
+        if job.followed_by is not None and error is None:
+            self._go_on(worker, job.followed_by)
         job.finish(result, error)
         self._dispatch(line)
 

@@ -41,10 +41,12 @@ from tests.mount.soak_readers import FILES_COUNT, Board, Contents, Found, read_o
 
 logger = logging.getLogger(__name__)
 
-_DISK_BYTES, _CACHE_BYTES = 96 << 20, 48 << 20
+_DISK_BYTES, _CACHE_BYTES = 112 << 20, 64 << 20
 _PATIENCE_S = 300.0
 """A soak runs for hours beside other work: how long a pause is, is measured elsewhere."""
 _SAY_S = 60.0
+_BETWEEN = 500
+"""Operations between two things that happen, at most, beside those that are made during one."""
 
 
 @dataclass
@@ -228,9 +230,14 @@ class _Disturber:
         return sum(worker["inflight"] for worker in workers) if workers else 1
 
 
-def run(mount: TestMount, folder: origins.FolderOrigin, *, operations: int, readers: int, seed: int) -> Seen:
+def run(
+    mount: TestMount, folder: origins.FolderOrigin, *, operations: int, readers: int, seed: int, between: int = _BETWEEN
+) -> Seen:
     """Read from a mount that was not started yet, and disturb it, until so many operations were made and everything has
-    happened to it."""
+    happened to it.
+
+    between: at most so many operations after one thing the next happens.
+    """
     chance = random.Random(seed)
     board_path = str(mount.folder / "board")
     board = Board(board_path, readers, create=True)
@@ -242,7 +249,8 @@ def run(mount: TestMount, folder: origins.FolderOrigin, *, operations: int, read
         reader.start(read_on, str(mount.path / "m"), number, chance.randrange(2**32), board_path, readers)
     said_s = time.monotonic()
     while not disturber.disturb() or board.operations < operations:
-        time.sleep(chance.uniform(0, 0.5))
+        until = board.operations + chance.randrange(between)
+        assert mount.wait_for(lambda: board.operations >= until, timeout_s=_PATIENCE_S)  # noqa: B023
         if time.monotonic() > said_s + _SAY_S:
             said_s = time.monotonic()
             print(f"{board.operations} operations, {board.wrong} wrong; {dict(disturber.done)}", flush=True)

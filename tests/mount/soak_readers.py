@@ -6,6 +6,7 @@ A file's size tells its version, and version and number every byte: what a read 
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import random
@@ -23,7 +24,9 @@ _PIECE_BYTES, _LONG_BYTES = 5000, 1 << 20
 _BLOCK_BYTES, _CHUNK_BYTES = 128 << 10, 4 << 20
 _READS_MAX = 20
 """Of one burst."""
-_HELD_MAX = 2  # by each reader, over whatever happens; more, and nothing could be evicted
+_HELD_MAX = (
+    1  # by each reader, over whatever happens; with more, files would be open at all times, one way or the other
+)
 _WRONG_MAX = 20
 _GONE = (errno.ESTALE, errno.EFAULT)
 """How a read ends, and a look at a mapping, where the version is gone."""
@@ -194,9 +197,11 @@ class _Reader:
             is_kept = len(self._held) <= _HELD_MAX and self._chance.random() < 0.3
         if self._chance.random() < 0.2:
             os.posix_fadvise(opened.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        self._read(opened, self._chance.choice((self._pread, self._look, self._either, self._run, self._end)))
+        is_there = self._read(
+            opened, self._chance.choice((self._pread, self._look, self._either, self._run, self._end))
+        )
         self._look_around()
-        if not is_kept:
+        if not is_kept or not is_there:
             self._held.remove(opened)
             opened.close()
 
@@ -205,14 +210,16 @@ class _Reader:
         while self._held:
             self._held.pop().close()
 
-    def _read(self, opened: _Opened, kind: Callable[[_Opened], None]) -> None:
+    def _read(self, opened: _Opened, kind: Callable[[_Opened], None]) -> bool:
+        """Whether all that was to be read is there still."""
         try:
             kind(opened)
         except OSError as error:
-            if error.errno in _GONE and self._board.may_be_gone(opened.number, opened.version):
-                self.found.met["gone"] += 1
-                return
-            self._say(opened, f"{kind.__name__}: {error}")
+            if error.errno not in _GONE or not self._board.may_be_gone(opened.number, opened.version):
+                self._say(opened, f"{kind.__name__}: {error}")
+            self.found.met["gone"] += 1
+            return False
+        return True
 
     def _pread(self, opened: _Opened) -> None:
         for _ in range(self._chance.randrange(1, _READS_MAX)):
@@ -271,11 +278,12 @@ class _Reader:
         """Past the page cache, where the block is that `start` is in."""
         start = start // _BLOCK_BYTES * _BLOCK_BYTES
         expected = self._contents.part(opened.number, opened.version, start, _BLOCK_BYTES)
-        fd = os.open(f"/proc/self/fd/{opened.fd}", os.O_RDONLY | os.O_DIRECT)
+        flags = fcntl.fcntl(opened.fd, fcntl.F_GETFL)  # opened anew it could be ESTALE, had it been found damaged
+        fcntl.fcntl(opened.fd, fcntl.F_SETFL, flags | os.O_DIRECT)
         try:
-            count = os.preadv(fd, [self._direct], start)
+            count = os.preadv(opened.fd, [self._direct], start)
         finally:
-            os.close(fd)
+            fcntl.fcntl(opened.fd, fcntl.F_SETFL, flags)
         self._compare("direct", opened, start, self._direct[:count], expected)
 
     def _compare(self, how: str, opened: _Opened, start: int, got: bytes, expected: bytes) -> None:

@@ -219,8 +219,10 @@ def test_a_damaged_one_is_given_to_nobody_else(mount: TestMount) -> None:
     os.utime(data, ns=(data.stat().st_atime_ns, data.stat().st_mtime_ns))
     mount.alarms_expected += ["dropped", "fail their checksums", "bad"]
     assert list(mount.client.verify(["w.bin"]))[-1]["bad"]
+    assert reader.call(touching.held_again, "fd") == "ESTALE"
     assert reader.call(touching.hold, "again", path) == inode
     assert reader.call(touching.held_read, "again", 5 << 20, 1000) == ramp(1000, 5 << 20)
+    assert reader.call(touching.held_again, "again") == ""
     assert mount.call(touching.read, path) == ramp(SIZE)
 
 

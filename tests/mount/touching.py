@@ -183,6 +183,11 @@ def held_outcome(name: str, offset: int, length: int) -> bytes | str:
         return errno.errorcode[error.errno or 0]
 
 
+def held_again(name: str) -> str:
+    """The errno name with which the file behind a descriptor is opened anew; '' if it is."""
+    return failure("open", f"/proc/self/fd/{_held[name]}", os.O_RDONLY)
+
+
 def held_size(name: str) -> int:
     return os.fstat(_held[name]).st_size
 
