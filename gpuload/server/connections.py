@@ -21,11 +21,12 @@ import trio
 
 from gpuload.errors import AwayError, BusyError, DeviceLostError, ServerError, first_error, to_wire
 from gpuload.server.catalog import Lease
+from gpuload.server.channel import Channel
 from gpuload.server.client_files import REQUESTS_MAX, ClientFiles, Shares
 from gpuload.server.config import ServerConfig
 from gpuload.server.estate import Estate
 from gpuload.server.operations import Answer, Operations, Peer
-from gpuload.wire import Channel, close_all, encode
+from gpuload.wire import close_all, encode
 from mfs.errors import MfsError
 
 log = logging.getLogger("gpuload.server")
