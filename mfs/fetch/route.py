@@ -30,7 +30,6 @@ from urllib.parse import parse_qsl, urlsplit
 from mfs.errors import IntegrityError, MfsError, StoreError
 from mfs.fetch.connections import Origin
 from mfs.fetch.dates import epoch_s
-from mfs.fetch.environment import CaBundle
 from mfs.fetch.redirects import REDIRECT_STATUSES
 from mfs.fetch.retry import wished_pause_s
 from mfs.fetch.told import note_way
@@ -126,13 +125,11 @@ class Shared(NamedTuple):
 class Route:
     """Reads ranges for one source. Thread-safe."""
 
-    def __init__(
-        self, transport: Transport, cache: Cache | None, *, connections_max: int = 32, ca_bundle: CaBundle | None = None
-    ) -> None:
-        """transport: to the origins; it stays its owner's. connections_max, ca_bundle: as of `Transport`."""
+    def __init__(self, transport: Transport, cache: Cache | None) -> None:
+        """transport: to the origins; it stays its owner's."""
         self._transport = transport
         self._cache = cache
-        self._to_cache = Transport(connections_max=connections_max, ca_bundle=ca_bundle, uses_proxy=False)
+        self._to_cache = transport.past_proxies()
         self._health = _Health(str(cache.origin) if cache else "")
         self._proofs = _Remembered[str]()
         self._unfit = _Remembered[float]()
