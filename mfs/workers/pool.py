@@ -73,6 +73,11 @@ class PoolConfig:
         """The most a source may need in one worker."""
         return 4 * (self.origin_limit + self.control_limit)
 
+    @property
+    def saves_max(self) -> int:
+        """Saves that one worker goes on with by itself: those of all leave the disk's lane to what waits in it."""
+        return self.disk_limit // self.workers_count
+
 
 def _nobody(result: Frame | None, error: MfsError | None) -> None:
     """Nobody waits for the answer."""
@@ -371,8 +376,9 @@ class WorkerPool:
 
     def _setup(self) -> Frame:
         """What a worker is told. The first refuse what a person must mend, those after them serve as they can."""
-        known = {"restarted": bool(self.identities), "identities": self.identities}
-        return {**self._config.setup, "connections_max": self._config.connections_max, **known}
+        config = self._config
+        bounds = {"connections_max": config.connections_max, "saves_max": config.saves_max}
+        return {**config.setup, **bounds, "restarted": bool(self.identities), "identities": self.identities}
 
     def _note_tier(self) -> None:
         """Say it once when a worker has no SSD tier, and once when all have it again."""

@@ -48,7 +48,6 @@ class TakesChunks(Protocol):
 
 
 _FILLS = ("fill", "load", "warm")  # operations that write into a piece
-_SAVES_MAX = 3  # that threads go on with by themselves; of two workers as many as the daemon orders at once
 
 
 def main() -> None:
@@ -73,7 +72,7 @@ def main() -> None:
             return
         gc.freeze()  # what was imported stays: no need to look through it again and again
         send({"id": 0, "result": {"hello": os.getpid(), "identities": jobs.identities}})
-        _Crew(frames, jobs, send).work()
+        _Crew(frames, jobs, send, setup["saves_max"]).work()
     os._exit(0)  # threads may sit in a recv whose answer nobody wants any more
 
 
@@ -109,13 +108,13 @@ class _Crew:
     So there are as many as there were operations under way here at once, which the daemon bounds, and one.
     """
 
-    def __init__(self, frames: Iterator[Frame], jobs: Jobs, send: _Sender) -> None:
+    def __init__(self, frames: Iterator[Frame], jobs: Jobs, send: _Sender, saves_max: int) -> None:
         self._frames = frames
         self._jobs = jobs
         self._send = send
         self._taking = threading.Lock()
         self._counting = threading.Lock()
-        self._saves_left = threading.Semaphore(_SAVES_MAX)
+        self._saves_left = threading.Semaphore(saves_max)
         self._idle_count = 1
         """Threads that wait for an order, or are about to."""
 

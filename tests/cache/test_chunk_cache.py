@@ -671,6 +671,24 @@ async def test_a_chunk_is_saved_later_if_its_worker_dies_while_it_saves_it(rig: 
     assert rig.ssd_mask(obj, 0) == FULL
 
 
+async def test_saves_that_follow_leave_the_disk_to_others_however_many_workers_there_are(tmp_path: Path) -> None:
+    async with running_rig(tmp_path, workers_count=4) as rig, trio.open_nursery() as nursery:
+        obj = rig.put_ramp("model.bin", 14 * CHUNK_BYTES)
+        fd = os.open(rig.cache_dir / "v2" / "names.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock(fd, fcntl.F_WRLCK, int(obj.cache_id[:2], 16))  # whoever makes its files waits
+        try:
+            for index in range(14):
+                nursery.start_soon(read, rig, obj, index * CHUNK_BYTES, (index + 1) * CHUNK_BYTES)
+            saving = partial(rig.pool.inflight, "disk")
+            waiting = partial(rig.pool.queued, "disk")
+            # One of each worker, and six that were ordered before those began.
+            await until(lambda: saving() <= 4 + 6 and saving() + waiting() == 14, "as many saves as there may be")
+        finally:
+            os.close(fd)
+        await rig.cache.saver.wait_saved()
+        assert all(rig.ssd_mask(obj, index) == FULL for index in range(14))
+
+
 async def test_a_range_over_two_chunks_goes_out_uncopied(rig: Rig) -> None:
     obj = rig.put_ramp("model.bin", 2 * CHUNK_BYTES)
     state, span = rig.cache.open(obj, 0), ByteRange(CHUNK_BYTES - 5, CHUNK_BYTES + 5)
