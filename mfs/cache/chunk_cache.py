@@ -165,7 +165,9 @@ class ChunkCache:
         copies: list[bytes] = []
         for index, part in parts:  # one was lost while another was waited for
             await self._have(state, index, part, whole_chunks)
-            copies += map(bytes, self._deliver(state, [(index, part)]) or ())
+            pieces = self._deliver(state, [(index, part)])
+            assert pieces is not None  # no checkpoint since
+            copies += map(bytes, pieces)
         return tuple(copies)
 
     def read_nowait(self, state: ObjectState, span: ByteRange) -> Pieces | None:
