@@ -119,6 +119,8 @@ class Board:
 
     def pause(self, paused: bool) -> None:
         self._orders[1] = paused
+        for reader in range(len(self._paused)):  # who was paused before may be reading since, and not have said so
+            self._paused[reader] = False
 
     @property
     def all_paused(self) -> bool:
