@@ -1,6 +1,6 @@
 """The conductor of one load: batches → source → ring of buffers → copy stream, overlapped, cancelled as one.
 
-    readers_count threads, each:   take a batch and a buffer, wait until the buffer's last copy is done,
+    readers_count threads, each:   take a buffer and a batch for it, wait until the buffer's last copy is done,
                                    fill it from the source, have it page-locked if it is new, check it,
                                    queue the copies, put it back with their event
     one thread more:               waits for the events in order, tells which transfers are complete
