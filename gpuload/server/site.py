@@ -47,7 +47,7 @@ class Site:
     arena: Arena
     catalog: Catalog
     ring: Ring
-    """Page-locked once, for all loads: one at a time uses it."""
+    """Page-locked once, for all loads: who has the turn uses it; see `turns`."""
     tier: RamTier | None = None
     """Where blocks go that leave it; None: nowhere."""
     floor_count: int = 0
@@ -55,7 +55,11 @@ class Site:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     """Tells clients whether granules of two answers are of one arena: then equal numbers are equal memory."""
     turn: trio.Lock = field(default_factory=trio.Lock)
-    """Held by the load that may change what stands here."""
+    """Held by the load that may change what stands here; see `turns`."""
+    aside_count: int = 0
+    """Loads that have given it up until their bytes come."""
+    came_back: trio.Event = field(default_factory=trio.Event)
+    """Set, and made anew, when one of them has the turn again, or has ended."""
     is_frozen: bool = False
     """Its memory may be another server's by now: nothing goes back."""
     before_release: Callable[[Site, Sequence[Run]], Awaitable[None]] | None = None
@@ -74,7 +78,7 @@ class Site:
     def waiting_count(self) -> int:
         """Loads at work or waiting."""
         statistics = self.turn.statistics()
-        return int(statistics.locked) + statistics.tasks_waiting
+        return int(statistics.locked) + statistics.tasks_waiting + self.aside_count
 
     async def look(self) -> None:
         """Ask the device how much memory could still be had. No checkpoint once it is known."""
