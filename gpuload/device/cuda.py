@@ -28,8 +28,9 @@ GRANULE_BYTES = 8 << 20
 """Four times the hardware's smallest: 2,000 imports and mappings for a 16 GB model rather than 8,000, for a waste below
 one granule per block. Not yet measured."""
 
-LOCKED_BYTES_MIN = 2 << 20
-"""Of staging that is page-locked as it is used: one huge page, 0.2 ms, for who loads little."""
+LOCKED_BYTES = (2 << 20, 8 << 20)
+"""Of staging that is page-locked as it is used: one huge page, 0.2 ms, for who loads little; what a load begins with,
+`staging.FIRST_BYTES`; else all."""
 
 CLOSE_S = 60.0
 """Longest wait for what is queued when a stream ends; no copy of ours takes a second."""
@@ -143,7 +144,7 @@ class CudaStaging:
         may cross two."""
         if nbytes <= self._locked_bytes:
             return
-        wanted = min(self._bytes, LOCKED_BYTES_MIN) if nbytes <= LOCKED_BYTES_MIN else self._bytes
+        wanted = min(self._bytes, next((most for most in LOCKED_BYTES if nbytes <= most), self._bytes))
         self._unlock()
         self._device.call("cuMemHostRegister_v2", self.address, wanted, cu.MEMHOSTREGISTER_PORTABLE)
         self._locked_bytes = wanted

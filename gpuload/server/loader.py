@@ -409,7 +409,7 @@ class Loader:
         def pack() -> list[Batch]:
             with_shards = ((work.transfers[p.transfer].shard, p) for p in pieces)
             in_order = sorted(with_shards, key=lambda sp: (sp[0], sp[1].start))
-            return list(pack_pieces(in_order, buffer_bytes=self._limits.buffer_bytes))
+            return pack_pieces(in_order, buffer_bytes=self._limits.buffer_bytes)
 
         await move_batches(
             await self._think(pack),

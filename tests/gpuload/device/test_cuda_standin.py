@@ -49,6 +49,18 @@ class TestCudaDeviceOnStandin(DeviceSuite):
         return CudaDevice(0, granule_bytes=65536, driver=library)
 
 
+class TestCudaDeviceThatKnowsNoReadOnlyMemory(TestCudaDeviceOnStandin):
+    """Attribute 113 is 0, as on a B300."""
+
+    @pytest.fixture(autouse=True)
+    def _driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("STANDIN_NO_READ_ONLY", "1")
+
+    def test_memory_of_others_is_copied_from_in_place(self, device: Device) -> None:
+        with pytest.raises(DeviceError, match="cuMemHostRegister_v2 failed"):
+            super().test_memory_of_others_is_copied_from_in_place(device)
+
+
 def test_structs_have_the_sizes_of_cuda_h() -> None:
     assert ctypes.sizeof(cu.MemAllocationProp) == 32
     assert ctypes.sizeof(cu.MemAccessDesc) == 12
