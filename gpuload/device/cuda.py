@@ -1,9 +1,9 @@
 """A CUDA device. With `driver.py` the only place that knows CUDA. NOT YET RUN ON A GPU; see driver.py for what was.
 
-Arenas are separate physical granules (cuMemCreate), made when they are needed, given back when they are not, and
-mapped side by side for their owner. A client imports the granules of its model as file descriptors and maps them,
-read-only, in the order of its layout: no address has to match between processes, no legacy IPC handle is involved, and
-PID namespaces do not matter.
+Arenas are pieces of physical memory (cuMemCreate), made in the size in which they are needed, given back when they are
+not, and mapped for their owner. A client imports the pieces of its model as file descriptors and maps them side by
+side, read-only, in the order of its layout: no address has to match between processes, no legacy IPC handle is
+involved, and PID namespaces do not matter.
 Source: CUDA Driver API, chapter Virtual Memory Management.
 """
 
@@ -16,6 +16,8 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_ulonglong, c_void_p
+from dataclasses import dataclass
+from itertools import accumulate
 
 from gpuload.device import driver as cu
 from gpuload.device import nodes
@@ -25,8 +27,11 @@ from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
 from mfs.units import format_size
 
 GRANULE_BYTES = 8 << 20
-"""Four times the hardware's smallest: 2,000 imports and mappings for a 16 GB model rather than 8,000, for a waste below
-one granule per block. Not yet measured."""
+"""What sizes of pieces are counted in. Four times the hardware's smallest: more blocks find a free piece of their size,
+for a waste below one granule per block."""
+
+PLACES = 4
+"""Addresses of an arena for each granule that it may have, so that runs of them are free for pieces of any size."""
 
 LOCKED_BYTES_MIN = 2 << 20
 """Of staging that is page-locked as it is used: one huge page, 0.2 ms, for who loads little."""
@@ -165,63 +170,89 @@ class CudaStaging:
 
 
 class _Mapped:
-    """Granules side by side in this process's address space."""
+    """Pieces side by side in this process's address space. Places and sizes are counted in granules."""
 
     def __init__(self, device: CudaDevice, count: int) -> None:
         self._device, self._unit = device, device.granule_bytes
         self.nbytes = count * self._unit
         self.address = device.number("cuMemAddressReserve", c_ulonglong, self.nbytes, 0, 0, 0)
-        self.shown: list[int] = []
-        """The handle of each granule, 0 where none is mapped; whose they are is the caller's business."""
+        self.shown: dict[int, _Piece] = {}
+        """By where it begins, what is mapped; whose the handles are is the caller's business."""
 
-    def add(self, handle: int) -> None:
-        at = self.address + len(self.shown) * self._unit
-        self._device.driver.call("cuMemMap", at, self._unit, 0, handle, 0)
-        self.shown.append(handle)
+    def put(self, piece: _Piece) -> None:
+        """Map it where nothing is. The context is current, here and below. Raises: DeviceError."""
+        at, size = self._range(piece)
+        self._device.driver.call("cuMemMap", at, size, 0, piece.handle, 0)
+        self.shown[piece.place] = piece
 
-    def put(self, place: int, handle: int) -> None:
-        """Map a granule in place of another, or of none; the context is current. Raises: DeviceError; `shown` says what
-        is there then."""
-        self.take(place)
-        self._device.driver.call("cuMemMap", self.address + place * self._unit, self._unit, 0, handle, 0)
-        self.shown[place] = handle
+    def take(self, piece: _Piece) -> None:
+        """Unmap it, if it is what is mapped there."""
+        if self.shown.get(piece.place) == piece:
+            self._device.driver.call("cuMemUnmap", *self._range(piece))
+            del self.shown[piece.place]
 
-    def take(self, place: int) -> None:
-        if self.shown[place]:
-            self._device.driver.call("cuMemUnmap", self.address + place * self._unit, self._unit)
-            self.shown[place] = 0
+    def allow(self, pieces: Sequence[_Piece]) -> None:
+        """Reading, of all of these, which are in order."""
+        access = self._device.access(cu.ACCESS_READ)
+        for first, count in _joined([(piece.place, piece.count) for piece in pieces]):
+            self._device.driver.call("cuMemSetAccess", self.address + first * self._unit, count * self._unit, access, 1)
 
-    def allow(self, access: int, first: int = 0, count: int | None = None) -> None:
-        """Of `count` granules from `first` on; of all."""
-        nbytes = self.nbytes if count is None else count * self._unit
-        self._device.call("cuMemSetAccess", self.address + first * self._unit, nbytes, self._device.access(access), 1)
+    def _range(self, piece: _Piece) -> tuple[int, int]:
+        return self.address + piece.place * self._unit, piece.count * self._unit
 
     def close(self) -> None:
         if not self.address:
             return
-        for i, handle in enumerate(self.shown):
-            if handle:
-                self._device.give_back("cuMemUnmap", self.address + i * self._unit, self._unit)
+        for piece in self.shown.values():
+            self._device.give_back("cuMemUnmap", *self._range(piece))
         self._device.give_back("cuMemAddressFree", self.address, self.nbytes)
-        self.address, self.shown = 0, []
+        self.address, self.shown = 0, {}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What is shown, or to be shown."""
+
+    place: int
+    run: Run
+    """Its granules' numbers in the arena."""
+    handle: int
+
+    @property
+    def count(self) -> int:
+        return self.run[1]
+
+
+def _joined(runs: Sequence[Run]) -> list[Run]:
+    """The same, those that follow each other as one."""
+    joined: list[Run] = []
+    for first, count in runs:
+        if joined and sum(joined[-1]) == first:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
+        else:
+            joined.append((first, count))
+    return joined
 
 
 class CudaArena:
     """See `base.Arena`."""
 
+    has_pieces = True
+
     def __init__(self, device: CudaDevice, granules_count: int) -> None:
         self._device = device
         self.granule_bytes, self.granules_count = device.granule_bytes, granules_count
-        self._handles: dict[int, int] = {}
-        """By granule, of those that are mapped."""
-        self._fds: dict[int, int] = {}
-        """By granule, where somebody wanted one. Whoever attaches gets a copy then: nothing says that a granule which
-        was imported may be exported again."""
+        self.places_count = PLACES * granules_count
+        self._handles: dict[Run, int] = {}
+        """Of the pieces that are mapped."""
+        self._fds: dict[Run, int] = {}
+        """Where somebody wanted one: kept, since it costs a call, and nothing says that what was imported may be
+        exported again."""
         self.address = device.number("cuMemAddressReserve", c_ulonglong, self._nbytes, 0, 0, 0)
 
     @property
     def _nbytes(self) -> int:
-        return self.granules_count * self.granule_bytes
+        return self.places_count * self.granule_bytes
 
     def commit(self, runs: Sequence[Run]) -> None:
         nbytes = sum(count for _, count in runs) * self.granule_bytes
@@ -232,10 +263,13 @@ class CudaArena:
                 shortfall_bytes=nbytes - free,
                 waits=True,
             )
+        driver, properties = self._device.driver, ctypes.byref(self._device.properties)
         try:
             with self._device.current():
                 for run in runs:
-                    self._commit(*run)
+                    size = run[1] * self.granule_bytes
+                    self._map(run, driver.number("cuMemCreate", c_ulonglong, size, properties, 0))
+                self._allow(runs)
         except BaseException as error:
             self.release(runs)
             if isinstance(error, DeviceError) and error.code == cu.ERROR_OUT_OF_MEMORY:
@@ -245,65 +279,61 @@ class CudaArena:
                 raise FitError(text, shortfall_bytes=1, waits=True) from None
             raise
 
-    def _commit(self, first: int, count: int) -> None:
-        driver, unit = self._device.driver, self.granule_bytes
-        properties = ctypes.byref(self._device.properties)
-        for granule in range(first, first + count):
-            self._map(granule, driver.number("cuMemCreate", c_ulonglong, unit, properties, 0))
-        self._allow(first, count)
+    def _range(self, run: Run) -> tuple[int, int]:
+        return self.address + run[0] * self.granule_bytes, run[1] * self.granule_bytes
 
-    def _map(self, granule: int, handle: int) -> None:
-        unit = self.granule_bytes
+    def _map(self, run: Run, handle: int) -> None:
+        at, size = self._range(run)
         try:
-            self._device.driver.call("cuMemMap", self.address + granule * unit, unit, 0, handle, 0)
+            self._device.driver.call("cuMemMap", at, size, 0, handle, 0)
         except BaseException:
             self._device.give_back("cuMemRelease", handle)
             raise
-        self._handles[granule] = handle
+        self._handles[run] = handle
 
-    def _allow(self, first: int, count: int) -> None:
-        at, size = self.address + first * self.granule_bytes, count * self.granule_bytes
-        self._device.driver.call("cuMemSetAccess", at, size, self._device.access(cu.ACCESS_READWRITE), 1)
+    def _allow(self, runs: Sequence[Run]) -> None:
+        access = self._device.access(cu.ACCESS_READWRITE)
+        for run in _joined(sorted(runs)):
+            self._device.driver.call("cuMemSetAccess", *self._range(run), access, 1)
 
     def shared(self) -> int | None:
         return None
 
     def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
-        wanted = [granule for first, count in runs for granule in range(first, first + count)]
-        for granule in wanted:
-            if granule not in self._fds:
-                self._fds[granule] = self._exported(granule)
-        return [self._fds[granule] for granule in wanted]
+        return [self._descriptor(run) for run in runs]
+
+    def _descriptor(self, run: Run) -> int:
+        if run not in self._fds:
+            kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+            made = self._device.number("cuMemExportToShareableHandle", c_int, self._handles[run], kind, 0)
+            if self._fds.setdefault(run, made) != made:  # another thread was first
+                os.close(made)
+        return self._fds[run]
 
     def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
-        """Not known before a GPU was seen: whether a driver keeps granules whose maker has died for as long as one of
+        """Not known before a GPU was seen: whether a driver keeps pieces whose maker has died for as long as one of
         their descriptors is open, as its documentation has it of handles, and gives them with their bytes."""
-        wanted = [granule for first, count in runs for granule in range(first, first + count)]
-        self._fds |= dict(zip(wanted, fds, strict=True))
-        driver, kind = self._device.driver, cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        self._fds |= dict(zip(runs, fds, strict=True))
         with self._device.current():
-            for granule, fd in zip(wanted, fds, strict=True):
-                self._map(granule, driver.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind))
-            for run in runs:
-                self._allow(*run)
+            for run, fd in zip(runs, fds, strict=True):
+                self._map(run, self._device.import_piece(fd))
+            self._allow(runs)
 
     def release(self, runs: Sequence[Run]) -> None:
         refused: list[DeviceError] = []
         with self._device.current():
-            for first, count in runs:
-                for granule in range(first, first + count):
-                    handle = self._handles.pop(granule, None)
-                    if handle is not None:
-                        self._release(granule, handle, refused)
+            for run in runs:
+                handle = self._handles.pop(run, None)
+                if handle is not None:
+                    self._release(run, handle, refused)
         if refused:
             raise refused[0]
 
-    def _release(self, granule: int, handle: int, refused: list[DeviceError]) -> None:
-        fd = self._fds.pop(granule, None)
+    def _release(self, run: Run, handle: int, refused: list[DeviceError]) -> None:
+        fd = self._fds.pop(run, None)
         if fd is not None:
             os.close(fd)
-        at = self.address + granule * self.granule_bytes
-        for name, args in (("cuMemUnmap", (at, self.granule_bytes)), ("cuMemRelease", (handle,))):
+        for name, args in (("cuMemUnmap", self._range(run)), ("cuMemRelease", (handle,))):
             try:
                 self._device.driver.call(name, *args)
             except DeviceLostError:  # nothing is there any more that could be ended
@@ -316,25 +346,18 @@ class CudaArena:
 
         fds: list[int] = []
         try:
-            for first, count in runs:
-                fds.extend(self._exported(granule) for granule in range(first, first + count))
+            fds.extend(os.dup(self._descriptor(run)) for run in runs)
         except OSError as error:
             close_all(fds)
-            raise DeviceError(f"cannot hand out granules of {self._device.name}: {error.strerror}") from None
+            raise DeviceError(f"cannot hand out memory of {self._device.name}: {error.strerror}") from None
         except BaseException:
             close_all(fds)
             raise
         return fds
 
-    def _exported(self, granule: int) -> int:
-        if granule in self._fds:
-            return os.dup(self._fds[granule])
-        kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return self._device.number("cuMemExportToShareableHandle", c_int, self._handles[granule], kind, 0)
-
     def close(self) -> None:
         if self.address:
-            self.release([(0, self.granules_count)])
+            self.release(list(self._handles))
             self._device.give_back("cuMemAddressFree", self.address, self._nbytes)
             self.address = 0
 
@@ -346,66 +369,68 @@ class CudaMapping:
     is_hidden = False
 
     def __init__(self, device: CudaDevice, fds: Sequence[int], runs: Sequence[Run]) -> None:
-        self._device, self._runs = device, list(runs)
-        self._handles: list[int] = []  # kept: a change that fails half-way maps them again
-        self._mapped = _Mapped(device, len(fds))
+        self._device = device
+        self.pieces: list[_Piece] = []
+        """What is shown, in order. Handles are kept: a change that fails half-way maps them again."""
+        self._mapped = _Mapped(device, sum(count for _, count in runs))
         self.address, self.nbytes = self._mapped.address, self._mapped.nbytes
         try:
             with device.current():
-                for fd in fds:
-                    self._handles.append(device.import_granule(fd))
-                    self._mapped.add(self._handles[-1])
-            self._mapped.allow(cu.ACCESS_READ)
+                for (place, run), fd in zip(_placed(runs), fds, strict=True):
+                    self.pieces.append(_Piece(place, run, device.import_piece(fd)))
+                    self._mapped.put(self.pieces[-1])
+                self._mapped.allow(self.pieces)
         except BaseException:
             self._end()
             raise
 
     def prepare(self, fds: Sequence[int], runs: Sequence[Run], *, is_same: bool) -> CudaChange:
-        before, after = _granules(self._runs), _granules(runs)
-        if len(before) != len(after) or len(fds) != len(after):
-            raise ValueError(f"{len(fds)} descriptors of {runs} are not the {len(before)} granules that are shown")
-        places = [i for i, granule in enumerate(after) if not is_same or granule != before[i]]
-        handles: list[int] = []
+        after, count = _placed(runs), sum(count for _, count in runs)
+        if count * self._device.granule_bytes != self.nbytes or len(fds) != len(runs):
+            shown = self.nbytes // self._device.granule_bytes
+            raise ValueError(f"{len(fds)} descriptors of {runs} are not the {shown} granules that are shown")
+        before = {(piece.place, piece.run): piece for piece in self.pieces if is_same}
+        made: list[_Piece] = []
         try:
             with self._device.current():
-                handles.extend(self._device.import_granule(fds[place]) for place in places)
+                for (place, run), fd in zip(after, fds, strict=True):
+                    if (place, run) not in before:
+                        made.append(_Piece(place, run, self._device.import_piece(fd)))
         except BaseException:
-            self._device.release(handles)
+            self._device.release([piece.handle for piece in made])
             raise
-        return CudaChange(self, places, handles, list(runs))
+        kept = {before[key] for key in after if key in before}
+        return CudaChange(self, [piece for piece in self.pieces if piece not in kept], made)
 
-    def exchange(self, places: Sequence[int], handles: list[int], runs: list[Run]) -> list[Run]:
-        """See `base.Change`: granule `places[i]` becomes `handles[i]`, which becomes what was there. Returns the runs
-        that were shown."""
+    def exchange(self, gone: Sequence[_Piece], come: Sequence[_Piece]) -> None:
+        """See `base.Change`: show some pieces in place of others, which have as many granules at the same places."""
         self._device.call("cuCtxSynchronize")  # what is queued reads the old bytes
-        before = [self._handles[place] for place in places]
         try:
-            self._show(places, handles)
+            self._show(gone, come)
         except Exception:
             try:
-                changed = [i for i, place in enumerate(places) if self._mapped.shown[place] != before[i]]
-                self._show([places[i] for i in changed], [before[i] for i in changed])
+                self._show(come, gone)
             except Exception:
                 self.hide()
             raise
-        for place, handle in zip(places, handles, strict=True):
-            self._handles[place] = handle
-        handles[:] = before
-        shown, self._runs = self._runs, runs
-        return shown
+        self.pieces = sorted({*self.pieces} - {*gone} | {*come}, key=lambda piece: piece.place)
 
-    def _show(self, places: Sequence[int], handles: Sequence[int]) -> None:
+    def _show(self, gone: Sequence[_Piece], come: Sequence[_Piece]) -> None:
+        lacking = []
         with self._device.current():
-            for place, handle in zip(places, handles, strict=True):
-                self._mapped.put(place, handle)
-        for first, count in _runs_of(places):
-            self._mapped.allow(cu.ACCESS_READ, first, count)
+            for piece in gone:
+                self._mapped.take(piece)
+            for piece in come:
+                if self._mapped.shown.get(piece.place) != piece:
+                    self._mapped.put(piece)
+                    lacking.append(piece)
+            self._mapped.allow(lacking)
 
     def hide(self) -> None:
         self.is_hidden = True
         with contextlib.suppress(DeviceError), self._device.current():
-            for place in range(len(self._mapped.shown)):
-                self._mapped.take(place)
+            for piece in list(self._mapped.shown.values()):
+                self._mapped.take(piece)
 
     def close(self) -> None:
         if self._device.driver.is_inherited:  # it is the parent's, and stays so
@@ -416,39 +441,31 @@ class CudaMapping:
 
     def _end(self) -> None:
         self._mapped.close()
-        self._device.release(self._handles)
+        pieces, self.pieces = self.pieces, []
+        self._device.release([piece.handle for piece in pieces])
 
 
 class CudaChange:
-    """See `base.Change`. Only granules that differ are mapped anew."""
+    """See `base.Change`. Only pieces that differ are mapped anew."""
 
     waits_to_close = True
 
-    def __init__(self, mapping: CudaMapping, places: list[int], handles: list[int], runs: list[Run]) -> None:
-        self._mapping, self._places, self._handles, self._runs = mapping, places, handles, runs
+    def __init__(self, mapping: CudaMapping, shown: Sequence[_Piece], held: Sequence[_Piece]) -> None:
+        self._mapping, self._shown, self._held = mapping, shown, held
 
     def exchange(self) -> None:
-        self._runs = self._mapping.exchange(self._places, self._handles, self._runs)
+        self._mapping.exchange(self._shown, self._held)
+        self._shown, self._held = self._held, self._shown
 
     def close(self) -> None:
-        device = self._mapping._device
-        if not device.driver.is_inherited:
-            device.release(self._handles)
+        held, self._held = self._held, ()
+        if not self._mapping._device.driver.is_inherited:
+            self._mapping._device.release([piece.handle for piece in held])
 
 
-def _granules(runs: Sequence[Run]) -> list[int]:
-    return [first + i for first, count in runs for i in range(count)]
-
-
-def _runs_of(places: Sequence[int]) -> list[Run]:
-    """The same, those that follow each other as one."""
-    runs: list[Run] = []
-    for place in places:
-        if runs and sum(runs[-1]) == place:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((place, 1))
-    return runs
+def _placed(runs: Sequence[Run]) -> list[tuple[int, Run]]:
+    """Where each stands among them, side by side."""
+    return list(zip(accumulate((count for _, count in runs), initial=0), runs, strict=False))
 
 
 class CudaDevice:
@@ -525,7 +542,7 @@ class CudaDevice:
     def reserve_arena(self, nbytes: int, shared: int | None = None) -> CudaArena:
         if shared is not None:
             os.close(shared)
-            raise DeviceError(f"an arena on {self.name} has a descriptor for each granule, not one for all")
+            raise DeviceError(f"an arena on {self.name} has a descriptor for each piece, not one for all")
         self._check_shared()
         return CudaArena(self, nbytes // self.granule_bytes)
 
@@ -545,21 +562,20 @@ class CudaDevice:
             )
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> CudaMapping:
-        if len(fds) != sum(count for _, count in runs):
-            raise DeviceError(f"{len(fds)} granules came, expected {sum(count for _, count in runs)}")
+        if len(fds) != len(runs):
+            raise DeviceError(f"{len(fds)} pieces came, expected {len(runs)}")
         return CudaMapping(self, fds, runs)
 
-    def import_granule(self, fd: int) -> int:
+    def import_piece(self, fd: int) -> int:
         """This device's context must be current."""
         kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         return self.driver.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
 
-    def release(self, handles: list[int]) -> None:
-        """Let go of granules; what is mapped of them stays mapped. Empties the list."""
+    def release(self, handles: Sequence[int]) -> None:
+        """Let go of pieces; what is mapped of them stays mapped."""
         with contextlib.suppress(DeviceLostError), self.current():
-            while handles:
-                self.driver.call("cuMemRelease", handles.pop())
-        handles.clear()
+            for handle in handles:
+                self.driver.call("cuMemRelease", handle)
 
     def register(self, address: int, nbytes: int) -> None:
         """See `base.Device.register`. As read-only memory, if the driver knows such; without that it refuses what this
