@@ -23,6 +23,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from gpuload.cli.modelled_attach import Attaches
 from gpuload.cli.modelled_load import Rounds
 from gpuload.client.asking import ask, load_resident
 from gpuload.errors import DeviceError
@@ -57,6 +58,7 @@ def run_modelled(nbytes: int, folder: str) -> dict[str, Any]:
             path = write_model(scratch / f"{count}.safetensors", MODELLED_BYTES, count, has_bytes=False)
             for hashed in (False, True):
                 rows += _pipeline_rows(path, MODELLED_BYTES, count, LINK_GB_S, hashed=hashed, models_reads=True)
+            rows += _attach_rows(path, count, scratch)
             path.unlink()
         one = write_model(scratch / "large.safetensors", nbytes, LARGE_COUNT)
         two = write_model(scratch / "small.safetensors", nbytes, SMALL_COUNT)
@@ -110,14 +112,9 @@ def _pipeline_rows(
     options = ["--moves-nothing", "--set", f"LINK_GB_S={link}"]
     if models_reads:
         options += ["--model-reads", str(path.parent)]
-    command = _simulated(options, children.python("-m", "gpuload.cli.modelled_load", str(path), str(ROUNDS),
-                                                   "hashed" if hashed else "plain"))  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=children.CWD, env=children.environment()
-    )
-    if done.returncode:
-        raise DeviceError(f"the modelled load failed: {done.stderr.strip().splitlines()[-1:]}")
-    found = Rounds(**json.loads(done.stdout.splitlines()[-1]))
+    kind = "hashed" if hashed else "plain"
+    command = children.python("-m", "gpuload.cli.modelled_load", str(path), str(ROUNDS), kind)
+    found = Rounds(**_said(options, command))
     how = f"{count} tensors, {'reads modelled' if models_reads else 'reads real'}{', hashed' if hashed else ''}"
     yield _row(f"load, {how}", nbytes, found.best_s, link) | {"cpu_seconds": found.cpu_s}
     yield _row(f"first load of a process, {how}", nbytes, found.first_s, link)
@@ -133,6 +130,17 @@ def _server_rows(path: Path, nbytes: int, count: int, link: float, scratch: Path
             report = load_resident(path, "bench", "cuda:0", socket_path=socket_path)["report"]
         what = f"server, {count} tensors, digests {'known' if known else 'unknown'}, reads real"
         yield _row(what, nbytes, report["seconds"], link)
+
+
+def _attach_rows(path: Path, count: int, scratch: Path) -> Iterator[dict[str, Any]]:
+    """Without torch, to a server that has it. There is no link in these."""
+    with _server(scratch / "none", MODELLED_BYTES, LINK_GB_S, scratch, reads=path.parent) as socket_path:
+        load_resident(path, "bench", "cuda:0", socket_path=socket_path)
+        found = Attaches(**_said(
+            [], children.python("-m", "gpuload.cli.modelled_attach", "bench", socket_path, str(ROUNDS))
+        ))  # fmt: skip
+    for what, seconds in (("first attach", found.first_s), ("attach", found.best_s), ("detach", found.detach_s)):
+        yield {"what": f"{what}, {count} tensors, 16 GB", "seconds": seconds, "gb_s": 0.0, "of_link": 0.0}
 
 
 def _evicting_rows(one: Path, other: Path, nbytes: int, link: float, scratch: Path) -> Iterator[dict[str, Any]]:
@@ -176,11 +184,15 @@ def _digest(path: Path, digests: Path) -> None:
 
 
 @contextmanager
-def _server(digests: Path, nbytes: int, link: float, scratch: Path, tier: int = 0) -> Iterator[str]:
+def _server(
+    digests: Path, nbytes: int, link: float, scratch: Path, tier: int = 0, reads: Path | None = None
+) -> Iterator[str]:
+    """reads: below which folder they are modelled."""
     path = str(scratch / "s.sock")
     command = children.python("-m", "gpuload", "serve", "--socket", path, "--digests", str(digests))
-    command += ["--arena", f"cuda:0={int(nbytes * 1.1) + (256 << 20)}", "--ram-tier", str(tier)]
+    command += ["--arena", f"cuda:0={int(nbytes * 1.2) + (256 << 20)}", "--ram-tier", str(tier)]
     options = ["--moves-nothing", "--set", f"LINK_GB_S={link}"]
+    options += ["--model-reads", str(reads)] if reads is not None else []
     with subprocess.Popen(
         _simulated(options, command), stderr=subprocess.PIPE, text=True, cwd=children.CWD, env=children.environment()
     ) as server:
@@ -192,6 +204,18 @@ def _server(digests: Path, nbytes: int, link: float, scratch: Path, tier: int = 
             yield path
         finally:
             server.terminate()
+
+
+def _said(options: list[str], command: list[str]) -> dict[str, Any]:
+    """What a program said at last. Raises: DeviceError if it failed."""
+    done = subprocess.run(
+        _simulated(options, command), capture_output=True, text=True, timeout=TIMEOUT_S, cwd=children.CWD,
+        env=children.environment(),
+    )  # fmt: skip
+    if done.returncode:
+        raise DeviceError(f"{command[3:4]} failed on the model: {done.stderr.strip().splitlines()[-1:]}")
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return said
 
 
 def _simulated(options: list[str], command: list[str]) -> list[str]:

@@ -257,7 +257,8 @@ def show_modelled(found: dict[str, Any], as_json: bool) -> None:
         f"\n{link:.2f} GB/s. One of 55 wants {scale['times']:.0f} times these cores."
     )
     rows = [
-        (row["what"], f"{row['seconds']:.3f}", f"{row['gb_s']:.2f}", f"{row['of_link']:.2f}") for row in found["rows"]
+        (row["what"], f"{row['seconds']:.3f}", *(f"{row[key]:.2f}" if row[key] else "" for key in ("gb_s", "of_link")))
+        for row in found["rows"]
     ]
     _show_table(("what", ">seconds", ">GB/s", ">of the link"), rows)
     print("The model cannot tell: " + "; ".join(found["cannot_tell"]) + ".")
