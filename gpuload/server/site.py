@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Site:
     floor_count: int = 0
     """Granules whose memory is kept, whether models need it or not."""
     token: str = field(default_factory=lambda: secrets.token_hex(8))
-    """Tells clients whether granules of two answers are of one arena: then equal numbers are equal memory."""
+    """Tells clients whether runs of two answers are of one arena: then equal ones are equal memory."""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """Held by the load that may change what stands here."""
     is_frozen: bool = False
@@ -99,16 +100,18 @@ class Site:
         """Memory for as many granules more as `lacking` says once it is our turn: another's may have come meanwhile.
         They are free then. sizes: see `Granules.coming`. Raises: as `Arena.commit`; nothing changed then."""
         async with self._changing:
-            granules = self.catalog.granules
-            runs = granules.coming(max(0, lacking()), sizes)
-            if not runs:
-                return
-            try:
-                await trio.to_thread.run_sync(self.arena.commit, runs)
-            except BaseException:
-                granules.gone(runs)
-                raise
-            granules.came(runs)
+            await self._add(self.catalog.granules.coming(max(0, lacking()), sizes))
+
+    async def _add(self, runs: Sequence[Run]) -> None:
+        """Memory for what was to get some."""
+        if not runs:
+            return
+        try:
+            await trio.to_thread.run_sync(self.arena.commit, runs)
+        except BaseException:
+            self.catalog.granules.gone(runs)
+            raise
+        self.catalog.granules.came(runs)
 
     def begin_filling(self, blocks: Iterable[Block]) -> None:
         """These are about to be written, in this order: what stands where they will is copied out first. Memory that
@@ -134,31 +137,27 @@ class Site:
                 try:
                     if self.before_release is not None:
                         await self.before_release(self, donors)
-                    await trio.to_thread.run_sync(self._shape, left, granules.bare())
+                    spare = await trio.to_thread.run_sync(self._shape, left, granules.bare())
                 finally:
                     granules.came(left)
+                with suppress(FitError):  # it is others' by now: no load needs it
+                    await self._add(granules.coming(spare))
         finally:
             with self._dressed:
                 self._is_shaping = False
                 self._dressed.notify_all()
 
-    def _shape(self, donors: deque[Run], bare: Sequence[Run]) -> None:
+    def _shape(self, donors: deque[Run], bare: Sequence[Run]) -> int:
+        """How many granules more the donors had."""
         spare = 0
         for run in bare:
             trio.from_thread.check_cancelled()
             while spare < run[1]:
                 spare += self._give(donors)
-            self._commit_again([run])
+            self._commit_again(run)
             spare -= run[1]
             trio.from_thread.run_sync(self._dress, run)
-        if spare:
-            rest = trio.from_thread.run_sync(self.catalog.granules.coming, spare)
-            try:
-                self._commit_again(rest)
-            except BaseException:
-                trio.from_thread.run_sync(self.catalog.granules.gone, rest)
-                raise
-            trio.from_thread.run_sync(self.catalog.granules.came, rest)
+        return spare
 
     def _give(self, donors: deque[Run]) -> int:
         """Give the first one back: so many granules."""
@@ -171,12 +170,12 @@ class Site:
             trio.from_thread.run_sync(self.catalog.granules.gone, [donor])
         return donor[1]
 
-    def _commit_again(self, runs: Sequence[Run]) -> None:
+    def _commit_again(self, run: Run) -> None:
         """Memory that went to the device a moment ago; it is slow to come where a client that had it dies just now."""
         deadline = time.monotonic() + AGAIN_S
         while True:
             try:
-                return self.arena.commit(runs)
+                return self.arena.commit([run])
             except FitError:
                 if time.monotonic() >= deadline:
                     raise

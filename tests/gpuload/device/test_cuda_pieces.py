@@ -7,7 +7,6 @@ early, ends the test. No GPU is involved.
 from __future__ import annotations
 
 import gc
-import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -206,7 +205,7 @@ def test_what_is_evicted_leaves_before_its_memory_takes_another_shape(
             life.check(f"m{number}", made[number])
 
 
-STEPS = int(os.environ.get("GPULOAD_TEST_SWAPS", "150"))
+STEPS = 150
 """10,000, by hand, went as well (decisions/0009)."""
 
 
