@@ -7,7 +7,9 @@ started with NOTIFY_SOCKET and says READY=1, FDSTORE=1 and FDSTOREREMOVE=1 there
 LISTEN_FDS and LISTEN_FDNAMES. A stored connection whose other end is closed is dropped, as systemd drops it.
 
 A server that ends well, or has said STOPPING=1, has meant to, and one that keeps nothing has nothing to be gone on
-with: their status becomes ours. One that is killed, or fails, once it had said READY=1 is followed by another, which
+with: their status becomes ours. One that says GIVING=HEX beside it, with a connection, gives its place to whoever is at
+the other end: should it be killed over that, those bytes are sent there once more, and only an answer means that the
+other one serves. One that is killed, or fails, once it had said READY=1 is followed by another, which
 the clients wait for in the listening socket; after too many in a short time no more. Signals go to the server, and none
 follows it then. If this process is killed the server is told to end, by the kernel.
 
@@ -22,18 +24,15 @@ import signal
 import socket
 import struct
 import sys
-import time
 
 from mfs import children
+from mfs.one_child import CRASHES_MAX, SIGNALS, WITHIN_S, Crashes, OneChild
 
-CRASHES_MAX, WITHIN_S = 5, 60.0
-"""So many servers may be killed in so short a time; then one more is too many."""
-_FIRST_PAUSE_S = 0.1  # doubled with each further crash; after the first there is none
+_ANSWER_S = 60.0
 _FDS_MAX = 65536
 _MESSAGE_BYTES_MAX = 4096
 _FDS_PER_MESSAGE = 253
 _FIRST_FD = 3
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -49,37 +48,37 @@ class Holder:
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._events = select.epoll()
         self._events.register(self._sock, select.EPOLLIN)
-        self._child = 0
-        self._pending: list[int] = []
-        """Signals that came while there was no server."""
+        self._child = OneChild()
         self._is_ready = False
-        self._was_told = False
-        """A signal came: whatever the server says or dies of afterwards, it was to end."""
+        self._giving: tuple[socket.socket, bytes] | None = None
+        """To whom it gives its place, and what says so."""
 
     def run(self) -> int:
         """Returns the wait status of the last server."""
-        for number in _SIGNALS:
-            signal.signal(number, self._forward)
-        crashes: list[float] = []
+        crashes = Crashes()
         while True:
             pid, status = self._attend()
-            if not status or self._was_told or not self._is_ready or "index" not in self._kept.values():
-                return status
             how = f"the server (pid {pid}) {children.in_words(status)}"
-            crashes = [at for at in crashes if time.monotonic() - at < WITHIN_S]
-            if len(crashes) == CRASHES_MAX:
-                _say(f"{how}, after {CRASHES_MAX} others that did no better: given up, with the weights")
+            if status and self._giving is not None:
+                if self._is_anothers(*self._giving):
+                    _say(f"{how}; the one that it gave its place to serves")
+                    return 0
+                self._is_ready = True
+            if not status or self._child.was_told or not self._is_ready or "index" not in self._kept.values():
                 return status
-            if crashes:
-                time.sleep(_FIRST_PAUSE_S * 2 ** (len(crashes) - 1))
-            crashes.append(time.monotonic())
+            if not crashes.may_go_on(has_served=True):
+                _say(
+                    f"{how}, the {CRASHES_MAX + 1}th within {WITHIN_S:.0f} s: given up, with the weights;"
+                    " whoever starts it again starts it empty"
+                )
+                return status
             _say(f"{how}: starting the next one, clients wait")
 
     def _attend(self) -> tuple[int, int]:
         """Start a server with what is kept, and listen to it until it ends. Its pid and wait status."""
         self._is_ready = False
-        self._start()
-        process = os.pidfd_open(self._child)
+        self._let_go()
+        process = self._start()
         self._events.register(process, select.EPOLLIN)
         while True:
             for fd, event in self._events.poll():
@@ -88,36 +87,28 @@ class Holder:
                 elif fd == process:
                     while self._listen():  # what it had said by then
                         pass
-                    os.close(process)
-                    pid, self._child = self._child, 0  # from here on the number may be another process's
-                    return pid, os.waitpid(pid, 0)[1]
+                    return self._child.reap(process)
                 elif event & (select.EPOLLHUP | select.EPOLLERR):
                     self._drop(fd)
 
-    def _start(self) -> None:
+    def _start(self) -> int:
         names = ":".join(self._kept.values())
         told = {"NOTIFY_SOCKET": "@" + os.fsdecode(self._sock.getsockname()[1:]), "GPULOAD_HOLDER": str(os.getpid())}
         told |= {"LISTEN_FDS": str(len(self._kept)), "LISTEN_FDNAMES": names} if self._kept else {}
-        command, parent = children.python("-m", "gpuload", *self._arguments), os.getpid()
-        # Blocked until the server listens for them: none is lost, and none kills it on the way.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        self._child = os.fork()
-        if not self._child:
-            try:
-                for number in _SIGNALS:
-                    signal.signal(number, signal.SIG_DFL)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-                os.setpgid(0, 0)  # what a terminal sends to all of them comes from us, once
-                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-                if os.getppid() == parent:
-                    _move(list(self._kept))
-                    os.execve(command[0], command, {**os.environ, **told, "LISTEN_PID": str(os.getpid())})
-            finally:
+        environment, parent = {**os.environ, **told}, os.getpid()
+
+        def prepare() -> None:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            os.setpgid(0, 0)  # what a terminal sends to all of them comes from us, once
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
                 os._exit(127)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        for pending in self._pending:
-            os.kill(self._child, pending)
-        self._pending.clear()
+            _move(list(self._kept))
+            environment["LISTEN_PID"] = str(os.getpid())
+
+        return self._child.start(children.python("-m", "gpuload", *self._arguments), prepare, environment)
 
     def _listen(self) -> bool:
         """Do as the server says. Returns whether it had said something."""
@@ -133,11 +124,14 @@ class Holder:
                 fds += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
             elif kind == socket.SCM_CREDENTIALS:
                 pid, _, _ = struct.unpack("3i", data)
-        if pid == self._child:
+        if pid == self._child.pid:
             lines = message.decode(errors="replace").splitlines()
             words = dict(line.partition("=")[::2] for line in lines)
             if "READY" in words or "STOPPING" in words:
                 self._is_ready = words.get("READY") == "1"
+                self._let_go()
+            if "GIVING" in words and fds:
+                self._giving = socket.socket(fileno=fds.pop(0)), bytes.fromhex(words["GIVING"])
             name = words.get("FDNAME", "")
             if words.get("FDSTORE") == "1" and name and ":" not in name:
                 while fds and len(self._kept) < _FDS_MAX:
@@ -166,12 +160,23 @@ class Holder:
             pass
         os.close(fd)
 
-    def _forward(self, number: int, frame: object) -> None:
-        self._was_told = True
-        if self._child:
-            os.kill(self._child, number)
-        else:
-            self._pending.append(number)
+    def _let_go(self) -> None:
+        if self._giving is not None:
+            self._giving[0].close()
+            self._giving = None
+
+    def _is_anothers(self, connection: socket.socket, said: bytes) -> bool:
+        """Our server was killed while it gave its place away; whether the other one has it."""
+        connection.setblocking(True)  # the server's own loop wanted otherwise
+        connection.settimeout(_ANSWER_S)
+        try:
+            connection.send(said)  # once more, should it not have come to that
+        except OSError:  # it has closed; it may have answered before
+            pass
+        try:
+            return bool(connection.recv(1))
+        except OSError:
+            return False
 
 
 def _move(fds: list[int]) -> None:

@@ -14,11 +14,10 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mfs import __version__
 from mfs.cache.directory import check_directory
 from mfs.control import mountinfo
 from mfs.errors import ConfigError, StoreError
@@ -230,7 +229,7 @@ class MountConfig:
         Those may be of another release: so it says which wrote it, and what is `chosen` of it.
         """
         sources = [{**dataclasses.asdict(source), "chosen": list(chosen(source))} for source in self.sources]
-        told = {**dataclasses.asdict(self), "sources": sources, "chosen": list(chosen(self)), "release": _release()}
+        told = {**dataclasses.asdict(self), "sources": sources, "chosen": list(chosen(self)), "release": __version__}
         return json.dumps(told, default=os.fspath)
 
     @classmethod
@@ -247,7 +246,7 @@ class MountConfig:
                        for name in _take_unknown(SourceConfig, source))]  # fmt: skip
             if unknown:
                 raise ConfigError(
-                    f"the mount has settings of mfs {release} that mean nothing to mfs {_release()}: "
+                    f"the mount has settings of mfs {release} that mean nothing to mfs {__version__}: "
                     f"{', '.join(dict.fromkeys(unknown))}; install {release} again, or unmount and mount without them"
                 )
             sources = tuple(_source(source) for source in values.pop("sources"))
@@ -284,11 +283,6 @@ def _source(values: dict[str, Any]) -> SourceConfig:
         name: Path(path) for name in ("require_signature", "beneath") if (path := values.pop(name, None))
     }
     return SourceConfig(**values, **paths)
-
-
-@cache
-def _release() -> str:
-    return version("mfs")  # takes milliseconds
 
 
 def _take_unknown(kind: type, values: dict[str, Any]) -> list[str]:

@@ -29,14 +29,13 @@ import struct
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import msgpack
 import trio
 
-from mfs import limits
+from mfs import __version__, limits
 from mfs.config import FIXED, MountConfig, places
 from mfs.control import listening, wire
 from mfs.control.connecting import connect
@@ -133,7 +132,7 @@ class Giver:
             case {"ask": "take", "format": int(theirs)}:
                 if theirs != FORMAT:
                     raise ConfigError(
-                        f"mfs {version('mfs')} hands over in format {FORMAT}, the new daemon takes {theirs}: "
+                        f"mfs {__version__} hands over in format {FORMAT}, the new daemon takes {theirs}: "
                         f"unmount and mount again"
                     )
                 await self._give(sock, pid, main_pid=int(ask.get("main", pid)))
@@ -143,7 +142,7 @@ class Giver:
     def _description(self) -> dict[str, Any]:
         agreement = self._mount.session.agreement
         return {
-            "version": version("mfs"), "pid": os.getpid(), "config": self._mount.config.to_json(),
+            "version": __version__, "pid": os.getpid(), "config": self._mount.config.to_json(),
             "environment": self._environment, "held": self._holder.is_there,
             "request": agreement.request, "reply": agreement.reply,
             "ram_used_bytes": self._mount.memory.used_bytes + self._mount.memory.warm_bytes,

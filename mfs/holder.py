@@ -31,16 +31,14 @@ import sys
 import time
 
 from mfs import children, manager
+from mfs.one_child import CRASHES_MAX, Crashes, OneChild
 
-CRASHES_MAX, WITHIN_S = 5, 60.0
-_FIRST_PAUSE_S = 0.1  # doubled with each further crash; after the first there is none
 _SERVES_WITHIN_S = 60.0
 _ANSWER_S = 30.0
 _STORED_EVERY_S = 60.0  # a service manager, or a keeper, may have begun later than we, or again
 _MESSAGE_BYTES_MAX = 1 << 16
 _CONFIG_BYTES_MAX = 1 << 22
 _OOM_SCORE = "-900"
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 class _Holder:
@@ -54,9 +52,7 @@ class _Holder:
         for fd in self._held:
             os.set_inheritable(fd, False)
         self._connection: socket.socket | None = None
-        self._child = self._last = 0
-        self._pending: list[int] = []
-        """Signals that came while there was no daemon."""
+        self._child, self._last = OneChild(), 0
         self._serves = self._ended = False
         self._is_kept = True
         """Whether the service manager, if there is one, took what is held."""
@@ -64,23 +60,16 @@ class _Holder:
 
     def run(self) -> int:
         """Returns the wait status of the last daemon."""
-        for number in _SIGNALS:
-            signal.signal(number, self._forward)
         ready = [int(_taken(list(self._arguments), "--ready-fd"))] if "--ready-fd" in self._arguments else []
         wait_s = _SERVES_WITHIN_S if self._held else None
         status = self._attend(self._arguments, self._held, ready, wait_s=wait_s)
-        crashes: list[float] = []
+        crashes = Crashes()
         while self._has_crashed():
-            if self._serves:  # else it counts, however long it took
-                crashes = [at for at in crashes if time.monotonic() - at < WITHIN_S]
             how = f"the daemon (pid {self._last}) {children.in_words(status)}"
-            if len(crashes) == CRASHES_MAX:
+            if not crashes.may_go_on(has_served=self._serves):
                 self._say(f"{how}, after {CRASHES_MAX} others that did no better: the mount is given up")
                 self._end()
                 break
-            if crashes:
-                time.sleep(_FIRST_PAUSE_S * 2 ** (len(crashes) - 1))
-            crashes.append(time.monotonic())
             self._say(f"{how}: starting the next one, readers wait")
             held = ",".join(map(str, self._held))
             status = self._attend(["--successor", held], self._held, [], wait_s=_SERVES_WITHIN_S)
@@ -96,13 +85,17 @@ class _Holder:
         own = ["--config-fd", str(self._config_fd), "--holder-fd", str(theirs.fileno())]
         self._serves = False
         inherited = [self._config_fd, theirs.fileno(), *fds, *given]
-        self._start(children.python("-m", "mfs.daemon", *own, *arguments), inherited)
+
+        def prepare() -> None:
+            for fd in inherited:
+                os.set_inheritable(fd, True)
+
+        process = self._child.start(children.python("-m", "mfs.daemon", *own, *arguments), prepare)
         theirs.close()
         for fd in given:  # their end must be seen by whoever waits
             os.close(fd)
         until = None if wait_s is None else time.monotonic() + wait_s
         with ours:
-            process = os.pidfd_open(self._child)
             waiting: list[int | socket.socket] = [ours, process]
             while True:
                 left = None if until is None or self._serves else max(0.0, until - time.monotonic())
@@ -113,31 +106,14 @@ class _Holder:
                     if not self._listen(ours):
                         waiting.remove(ours)
                 elif process in ready:
-                    os.close(process)
-                    self._last, self._child = self._child, 0  # from here on the number may be another process's
-                    return os.waitpid(self._last, 0)[1]
+                    self._last, status = self._child.reap(process)
+                    return status
                 elif not ready and self._serves:
                     self._keep()
                 elif not ready:
-                    self._say(f"the daemon (pid {self._child}) did not serve within {wait_s:g} s: it is killed")
+                    self._say(f"the daemon (pid {self._child.pid}) did not serve within {wait_s:g} s: it is killed")
                     signal.pidfd_send_signal(process, signal.SIGKILL)
                     until = None
-
-    def _start(self, command: list[str], fds: list[int]) -> None:
-        # Blocked until the daemon listens for them: none is lost, and none kills it on the way.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        self._child = os.fork()
-        if not self._child:
-            try:
-                for fd in fds:
-                    os.set_inheritable(fd, True)
-                os.execv(command[0], command)
-            finally:
-                os._exit(127)
-        for number in self._pending:
-            os.kill(self._child, number)
-        self._pending.clear()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _listen(self, sock: socket.socket) -> bool:
         """Do as the daemon says. Returns whether it may say more."""
@@ -227,12 +203,6 @@ class _Holder:
             os.write(2, f"{line}\n".encode())
         except OSError:
             pass
-
-    def _forward(self, number: int, frame: object) -> None:
-        if self._child:
-            os.kill(self._child, number)
-        else:
-            self._pending.append(number)
 
 
 def _taken(arguments: list[str], name: str) -> str:

@@ -10,7 +10,7 @@ import mmap
 import os
 import weakref
 
-_MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE = 14, 15, 23
+_MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 14, 15, 22, 23
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -42,6 +42,11 @@ def map_file(fd: int, nbytes: int, *, start: int = 0, writable: bool = False, hu
     huge: whether memory that is touched here first should be huge pages, as far as the file allows.
     Nobody may touch pages that lie wholly behind the end of the file. Raises: OSError.
     """
+    view = memoryview(_map(fd, nbytes, start, writable=writable, huge=huge)).cast("B")
+    return view if writable else view.toreadonly()
+
+
+def _map(fd: int, nbytes: int, start: int, *, writable: bool, huge: bool) -> ctypes.Array[ctypes.c_ubyte]:
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     address = _libc.mmap(None, nbytes, protection, mmap.MAP_SHARED, fd, start)
     if address == _MAP_FAILED:
@@ -49,8 +54,23 @@ def map_file(fd: int, nbytes: int, *, start: int = 0, writable: bool = False, hu
     _libc.madvise(address, nbytes, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
     held = (ctypes.c_ubyte * nbytes).from_address(address)
     weakref.finalize(held, _libc.munmap, address, nbytes).atexit = False
-    view = memoryview(held).cast("B")
-    return view if writable else view.toreadonly()
+    return held
+
+
+def read_in(fd: int, start: int, nbytes: int) -> None:
+    """Have the kernel read `nbytes` > 0 of a file into its page cache, in pages as large as it makes them. Others run
+    meanwhile: `mmap.madvise` holds the interpreter's lock for as long as the disk takes. Raises: OSError.
+    """
+    held = _map(fd, nbytes, start, writable=False, huge=True)
+    if _libc.madvise(ctypes.addressof(held), nbytes, _MADV_POPULATE_READ):
+        raise OSError(ctypes.get_errno(), f"{nbytes} bytes cannot be read in: {os.strerror(ctypes.get_errno())}")
+
+
+def address_of(view: memoryview) -> int:
+    """Where what `map_file` gave, the whole of it, begins in this process."""
+    held = view.obj
+    assert isinstance(held, ctypes.Array)
+    return ctypes.addressof(held)
 
 
 def populate(view: memoryview) -> None:

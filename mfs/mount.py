@@ -248,8 +248,9 @@ class Mount:
                         nursery.start_soon(self.whole_files.scrub)
                         nursery.start_soon(self.whole_files.follower.run)
                         nursery.start_soon(
-                            keep_warm, self.memory, self.cache.slots, self.pool, lambda: self.whole_files.is_busy
-                        )
+                            keep_warm, self.memory, self.cache.slots, self.pool,
+                            lambda: self.whole_files.expects_fetches,
+                        )  # fmt: skip
                     for source in range(len(self.config.sources)):
                         nursery.start_soon(self._keep_fresh, source)
                     if self.publication is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import trio
 
-from mfs.cache.chunk_cache import ChunkCache
+from mfs.cache.chunk_cache import ChunkCache, Pieces
 from mfs.cache.chunk_state import ObjectState
 from mfs.errors import MfsError
 from mfs.loads import Load, Loads
@@ -58,20 +58,20 @@ class OpenObject:
         """Whether `settle` would return at once."""
         return self._keeper is None or not self.size
 
-    def read_nowait(self, span: ByteRange) -> memoryview | None:
+    def read_nowait(self, span: ByteRange) -> Pieces | None:
         """The bytes of `span` where they stand, good until the next checkpoint; None where `read` would have to wait.
 
         What a watched mount reads is left to `read`, which tells of it.
         """
         if self._log.watched:
             return None
-        view = self._cache.read_nowait(self.state, span)
-        if view is not None:
+        pieces = self._cache.read_nowait(self.state, span)
+        if pieces is not None:
             load = self._load if not self._load.is_over else self.load
             load.last_s = time.monotonic()
             load.ram_bytes += len(span)
             self.note(span)
-        return view
+        return pieces
 
     @property
     def load(self) -> Load:
@@ -80,7 +80,7 @@ class OpenObject:
             self._load = self._loads.resumed(self._load)
         return self._load
 
-    async def read(self, span: ByteRange) -> memoryview | bytes:
+    async def read(self, span: ByteRange) -> Pieces:
         """The bytes of `span`, good until the next checkpoint. Raises: MfsError."""
         load = self.load
         load.waiting += 1
@@ -92,14 +92,14 @@ class OpenObject:
             load.waiting -= 1
             load.last_s = time.monotonic()
 
-    async def _read_watched(self, span: ByteRange) -> memoryview | bytes:
+    async def _read_watched(self, span: ByteRange) -> Pieces:
         since_s, error = time.monotonic(), {}
         try:
             return await self._cache.read(self.state, span, whole_chunks=self.note(span))
         except MfsError as failure:
             error = {"error": str(failure)}
             raise
-        finally:  # no checkpoint here: the view is good until the next
+        finally:  # no checkpoint here: the views are good until the next
             self._tell("read", start=span.start, stop=span.stop, waited_s=time.monotonic() - since_s, **error)
 
     def _tell(self, op: str, **details: object) -> None:

@@ -6,12 +6,12 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
 import trio
 
+from mfs import __version__
 from mfs.cache.chunk_state import ObjectState
 from mfs.cache.chunks import full_mask
 from mfs.control.api import EvictTier, Json, Tier
@@ -59,7 +59,7 @@ class Service:
         mount, cache = self._mount, self._mount.cache
         config, memory, counters, reads = mount.config, mount.memory, cache.counters, mount.operations.files.counters
         return {
-            "version": version("mfs"),
+            "version": __version__,
             "pid": os.getpid(),
             "mountpoint": str(config.mountpoint),
             "started_at": mount.started_at,

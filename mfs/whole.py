@@ -38,9 +38,9 @@ _QUIET_S, _PATIENCE_S = 1.0, 15.0
 """Since the last block of an object was written; longer while anything is fetched or read through us: a load has disk
 and cores for itself."""
 _SCRUB_RATE = 20e6  # bytes a second, on average
+_SCRUB_AFTER_S = 60.0  # since the mount began: mostly it is followed by loads
 _SCRUB_PAUSE_S, _SCRUBBED_S = 10.0, 3600.0  # between objects, and after the last
 _OPEN_S = 2.0  # that an open waits for the file; then it is read through us, as any other
-_READING_S = 10.0  # after an open by which the kernel reads by itself
 _OPENS_MAX = 8  # threads that a disk which hangs may hold
 
 OpenSealed = Callable[[ObjectId], int | None]
@@ -57,14 +57,16 @@ class WholeFiles:
         self._open_sealed = open_sealed
         self._coming: dict[ObjectState, float] = {}
         """Objects that may be complete, held, and when the last block of each was written."""
+        self._some = trio.Event()
+        """Set while there are any, as far as was looked."""
         self._sealing = trio.Lock()
         self.follower = Follower(pool)
         self._given: dict[ObjectState, int] = {}
         """Objects that the kernel reads by itself, and how many have each open."""
         self._in_ram: dict[ObjectState, float] = {}
         """Objects whose file in RAM was given, the latest last: time.monotonic() of the last open or close of each."""
-        self._given_s = -math.inf
-        """time.monotonic() of the last time that one was opened."""
+        self._brought_bytes = -1
+        """What had been fetched when one from SSD was opened last."""
         self._limiter = trio.CapacityLimiter(_OPENS_MAX)
         self.on_sealed: Callable[[ObjectState], None] = lambda state: None
         """Told of each object that is whole from now on."""
@@ -86,9 +88,9 @@ class WholeFiles:
         return [state.object.cache_id for state in self._given]
 
     @property
-    def is_busy(self) -> bool:
-        """Whether somebody has just opened such a file, and so may be reading it."""
-        return time.monotonic() < self._given_s + _READING_S
+    def expects_fetches(self) -> bool:
+        """Whether something is likely to be fetched: something was since a file on SSD was given, or none was yet."""
+        return self._cache.counters.brought_bytes != self._brought_bytes
 
     @staticmethod
     def wants(obj: ObjectId) -> bool:
@@ -104,6 +106,7 @@ class WholeFiles:
         if state not in self._coming:
             state.users += 1
         self._coming[state] = time.monotonic()
+        self._some.set()
 
     def lost(self, state: ObjectState) -> None:
         """The SSD tier dropped an object that may have been whole, for it was damaged."""
@@ -119,6 +122,7 @@ class WholeFiles:
     async def scrub(self) -> None:
         """Check what is sealed against its checksums for ever, slowly: reads by the kernel itself do not."""
         after = ""
+        await trio.sleep(_SCRUB_AFTER_S)
         while True:
             await trio.sleep(_SCRUB_PAUSE_S)
             try:
@@ -134,13 +138,13 @@ class WholeFiles:
 
     async def run(self) -> None:
         """Seal what is complete and quiet, one after the other, until cancelled."""
-        seen_count = self.reads_count()
         try:
             while True:
+                await self._some.wait()
+                seen_count = self.reads_count()
                 await trio.sleep(_LOOK_S)
                 now = time.monotonic()
-                last_count, seen_count = seen_count, self.reads_count()
-                is_loading = self._pool.inflight("origin") or seen_count > last_count
+                is_loading = self._pool.inflight("origin") or self.reads_count() > seen_count
                 patience_s = _PATIENCE_S if is_loading else _QUIET_S
                 for state in [state for state, at in self._coming.items() if at <= now - patience_s]:
                     del self._coming[state]
@@ -148,6 +152,8 @@ class WholeFiles:
                         await self.seal(state)
                     finally:
                         self._cache.close(state)
+                if not self._coming:
+                    self._some = trio.Event()
         finally:
             for state in self._coming:
                 self._cache.close(state)
@@ -228,6 +234,9 @@ class WholeFiles:
             if found is None:
                 state.whole = False
                 self._cache.relearn_ssd(state)
+            elif not state.whole:  # dropped meanwhile, perhaps for damage
+                found.close()
+                return None
             return found
         return None
 
@@ -264,11 +273,20 @@ class WholeFiles:
         """The kernel reads an object by itself, once more."""
         if state.ram is not None and state.ram.given:
             self._note_in_ram(state)
+        else:
+            self._make_way()
+            if state.whole:
+                self.follower.begin(state)
         self._given[state] = self._given.get(state, 0) + 1
-        self._given_s = time.monotonic()
-        if state.whole and not (state.ram is not None and state.ram.given):
-            self.follower.begin(state)
         self._cache.note_whole_use(state)
+
+    def _make_way(self) -> None:
+        """What is kept ready for fetches is memory that the machine has at hand: whoever reads past us finds it, and no
+        other, which the host of a virtual machine would have to bring first, at 1 to 2 CPU seconds a GB of his.
+        """
+        self._brought_bytes = self._cache.counters.brought_bytes
+        if not self._pool.inflight("origin"):
+            self._cache.slots.cool_down()
 
     def take_back(self, state: ObjectState) -> None:
         """It is open once less."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -34,17 +35,19 @@ _FOREIGN_NAMES = {
     "curl_ca_bundle",
     "ssl_cert_file",
     "ssl_cert_dir",
+    "pythondontwritebytecode",  # else each of some thousand mounts would compile all of mfs: 0.3 s
 }
 
 
 def _isolate_environment() -> Path:
-    """Drop cloud and proxy settings and point per-user directories into a fresh home, whose path is returned.
+    """Drop cloud, proxy and Python settings and point per-user directories into a fresh home, whose path is returned.
 
     At import, not in a fixture: huggingface_hub and botocore read some of these when they are imported.
     """
     for name in list(os.environ):
         if name.startswith(_FOREIGN_PREFIXES) or name.lower() in _FOREIGN_NAMES:
             del os.environ[name]
+    sys.dont_write_bytecode = False
     home = Path(tempfile.mkdtemp(prefix="mfs-test-home-"))
     os.environ |= {
         leftovers.SESSION_VARIABLE: uuid.uuid4().hex,

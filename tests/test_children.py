@@ -16,7 +16,7 @@ from mfs.testing import ramp
 PACKAGES = Path(mfs.__file__).parents[1]
 PLANTED = ("queue", "socket", "logging", "json", "mfs", "trio", "sitecustomize", "errno", "types", "torch")
 
-THEIRS = {"mfs/cli/watch.py", "gpuload/cli/app.py", "gpuload/cli/serving.py"}
+THEIRS = {"mfs/cli/watch.py", "gpuload/cli/programs.py", "gpuload/cli/serving.py"}
 """Run a program that the user names, or his own command once more, as he would: in his directory and environment."""
 OUTSIDE = {"mfs/testing/mounting.py", "mfs/testing/outside.py"}
 """Also run programs of tests, which import tests."""

@@ -2,6 +2,7 @@
 
 Everything is measured in this run, on this machine, on one made-up model of 16 MiB tensors that lies in the page cache:
 disks are not what it is about. Each row is the best of its rounds. 'of_ceiling' is a row's rate over the bare copy's.
+A row that fails says why ('failed') and costs no other: the machine may be lent for this once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import load_file as reference_load_file
 from safetensors.torch import save_file
 
-from gpuload.cli.bench_first import first_loads, in_place_rows
+from gpuload.cli.bench_first import IN_PLACE, first_loads, in_place_rows
 from gpuload.client.asking import load_resident
 from gpuload.client.attached import attach
 from gpuload.client.load import load_file, stream
@@ -58,23 +59,24 @@ def run_bench(
     rows = _Rows(tell)
     ceiling = nbytes / _ceiling(device, nbytes)
 
-    def add(what: str, seconds: float, moved: int = nbytes) -> None:
-        rate = moved / seconds
-        rows.append({"what": what, "seconds": seconds, "gb_s": rate / 1e9, "of_ceiling": rate / ceiling})
-
     def add_all(found: Iterable[dict[str, Any]]) -> None:
         for row in found:
-            rows.append(row | {"of_ceiling": row["gb_s"] * 1e9 / ceiling})
+            rows.append(row | {"of_ceiling": row["gb_s"] * 1e9 / ceiling} if "gb_s" in row else row)
 
-    add("bare copy from page-locked memory" if device != "cpu" else "bare memcpy, all cores", nbytes / ceiling)
-    add_all(in_place_rows(device, min(nbytes, IN_PLACE_BYTES_MAX)))
+    def add(what: str, measured: Callable[[], float]) -> None:
+        rows.attempt(what, lambda: add_all([{**_plain(what, seconds := measured()), "gb_s": nbytes / seconds / 1e9}]))
+
+    add("bare copy from page-locked memory" if device != "cpu" else "bare memcpy, all cores", lambda: nbytes / ceiling)
+    rows.attempt(IN_PLACE, lambda: add_all(in_place_rows(device, min(nbytes, IN_PLACE_BYTES_MAX))))
     with tempfile.TemporaryDirectory(dir=os.path.abspath(folder), prefix="gpuload-bench-") as scratch:
         one, two = _make_models(Path(scratch), count)
-        add("safetensors load_file, every byte touched", _best(lambda: _touch(reference_load_file(one, device=device))))
-        add("gpuload load_file", _best(lambda: load_file(one, device)))
-        rows.append({**_plain("gpuload stream, first tensor", _best(lambda: next(iter(stream(one, device)))))})
+        add(
+            "safetensors load_file, every byte touched", lambda: _best(lambda: _touch(reference_load_file(one, device)))
+        )
+        add("gpuload load_file", lambda: _best(lambda: load_file(one, device)))
+        rows.attempt_plain("gpuload stream, first tensor", lambda: _best(lambda: next(iter(stream(one, device)))))
         add_all(first_loads(one, device, rounds=ROUNDS))
-        _server_rows(device, nbytes, one, two, Path(scratch), add, rows)
+        rows.attempt("server", lambda: _server_rows(device, nbytes, one, two, Path(scratch), add, rows))
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, {_card(device)}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -94,9 +96,20 @@ class _Rows(list[dict[str, Any]]):
         super().append(row)
         self._tell(row)
 
+    def attempt(self, what: str, work: Callable[[], object]) -> None:
+        """`work` adds rows; if it fails, in whatever way, a row says so."""
+        try:
+            work()
+        except Exception as error:  # torch, safetensors and a driver may fail in any
+            self.append({"what": what, "failed": f"{type(error).__name__}: {error}"})
+
+    def attempt_plain(self, what: str, measured: Callable[[], float]) -> None:
+        """A row of seconds alone."""
+        self.attempt(what, lambda: self.append(_plain(what, measured())))
+
 
 def _server_rows(
-    device: str, nbytes: int, one: Path, two: Path, scratch: Path, add: Callable[..., None], rows: list[dict[str, Any]]
+    device: str, nbytes: int, one: Path, two: Path, scratch: Path, add: Callable[..., None], rows: _Rows
 ) -> None:
     path = str(scratch / "s.sock")
     command = children.python("-m", "gpuload", "serve", "--socket", path, "--digests", str(scratch / "digests"))
@@ -109,14 +122,22 @@ def _server_rows(
             said = server.stderr.readline()
             if "serving" not in said:
                 raise DeviceError(f"the benchmark's server did not start: {said.strip()}")
-            add("server: first load", _report(one, device, path)["seconds"])
-            rows.append(_plain("server: attach, in this process", _best(lambda: attach("bench", socket_path=path))))
-            rows.append(_plain("server: attach, in a fresh process", _fresh_attach(path)))
-            first = _report(two, device, path, is_swap=True)
-            add(f"server: swap, 1 of {DIFFERENT_PARTS} differs, digests unknown", first["seconds"])
-            again = min(_report(p, device, path, is_swap=True)["seconds"] for p in (one, two, one, two))
-            add(f"server: swap, 1 of {DIFFERENT_PARTS} differs, digests known", again)
-            rows.append(_plain("server: bytes a swap copied", 0.0) | {"bytes": first["bytes_copied"]})
+            reports: list[dict[str, Any]] = []
+
+            def swapped(model: Path) -> float:
+                reports.append(_report(model, device, path, is_swap=True))
+                return float(reports[-1]["seconds"])
+
+            add("server: first load", lambda: _report(one, device, path)["seconds"])
+            rows.attempt_plain(
+                "server: attach, in this process", lambda: _best(lambda: attach("bench", socket_path=path))
+            )
+            rows.attempt_plain("server: attach, in a fresh process", lambda: _fresh_attach(path))
+            differs = f"server: swap, 1 of {DIFFERENT_PARTS} differs, digests"
+            add(f"{differs} unknown", lambda: swapped(two))
+            add(f"{differs} known", lambda: min([swapped(model) for model in (one, two, one, two)]))
+            if reports:
+                rows.append(_plain("server: bytes a swap copied", 0.0) | {"bytes": reports[0]["bytes_copied"]})
         finally:
             server.terminate()
 

@@ -23,6 +23,8 @@ from mfs.control.borrowing import LentFile
 ROUNDS = 5
 TIMEOUT_S = 300.0
 
+IN_PLACE = "page-lock memory mapped read-only, in pieces"
+
 WAYS: Mapping[str, str] = {
     "gpuload load_file": "load = gpuload.load_file",
     "gpuload load_file, as a plain file": (
@@ -59,24 +61,27 @@ print(json.dumps({{"seconds": seconds, "cpu_seconds": cpu, "bytes": sum(t.nbytes
 def first_loads(
     path: Path, device: str, *, drop_page_cache: bool = False, ways: Mapping[str, str] = WAYS, rounds: int = ROUNDS
 ) -> list[dict[str, Any]]:
-    """One row per way: what, seconds of each round in ascending order, the median, CPU seconds, GB/s.
+    """One row per way: what, seconds of each round in ascending order, the median, CPU seconds, GB/s; or why it failed.
 
     drop_page_cache: the kernel forgets the file before each load; on a mount its daemon does not.
-    Raises: DeviceError if a load fails.
     """
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    failed: dict[str, str] = {}
     for _ in range(rounds):
         for name, way in ways.items():
+            if name in failed:
+                continue
             command = children.python("-c", _CHILD.format(way=way), os.path.abspath(path), device)
-            done = subprocess.run(
-                [*command, "drop" if drop_page_cache else "keep"], capture_output=True, text=True, timeout=TIMEOUT_S,
-                cwd=children.CWD, env=children.environment(),
-            )  # fmt: skip
-            if done.returncode:
-                raise DeviceError(f"{name} failed in a fresh process: {done.stderr.strip().splitlines()[-1:]}")
-            taken[name].append(json.loads(done.stdout.splitlines()[-1]))
-    rows = []
+            command.append("drop" if drop_page_cache else "keep")
+            try:
+                taken[name].append(json.loads(_output_of(command)))
+            except DeviceError as error:
+                failed[name] = str(error)
+    rows: list[dict[str, Any]] = []
     for name, runs in taken.items():
+        if name in failed:
+            rows.append({"what": f"fresh process: {name}", "failed": failed[name]})
+            continue
         seconds = sorted(run["seconds"] for run in runs)
         median = seconds[len(seconds) // 2]
         cpu = sorted(run["cpu_seconds"] for run in runs)[len(runs) // 2]
@@ -85,6 +90,19 @@ def first_loads(
             "gb_s": runs[0]["bytes"] / median / 1e9,
         })  # fmt: skip
     return rows
+
+
+def _output_of(command: list[str]) -> str:
+    """The last line that a fresh process says. Raises: DeviceError with the last line of its trouble."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=children.CWD, env=children.environment()
+        )
+    except subprocess.TimeoutExpired:
+        raise DeviceError(f"not done after {TIMEOUT_S:.0f} s") from None
+    if done.returncode:
+        raise DeviceError(" ".join(done.stderr.strip().splitlines()[-1:]) or f"status {done.returncode}")
+    return done.stdout.splitlines()[-1]
 
 
 def in_place_rows(device: str, nbytes: int) -> list[dict[str, Any]]:
@@ -97,13 +115,13 @@ def in_place_rows(device: str, nbytes: int) -> list[dict[str, Any]]:
         for _ in range(nbytes // PIECE_BYTES):
             os.write(fd, block)
         lent = LentFile(fd, nbytes)
-        arena, copies = opened.create_arena(PIECE_BYTES), opened.open_stream()
+        arena, copies = opened.create_arena(max(PIECE_BYTES, opened.granule_bytes)), opened.open_stream()
         pieces = [lent.address + at for at in range(0, nbytes, PIECE_BYTES)]
         try:
             began = time.monotonic()
             for piece in pieces:
                 opened.register(piece, PIECE_BYTES)
-            rows.append(_row("page-lock memory mapped read-only, in pieces", nbytes, time.monotonic() - began))
+            rows.append(_row(IN_PLACE, nbytes, time.monotonic() - began))
             best = float("inf")
             for _ in range(3):
                 began = time.monotonic()
@@ -120,7 +138,7 @@ def in_place_rows(device: str, nbytes: int) -> list[dict[str, Any]]:
             arena.close()
             lent.close()
     except DeviceError as error:
-        rows.append({"what": f"page-lock memory mapped read-only: refused: {error}", "seconds": 0.0, "gb_s": 0.0})
+        rows.append({"what": IN_PLACE, "failed": f"refused: {error}"})
     finally:
         os.close(fd)
         opened.close()

@@ -224,7 +224,8 @@ def show_findings(findings: Sequence[Finding], table: Compatibility, as_json: bo
         return
     show_all(findings, as_json=False)
     if table.toolkits:
-        print(clean(f"\nWhat this driver (CUDA {table.driver_cuda}) can run; torch here was built with CUDA "
+        print()
+        print(clean(f"What this driver (CUDA {table.driver_cuda}) can run; torch here was built with CUDA "
                     f"{table.wheel.cuda or 'none'}:"))  # fmt: skip
         rows = ((t["toolkit"], t["verdict"], t["needs"], "<- torch" if t["toolkit"] == table.wheel.cuda else "")
                 for t in table.toolkits)  # fmt: skip
@@ -265,6 +266,8 @@ def show_modelled(found: dict[str, Any], as_json: bool) -> None:
 
 
 def _bench_row(row: dict[str, Any]) -> Sequence[str]:
+    if "failed" in row:
+        return f"{row['what']}: failed: {row['failed'].splitlines()[0]}", "", "", ""
     rate = f"{row['gb_s']:.2f}" if row["gb_s"] else ""
     share = f"{row['of_ceiling']:.2f}" if row["of_ceiling"] else ""
     return row["what"], f"{row['seconds']:.4f}", rate, share

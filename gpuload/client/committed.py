@@ -115,9 +115,11 @@ def commit(
 def committed(
     identity: Identity, *, device: str | None = None, socket_path: str | None = None, timeout_s: float = ATTACH_S
 ) -> Attached:
-    """What was committed under this identity, on memory of the server's, to be read; see `attach`.
+    """What was committed under this identity, on memory of the server's, to be read; see `attach`. What was evicted
+    comes back from the server's RAM tier, if all of it is there: `report` says so.
 
-    Raises: NotFoundError if nothing is, or nothing is any more; ChangedError if it is another identity's; AwayError.
+    Raises: NotFoundError if nothing is, or nothing is any more; FitError if it cannot come back; ChangedError if it is
+        another identity's; AwayError.
     """
     return _as_they_were(attach(identity.name, device, socket_path=socket_path, timeout_s=timeout_s), identity)
 

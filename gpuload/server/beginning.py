@@ -175,10 +175,11 @@ class Beginning:
             catalog.granules.came(runs)
         limits = self.config.limits
         ring = Ring(device, buffer_bytes=max(limits.buffer_bytes, PIECE_BYTES), count=limits.buffers_count)
-        stack.callback(ring.close)
-        await trio.to_thread.run_sync(ring.grow)
         tier = None if device.is_direct else self.tiers().get(device.node)
-        return Site(name, device, arena, catalog, ring, tier, floor_count)
+        site = Site(name, device, arena, catalog, ring, tier, floor_count)
+        stack.callback(lambda: site.ring.close())  # it may be another one by then
+        await trio.to_thread.run_sync(ring.grow)
+        return site
 
     def tiers(self) -> dict[int | None, RamTier]:
         """One for the cards of each NUMA node; the stack gives their memory back. Raises: ConfigError."""

@@ -137,11 +137,11 @@ async def serve(
             if must is not None:
                 # The kernel keeps a process, with all it has, while one of its threads is in a call on a hung file.
                 must += [estate.stop, begun.door.shut, *(site.arena.close for site in sites.values())]
-            begun.door.sock.listen(config.backlog)
             await estate.keep({"socket": begun.door.sock.fileno(), "lock": begun.door.lock}, sites, stored)
             if heir is not None:
                 await heir.hold()
                 begun.door.is_left = False
+            begun.door.sock.listen(config.backlog)  # from here on the kernel names us to who connects
             estate.resume()
             exporting = _Exporting()
             stack.callback(exporting.close)
@@ -165,7 +165,7 @@ async def serve(
                     nursery.start_soon(giver.run)
                     on_serving()
                     if heir is not None:
-                        heir.close()
+                        await heir.serves()
                     task_status.started(sites)
                     await ending.wait()
                     if not giver.has_given:

@@ -57,16 +57,13 @@ class Granules:
         """Whether it has no memory yet. From any thread."""
         return False
 
-    def bare(self) -> list[Run]:
-        """All that are, in the order in which they were taken."""
+    def donors(self, wanted: int) -> list[Run]:
+        """Free memory, as much as is wanted by what is bare or a little more; small pieces first, so that none stay for
+        ever."""
         return []
 
-    def donors(self) -> list[Run]:
-        """Free memory, as much as is bare or a little more; small pieces first, so that none stay for ever."""
-        return []
-
-    def going_for_bare(self) -> list[Run]:
-        """The donors, on their way: each is `gone`, or `came` back."""
+    def going_for(self, bare: Sequence[Run]) -> list[Run]:
+        """The donors for these, on their way: each is `gone`, or `came` back."""
         return []
 
     def dressed(self, run: Run) -> None:
@@ -123,7 +120,7 @@ class Pieces(Granules):
     A block takes a free piece of its very size. If there is none, it takes numbers without memory (it is *bare*), and
     free pieces of as many granules are held back for it, until they have gone and its own has come:
 
-        absent ──take──> bare ──dressed──> taken         donors: free ──going_for_bare──> (on its way) ──gone──> absent
+        absent ──take──> bare ──dressed──> taken         donors: free ──going_for──> (on its way) ──gone──> absent
 
     Numbers are addresses here, of which there are several for each granule of memory: so a piece finds a run of them.
     Should it find none, a block is several pieces.
@@ -134,13 +131,13 @@ class Pieces(Granules):
         self._free_pieces: dict[int, list[int]] = {}
         """Size -> where those of that size begin."""
         self._free_total = 0
-        self._bare: dict[Run, None] = {}
-        """In the order in which they were taken."""
-        self._bare_total = 0
+        self._bare: dict[Run, bool] = {}
+        """And whether free memory is held back for it still."""
+        self._bare_total = self._held_back = 0
 
     @property
     def free_count(self) -> int:
-        return self._free_total - self._bare_total
+        return self._free_total - self._held_back
 
     @property
     def present_count(self) -> int:
@@ -160,8 +157,9 @@ class Pieces(Granules):
                 taken.append([run])
                 continue
             runs = self._absent.take(size)
-            self._bare |= dict.fromkeys(runs)
+            self._bare |= dict.fromkeys(runs, True)
             self._bare_total += size
+            self._held_back += size
             taken.append(runs)
         self.taken_count += sum(sizes)
         return taken
@@ -170,7 +168,7 @@ class Pieces(Granules):
         for run in runs:
             self.taken_count -= run[1]
             if run in self._bare:
-                del self._bare[run]
+                self._held_back -= run[1] if self._bare.pop(run) else 0
                 self._bare_total -= run[1]
                 self._absent.put([run])
             else:
@@ -210,22 +208,21 @@ class Pieces(Granules):
     def is_bare(self, run: Run) -> bool:
         return run in self._bare
 
-    def bare(self) -> list[Run]:
-        return list(self._bare)
-
-    def donors(self) -> list[Run]:
+    def donors(self, wanted: int) -> list[Run]:
         found: list[Run] = []
-        lacking = self._bare_total
         for size in sorted(self._free_pieces):
             for first in reversed(self._free_pieces[size]):
-                if lacking <= 0:
+                if wanted <= 0:
                     return found
                 found.append((first, size))
-                lacking -= size
+                wanted -= size
         return found
 
-    def going_for_bare(self) -> list[Run]:
-        return [self._pop(size) for _, size in self.donors()]
+    def going_for(self, bare: Sequence[Run]) -> list[Run]:
+        self._bare |= dict.fromkeys(bare, False)
+        wanted = sum(count for _, count in bare)
+        self._held_back -= wanted
+        return [self._pop(size) for _, size in self.donors(wanted)]
 
     def dressed(self, run: Run) -> None:
         del self._bare[run]

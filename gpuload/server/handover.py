@@ -9,11 +9,12 @@
     restores, checks, has it kept
     held                      -> from here on it never serves again
                               <- {yours}
-    serves                       ends, and leaves the socket's name
+    serves, serves            -> ends, and leaves the socket's name
 
 Whatever fails before `yours` is sent, a deadline too, is the heir's failure: the giver takes all clients up again,
-which have waited. Connections that are made meanwhile wait in the listening socket. Should the giver be killed, the
-heir never serves and the giver's own successor does, from what its service manager keeps.
+which have waited. Connections that are made meanwhile wait in the listening socket. Should the giver be killed before,
+the heir never serves and the giver's own successor does, from what its service manager keeps. Should it be killed over
+`yours`, its holder says that once more, and follows it unless the heir answers.
 
 Frames are `wire`'s, with "names" in the order of the descriptors behind them (`estate` has the names; besides:
 client.N, who is connected and has no lease).
@@ -34,7 +35,7 @@ from gpuload.server.connections import HEIR_OP, Connections, peer_of
 from gpuload.server.door import Door
 from gpuload.server.estate import FORMAT, Estate
 from gpuload.server.succession import Left
-from gpuload.wire import FDS_MAX, Channel, close_all
+from gpuload.wire import FDS_MAX, Channel, close_all, encode
 from mfs import manager
 from mfs.errors import MfsError
 
@@ -121,8 +122,10 @@ class Giver:
             fds += [client.sock.fileno() for client in resting]
             await channel.send({"names": names}, fds, message_s=HELD_S)
             await _expect(channel, "held", HELD_S)
-            self._tell_holder("STOPPING=1")  # should we be killed from here on, nobody is to follow us but the heir
-            await channel.send({"yours": True}, message_s=1.0)
+            yours = {"yours": True}
+            # Should we be killed from here on, nobody is to follow us but the heir, if it lives.
+            self._tell_holder(f"STOPPING=1\nGIVING={encode(yours).hex()}", [channel.sock.fileno()])
+            await channel.send(yours, message_s=1.0)
         except BaseException:
             self._tell_holder("READY=1")
             for site in self._estate.sites.values():
@@ -131,10 +134,10 @@ class Giver:
             connections.resume()
             raise
 
-    def _tell_holder(self, message: str) -> None:
+    def _tell_holder(self, message: str, fds: Sequence[int] = ()) -> None:
         """Systemd follows the heir by itself, once that has said MAINPID."""
         if not self._is_kept_on:
-            manager.notify(message, address=self._estate.store.address)
+            manager.notify(message, fds, address=self._estate.store.address)
 
     async def _part(self, *, is_first: bool) -> tuple[list[str], list[int]]:
         """The door and what arenas live by come first, all that changes comes later."""
@@ -180,6 +183,12 @@ class Heir:
         left.close()
         if said.get("yours") is not True:
             raise ServerError("the server that is there did not give its place")
+
+    async def serves(self) -> None:
+        """Everything is ours, and clients are served: the giver may end, or is dead."""
+        with contextlib.suppress(AwayError):
+            await self._say({"op": "serves"})
+        self.close()
 
     def close(self) -> None:
         """The giver ends, if everything is ours; else it goes on."""

@@ -1,4 +1,5 @@
-"""Brings models into arenas: digests, fit, eviction, moves, and only then the name. One load at a time per device.
+"""Brings models into arenas: digests, fit, eviction, moves, and only then the name. One load at a time per device, but
+for those whose bytes do not come (`turns`).
 
     blocks known to be resident ──> held in place
     the rest ──free room for all of it?──no──> hash pass over what is not known (moves nothing): now the sum is exact
@@ -19,21 +20,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import TypeVar
 
 import trio
 
 from gpuload.device.base import Device
 from gpuload.device.host import HostDevice
-from gpuload.errors import BusyError, one_error
+from gpuload.errors import FitError
 from gpuload.moving.pipeline import Decide, Limits, RunsOf, move_batches
 from gpuload.moving.plan import Batch, Piece, Transfer, pack_pieces, plan_transfers
 from gpuload.moving.pool import Mapper, lenders_of, open_source
 from gpuload.moving.source import FileSource, Source
+from gpuload.moving.staging import Ring
 from gpuload.moving.timing import TimedSource
 from gpuload.server.catalog import Block, Model, Part, ResidentTensor, namesakes
+from gpuload.server.commits import Commits, NoSource, check_there
 from gpuload.server.digests import DigestCache, digest_views, now_ns
 from gpuload.server.estate import Estate
 from gpuload.server.generations import Generations
@@ -42,6 +45,7 @@ from gpuload.server.pulled import PulledSource
 from gpuload.server.returning import Returning, TierSource
 from gpuload.server.room import STEP, take_places
 from gpuload.server.site import InsideCopy, Site
+from gpuload.server.turns import Turns, WatchedSource
 from gpuload.server.versions import stamp_of
 from gpuload.server.work import Job, PartWork, PieceKey, Report, Work
 from mfs.errors import ChangedError, NotFoundError, UsageError
@@ -50,12 +54,6 @@ T = TypeVar("T")
 
 CONTENT_PREFIX = "content:"
 """Of the names of models that were opened without one."""
-
-WAITING_MAX = 64
-"""Loads that may wait for a device; one more is refused."""
-
-WAIT_S = 900.0
-"""Longest wait for a turn."""
 
 MATCHES_MAX = 10_000_000
 """Tensors times rules of one job; a match takes about a microsecond."""
@@ -75,6 +73,7 @@ class Loader:
         """mapper: keeps what mounts lend over loads; None: every load maps it anew."""
         self.sites, self._estate = sites, estate
         self.generations = Generations(estate.counters)
+        self.commits = Commits()
         self._digests, self._limits, self._mapper = digests, limits, mapper
         self._thinkers = trio.CapacityLimiter(4)
 
@@ -92,15 +91,28 @@ class Loader:
         """
         began = time.monotonic()
         transfers, sites = await self._think(lambda: self._planned(job))
-        async with self._in_turn(job, sites):
-            began_ns = now_ns()
-            work = await self._think(lambda: Work(job, transfers, sites))
-            await self._recall(work)
-            model = await self._resident(work) if work.is_known else None
-            if model is None:
-                model = await self._bring(work, began_ns)
-            work.report.seconds = time.monotonic() - began
-            return model, work.report
+        turns = Turns(sites)
+        try:
+            with _traced(job, "turn"), _timed(job, "turn"):
+                await turns.take()
+            while True:
+                try:
+                    work = await self._think(lambda: Work(job, transfers, sites))
+                    model = await self._loaded(work, turns)
+                    break
+                except FitError:
+                    if not await turns.wait_for_room():
+                        raise
+        finally:
+            turns.let_go()
+        work.report.seconds = time.monotonic() - began
+        return model, work.report
+
+    async def _loaded(self, work: Work, turns: Turns) -> Model:
+        began_ns = now_ns()
+        await self._recall(work)
+        model = await self._resident(work) if work.is_known else None
+        return model or await self._bring(work, turns, began_ns)
 
     def _planned(self, job: Job) -> tuple[list[Transfer], list[Site]]:
         headers = [s.header for s in job.shards]
@@ -122,27 +134,19 @@ class Loader:
                 )
         return [site for name, site in self.sites.items() if name in wanted]
 
-    @asynccontextmanager
-    async def _in_turn(self, job: Job, sites: Sequence[Site]) -> AsyncIterator[None]:
-        for site in sites:
-            if site.waiting_count > WAITING_MAX:
-                raise BusyError(f"{site.waiting_count} loads wait for {site.name} already; try later")
-        async with AsyncExitStack() as stack:
-            with _traced(job, "turn"), _timed(job, "turn"), trio.move_on_after(WAIT_S) as scope:
-                for site in sites:
-                    await stack.enter_async_context(site.turn)
-            if scope.cancelled_caught:
-                names = ", ".join(site.name for site in sites)
-                raise BusyError(f"{names} was busy for {WAIT_S:.0f} s; nothing was changed")
-            yield
-
     async def _recall(self, work: Work) -> None:
         """Fill in the digests that are remembered for these very files."""
-
+        if work.job.known is not None:
+            work.digests.update(work.job.known)
+            await self._think(work.learn)
+            check_there(work)
+            return
         await self._think(lambda: work.recall([self._digests.find(version) for version in work.versions]))
 
     async def _remember(self, work: Work, began_ns: int) -> None:
         """Keep the digests that are known by now, and learn from them."""
+        if work.job.known is not None:
+            return
 
         def tell() -> None:
             for shard, version, digests in zip(work.job.shards, work.versions, work.found(), strict=True):
@@ -174,32 +178,37 @@ class Loader:
             model.touch()
         return model
 
-    async def _bring(self, work: Work, began_ns: int) -> Model:
+    async def _bring(self, work: Work, turns: Turns, began_ns: int) -> Model:
         for part in work.parts:
             await part.site.look()
         unsure = [part for part in work.parts if self._must_know(part)]
         try:
-            with closing(await work.job.files.open(lambda: self._open_source(work.job))) as source:
+            with closing(await self._opened(work.job)) as source:
                 if unsure:
                     with _traced(work.job, "hash"):
-                        await self._hash_pass(work, unsure, source)
+                        await turns.read(source, lambda rings: self._hash_pass(work, unsure, source, rings))
                     await self._remember(work, began_ns)
                     model = await self._resident(work) if work.is_known else None
                     if model is not None:
                         return model
-                if any(part.site.tier is not None for part in work.parts):
+                if work.job.known is None and any(part.site.tier is not None for part in work.parts):
                     work.lenders = await work.job.files.call(lambda: lenders_of(work.job.shards))
                 was_known = work.is_known
                 await take_places(work)
                 self._estate.sync()  # before a byte goes where victims were: see `estate`
-                with _traced(work.job, "fill"), one_error():
+                table: list[ResidentTensor] = []
+
+                async def fill(rings: Mapping[str, Ring]) -> None:
                     async with trio.open_nursery() as nursery:
                         for part in work.parts:
-                            nursery.start_soon(self._fill, work, part, source)
-                        table = await self._think(work.table)  # what needs no bytes, while these are on their way
+                            nursery.start_soon(self._fill, work, part, source, rings[part.site.name])
+                        table.extend(await self._think(work.table))  # what needs no bytes, while these are on their way
                         await self._think(work.describe)
+
+                with _traced(work.job, "fill"):
+                    was_in_turn = await turns.read(source, fill)
             await self._remember(work, began_ns)
-            model = None if was_known else await self._resident(work)
+            model = None if was_known and was_in_turn else await self._resident(work)
             if model is None:
                 await self._think(work.find_content)
                 for part in work.parts:
@@ -209,6 +218,8 @@ class Loader:
                     for part in work.parts:
                         part.own = []  # the model holds them from here on
                     self.generations.publish(made)
+                    if work.job.name is not None:
+                        self.commits.note(work.job, work.digests)
                 return made
             work.let_go()
             return model
@@ -216,14 +227,19 @@ class Loader:
             work.let_go()
             raise
 
-    def _open_source(self, job: Job) -> Source:
+    async def _opened(self, job: Job) -> WatchedSource:
+        if job.known is not None:
+            return WatchedSource(NoSource(job))
+        return await job.files.open(lambda: self._open_source(job))
+
+    def _open_source(self, job: Job) -> WatchedSource:
         traceparent = job.span.context.traceparent if job.span is not None else ""
         source: Source
         if job.asked_fd is not None:
             source = PulledSource(FileSource(job.shards), job.shards[0].fd, job.asked_fd)
         else:
             source = open_source(job.shards, self._mapper, traceparent)
-        return TimedSource(source, job.timing) if job.timing is not None else source
+        return WatchedSource(TimedSource(source, job.timing) if job.timing is not None else source)
 
     def _must_know(self, part: PartWork) -> bool:
         """Whether somebody might have to go for bytes that turn out to be resident, if their digests stay unknown."""
@@ -233,24 +249,19 @@ class Loader:
         missing = [plan for i, plan in enumerate(part.plans) if part.resident(i) is None]
         return sum(plan.granules_count(unit) for plan in missing) > catalog.open_count
 
-    async def _hash_pass(self, work: Work, parts: Sequence[PartWork], source: Source) -> None:
-        with one_error():
-            async with trio.open_nursery() as nursery:
-                for part in parts:
-                    unknown = await self._think(lambda part=part: list(work.unknown(part)))  # type: ignore[misc]
-                    work.report.bytes_hashed_before += sum(p.nbytes for p in unknown)
-                    nursery.start_soon(
-                        self._read,
-                        work,
-                        part,
-                        source,
-                        unknown,
-                        HostDevice(is_direct=False, reaches_all=True),
-                        lambda _: [],
-                    )
+    async def _hash_pass(
+        self, work: Work, parts: Sequence[PartWork], source: Source, rings: Mapping[str, Ring]
+    ) -> None:
+        device = HostDevice(is_direct=False, reaches_all=True)
+        async with trio.open_nursery() as nursery:
+            for part in parts:
+                unknown = await self._think(lambda part=part: list(work.unknown(part)))  # type: ignore[misc]
+                work.report.bytes_hashed_before += sum(p.nbytes for p in unknown)
+                ring = rings[part.site.name]
+                nursery.start_soon(self._read, work, ring, source, unknown, device, lambda _: [])
         work.report.bytes_hashed += work.report.bytes_hashed_before
 
-    async def _fill(self, work: Work, part: PartWork, source: Source) -> None:
+    async def _fill(self, work: Work, part: PartWork, source: Source, ring: Ring) -> None:
         """Bring the bytes of every block that is not complete, from inside the device where they are there."""
         site, report = part.site, work.report
         places: dict[PieceKey, tuple[Block, int]] = {}
@@ -311,9 +322,9 @@ class Loader:
                 device = HostDevice(is_direct=False, reaches_all=True)
             report.bytes_copied += sum(p.nbytes for p in outside if (p.transfer, p.offset) not in undecided)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(site.shape)
-                await self._return(work, site, returning)
-                await self._read(work, part, source, outside, device, runs_of, decide if undecided else None)
+                nursery.start_soon(site.shape, [block for block in part.own if block is not None])
+                await self._return(work, site, ring, returning)
+                await self._read(work, ring, source, outside, device, runs_of, decide if undecided else None)
             await self._think(lambda: work.learn_part(part))
             self._share_in_place(work, part)
             inside: list[InsideCopy] = [
@@ -332,7 +343,7 @@ class Loader:
                 site.catalog.let_go(block)
             returning.let_go()
 
-    async def _return(self, work: Work, site: Site, returning: Returning) -> None:
+    async def _return(self, work: Work, site: Site, ring: Ring, returning: Returning) -> None:
         """Copy back what stands in the RAM tier. Its bytes were hashed when they came to a device, and nobody else can
         write there: they are not looked at again."""
         if not returning.copies:
@@ -349,7 +360,7 @@ class Loader:
             device=site.device,
             runs_of=runs_of,
             limits=self._limits,
-            lent=site.ring,
+            lent=ring,
             timing=work.job.timing,
         )
         work.report.bytes_from_ram += returning.nbytes
@@ -371,7 +382,7 @@ class Loader:
     async def _read(
         self,
         work: Work,
-        part: PartWork,
+        ring: Ring,
         source: Source,
         pieces: Sequence[Piece],
         device: Device,
@@ -391,7 +402,7 @@ class Loader:
                 raise ChangedError(f"{job.shards[shard].path} changed while it was loaded; load it again")
 
         def check_files() -> None:
-            if job.asked_fd is not None:  # written while it is read, by whoever brought it
+            if job.asked_fd is not None or job.known is not None:  # written while it is read, by whoever brought it
                 return
             for shard, version in zip(job.shards, work.versions, strict=True):
                 if stamp_of(os.fstat(shard.fd)) != version.stamp:
@@ -411,7 +422,7 @@ class Loader:
             check=check,
             checks_later=decide is None,
             decide=decide,
-            lent=part.site.ring,
+            lent=ring,
             timing=job.timing,
         )
         await job.files.call(check_files)

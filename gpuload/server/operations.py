@@ -18,11 +18,9 @@ from gpuload.device import canonical_name, card_of
 from gpuload.device.base import Arena, Run
 from gpuload.errors import DeviceLostError, FitError
 from gpuload.moving.kept import KeptFiles
-from gpuload.moving.model_files import without
 from gpuload.moving.plan import Placement
-from gpuload.moving.shards import Shard
 from gpuload.moving.timing import Timing
-from gpuload.server import pulled
+from gpuload.server import asked
 from gpuload.server.catalog import Block, Catalog, Lease, Model, ResidentTensor, namesakes
 from gpuload.server.client_files import ClientFiles
 from gpuload.server.estate import Estate
@@ -30,10 +28,8 @@ from gpuload.server.generations import Wanted
 from gpuload.server.loader import CONTENT_PREFIX, Loader
 from gpuload.server.ram_tier import RamTier
 from gpuload.server.site import Site
-from gpuload.server.tables import TENSORS_MAX, read_table
 from gpuload.server.tally import LoadTally, gathered, processes
-from gpuload.server.versions import Version, look
-from gpuload.server.work import Job, Report
+from gpuload.server.work import Report
 from gpuload.wire import close_all
 from mfs.errors import AccessError, ChangedError, NotFoundError, UsageError
 from mfs.metrics.families import Families, Text
@@ -41,12 +37,6 @@ from mfs.metrics.processes import add_processes
 from mfs.tracing.spans import parse_traceparent
 from mfs.tracing.tracer import Tracer
 from mfs.units import format_size
-
-NAME_LENGTH_MAX = 200
-RULES_MAX = 10_000
-
-MEMORY_WAIT_MAX_S = 600.0
-"""Longest wait that may be asked for; others' loads of that device wait as well."""
 
 PROTOCOL = 4
 """Raised whenever an old client could misread a new server."""
@@ -94,7 +84,8 @@ class Operations:
 
     async def metrics(self, accept: str) -> Text:
         """What Prometheus is told; see `mfs.metrics`."""
-        families = gathered(self._sites, self._tally, self._version, self._loader.generations)
+        before = self._estate.counters.servers_before
+        families = gathered(self._sites, self._tally, self._version, self._loader.generations, servers_before=before)
         return await trio.to_thread.run_sync(_exposed, families, accept)
 
     async def answer(self, request: dict[str, Any], files: ClientFiles | None, peer: Peer) -> Answer:
@@ -117,8 +108,9 @@ class Operations:
             case "commit":
                 return await self._commit(request, files, peer)
             case "attach":
-                model = self._find_content(request, _text(request, "digest"))
-                return await self._attach(model, self._only(request), {}, peer)
+                told = await self._brought_back(request) if peer.may_change else {}
+                model = self._find_content(request, asked.text(request, "digest"))
+                return await self._attach(model, self._only(request), told, peer)  # no checkpoint since it was found
             case "wait":
                 return Answer(await self._wait(request, peer))
             case "unload":
@@ -127,12 +119,12 @@ class Operations:
                 return await self._resize(request)
             case "pin":
                 model = self._find_one(request)
-                model.is_pinned = _flag(request, "pinned", True)
+                model.is_pinned = asked.flag(request, "pinned", True)
                 return Answer({"model": model.name, "pinned": model.is_pinned})
         raise UsageError(f"no such operation: {verb[:50]!r}")
 
     async def _load(self, request: dict[str, Any], files: ClientFiles | None) -> Answer:
-        name = _name(request.get("model"))
+        name = asked.name(request.get("model"))
         if name.startswith(CONTENT_PREFIX):
             raise UsageError(f"names that begin with {CONTENT_PREFIX!r} are the server's own")
         model, report, explained = await self._loaded(name, request, files)
@@ -147,7 +139,7 @@ class Operations:
         """As `open`, of bytes that the client has in memory, under a name; see `pulled`."""
         if files is None:
             raise UsageError("a commit brings two descriptors: a file in memory that holds the table, and a socket")
-        name = _name(request.get("model"))
+        name = asked.name(request.get("model"))
         if name.startswith(CONTENT_PREFIX):
             raise UsageError(f"names that begin with {CONTENT_PREFIX!r} are the server's own")
         model, report, _ = await self._loaded(name, request, files)
@@ -157,13 +149,16 @@ class Operations:
         self, name: str | None, request: dict[str, Any], files: ClientFiles | None
     ) -> tuple[Model, Report, dict[str, Any]]:
         """The model, resident; and where the time went, where that was asked."""
-        timing = Timing() if _flag(request, "explain", False) else None
+        timing = Timing() if asked.flag(request, "explain", False) else None
         verb = "swap" if request.get("op") == "swap" else "load"
-        span = self._tracer.begin(verb, {"gpuload.model": name or ""}, parse_traceparent(_text(request, "traceparent")))
+        span = self._tracer.begin(
+            verb, {"gpuload.model": name or ""}, parse_traceparent(asked.text(request, "traceparent"))
+        )
         error, seen = "", dict[str, Any]()
         try:
             with timing.within("open") if timing is not None else nullcontext():
-                job = await self._job(name, request, files)
+                placements = self._placements(name if request.get("op") == "swap" else None, request)
+                job = await asked.job(name, request, files, placements)
             with self._tally.timed(str(request["op"])):
                 model, report = await self._loader.load(replace(job, timing=timing, span=span))
             self._tally.note(report)
@@ -176,51 +171,16 @@ class Operations:
                 span.end(error=error, attributes=seen)
         return model, report, {"explained": timing.describe()} if timing is not None else {}
 
-    async def _job(self, name: str | None, request: dict[str, Any], files: ClientFiles | None) -> Job:
-        is_commit = request.get("op") == "commit"
-        is_swap = request.get("op") == "swap"
-        placements = self._placements(name if is_swap else None, request)
-        if is_commit and placements != [Placement(placements[0].device)]:
-            raise UsageError("a commit goes whole to one device: say that by 'device' alone")
-        labels = request.get("files")
-        count = (len(files.fds) - is_commit) if files is not None else 0
-        if files is None or not isinstance(labels, list) or len(labels) != count:
-            raise UsageError(f"{count} files came, expected as many names in 'files', and one at least")
-        retain = request.get("retain", "lru")
-        if retain not in ("lru", "lease"):
-            raise UsageError(f"retain {str(retain)[:50]!r}: expected 'lru' or 'lease'")
-        paths = [_printable(str(label))[:500] for label in labels]
-        left_out = _left_out(request, count)
-        if is_commit:
-            await files.call(lambda: pulled.check(files.fds))
-        shards, versions = await files.call(lambda: _shards(paths, files, left_out))
-        if is_commit:
-            versions = [replace(version, key=None) for version in versions]  # a name for nothing: it is filled later
-        return Job(
-            name=name,
-            label=_printable(str(request.get("label", paths[0])))[:500],
-            shards=shards,
-            versions=versions,
-            files=files,
-            placements=placements,
-            is_swap=is_swap or is_commit,
-            asked_fd=files.fds[-1] if is_commit else None,
-            allow_gap=_flag(request, "allow_gap", False),
-            is_pinned=_flag(request, "pinned", False),
-            retain=retain,
-            wait_s=_seconds(request, "wait_s"),
-        )
-
     def _placements(self, swapped: str | None, request: dict[str, Any]) -> list[Placement]:
         """Where it is to go. A swap that names no device goes where the model stands that it replaces."""
         rank, world, rules = request.get("rank", 0), request.get("world", 1), request.get("rules", {})
         if type(rank) is not int or type(world) is not int:
             raise UsageError("rank and world must be whole numbers")
-        _check_object(rules, "rules")
+        asked.check_object(rules, "rules")
         if not all(axis is None or type(axis) is int for axis in rules.values()):
             raise UsageError("rules must give an axis, or null, for every pattern")
         given = request.get("device_map") or {}
-        _check_object(given, "device_map")
+        asked.check_object(given, "device_map")
         device_map = {prefix: self._site(name).name for prefix, name in given.items()}
         device, ranks = request.get("device"), request.get("ranks") or []
         if ranks:
@@ -314,9 +274,24 @@ class Operations:
         message = {**told, "parts": parts, "tensors": table, "metadata": model.metadata}
         return Answer(message, fds, lease)
 
+    async def _brought_back(self, request: dict[str, Any]) -> dict[str, Any]:
+        """See that a commit that is asked for, and was evicted, is there again, if that can be; with what it took."""
+        name, only = asked.name(request.get("model")), self._only(request)
+        job = self._loader.commits.find(name)
+        if (
+            job is None
+            or namesakes(name, self._catalogs)
+            or (only is not None and only.name != job.placements[0].device)
+        ):
+            return {}
+        with self._tally.timed("attach"):
+            _, report = await self._loader.load(job)
+        self._tally.note(report)
+        return {"report": report.as_dict()}
+
     async def _wait(self, request: dict[str, Any], peer: Peer) -> dict[str, Any]:
         """The model of that name once it is another than the client knows; what there is when the time is over."""
-        name, only = _name(request.get("model")), self._only(request)
+        name, only = asked.name(request.get("model")), self._only(request)
         after, timeout_s = request.get("after", 0), request.get("timeout_s", 0)
         if type(after) is not int or after < 0 or type(timeout_s) not in (int, float):
             raise UsageError("'after' must be a generation, from 0, and 'timeout_s' a number")
@@ -325,7 +300,7 @@ class Operations:
             catalogs = self._catalogs if only is None else [only.catalog]
             return next(iter(namesakes(name, catalogs)), None)
 
-        wanted = Wanted(after, _text(request, "unlike"))
+        wanted = Wanted(after, asked.text(request, "unlike"))
         changed = await self._loader.generations.wait(wanted, timeout_s, find, is_ours=peer.may_change)
         model = find()
         there = {"generation": 0, "digest": ""} if model is None else _summary(model)
@@ -335,6 +310,7 @@ class Operations:
         model = self._find_one(request)
         name, leases = model.name, model.leases_count
         model.is_unwanted = True
+        self._loader.commits.forget(str(name))
         devices = model.devices
         model.retire()
         for device in devices:
@@ -346,7 +322,7 @@ class Operations:
         there, when this is answered."""
         site = self._site(request.get("device"))
         unit, most = site.arena.granule_bytes, site.arena.granules_count
-        budget, floor = _bytes(request, "bytes"), _bytes(request, "floor_bytes", site.floor_count * unit)
+        budget, floor = asked.nbytes(request, "bytes"), asked.nbytes(request, "floor_bytes", site.floor_count * unit)
         if budget > most * unit:
             raise UsageError(
                 f"{format_size(budget)}: the arena on {site.name} was started with {format_size(most * unit)}, which is"
@@ -354,7 +330,7 @@ class Operations:
             )
         if "floor_bytes" in request and floor > budget:
             raise UsageError(f"a floor of {format_size(floor)} is more than the arena of {format_size(budget)}")
-        evicts, wait_s = _flag(request, "evict", False), _seconds(request, "wait_s")
+        evicts, wait_s = asked.flag(request, "evict", False), asked.seconds(request, "wait_s")
         victims = site.catalog.make_budget(budget // unit)
         if victims and not evicts:
             names = ", ".join(str(v.name) for v in victims)
@@ -416,7 +392,7 @@ class Operations:
 
     def _find(self, request: dict[str, Any]) -> Model:
         """The model of that name: on the device that is named, else on the first that has one."""
-        name = _name(request.get("model"))
+        name = asked.name(request.get("model"))
         only = self._only(request)
         if only is not None:
             return only.catalog.find(name)
@@ -428,7 +404,7 @@ class Operations:
 
         Raises: ChangedError if it is neither.
         """
-        name, only = _name(request.get("model")), self._only(request)
+        name, only = asked.name(request.get("model")), self._only(request)
         catalogs = self._catalogs if only is None else [only.catalog]
         served = namesakes(name, catalogs)[:1]
         held = [old for c in catalogs for old in c.retired if (old.was, old.digest) == (name, digest)]
@@ -444,7 +420,7 @@ class Operations:
 
     def _find_one(self, request: dict[str, Any]) -> Model:
         """As `_find`, but where several have the name, it must be said which is meant."""
-        found = namesakes(_name(request.get("model")), self._catalogs)
+        found = namesakes(asked.name(request.get("model")), self._catalogs)
         if len(found) > 1 and request.get("device") is None:
             where = " and ".join("+".join(m.devices) for m in found)
             raise UsageError(f"{found[0].name!r} stands on {where}, each for itself: say which with 'device'")
@@ -531,81 +507,3 @@ def _held(model: Model, catalog: Catalog) -> dict[str, Any]:
         "holders": [{"pid": lease.pid, "uid": lease.uid} for lease in model.leases],
         **({} if model.name is not None else {"was": model.was}),
     }
-
-
-def _shards(
-    paths: Sequence[str], files: ClientFiles, left_out: dict[int, list[str]]
-) -> tuple[list[Shard], list[Version]]:
-    """Each file's table, less what is not to be taken from it, and what the file was before that was read.
-
-    The descriptor is what is loaded. The name beside it may lead to a faster way to the same file (a mount's RAM),
-    and is only believed where it leads to that very file: else a client could name what it may not read.
-    """
-    shards, versions, tensors_count = [], [], 0
-    for path, fd in zip(paths, files.fds, strict=False):  # behind a commit's file comes its socket
-        name = path if _is_same_file(path, fd) else f"(descriptor) {path}"
-        versions.append(look(fd))
-        shards.append(Shard(name, fd, read_table(fd, name, files.who, tensors_max=TENSORS_MAX - tensors_count)))
-        tensors_count += len(shards[-1].header.tensors)
-    return without(shards, left_out), versions
-
-
-def _left_out(request: dict[str, Any], count: int) -> dict[int, list[str]]:
-    """Position of a file -> names that are not to be taken from it, as `model_files.left_out` has them."""
-    given = request.get("left_out") or {}
-    _check_object(given, "left_out")
-    if not all(key.isascii() and key.isdecimal() and int(key) < count for key in given):
-        raise UsageError(f"'left_out' must name files by their position, below {count}")
-    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in given.values()):
-        raise UsageError("'left_out' must be a list of names for each file")
-    return {int(key): names for key, names in given.items()}
-
-
-def _is_same_file(path: str, fd: int) -> bool:
-    try:
-        return os.path.isabs(path) and os.path.samestat(os.stat(path), os.fstat(fd))
-    except (OSError, ValueError):
-        return False
-
-
-def _check_object(value: object, what: str) -> None:
-    if not isinstance(value, dict) or len(value) > RULES_MAX:
-        raise UsageError(f"{what} must be an object of at most {RULES_MAX} entries")
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str) or not value or len(value) > NAME_LENGTH_MAX or _printable(value) != value:
-        raise UsageError(f"a model's name is 1 to {NAME_LENGTH_MAX} printable characters")
-    return value
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _text(request: dict[str, Any], key: str) -> str:
-    value = request.get(key, "")
-    if not isinstance(value, str):
-        raise UsageError(f"{key!r} must be a text")
-    return value[:500]
-
-
-def _bytes(request: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = request.get(key, default)
-    if type(value) is not int or not 0 <= value < 1 << 60:
-        raise UsageError(f"{key!r} must be a number of bytes")
-    return value
-
-
-def _seconds(request: dict[str, Any], key: str) -> float:
-    value = request.get(key, 0.0)
-    if type(value) not in (int, float) or not 0 <= value <= MEMORY_WAIT_MAX_S:
-        raise UsageError(f"{key!r} must be a number of seconds, {MEMORY_WAIT_MAX_S:.0f} at most")
-    return float(value)
-
-
-def _flag(request: dict[str, Any], key: str, default: bool) -> bool:
-    value = request.get(key, default)
-    if not isinstance(value, bool):
-        raise UsageError(f"{key!r} must be true or false")
-    return value

@@ -17,6 +17,7 @@ import socket
 import stat
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -29,8 +30,12 @@ _F_GET_SEALS = 1034
 
 WANT = struct.Struct("<QQ")
 
-RANGE_S = 60.0
-"""Longest wait for one range, a buffer at most: a card that is at work for others writes it in a second."""
+WAIT_S = 60.0
+"""Longest wait for a client's bytes, over all of a commit: a card that is at work for others writes a range, a buffer
+at most, in a second."""
+
+BYTES_PER_S_MIN = 64 << 20
+"""What it has given gives it that much more time: nobody is held up for long by one who gives a byte now and then."""
 
 
 def check(fds: Sequence[int]) -> None:
@@ -52,7 +57,7 @@ class PulledSource:
         self._inner, self._fd = inner, fd
         self._turn = threading.Lock()
         self._socket = socket.socket(fileno=os.dup(asked))
-        self._socket.settimeout(RANGE_S)
+        self._left_s = WAIT_S
 
     def borrow(self, shard: int, start: int, stop: int) -> Loan | None:
         return None
@@ -67,17 +72,21 @@ class PulledSource:
             punch_hole(self._fd, first, last - first)
 
     def _ask(self, start: int, stop: int) -> None:
+        began = time.monotonic()
         try:
+            self._socket.settimeout(max(0.001, self._left_s))  # 0 would mean not to wait, None for ever
             self._socket.sendall(WANT.pack(start, stop))
             answer = self._socket.recv(1)
         except TimeoutError:
-            raise StoreError(f"the program that commits gave no bytes for {RANGE_S:.0f} s") from None
+            raise StoreError(f"the program that commits let its bytes be waited for, {WAIT_S:.0f} s in all") from None
         except OSError:
             answer = b""
         if not answer:
             raise StoreError("the program that commits has left")
         if answer != b"\0":
             raise StoreError("the program that commits could not give its bytes")
+        self._left_s -= time.monotonic() - began
+        self._left_s = min(WAIT_S, self._left_s + (stop - start) / BYTES_PER_S_MIN)
 
     def interrupt(self) -> None:
         with suppress(OSError):

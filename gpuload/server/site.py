@@ -57,7 +57,7 @@ class Site:
     arena: Arena
     catalog: Catalog
     ring: Ring
-    """Page-locked once, for all loads: one at a time uses it."""
+    """Page-locked once, for all loads: who has the turn uses it; see `turns`."""
     tier: RamTier | None = None
     """Where blocks go that leave it; None: nowhere."""
     floor_count: int = 0
@@ -65,7 +65,11 @@ class Site:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     """Tells clients whether runs of two answers are of one arena: then equal ones are equal memory."""
     turn: trio.Lock = field(default_factory=trio.Lock)
-    """Held by the load that may change what stands here."""
+    """Held by the load that may change what stands here; see `turns`."""
+    aside_count: int = 0
+    """Loads that have given it up until their bytes come."""
+    came_back: trio.Event = field(default_factory=trio.Event)
+    """Set, and made anew, when one of them has the turn again, or has ended."""
     is_frozen: bool = False
     """Its memory may be another server's by now: nothing goes back."""
     before_release: Callable[[Site, Sequence[Run]], Awaitable[None]] | None = None
@@ -75,8 +79,8 @@ class Site:
     _freed: trio.Event = field(default_factory=trio.Event)
     _dressed: threading.Condition = field(default_factory=threading.Condition)
     """Told when memory came behind what was taken without any, and when none will."""
-    _is_shaping: bool = False
-    """Whether it still may."""
+    _given_up: set[Run] = field(default_factory=set)
+    """What none will come for."""
 
     def __post_init__(self) -> None:
         self.catalog.on_freed = lambda: self._freed.set()
@@ -88,7 +92,7 @@ class Site:
     def waiting_count(self) -> int:
         """Loads at work or waiting."""
         statistics = self.turn.statistics()
-        return int(statistics.locked) + statistics.tasks_waiting
+        return int(statistics.locked) + statistics.tasks_waiting + self.aside_count
 
     async def look(self) -> None:
         """Ask the device how much memory could still be had. No checkpoint once it is known."""
@@ -113,38 +117,42 @@ class Site:
             raise
         self.catalog.granules.came(runs)
 
-    def begin_filling(self, blocks: Iterable[Block]) -> None:
+    def begin_filling(self, blocks: Sequence[Block]) -> None:
         """These are about to be written, in this order: what stands where they will is copied out first. Memory that
         lacks is brought by `shape`."""
-        granules = self.catalog.granules
-        self._is_shaping = granules.bare_count > 0
+        runs = [run for block in blocks for run in block.runs]
+        self._given_up.difference_update(runs)
         if self.leaving is not None and self.leaving.pending_count:
-            self.leaving.prefer(granules_of([*(run for block in blocks for run in block.runs), *granules.donors()]))
+            self.leaving.prefer(granules_of([*runs, *self.catalog.granules.donors(_count(self._bare(blocks)))]))
 
-    async def shape(self) -> None:
-        """Bring memory behind what was taken without any: free memory in other shapes goes to the device for it.
+    def _bare(self, blocks: Iterable[Block]) -> list[Run]:
+        return [run for block in blocks for run in block.runs if self.catalog.granules.is_bare(run)]
 
-        The device's turn is the caller's. Raises: FitError if others took that memory at this very moment, and keep it;
+    async def shape(self, blocks: Sequence[Block]) -> None:
+        """Bring memory behind what of these, all the caller's, was taken without any: free memory in other shapes goes
+        to the device for it.
+
+        Raises: FitError if others took that memory at this very moment, and keep it;
         DeviceError, BusyError. Cancellation: safe; what has no memory then stays without.
         """
-        granules = self.catalog.granules
-        if not granules.bare_count:
+        granules, bare = self.catalog.granules, self._bare(blocks)
+        if not bare:
             return
         try:
             async with self._changing:
-                donors = granules.going_for_bare()
+                donors = granules.going_for(bare)
                 left = deque(donors)
                 try:
                     if self.before_release is not None:
                         await self.before_release(self, donors)
-                    spare = await trio.to_thread.run_sync(self._shape, left, granules.bare())
+                    spare = await trio.to_thread.run_sync(self._shape, left, bare)
                 finally:
                     granules.came(left)
                 with suppress(FitError):  # it is others' by now: no load needs it
                     await self._add(granules.coming(spare))
         finally:
             with self._dressed:
-                self._is_shaping = False
+                self._given_up.update(self._bare(blocks))
                 self._dressed.notify_all()
 
     def _shape(self, donors: deque[Run], bare: Sequence[Run]) -> int:
@@ -299,14 +307,11 @@ class Site:
         return found
 
     def _wait_dressed(self, block: Block) -> None:
-        granules = self.catalog.granules
-        if not any(granules.is_bare(run) for run in block.runs):
+        if not self._bare([block]):
             return
         with self._dressed:
-            self._dressed.wait_for(
-                lambda: not self._is_shaping or not any(granules.is_bare(run) for run in block.runs), SHAPE_S
-            )
-        if any(granules.is_bare(run) for run in block.runs):
+            self._dressed.wait_for(lambda: self._given_up.issuperset(self._bare([block])), SHAPE_S)
+        if self._bare([block]):
             raise BusyError(f"memory of {self.name} did not come")
 
     def copy_inside(self, copies: Sequence[InsideCopy], timeout_s: float) -> None:
@@ -326,6 +331,10 @@ class Site:
             stream.record().wait(timeout_s)
         finally:
             stream.close()
+
+
+def _count(runs: Iterable[Run]) -> int:
+    return sum(count for _, count in runs)
 
 
 def granules_of(runs: Iterable[Run]) -> Iterator[int]:

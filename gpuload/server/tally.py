@@ -29,7 +29,7 @@ KINDS = {
     "AccessError": "access", "ChangedError": "changed", "IntegrityError": "integrity", "DeviceError": "device",
 }  # fmt: skip
 """By the class of an error; all others are 'failed'."""
-_VERBS = ("load", "swap", "open", "commit")
+_VERBS = ("load", "swap", "open", "commit", "attach")
 _WAYS = {
     "copied": "bytes_copied", "from_ram": "bytes_from_ram", "kept": "bytes_kept",
     "moved_inside": "bytes_moved_inside", "hashed": "bytes_hashed",
@@ -52,7 +52,8 @@ class LoadTally:
 
     @contextmanager
     def timed(self, verb: str) -> Iterator[None]:
-        """A load, a swap, an open or a commit goes on in here. What fails is counted by its kind, not by its time."""
+        """A load, a swap, an open, a commit, or an attach that brings one back, goes on in here. What fails is counted
+        by its kind, not by its time."""
         since_s = time.monotonic()
         try:
             yield
@@ -69,12 +70,15 @@ class LoadTally:
         self.gaps += report.had_gap
 
 
-def gathered(sites: Mapping[str, Site], tally: LoadTally, version: str, generations: Generations) -> Families:
-    """What a scrape says now. No checkpoint."""
+def gathered(
+    sites: Mapping[str, Site], tally: LoadTally, version: str, generations: Generations, *, servers_before: int
+) -> Families:
+    """What a scrape says now. No checkpoint. servers_before: see `estate`."""
     families = Families()
     families.info("gpuload_build", "What serves.", {"version": version, "python": platform.python_version()})
     families.gauge("gpuload_start_time_seconds", "When the server began, since the epoch.", tally.started_at)
     families.gauge("gpuload_uptime_seconds", "Since the server began.", time.time() - tally.started_at)
+    families.gauge("gpuload_servers_before", "Servers that had these weights before this one.", servers_before)
     _add_devices(families, sites)
     _add_models(families, sites)
     families.gauge("gpuload_waiting", "Programs that wait for a generation.", generations.waiting_count)
@@ -122,6 +126,8 @@ def _add_devices(families: Families, sites: Mapping[str, Site]) -> None:
         ("gpuload_device_free_bytes", "Of it, what nobody holds.", {(n,): m.free_bytes for n, m in memory.items()}),
         ("gpuload_loads_waiting", "Loads at work or waiting for the device.",
          {(n,): s.waiting_count for n, s in sites.items()}),
+        ("gpuload_loads_aside", "Of these, those that have let others go before, since their bytes do not come.",
+         {(n,): s.aside_count for n, s in sites.items()}),
         ("gpuload_models", "Models served from it.", {(n,): len(s.catalog.models) for n, s in sites.items()}),
         ("gpuload_retired_models", "Models swapped out or unloaded whose programs still hold them.",
          {(n,): len(s.catalog.retired) for n, s in sites.items()}),

@@ -45,6 +45,8 @@ class Job:
     """Replace whoever has the name."""
     asked_fd: int | None = None
     """A commit's socket, by which its one file is filled as it is read; see `pulled`."""
+    known: Mapping[PieceKey, Digest] | None = None
+    """Of every piece, where nothing is to be read: a commit that comes back; see `commits`."""
     allow_gap: bool = False
     """If both do not fit, give up the old model first; a failure then leaves neither."""
     is_pinned: bool = False

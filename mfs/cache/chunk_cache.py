@@ -16,7 +16,7 @@ following holds:
 - a chunk for which an origin is asked counts in `slots.coming` for its model: a model whose origin hangs holds no more
   slots than its share (see `workers.shares`). What SSD has needs no share: it stays readable however many wait for the
   origin;
-- a view returned by `read` is good until the caller's next checkpoint: `fuse.loop` answers before it yields;
+- views returned by `read` are good until the caller's next checkpoint: `fuse.loop` answers before it yields;
 - a fill belongs to the cache, not to the reader that caused it: a cancelled reader does not stop it, its error goes to
   those who wait for it, and the next reader starts a new one.
 """
@@ -27,7 +27,7 @@ import logging
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 _GIVEN_IDLE_S = 10.0  # after which a file given from RAM goes before chunks that are read through us
 _TURN_S = 0.005  # of counting for who looks, without giving way to readers
 _SLOTS_FOR_READERS = 2  # that a model's chunks brought ahead of need leave to its readers
+
+Pieces = tuple[memoryview | bytes, ...]
+"""The bytes of a range, one after the other: a view of each chunk."""
 
 
 @dataclass(frozen=True)
@@ -145,60 +148,56 @@ class ChunkCache:
 
     # -- reading
 
-    async def read(self, state: ObjectState, span: ByteRange, *, whole_chunks: bool = False) -> memoryview | bytes:
+    async def read(self, state: ObjectState, span: ByteRange, *, whole_chunks: bool = False) -> Pieces:
         """Bytes [span.start, span.stop) of the object, all of them.
 
         span: inside the object. whole_chunks: fetch all of a missing chunk, because the rest will be wanted.
-        Returns a view that is good until the caller's next checkpoint.
+        Returns views that are good until the caller's next checkpoint.
         Raises: MfsError. Cancellation: safe; the fill goes on.
         """
-        view = self.read_nowait(state, span)
-        if view is not None:
-            return view
         parts = list(chunk_spans(span))
-        if len(parts) == 1:
-            return await self._read_part(state, *parts[0], whole_chunks)
-        # Copied one by one: holding two slots while waiting could deadlock against another such reader.
-        return b"".join([bytes(await self._read_part(state, index, part, whole_chunks)) for index, part in parts])
+        for index, part in parts:  # who waited while he holds a slot could deadlock against another such reader
+            await self._have(state, index, part, whole_chunks)
+        # no checkpoint until the caller's reply
+        pieces = self._deliver(state, parts)
+        if pieces is not None:
+            return pieces
+        copies: list[bytes] = []
+        for index, part in parts:  # one was lost while another was waited for
+            await self._have(state, index, part, whole_chunks)
+            copies += map(bytes, self._deliver(state, [(index, part)]) or ())
+        return tuple(copies)
 
-    def read_nowait(self, state: ObjectState, span: ByteRange) -> memoryview | None:
+    def read_nowait(self, state: ObjectState, span: ByteRange) -> Pieces | None:
         """The bytes where they stand, good until the caller's next checkpoint; None if RAM lacks any of them."""
-        hits: list[tuple[Chunk, ByteRange]] = []
-        for index, part in chunk_spans(span):
-            chunk = self._hit(state, index, part)
-            if chunk is None:
+        pieces = self._deliver(state, chunk_spans(span))
+        if pieces is not None:
+            self.counters.ram_hit_bytes += len(span)
+            self.counters.ram_hits += len(pieces)
+        return pieces
+
+    def _deliver(self, state: ObjectState, parts: Iterable[tuple[int, ByteRange]]) -> Pieces | None:
+        """Parts of chunks go to a reader; None, and nothing goes, if RAM lacks any of them."""
+        hits: list[tuple[Chunk, ByteRange, int]] = []
+        for index, part in parts:
+            chunk, mask = state.chunks.get(index), block_mask(part.start, part.stop)
+            if chunk is None or mask & ~chunk.valid:
                 return None
-            hits.append((chunk, part))
-        self.counters.ram_hit_bytes += len(span)
-        self.counters.ram_hits += len(hits)
-        for chunk, part in hits:
-            self.note_delivery(chunk, block_mask(part.start, part.stop))
-        views = [chunk.view(part.start, part.stop) for chunk, part in hits]
-        return views[0] if len(views) == 1 else memoryview(b"".join(views))
+            hits.append((chunk, part, mask))
+        for chunk, _, mask in hits:
+            self.note_delivery(chunk, mask)
+        return tuple([chunk.view(part.start, part.stop) for chunk, part, _ in hits])
 
-    @staticmethod
-    def _hit(state: ObjectState, index: int, part: ByteRange) -> Chunk | None:
-        """The chunk, if RAM has all of the part."""
-        chunk = state.chunks.get(index)
-        if chunk is None or block_mask(part.start, part.stop) & ~chunk.valid:
-            return None
-        return chunk
-
-    async def _read_part(self, state: ObjectState, index: int, part: ByteRange, whole_chunk: bool) -> memoryview:
-        mask = block_mask(part.start, part.stop)
-        chunk = self._hit(state, index, part)
-        if chunk is not None:
+    async def _have(self, state: ObjectState, index: int, part: ByteRange, whole_chunk: bool) -> None:
+        """Wait until RAM has a part of a chunk; it may lose it again at the next checkpoint."""
+        chunk, mask = state.chunks.get(index), block_mask(part.start, part.stop)
+        if chunk is not None and not mask & ~chunk.valid:
             self.counters.ram_hit_bytes += len(part)
             self.counters.ram_hits += 1
-            chunk.leases += 1
-        else:
-            self.counters.ram_misses += 1
-            length = len(state.object.chunk_range(index))
-            chunk = await self.lease(state, index, mask, extra=full_mask(length) if whole_chunk else 0)
-        # no checkpoint until the caller's reply
-        self.note_delivery(chunk, mask)
-        self.release(chunk)
-        return chunk.view(part.start, part.stop)
+            return
+        self.counters.ram_misses += 1
+        length = len(state.object.chunk_range(index))
+        self.release(await self.lease(state, index, mask, extra=full_mask(length) if whole_chunk else 0))
 
     def note_delivery(self, chunk: Chunk, mask: int) -> None:
         """Blocks of a leased chunk go to a reader, by way of the kernel's page cache."""

@@ -100,7 +100,7 @@ def open_directory(directory: Path, *, shared: bool = False, create: bool = True
         raise _refusal(directory, error) from error
 
 
-def open_own(path: Path, flags: int, *, shared: bool = False) -> int:
+def open_own(path: str | Path, flags: int, *, shared: bool = False) -> int:
     """Open a file of the cache; new ones are ours alone. Raises: OSError, PermissionError for what others own."""
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     status = os.fstat(fd)

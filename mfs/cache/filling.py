@@ -84,6 +84,8 @@ class Filler:
             priority,
             timeout_s,
         )
+        if not from_ssd:
+            fill.job.followed_by = self._saver.following(chunk, fill.mask)
         above = self.span_of(state.group)
         if above is not None:
             fill.job.span = _span(above, chunk, fill)
@@ -124,7 +126,10 @@ class Filler:
                 self.on_changed(chunk.state)
         else:
             assert result is not None
+            assert fill.job is not None
             chunk.valid |= fill.mask
+            if fill.job.followed_by is not None:
+                self._saver.begin(chunk)
             if not result["lost"] and not fill.file_lost:
                 chunk.saved |= result["resident"]
                 chunk.note_ssd(chunk.on_ssd | result["resident"])

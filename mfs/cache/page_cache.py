@@ -9,7 +9,6 @@ Source: cachestat(2), Linux 6.5; do_sync_mmap_readahead in mm/filemap.c; MADV_PO
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import logging
@@ -22,13 +21,13 @@ from typing import Any, NamedTuple
 from mfs import limits
 from mfs.cache.sealing import open_sealed
 from mfs.cache.ssd import SsdTier
+from mfs.mapping import read_in
 from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
 
 logger = logging.getLogger(__name__)
 
 _SYS_CACHESTAT = 451  # the same on all architectures
 _RANGE, _FOUND = struct.Struct("<QQ"), struct.Struct("<Q32x")
-_MADV_POPULATE_READ = 22
 _READ_AHEAD_CHUNKS = 4  # that may be the kernel's own read-ahead of who is at the front
 _AFTER_CHUNKS = 8
 
@@ -45,10 +44,7 @@ def fill(tier: SsdTier, obj: ObjectId, chunks: Sequence[int]) -> int:
     try:
         for index in chunks[: room_bytes // CHUNK_BYTES]:
             span = obj.chunk_range(index)
-            with mmap.mmap(fd, len(span), prot=mmap.PROT_READ, offset=span.start) as mapped:
-                with contextlib.suppress(OSError):  # a kernel that has none
-                    mapped.madvise(mmap.MADV_HUGEPAGE)
-                mapped.madvise(_MADV_POPULATE_READ)
+            read_in(fd, span.start, len(span))
             done += len(span)
         return done
     finally:

@@ -33,12 +33,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mmap_ninja.numpy as ninja
 import numpy as np
 from numpy.typing import NDArray
 
 from mfs.cache.chunks import mask_bytes
 from mfs.cache.directory import open_own, root_of
+from mfs.cache.ninja import ninja
 from mfs.cache.residency_sums import Snapshot, bytes_of, id_of, id_words
 from mfs.cache.ssd import SsdConfig, SsdTier, Standing
 from mfs.errors import NotFoundError, StoreError
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 _OBJECT_ROWS_STEP = 1024
 _CHUNK_ROWS_STEP = 64 << 10
+_LAST_ROWS_MAX = 1024
 _COLUMNS = {"meta": 0, "objects": 8, "chunks": 2}  # 0: the table has one dimension
 _DTYPES = {"meta": np.uint64, "objects": np.uint64, "chunks": np.uint32}
 _PINNED, _SEALED = 1, 2
@@ -102,6 +103,8 @@ class ResidencyTables:
         self._cache_directory = cache_directory
         self._mode = "r+" if writable else "r"
         self._shared = shared
+        self._last_rows: dict[str, int] = {}
+        """Where objects were found last; each row says whose it is."""
         if not writable and not self._directory.is_dir():
             raise NotFoundError(f"{cache_directory} holds no mfs cache; name the directory given as --cache-dir")
         if writable:
@@ -122,10 +125,16 @@ class ResidencyTables:
     def find(self, cache_id: str) -> int | None:
         """The object's row, None if it has none. Another object may get it at once, unless something is resident."""
         self._remap_if_changed()
-        a, b, c = id_words(cache_id)
+        words = id_words(cache_id)
         rows = self._objects.view(np.ndarray)[: int(self._meta[0])]  # a memmap is slower at each step
-        for row in np.flatnonzero(rows[:, 0] == a):
-            if rows[row, 1] == b and rows[row, 2] == c:
+        last = self._last_rows.get(cache_id, len(rows))
+        if last < len(rows) and tuple(rows[last, :3].tolist()) == words:
+            return last
+        for row in np.flatnonzero(rows[:, 0] == words[0]).tolist():
+            if tuple(rows[row, :3].tolist()) == words:
+                if len(self._last_rows) >= _LAST_ROWS_MAX:
+                    self._last_rows.clear()
+                self._last_rows[cache_id] = row
                 return int(row)
         return None
 
@@ -201,6 +210,13 @@ class ResidencyTables:
             return np.zeros(0, np.uint32)
         first, count = int(self._objects[row, 3]), int(self._objects[row, 4])
         return np.array(self._chunks[first : first + count, 0])
+
+    def mask(self, cache_id: str, index: int) -> int:
+        """The blocks of one chunk that are present; 0 for an object that is not known."""
+        row = self.find(cache_id)
+        if row is None or index >= int(self._objects[row, 4]):
+            return 0
+        return int(self._chunks[int(self._objects[row, 3]) + index, 0])
 
     def touch(self, cache_id: str, indexes: list[int]) -> None:
         """Note a use of chunks now."""

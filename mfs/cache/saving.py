@@ -1,7 +1,8 @@
 """Writing what stands in RAM to the SSD tier: when, with what outcome, and who waits for it. On the trio thread.
 
-A chunk keeps its slot while it is written. Complete chunks are written as they come, others when they have been quiet;
-a disk that is full or fails is left alone for a while, and everything is served on without it.
+A chunk keeps its slot while it is written. Complete chunks are written as they come, by the thread that has fetched all
+of it or by another order; others when they have been quiet. A disk that is full or fails is left alone for a while, and
+everything is served on without it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import trio
 
 from mfs.cache.chunk_state import CacheCounters, Chunk, ObjectState
+from mfs.cache.chunks import full_mask
 from mfs.cache.slots import Slots
 from mfs.errors import MfsError
 from mfs.workers.frames import Frame
@@ -59,17 +61,38 @@ class Saver:
         mask = chunk.valid & ~chunk.saved
         if not mask:
             return
+        self.begin(chunk)
+        self._order(chunk, mask)
+
+    def following(self, chunk: Chunk, mask: int) -> Job | None:
+        """What a worker goes on with that fills `mask` of a chunk from the origin, if that is all of it: to write it to
+        the SSD tier, without another order. `begin` when it does. None where that is not to be, or the piece is sent
+        with each order.
+        """
+        if not self.is_possible or mask != full_mask(chunk.length) or not chunk.place.file.stays:
+            return None
+        return self._job(chunk, mask, {})
+
+    def begin(self, chunk: Chunk) -> None:
+        """The chunk is being written, and keeps its slot."""
         chunk.saving = trio.Event()
         chunk.file_lost = False
-        self._pool.submit(Job(
-            "persist",
-            {"obj": chunk.state.wire, "index": chunk.index, "piece": chunk.piece,
-             "sums": [[block, checksum] for block, checksum in chunk.sums.items() if mask >> block & 1]},
-            lambda result, error: self._saved(chunk, mask, result, error),
-            Priority.BACKGROUND,
+
+    def _order(self, chunk: Chunk, mask: int) -> None:
+        sums = [[block, checksum] for block, checksum in chunk.sums.items() if mask >> block & 1]
+        self._pool.submit(self._job(
+            chunk, mask, {"obj": chunk.state.wire, "index": chunk.index, "piece": chunk.piece, "sums": sums}
         ))  # fmt: skip
 
+    def _job(self, chunk: Chunk, mask: int, arguments: Frame) -> Job:
+        return Job(
+            "persist", arguments, lambda result, error: self._saved(chunk, mask, result, error), Priority.BACKGROUND
+        )
+
     def _saved(self, chunk: Chunk, mask: int, result: Frame | None, error: MfsError | None) -> None:
+        if result is not None and result.get("later"):
+            self._order(chunk, mask)
+            return
         saving, chunk.saving = chunk.saving, None
         assert saving is not None
         self._slots.give_left(chunk)

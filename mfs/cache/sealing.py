@@ -13,6 +13,7 @@ import hashlib
 import logging
 import mmap
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -26,6 +27,8 @@ from mfs.types import CHUNK_BYTES, ObjectId
 logger = logging.getLogger(__name__)
 
 _SHA256 = "sha256:"
+_REST, _REST_MAX_S = 3, 1.0
+"""Of the time that a scrub takes, how often as much it leaves the disk to readers after each chunk."""
 
 
 def seal(tier: SsdTier, obj: ObjectId, *, may_read: bool = True) -> bool | None:
@@ -112,7 +115,7 @@ def scrub(tier: SsdTier, cache_id: str) -> tuple[int, bool]:
         digest = found.header.digest or ""
         sha256 = hashlib.sha256() if digest.startswith(_SHA256) and found.header.sealed else None
         for index in range(found.header.chunks_count if found.header.sealed else 0):
-            length = found.header.chunk_bytes(index)
+            length, since_s = found.header.chunk_bytes(index), time.monotonic()
             try:
                 good, _ = tier.read_verified(found, index, full_mask(length), scratch)
             except OSError as error:  # its readers would get no bytes either
@@ -122,6 +125,7 @@ def scrub(tier: SsdTier, cache_id: str) -> tuple[int, bool]:
                 raise DamagedError(f"chunk {index} lacks blocks {full_mask(length) & ~good:#x}")
             if sha256 is not None:
                 sha256.update(scratch[:length])
+            time.sleep(min(_REST * (time.monotonic() - since_s), _REST_MAX_S))
         if sha256 is not None and sha256.hexdigest() != digest.removeprefix(_SHA256):
             raise DamagedError(f"its sha256 is {sha256.hexdigest()}, expected {digest.removeprefix(_SHA256)}")
     return checked, bool(dropped)

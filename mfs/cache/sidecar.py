@@ -56,6 +56,7 @@ file that was sealed, unwritten since, counts: its inode and time tell.
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 import struct
@@ -154,6 +155,7 @@ def encode_header(header: Header) -> bytes:
     return bytes(page)
 
 
+@functools.lru_cache(maxsize=64)  # looked at with each order, and hardly ever another one
 def parse_header(page: bytes) -> Header | None:
     """The header in a page, None if it does not verify."""
     if len(page) < HEADER_BYTES or _SUM.unpack_from(page, HEADER_BYTES - _SUM.size)[0] != xxh3_64_intdigest(

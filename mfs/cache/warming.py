@@ -2,7 +2,7 @@
 
 A mount is mostly followed by a program that takes seconds to start, and then reads. Touching memory meanwhile is taken
 slowly, by one worker, half of the time and only while nothing else is to be done: nobody waits for it. Where files are
-read past us (`whole`) neither RAM is wanted nor are cores to spare.
+read past us it was given back for them (`whole`), and is touched again once something is fetched.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from mfs.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 1.0  # once there is enough
+_LOOK_S = 5.0  # once there is enough, or none wanted
 _BUSY_S = 0.05
 
 
-async def keep_warm(memory: RamTier, slots: Slots, pool: WorkerPool, is_busy: Callable[[], bool]) -> None:
+async def keep_warm(memory: RamTier, slots: Slots, pool: WorkerPool, is_wanted: Callable[[], bool]) -> None:
     """Have pieces of the RAM tier touched that nobody uses yet, until cancelled.
 
-    is_busy: whether cores are used that the pool knows nothing of.
+    is_wanted: whether there will be a use for them.
     """
     while True:
-        if is_busy() or any(worker["inflight"] for worker in pool.describe()):
+        if not is_wanted():
+            await trio.sleep(_LOOK_S)
+            continue
+        if any(worker["inflight"] for worker in pool.describe()):
             await trio.sleep(_BUSY_S)
             continue
         try:

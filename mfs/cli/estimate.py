@@ -15,11 +15,18 @@ import click
 from mfs.cli.mount import DURATION, Parsed
 from mfs.cli.page import Page, json_option
 from mfs.cli.registries import REACHING, reaching_options
+from mfs.cli.run import say
 from mfs.cli.targets import TREE_PATH
 from mfs.cli.text import clean, count, print_json, size
+from mfs.errors import StoreError, TransientStoreError
 
 if TYPE_CHECKING:
     from mfs.planning.estimate import Estimate, Read
+
+TROUBLE_S = 15.0
+"""Longest that an origin is asked again that does not answer, or says that it cannot; pauses it asks for are made."""
+QUIET_S = 15.0
+"""After so long without any a trouble is a new one: three of the longest pauses between two tries."""
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(bit|B|bit/s|bps|B/s)", re.ASCII)
 _TIMES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -85,12 +92,15 @@ def estimate(
     """Say what reading SOURCE, or the PATHs in it, will cost from cold: bytes, requests, time, egress.
 
     Nothing is mounted and nothing is kept. Name the same SOURCE that is mounted: what the cache holds is known by it.
+    An origin that does not answer is asked again for 15 seconds, one that asks to wait for as long as --timeout says.
     """
     from mfs.config import SourceConfig
+    from mfs.fetch.told import telling
     from mfs.planning import prices
     from mfs.planning.cached import Cached
     from mfs.planning.estimate import Question
     from mfs.planning.estimate import estimate as find
+    from mfs.shown import mask_url
     from mfs.sources import SourceOptions, open_source
 
     price = prices.parse(egress) if egress else None
@@ -109,8 +119,27 @@ def estimate(
             options["unpack_directory"] = stack.enter_context(room)
         cached = Cached(directory)
         opened = stack.enter_context(contextlib.closing(open_source(config.url, SourceOptions(**options))))
-        found = find(opened, question, cached, deadline_s=time.monotonic() + timeout_s)
+        with telling(_Trouble(mask_url(config.url))):
+            found = find(opened, question, cached, deadline_s=time.monotonic() + timeout_s)
     _show(found, as_json)
+
+
+class _Trouble:
+    """Told of whatever is tried again: says it, once a trouble, and ends it after TROUBLE_S."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._since_s = self._last_s = float("-inf")
+
+    def __call__(self, error: TransientStoreError) -> None:
+        """Raises: StoreError."""
+        now_s = time.monotonic()
+        if now_s - self._last_s > QUIET_S:
+            self._since_s = now_s
+            say(f"{self._source}: {error}; trying again for {TROUBLE_S:.0f} s")
+        self._last_s = now_s + (error.retry_after_s or 0.0)
+        if error.retry_after_s is None and now_s - self._since_s > TROUBLE_S:
+            raise StoreError(f"{self._source} has not answered for {TROUBLE_S:.0f} s: {error}")
 
 
 def _show(found: Estimate, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mfs import __version__
 from mfs.cli.page import Page, json_option
 from mfs.cli.text import print_json
 
@@ -42,7 +43,7 @@ def version(as_json: bool) -> None:
     import platform
     from importlib import metadata
 
-    versions = {"mfs": metadata.version("mfs"), "python": platform.python_version()}
+    versions = {"mfs": __version__, "python": platform.python_version()}
     for name in ("pyfuse3", "trio", "boto3"):
         try:
             versions[name] = metadata.version(name)
@@ -65,6 +66,4 @@ def print_version(ctx: click.Context, _param: click.Parameter, value: Any) -> No
 
 
 def print_version_line() -> None:
-    from importlib import metadata
-
-    print(f"mfs {metadata.version('mfs')}")
+    print(f"mfs {__version__}")

@@ -17,13 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from mfs.control import runtime
 from mfs.control.connecting import connect
 from mfs.control.lending_door import MESSAGE_BYTES_MAX, door_path
 from mfs.errors import StoreError, TransientStoreError, from_wire
-from mfs.mapping import map_file
+from mfs.mapping import address_of, map_file
 
 _TIMEOUT_S = 120.0
 """Longest wait for an answer. The daemon answers within its own --timeout; this outlasts it and ends a hang."""
@@ -40,7 +38,7 @@ class LentFile:
             self.view = map_file(fd, size) if size else memoryview(b"")
         except OSError as error:
             raise TransientStoreError(f"what the mount lends cannot be mapped: {error}") from error
-        self.address = int(np.frombuffer(self.view, dtype=np.uint8).ctypes.data) if size else 0
+        self.address = address_of(self.view) if size else 0
         """Where the mapping begins in this process."""
 
     def close(self) -> None:

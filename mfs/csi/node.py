@@ -290,7 +290,10 @@ class Node:
     def _is_used(self, cache: Path) -> bool:
         """Whether a daemon that is known has it; also where that cannot be said."""
         known = [self._state.served(key) for key in self._state.daemons()]
-        return any(each is None or MountConfig.from_json(each.config).cache_dir == cache for each in known)
+        try:  # this setting alone: another one may mean nothing to us, and is that volume's trouble
+            return any(each is None or json.loads(each.config)["cache_dir"] == str(cache) for each in known)
+        except (ValueError, KeyError, TypeError):
+            return True
 
     def _mend(self) -> None:
         by_key: dict[str, list[Published]] = {}

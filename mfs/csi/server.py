@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 import grpc
 
+from mfs import __version__
 from mfs.csi import csi_pb2 as csi
 from mfs.csi import csi_pb2_grpc as services
 from mfs.csi.node import BusyError, Node, TakenError
@@ -67,7 +67,7 @@ class IdentityService(services.IdentityServicer):
     def GetPluginInfo(
         self, request: csi.GetPluginInfoRequest, context: grpc.ServicerContext
     ) -> csi.GetPluginInfoResponse:
-        return csi.GetPluginInfoResponse(name=DRIVER, vendor_version=version("mfs"))
+        return csi.GetPluginInfoResponse(name=DRIVER, vendor_version=__version__)
 
     def GetPluginCapabilities(
         self, request: csi.GetPluginCapabilitiesRequest, context: grpc.ServicerContext

@@ -45,6 +45,7 @@ def epoch_s(value: object) -> int | None:
     return None if found is None else found // 10**9
 
 
+@lru_cache(maxsize=256)
 def http_date(seconds: int) -> str:
     """A time that `epoch_s` gave, as HTTP writes it."""
     return email.utils.formatdate(seconds, usegmt=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from http.client import HTTPMessage
 from typing import TypeVar
 
 from mfs.errors import StoreError, TransientStoreError
 from mfs.fetch.dates import epoch_s
+from mfs.fetch.told import tell_retry
 
 T = TypeVar("T")
 
@@ -33,44 +33,6 @@ SPREAD = 0.1
 
 _RATE_LIMIT_RESET = re.compile(r";\s*t=(\d+)")
 _RATE_LIMIT_REMAINING = re.compile(r";\s*r=(\d+)")
-
-
-_told = threading.local()
-_count_lock = threading.Lock()
-_counts: dict[str, int] = {}
-"""Of the process, since they were last taken."""
-
-
-def taken_counts() -> dict[str, int]:
-    """How often this process has tried again since the last call: 'throttled' where the server had asked for a pause,
-    else 'failed'. Empty, and costs nothing, where it has not.
-    """
-    global _counts
-    if not _counts:
-        return {}
-    with _count_lock:
-        found, _counts = _counts, {}
-    return found
-
-
-@contextlib.contextmanager
-def telling(tell: Callable[[TransientStoreError], None]) -> Iterator[None]:
-    """What is tried again by this thread meanwhile is told to `tell`, with why, before the pause."""
-    _told.tell = tell
-    try:
-        yield
-    finally:
-        _told.tell = None
-
-
-def tell(error: TransientStoreError) -> None:
-    """Tell why something is about to be tried again, and count it. For those that do so without `with_retries`."""
-    reason = "failed" if error.retry_after_s is None else "throttled"
-    with _count_lock:
-        _counts[reason] = _counts.get(reason, 0) + 1
-    listener: Callable[[TransientStoreError], None] | None = getattr(_told, "tell", None)
-    if listener is not None:
-        listener(error)
 
 
 class Hold:
@@ -118,7 +80,7 @@ def with_retries(
         now_s = time.monotonic()
         if now_s + pause_s >= deadline_s:
             raise _given_up(last, what, attempts_count, now_s - started_s) from last
-        tell(last)
+        tell_retry(last)
         if stopped is None:
             time.sleep(pause_s)
         elif stopped.wait(pause_s):
@@ -133,7 +95,7 @@ def _given_up(last: TransientStoreError, what: str, attempts_count: int, took_s:
     )
 
 
-def wished_pause_s(headers: http.client.HTTPMessage) -> float | None:
+def wished_pause_s(headers: HTTPMessage) -> float | None:
     """How long the server asks us to wait, or None.
 
     Source: RFC 9110 §10.2.3 Retry-After (seconds or a date); the Hub's `RateLimit: "api";r=0;t=55`.

@@ -30,9 +30,9 @@ from urllib.parse import parse_qsl, urlsplit
 from mfs.errors import IntegrityError, MfsError, StoreError
 from mfs.fetch.connections import Origin
 from mfs.fetch.dates import epoch_s
-from mfs.fetch.environment import CaBundle
 from mfs.fetch.redirects import REDIRECT_STATUSES
 from mfs.fetch.retry import wished_pause_s
+from mfs.fetch.told import note_way
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.fetch.validators import opaque_of
 from mfs.types import ByteRange
@@ -64,29 +64,8 @@ _WAIT_STATUS = 429
 """And not 503, even with Retry-After: caches say that too, by themselves, where they cannot reach the origin."""
 _DRAGONFLY_FAULTS = ("proxy", "dfdaemon")  # and not 'backend', which is the origin
 
-_ways_lock = threading.Lock()
-_ways: dict[str, int] = {}
-"""Of the process, since they were last taken."""
-
 Check = Callable[[HTTPMessage], None]
 T = TypeVar("T")
-
-
-def taken_ways() -> dict[str, int]:
-    """What came which way since the last call, where a cache is set: {cache_bytes, direct_bytes: past it, from the
-    origin; cache_faults: how often it failed}. Empty, and costs nothing, where nothing came.
-    """
-    global _ways
-    if not _ways:
-        return {}
-    with _ways_lock:
-        found, _ways = _ways, {}
-    return found
-
-
-def _note_way(name: str, count: int) -> None:
-    with _ways_lock:
-        _ways[name] = _ways.get(name, 0) + count
 
 
 class Cache(NamedTuple):
@@ -146,13 +125,11 @@ class Shared(NamedTuple):
 class Route:
     """Reads ranges for one source. Thread-safe."""
 
-    def __init__(
-        self, transport: Transport, cache: Cache | None, *, connections_max: int = 32, ca_bundle: CaBundle | None = None
-    ) -> None:
-        """transport: to the origins; it stays its owner's. connections_max, ca_bundle: as of `Transport`."""
+    def __init__(self, transport: Transport, cache: Cache | None) -> None:
+        """transport: to the origins; it stays its owner's."""
         self._transport = transport
         self._cache = cache
-        self._to_cache = Transport(connections_max=connections_max, ca_bundle=ca_bundle, uses_proxy=False)
+        self._to_cache = transport.past_proxies()
         self._health = _Health(str(cache.origin) if cache else "")
         self._proofs = _Remembered[str]()
         self._unfit = _Remembered[float]()
@@ -190,7 +167,7 @@ class Route:
             return asked.send(self._transport, span, out)
         reply, way = self._read(self._cache, asked, shared, span, out)
         if reply.status in (200, 206):
-            _note_way(way, len(span))
+            note_way(way, len(span))
         return reply
 
     def _read(
@@ -327,7 +304,7 @@ class _Health:
             if ticket != self._failures:
                 return
             self._failures += 1
-            _note_way("cache_faults", 1)
+            note_way("cache_faults", 1)
             pause_s = self._pause_s()
             self._closed_until_s = time.monotonic() + pause_s
         log.warning(

@@ -9,6 +9,7 @@ where requests, httpx and aiohttp needed 3 to 9 times the CPU.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import re
 import socket
@@ -81,6 +82,7 @@ class Target(NamedTuple):
         return Target(cache, f"{self.origin}{self.request_target}", f"{self.shown} through {cache}", host)
 
 
+@functools.lru_cache(maxsize=256)  # a file's address comes with each of its ranges, several times
 def parse_target(url: str) -> Target:
     """Take a percent-encoded http(s) URL apart. Raises: StoreError if it is not one."""
     try:
@@ -136,7 +138,13 @@ class Transport:
         ca_bundle: certificates to trust as well; None for what the environment names.
         uses_proxy: that the environment names.
         """
+        self._connections_max = connections_max
+        self._ca_bundle = ca_bundle
         self._pool = ConnectionPool(connections_max, ca_bundle, uses_proxy=uses_proxy)
+
+    def past_proxies(self) -> Transport:
+        """Another one, with as many connections and the same trust, for what is on this network."""
+        return Transport(connections_max=self._connections_max, ca_bundle=self._ca_bundle, uses_proxy=False)
 
     def request(
         self,
@@ -370,7 +378,7 @@ def _request_message(method: str, target: Target, headers: Mapping[str, str], pr
         lines[0] = f"{method} {origin}{target.request_target} HTTP/1.1"
         if proxy.authorization:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
-    if " " in target.request_target or any(_UNSAFE.search(line) for line in lines):
+    if " " in target.request_target or _UNSAFE.search("".join(lines)):
         raise StoreError(f"{target.shown!r}: spaces or control characters in a URL or header; they must be encoded")
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import io
 import math
+import re
 import select
 import socket
 import ssl
@@ -184,6 +185,34 @@ def _open_tunnel(wire: Wire, host: str, port: int, proxy: Proxy) -> None:
         raise TunnelRefusedError(response.status, response.reason)
 
 
+_PLAIN_HEAD = re.compile(rb"HTTP/1\.1 (20[06]) ([ -~]*)\r\n((?:[!-9;-~]+:[\t -~]*\r\n)+)\r\n")
+_FIELD = re.compile(r"([^:]+):[\t ]*([^\r]*)\r\n")
+_LENGTH = re.compile(r"[0-9]{1,18}")
+
+
+def _begin_plainly(response: http.client.HTTPResponse) -> bool:
+    """What `begin` does, for the head that nearly every range has: 200 or 206, a length, nothing unusual, and here at
+    once. Else nothing, and False: then http.client makes of it what it can. Its parser is made for mail, and takes a
+    third of a range's Python.
+    """
+    head = _PLAIN_HEAD.match(response.fp.peek())
+    if head is None:
+        return False
+    fields = _FIELD.findall(head[3].decode("ascii"))
+    message = http.client.HTTPMessage()
+    for name, value in fields:
+        message.set_raw(name, value)
+    length, connection = message.get("Content-Length", ""), message.get("Connection", "keep-alive")
+    if not _LENGTH.fullmatch(length) or connection.lower() != "keep-alive" or "Transfer-Encoding" in message:
+        return False
+    response.fp.read(head.end())
+    response.version, response.status = 11, int(head[1])
+    response.reason = head[2].decode("ascii").strip()
+    response.headers = response.msg = message
+    response.chunked, response.will_close, response.length = False, False, int(length)
+    return True
+
+
 def read_head(wire: Wire, method: str) -> http.client.HTTPResponse:
     """Read status and headers of the answer to a `method` request.
 
@@ -191,7 +220,8 @@ def read_head(wire: Wire, method: str) -> http.client.HTTPResponse:
     Raises: ConnectionError if the connection ends within them, TimeoutError, OSError, http.client.HTTPException.
     """
     response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # enough of a socket
-    response.begin()
+    if method != "GET" or not _begin_plainly(response):
+        response.begin()
     if wire.has_ended:
         raise ConnectionResetError("the connection ended within the headers of the answer")
     return response

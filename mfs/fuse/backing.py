@@ -41,6 +41,8 @@ class Passthrough:
         self._device = -1
         self._lingering: dict[int, tuple[int, float]] = {}
         """By node that is not open: its backing id, and time.monotonic() when that goes; the next to go first."""
+        self._some = trio.Event()
+        """Set while anything lingers, as far as was looked."""
         self._limiter = trio.CapacityLimiter(_CLOSING_MAX)
         self.on_closed: Callable[[int], None] = lambda node: None
         """Told of a node whose lingering id is given back."""
@@ -89,6 +91,7 @@ class Passthrough:
         """The last handle on a node has gone. Its id stays for a moment, since programs open a file more than once."""
         self.drop(node)
         self._lingering[node] = backing, time.monotonic() + _LINGER_S
+        self._some.set()
         if len(self._lingering) > _LINGERING_MAX:
             self.drop(next(iter(self._lingering)))
 
@@ -111,10 +114,13 @@ class Passthrough:
     async def run(self) -> None:
         """Give back the ids that nobody came back for, until cancelled."""
         while True:
+            await self._some.wait()
             await trio.sleep(_SWEEP_S)
             now = time.monotonic()
             while self._lingering and next(iter(self._lingering.values()))[1] <= now:
                 self.drop(next(iter(self._lingering)))
+            if not self._lingering:
+                self._some = trio.Event()
 
     def _close_soon(self, backing: int) -> None:
         """Give an id back; who has opened a file by it reads on. In a thread: where it was the last to hold a file

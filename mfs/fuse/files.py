@@ -155,7 +155,7 @@ class FileOperations:
         if answer is None:
             return self._read_missing(handle, file, span)
         self._count_read(span)
-        return (answer,)
+        return answer
 
     async def _read_missing(self, handle: int, file: OpenFile, span: ByteRange) -> Body:
         counters = self.counters
@@ -164,16 +164,16 @@ class FileOperations:
         try:
             self._failed.raise_if_repeated(handle, span)
             with self._waiting.for_(file.group):
-                view = await file.read(span)
+                answer = await file.read(span)
         except BaseException as error:
             counters.errors += 1
             self._failed.note(handle, span, error, since_s)
             raise
         finally:
             counters.waiting -= 1
-        # no checkpoint from here to the reply: the view's piece may be given up at the next one
+        # no checkpoint from here to the reply: the chunks may be given up at the next one
         self._count_read(span)
-        return (view,)
+        return answer
 
     def _count_read(self, span: ByteRange) -> None:
         self.counters.count += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from io import FileIO
 from typing import Any, Protocol
 
+from mfs.fuse.loop import Body
 from mfs.tree.nodes import Node
 from mfs.types import ByteRange
 from mfs.workers.shares import Group
@@ -22,9 +23,9 @@ class OpenFile(Protocol):
         """Whether `settle` would return at once."""
         ...
 
-    def read_nowait(self, span: ByteRange) -> memoryview | None: ...
+    def read_nowait(self, span: ByteRange) -> Body | None: ...
 
-    async def read(self, span: ByteRange) -> memoryview | bytes: ...
+    async def read(self, span: ByteRange) -> Body: ...
 
     async def settle(self) -> None: ...
 

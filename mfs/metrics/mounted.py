@@ -6,8 +6,8 @@ import errno
 import os
 import platform
 import time
-from importlib.metadata import version
 
+from mfs import __version__
 from mfs.cache.chunk_state import CacheCounters
 from mfs.control.api import Json
 from mfs.fuse.protocol import Opcode
@@ -39,7 +39,7 @@ def _add_mount(families: Families, mount: Mount) -> None:
     operations, now_s = mount.operations, time.time()
     families.info(
         "mfs_build", "What serves.",
-        {"version": version("mfs"), "python": platform.python_version(), "kernel": platform.release()},
+        {"version": __version__, "python": platform.python_version(), "kernel": platform.release()},
     )  # fmt: skip
     families.info("mfs_mount", "Where it is mounted.", {"mountpoint": str(mount.config.mountpoint)})
     families.gauge("mfs_start_time_seconds", "When this daemon began, since the epoch.", mount.started_at)

@@ -73,7 +73,7 @@ class RegistryClient:
         """cache: to ask for blobs."""
         self.reference = reference
         self.transport = Transport(connections_max=connections_max)
-        self._route = Route(self.transport, cache, connections_max=connections_max)
+        self._route = Route(self.transport, cache)
         self.api = f"{reference.base_url}/v2/{reference.repository}"
         self.stopped = threading.Event()
         self.pull_scopes: Scopes = (f"repository:{reference.repository}:pull",)

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mfs.errors import AccessError, MfsError, NotFoundError, TransientStoreError, UsageError
-from mfs.fetch.retry import TRANSIENT_STATUSES, telling
+from mfs.fetch.retry import TRANSIENT_STATUSES
+from mfs.fetch.told import telling
 from mfs.oci import image, media
 from mfs.oci.artifact import Descriptor, digest_of
 from mfs.oci.blob import Blob, blob_of

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 
 from mfs.errors import NotFoundError, StoreError, TransientStoreError
 from mfs.fetch.retry import with_retries
-from mfs.fetch.route import cache_at
 from mfs.oci import tar
 from mfs.oci.artifact import BadLayerError, Descriptor, Manifest, Place, choose, parse_document, parse_locator
 from mfs.oci.client import RegistryClient
@@ -53,9 +52,7 @@ class OciSource:
     def __init__(self, reference: Reference, options: SourceOptions) -> None:
         self._reference = reference
         self.identity = reference.identity
-        self._client = RegistryClient(
-            reference, connections_max=options.connections_max, cache=cache_at(options.via, options.dragonfly)
-        )
+        self._client = RegistryClient(reference, connections_max=options.connections_max, cache=options.cache)
         self._unpacked = UnpackedLayers(
             options.cache_directory, self._client.stopped, elsewhere=options.unpack_directory
         )

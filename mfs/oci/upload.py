@@ -22,7 +22,8 @@ from urllib.parse import quote, urljoin
 
 from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, StoreError, TransientStoreError
 from mfs.fetch.redirects import REDIRECT_STATUSES
-from mfs.fetch.retry import FIRST_PAUSE_S, PAUSE_S_MAX, TRANSIENT_STATUSES, tell
+from mfs.fetch.retry import FIRST_PAUSE_S, PAUSE_S_MAX, TRANSIENT_STATUSES
+from mfs.fetch.told import tell_retry
 from mfs.fetch.transport import Reply
 from mfs.oci.auth import Scopes
 from mfs.oci.blob import Advance, Blob, blob_of
@@ -197,7 +198,7 @@ class Uploader:
                 )
             pause_s = random.uniform(0, bound_s) + min(60.0, last.retry_after_s or 0.0)
             bound_s = min(PAUSE_S_MAX, 2 * bound_s)
-            tell(last)
+            tell_retry(last)
             if self._client.stopped.wait(pause_s):
                 raise StoreError(f"{where}: the push was ended")
 

@@ -18,9 +18,9 @@ import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from itertools import groupby
 from typing import Any, NamedTuple
-from xml.sax.saxutils import escape, quoteattr
 
 from mfs.shown import clean
 from mfs.units import format_size
@@ -244,18 +244,18 @@ def _description(load: Mapping[str, Any], seconds: float, lanes: Mapping[str, Se
 def _rect(x: float, y: float, width: float, height: float, names: str, said: str = "") -> str:
     told = f"><title>{_safe(said)}</title></rect>" if said else "/>"
     size = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width):.1f}" height="{height:.1f}"'
-    return f"<rect class={quoteattr(names)} {size}{told}"
+    return f'<rect class="{escape(names)}" {size}{told}'
 
 
 def _text(x: float, y: float, text: str, names: str = "", anchor: str = "start") -> str:
-    named = f" class={quoteattr(names)}" if names else ""
+    named = f' class="{escape(names)}"' if names else ""
     placed = f' text-anchor="{anchor}"' if anchor != "start" else ""
     return f'<text{named} x="{x:.1f}" y="{y:.1f}"{placed}>{_safe(text)}</text>'
 
 
 def _safe(text: str) -> str:
     """Names of files come from strangers: nothing in them is markup, nothing is no XML."""
-    return escape(clean(text))
+    return escape(clean(text), quote=False)
 
 
 def _number(value: object) -> float:

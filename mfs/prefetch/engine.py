@@ -97,6 +97,8 @@ class Prefetcher:
         self._orders = Shares(2 * config.orders_max)
         """Under way. Those that go to RAM count in the cache's `unread` meanwhile, as they will once they are there."""
         self._nursery: trio.Nursery | None = None
+        self._some = trio.Event()
+        """Set while there are tracks."""
 
     # -- what readers tell
 
@@ -134,7 +136,7 @@ class Prefetcher:
             return None
         stop = min(-(-track.header_bytes // BLOCK_BYTES) * BLOCK_BYTES, state.object.size)
         try:
-            return bytes(await self._cache.read(state, ByteRange(0, stop)))
+            return b"".join(await self._cache.read(state, ByteRange(0, stop)))
         except MfsError:  # the reader will hear of it
             return None
 
@@ -180,6 +182,7 @@ class Prefetcher:
         track = self._tracks.get(state)
         if track is None:
             track = self._tracks[state] = _Track(state)
+            self._some.set()
             state.users += 1
         return track
 
@@ -349,6 +352,7 @@ class Prefetcher:
     async def _housekeeping(self) -> None:
         """Wake paused streams, forget objects nobody uses."""
         while True:
+            await self._some.wait()
             await trio.sleep(1)
             now = time.monotonic()
             for track in list(self._tracks.values()):
@@ -356,6 +360,8 @@ class Prefetcher:
                 if idle and (track.finished or not track.streaming or self._abandoned(track, now)):
                     self._drop(track)
             self._go()
+            if not self._tracks:
+                self._some = trio.Event()
 
     def _drop(self, track: _Track) -> None:
         self._streams.pop(track, None)

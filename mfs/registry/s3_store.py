@@ -21,7 +21,7 @@ from typing import NamedTuple
 from mfs.errors import NotFoundError, StoreError
 from mfs.errors import TransientStoreError as Transient
 from mfs.fetch.retry import with_retries
-from mfs.fetch.route import Route, Shared, cache_at, proves_itself
+from mfs.fetch.route import Route, Shared, proves_itself
 from mfs.fetch.transport import Reply, Transport
 from mfs.registry.layout import is_key
 from mfs.registry.parallel import for_each
@@ -72,10 +72,7 @@ class S3Store:
         self._writer = S3Writer(self._access, options)
         self._prefix = prefix
         self._transport = Transport(connections_max=options.connections_max, ca_bundle=self._access.ca_bundle)
-        self._route = Route(
-            self._transport, cache_at(options.via, options.dragonfly), connections_max=options.connections_max,
-            ca_bundle=self._access.ca_bundle,
-        )  # fmt: skip
+        self._route = Route(self._transport, options.cache)
         self._closed = threading.Event()
         self._listing = S3Listing(self._access, self._transport, self._closed)
         self._conditions: _Conditions | None = None

@@ -15,6 +15,7 @@ read over a replaced object is a mixture and nobody sees it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from http.client import HTTPMessage
@@ -122,6 +123,7 @@ def locator_of(etag: str | None, modified_ns: int | None) -> str:
     )
 
 
+@functools.lru_cache(maxsize=256)  # an object's comes with each of its ranges
 def binding_of(locator: str) -> Binding:
     """Inverse of `locator_of`; what it did not write binds nothing."""
     name, _, value = locator.partition(": ")

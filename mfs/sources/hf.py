@@ -24,7 +24,7 @@ from mfs.errors import MfsError, NotFoundError, StoreError, TransientStoreError
 from mfs.fetch.links import next_url
 from mfs.fetch.redirects import Hop, follow, next_hop
 from mfs.fetch.retry import TRANSIENT_STATUSES, Hold, wished_pause_s, with_retries
-from mfs.fetch.route import Route, Shared, cache_at
+from mfs.fetch.route import Route, Shared
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.sources import hf_cache
 from mfs.sources.base import Page
@@ -70,9 +70,7 @@ class HfSource:
         self._token = options.token or hub_token()
         self._is_cache = options.layout == "hub-cache"
         self._transport = Transport(connections_max=options.connections_max)
-        self._route = Route(
-            self._transport, cache_at(options.via, options.dragonfly), connections_max=options.connections_max
-        )
+        self._route = Route(self._transport, options.cache)
         self._hold = Hold(f"the Hub at {self._endpoint}")
         self._closed = threading.Event()
         self._addresses: dict[tuple[str, str], _Address] = {}

@@ -12,7 +12,7 @@ from mfs.errors import AccessError, ChangedError, MfsError, NotFoundError, Store
 from mfs.fetch.environment import basic_authorization
 from mfs.fetch.redirects import Hop, follow
 from mfs.fetch.retry import TRANSIENT_STATUSES, wished_pause_s, with_retries
-from mfs.fetch.route import Route, cache_at
+from mfs.fetch.route import Route
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.sources.options import SourceOptions
 
@@ -28,9 +28,7 @@ class HttpAccess:
         """
         self.folder_url = folder_url
         self.transport = Transport(connections_max=options.connections_max)
-        self.route = Route(
-            self.transport, cache_at(options.via, options.dragonfly), connections_max=options.connections_max
-        )
+        self.route = Route(self.transport, options.cache)
         self.closed = threading.Event()
         self._netrc_host = None if authorization else parse_target(folder_url).origin.host
         self._authorization = authorization or _netrc_authorization(self._netrc_host or "")

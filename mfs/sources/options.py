@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mfs.fetch.route import Cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +43,10 @@ class SourceOptions:
     """Folder, and a registry in one: real path of the directory that nothing may lead out of; '' lets links do so."""
     connections_max: int = 32
     """Connections kept per origin and process; readers beyond it wait inside their deadline."""
+
+    @property
+    def cache(self) -> Cache | None:
+        """What `via` or `dragonfly` names. Raises: StoreError for what is no http(s) address."""
+        from mfs.fetch.route import cache_at  # a daemon has the options, and fetches nothing
+
+        return cache_at(self.via, self.dragonfly)

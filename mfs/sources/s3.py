@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from mfs.errors import NotFoundError
 from mfs.fetch.retry import with_retries
-from mfs.fetch.route import Route, Shared, cache_at
+from mfs.fetch.route import Route, Shared
 from mfs.fetch.transport import Reply, Transport
 from mfs.sources.base import Page
 from mfs.sources.binding import Binder, Check, binding_of
@@ -50,10 +50,7 @@ class S3Source:
         self._access = S3Access(bucket, options)
         self._prefix = prefix
         self._transport = Transport(connections_max=options.connections_max, ca_bundle=self._access.ca_bundle)
-        self._route = Route(
-            self._transport, cache_at(options.via, options.dragonfly), connections_max=options.connections_max,
-            ca_bundle=self._access.ca_bundle,
-        )  # fmt: skip
+        self._route = Route(self._transport, options.cache)
         self._closed = threading.Event()
         self._listing = S3Listing(self._access, self._transport, self._closed)
         self._binder = Binder(trusts_dates=False, advice="let the store give ETags (juicefs gateway --keep-etag, say)")

@@ -82,6 +82,8 @@ class TestMount:
             "workers_count": 1, "log_format": "text",
         } | settings  # fmt: skip
         self._env = {"MFS_RUNTIME_DIR": str(folder / "run"), **(env or {})}
+        self.ready_timeout_s = READY_TIMEOUT_S
+        """How long a daemon may take to begin, and the one before it to end."""
         self.alarms_expected: list[str] = []
         self.ready: dict[str, Any] = {}
         """The daemon's answer once it serves."""
@@ -138,7 +140,7 @@ class TestMount:
         """Go on with a daemon from `spawn` that has taken the mount over; the old one must end as it should."""
         old, self._process = self._process, heir
         assert old is not None, "not running"
-        status = old.wait(SETTLE_TIMEOUT_S)
+        status = old.wait(self.ready_timeout_s)
         assert status == old_status, f"the old daemon ended with {status}:\n{self.log[-4000:]}"
 
     def spawn(self, *, handover: bool = False, program: str | None = None) -> tuple[subprocess.Popen[bytes], int]:
@@ -169,12 +171,13 @@ class TestMount:
 
     def _read_answer(self, fd: int) -> dict[str, Any]:
         """The daemon's answer; closes `fd`."""
-        text, deadline_s = b"", time.monotonic() + READY_TIMEOUT_S
+        text, deadline_s = b"", time.monotonic() + self.ready_timeout_s
         with selectors.DefaultSelector() as ready, open(fd, "rb", buffering=0):
             ready.register(fd, selectors.EVENT_READ)
             while not text.endswith(b"\n") or text.rpartition(b"\n")[0].rpartition(b"\n")[2].startswith(b'{"waiting"'):
                 if not ready.select(max(0.0, deadline_s - time.monotonic())):
-                    raise AssertionError(f"the daemon was not ready within {READY_TIMEOUT_S:g} s:\n{self.log[-4000:]}")
+                    within = f"within {self.ready_timeout_s:g} s"
+                    raise AssertionError(f"the daemon was not ready {within}:\n{self.log[-4000:]}")
                 data = os.read(fd, 1 << 16)
                 if not data:
                     raise AssertionError(f"the daemon ended without an answer:\n{self.log[-4000:]}")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-_PERIOD = 251
+_ROUND = bytes(range(251))
 
 
 def ramp(nbytes: int, start: int = 0) -> bytes:
     """Bytes [start, start + nbytes) of the endless ramp."""
-    phase = start % _PERIOD
-    repeats = -(-(phase + nbytes) // _PERIOD)
-    return np.tile(np.arange(_PERIOD, dtype=np.uint8), repeats)[phase : phase + nbytes].tobytes()
+    phase = start % len(_ROUND)
+    return (_ROUND * -(-(phase + nbytes) // len(_ROUND)))[phase : phase + nbytes]

@@ -6,6 +6,7 @@ Python.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,4 +51,9 @@ def object_to_wire(obj: ObjectId) -> list[Any]:
 
 def object_from_wire(fields: list[Any]) -> ObjectId:
     """Inverse of `object_to_wire`."""
+    return _object(*fields)
+
+
+@functools.lru_cache(maxsize=256)  # comes with each order; its cache_id is a hash
+def _object(*fields: Any) -> ObjectId:
     return ObjectId(*fields)

@@ -52,6 +52,8 @@ class Job:
     lane: Lane = "disk"
     group: Group = NOBODY
     """Who asks: for whom it counts. Set by the pool."""
+    followed_by: Job | None = None
+    """What its worker goes on with by itself, in the same thread, once this has ended well; never queued."""
     span: Span | None = None
     """Where it is traced; the pool ends it."""
     deadline_s: float = math.inf

@@ -28,11 +28,11 @@ from mfs.cache.model_sums import ModelSums
 from mfs.cache.residency import ResidencyTables
 from mfs.cache.ssd import SsdTier
 from mfs.errors import StoreError
-from mfs.fetch.retry import telling
+from mfs.fetch.told import telling
 from mfs.mapping import populate
 from mfs.safetensors import parse_header
 from mfs.sources.base import Moved, Source
-from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
+from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.frames import Frame, object_from_wire
 from mfs.workers.tier import Parts, Tier
 
@@ -78,8 +78,8 @@ class Jobs:
             cost = self._sources[source].get_range(wanted, span, out=piece[start:stop], deadline_s=deadline_s)
             moved += cost or Moved(len(span), 0, 1)
             for block in range(first, end):
-                low, high = run_bytes(block, block + 1, length)
-                sums[block] = xxh3_64_intdigest(piece[low:high])
+                low = block * BLOCK_BYTES
+                sums[block] = xxh3_64_intdigest(piece[low : min(low + BLOCK_BYTES, stop)])
         return {
             "sums": list(sums.items()),
             "resident": 0 if lost else resident,
@@ -132,9 +132,7 @@ class Jobs:
         Returns whether nothing is left of a chunk where the table promised something.
         """
         tier, tables = parts
-        masks = tables.masks(obj.cache_id)
-        promised = int(masks[index]) & mask if len(masks) else 0
-        if promised == resident:
+        if tables.mask(obj.cache_id, index) & mask == resident:
             return False
         try:
             if tier.header(obj.cache_id) is None:

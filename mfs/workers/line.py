@@ -29,6 +29,10 @@ class Line:
         """What has not begun; a hurried job comes twice until its old place is skipped."""
         return (job for queue in self.queues.values() for _, _, job in queue if not job.started)
 
+    def has_any(self) -> bool:
+        """Whether anything waits."""
+        return next(self.waiting(), None) is not None
+
     def pop(self, background_leaving: int) -> Job | None:
         """The most urgent job whose group may have one more."""
         best: list[tuple[int, int, Job]] | None = None

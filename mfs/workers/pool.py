@@ -89,14 +89,16 @@ class WorkerPool:
         self._workers: list[Worker] = []
         self._failed_start: MfsError | None = None
         self._changed = trio.Event()
+        self._some = trio.Event()
+        """Set while there are jobs, as far as was looked."""
         self.identities = list(config.identities)
         """Of each source, known once a worker runs."""
         self._restarts = [0] * config.workers_count
         """How often each worker was started anew."""
         self.retries = Counter[str]({"failed": 0, "throttled": 0})
-        """How often workers have asked an origin again, by why; see `fetch.retry.taken_counts`."""
+        """How often workers have asked an origin again, by why; see `fetch.told.taken_retries`."""
         self.ways = Counter[str]({"cache_bytes": 0, "direct_bytes": 0, "cache_faults": 0})
-        """Which way ranges came where a cache is set that nodes share; see `fetch.route.taken_ways`."""
+        """Which way ranges came where a cache is set that nodes share; see `fetch.told.taken_ways`."""
         self.closing = False
         self.tier_fault: str | None = None
         """Why workers serve without the SSD tier, None while they have it or none is wanted."""
@@ -117,6 +119,7 @@ class WorkerPool:
         self._enqueue(job)
 
     def _enqueue(self, job: Job) -> None:
+        self._some.set()
         line = self._line(job)
         line.push(job)
         self._dispatch(line)
@@ -228,10 +231,20 @@ class WorkerPool:
         arguments = job.arguments
         if job.operation in _WITH_DEADLINE:
             arguments = {**arguments, "deadline_s": job.deadline_s}
+        if job.followed_by is not None:
+            job.followed_by.serial = next(self._serials)
+            arguments = {**arguments, "then": job.followed_by.serial}
         if job.span is not None:
             arguments = {**arguments, "trace": job.span.context.traceparent}
             job.span.attributes["mfs.queued_s"] = time.monotonic() - job.span.since_s
         worker.send({"id": job.serial, "op": job.operation, **arguments})
+
+    def _go_on(self, worker: Worker, job: Job) -> None:
+        """A worker has begun a job by itself."""
+        job.started = True
+        job.deadline_s = time.monotonic() + job.timeout_s
+        self._line(job).shares.take(job.group)
+        worker.jobs[job.serial] = job
 
     def _finished(self, worker: Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
         del worker.jobs[job.serial]
@@ -239,6 +252,8 @@ class WorkerPool:
         line.shares.give(job.group)
         if job.span is not None:
             job.span.end(error=str(error) if error is not None else "")
+        if job.followed_by is not None and error is None:
+            self._go_on(worker, job.followed_by)
         job.finish(result, error)
         self._dispatch(line)
 
@@ -373,6 +388,7 @@ class WorkerPool:
     async def _watch_deadlines(self) -> None:
         """A hung worker still owns what it fills: only its death makes that safe to use again."""
         while True:
+            await self._some.wait()
             await trio.sleep(_WATCH_S)
             now = time.monotonic()
             self._expire_queued(now)
@@ -390,6 +406,8 @@ class WorkerPool:
                         worker.pid, late[0].operation, _GRACE_S,
                     )  # fmt: skip
                     worker.kill()
+            if not any(worker.jobs for worker in self._workers) and not any(map(Line.has_any, self._lines.values())):
+                self._some = trio.Event()
 
     def _expire_queued(self, now: float) -> None:
         """What a reader waits for fails in time, also when no worker is there to take it."""

@@ -25,8 +25,7 @@ from mfs.cache.chunk_places import ChunkPlaces
 from mfs.cache.pieces import Common, Piece, mapped
 from mfs.cache.ssd import SsdConfig
 from mfs.errors import MfsError, to_wire
-from mfs.fetch.retry import taken_counts
-from mfs.fetch.route import taken_ways
+from mfs.fetch.told import taken_retries, taken_ways
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Moved, Page, Source
 from mfs.tracing.requests import current, recording
@@ -49,6 +48,7 @@ class TakesChunks(Protocol):
 
 
 _FILLS = ("fill", "load", "warm")  # operations that write into a piece
+_SAVES_MAX = 3  # that threads go on with by themselves; of two workers as many as the daemon orders at once
 
 
 def main() -> None:
@@ -71,7 +71,6 @@ def main() -> None:
         except Exception as error:
             send({"id": 0, "error": to_wire(error)})
             return
-        gc.collect()
         gc.freeze()  # what was imported stays: no need to look through it again and again
         send({"id": 0, "result": {"hello": os.getpid(), "identities": jobs.identities}})
         _Crew(frames, jobs, send).work()
@@ -116,6 +115,7 @@ class _Crew:
         self._send = send
         self._taking = threading.Lock()
         self._counting = threading.Lock()
+        self._saves_left = threading.Semaphore(_SAVES_MAX)
         self._idle_count = 1
         """Threads that wait for an order, or are about to."""
 
@@ -153,19 +153,39 @@ class _Crew:
             self._send({"id": 0, "pong": True})
             return
         serial, operation, trace = frame.pop("id"), frame.pop("op"), frame.pop("trace", None)
+        then = frame.pop("then", None)
 
         def emit(part: Frame) -> None:
             self._send({"id": serial, "part": part})
 
         with recording(trace) as spans:
             try:
-                answer: Frame = {"id": serial, "result": _do(self._jobs, operation, frame, emit)}
+                result = _do(self._jobs, operation, frame, emit)
+                answer: Frame = {"id": serial, "result": result}
             except Exception as error:
                 answer = {"id": serial, "error": to_wire(error)}
                 logger.debug("%s failed", operation, exc_info=True)
         if spans:
             answer["spans"] = spans
         self._send(answer)
+        if then is not None and "result" in answer:
+            sums = [pair for pair in result["sums"] if not result["resident"] >> pair[0] & 1]
+            self._save(then, {name: frame[name] for name in ("obj", "index", "piece")} | {"sums": sums})
+
+    def _save(self, serial: int, arguments: Frame) -> None:
+        """Write to the SSD tier what has just been filled and did not come from there, unless enough threads do that;
+        the daemon counts on it already.
+        """
+        if not arguments["sums"]:
+            self._send({"id": serial, "result": {"bytes": 0, "full": False, "away": False}})
+            return
+        if not self._saves_left.acquire(blocking=False):
+            self._send({"id": serial, "result": {"later": True}})
+            return
+        try:
+            self._do({"id": serial, "op": "persist", **arguments})
+        finally:
+            self._saves_left.release()
 
 
 def _trace() -> logs.TraceIds | None:
@@ -180,9 +200,9 @@ def _do(jobs: Jobs, operation: str, arguments: Frame, emit: Callable[[Frame], No
         result = getattr(jobs, operation)(**arguments, emit=emit)
         return result
     to_fill = arguments["mask"] if operation in _FILLS else 0
-    piece, common = arguments.pop("piece")
+    piece, common = arguments["piece"]
     with mapped(piece, to_fill=to_fill, common=common) as view:
-        result = getattr(jobs, operation)(**arguments, piece=view, emit=emit)
+        result = getattr(jobs, operation)(**{**arguments, "piece": view}, emit=emit)
     return result
 
 
@@ -231,7 +251,7 @@ class _Sender:
         self._lock = threading.Lock()
 
     def __call__(self, frame: Frame) -> None:
-        if retries := taken_counts():
+        if retries := taken_retries():
             frame = {**frame, "retries": retries}
         if ways := taken_ways():
             frame = {**frame, "ways": ways}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -14,9 +15,10 @@ import trio
 import trio.testing
 
 from mfs.cache.chunks import block_mask, full_mask
+from mfs.cache.object_files import lock
 from mfs.errors import ChangedError, IntegrityError, NotFoundError, StoreError, TransientStoreError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
-from mfs.workers.job import Priority
+from mfs.workers.job import Job, Priority
 from tests.workers.rig import Rig, process_state, running_rig, until
 
 FULL = full_mask(CHUNK_BYTES)
@@ -36,8 +38,8 @@ async def read(rig: Rig, obj: ObjectId, start: int = 0, stop: int | None = None)
     state = rig.cache.open(obj, 0)
     span = ByteRange(start, obj.size if stop is None else stop)
     try:
-        view = await rig.cache.read(state, span)
-        assert view == rig.contents[obj][span.start : span.stop]
+        pieces = await rig.cache.read(state, span)
+        assert b"".join(pieces) == rig.contents[obj][span.start : span.stop]
     finally:
         rig.cache.close(state)
 
@@ -567,7 +569,7 @@ async def test_what_stands_in_common_memory_moves_into_the_objects_file_when_oth
         for index in (0, 0, 1, 3):
             nursery.start_soon(borrow, index)
         for _ in range(50):
-            assert await rig.cache.read(state, whole) == rig.contents[obj]
+            assert b"".join(await rig.cache.read(state, whole)) == rig.contents[obj]
     for index in range(4):
         await rig.cache.bring(state, index, to_ssd=False, keep=True)
     assert state.complete_in_ram
@@ -623,3 +625,58 @@ async def test_a_file_that_is_lent_stays_the_same_though_all_of_it_is_dropped(tm
         os.close(fd)
         rig.cache.close(state)
         rig.assert_idle()
+
+
+async def test_who_fetched_all_of_a_chunk_saves_it_without_another_order(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    obj = rig.put_ramp("model.bin", 8 * CHUNK_BYTES + 12345)
+    ordered, submit = list[str](), rig.pool.submit
+
+    def noting(job: Job) -> None:
+        ordered.append(job.operation)
+        submit(job)
+
+    monkeypatch.setattr(rig.pool, "submit", noting)
+    await read(rig, obj, 0, CHUNK_BYTES)
+    await rig.cache.saver.wait_saved()
+    assert rig.ssd_mask(obj, 0) == FULL
+    assert "persist" not in ordered
+    # At once as many as there are: some have to be ordered, and are.
+    async with trio.open_nursery() as nursery:
+        for index in range(1, 9):
+            nursery.start_soon(read, rig, obj, index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, obj.size))
+    await rig.cache.saver.wait_saved()
+    assert [rig.ssd_mask(obj, i) for i in range(9)] == [full_mask(len(obj.chunk_range(i))) for i in range(9)]
+    assert rig.cache.counters.origin_requests == 9
+
+
+async def test_a_chunk_is_saved_later_if_its_worker_dies_while_it_saves_it(rig: Rig, tmp_path: Path) -> None:
+    obj = rig.put_ramp("model.bin", CHUNK_BYTES)
+    names = tmp_path / "cache" / "v2" / "names.lock"
+    fd = os.open(names, os.O_RDWR | os.O_CREAT, 0o600)
+    lock(fd, fcntl.F_WRLCK, int(obj.cache_id[:2], 16))  # whoever makes its files waits
+    try:
+        await read(rig, obj)  # its bytes wait for no disk
+        (chunk,) = rig.cache.slots.chunks
+        assert chunk.saving is not None
+        (saving,) = [worker for worker in rig.pool.describe() if worker["inflight"]]
+        os.kill(saving["pid"], signal.SIGKILL)
+        await until(lambda: chunk.saving is None, "the end of the worker")
+        assert not chunk.saved
+    finally:
+        os.close(fd)
+    rig.cache.saver.save_quiet(older_than_s=0)
+    await rig.cache.saver.wait_saved()
+    assert rig.ssd_mask(obj, 0) == FULL
+
+
+async def test_a_range_over_two_chunks_goes_out_uncopied(rig: Rig) -> None:
+    obj = rig.put_ramp("model.bin", 2 * CHUNK_BYTES)
+    state, span = rig.cache.open(obj, 0), ByteRange(CHUNK_BYTES - 5, CHUNK_BYTES + 5)
+    for pieces in (await rig.cache.read(state, span), rig.cache.read_nowait(state, span)):
+        assert pieces is not None
+        assert [bytes(piece) for piece in pieces] == [rig.contents[obj][span.start : CHUNK_BYTES],
+                                                      rig.contents[obj][CHUNK_BYTES : span.stop]]  # fmt: skip
+        assert all(isinstance(piece, memoryview) for piece in pieces)
+    rig.cache.close(state)

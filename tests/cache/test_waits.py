@@ -34,7 +34,7 @@ def heard(rig: Rig) -> list[Waited]:
 async def read(rig: Rig, obj: ObjectId, start: int, stop: int) -> None:
     state = rig.cache.open(obj, 0)
     try:
-        assert await rig.cache.read(state, ByteRange(start, stop)) == rig.contents[obj][start:stop]
+        assert b"".join(await rig.cache.read(state, ByteRange(start, stop))) == rig.contents[obj][start:stop]
     finally:
         rig.cache.close(state)
 

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 from mfs.cache.directory import LAYERS, open_directory, root_of
+from mfs.cli import estimate as estimating
 from mfs.cli.app import cli
 from mfs.cli.estimate import parse_rate
 from mfs.errors import UsageError
@@ -35,6 +36,7 @@ from tests.servers.chaos import ChaosProxy
 from tests.servers.docker_registry import DockerRegistry
 from tests.servers.hub import HubServer
 from tests.servers.nginx import NginxServer
+from tests.servers.process import free_port
 from tests.servers.relay import Relay
 from tests.servers.swift import SwiftServer
 
@@ -358,6 +360,24 @@ def test_an_empty_source(mfs: Mfs, nginx: NginxServer) -> None:
     (nginx.files / name).mkdir()
     found = json.loads(mfs("estimate", f"{nginx.url}{name}/", "--json").stdout)
     assert (found["files_count"], found["origin_bytes"], found["seconds"]) == (0, 0, found["listing_s"])
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_an_origin_that_refuses_is_told_of_and_given_up(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, tmp_path: Path
+) -> None:
+    """Long before --timeout, which is for origins that answer."""
+    monkeypatch.setattr(estimating, "TROUBLE_S", 0.5)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    at = f"http://127.0.0.1:{free_port()}"
+    args = [f"{at}/models/"] if scheme == "http" else ["s3://models", "--endpoint-url", at]
+    done = CliRunner().invoke(cli, ["estimate", *args, "--timeout", "1h"])
+    assert done.exit_code != 0
+    said = [done.stderr.strip(), str(done.exception)]
+    assert "trying again for" in said[0]
+    assert said[0].count("trying again") == 1
+    assert "has not answered for" in "".join(said)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mfs.csi import state as module
+from mfs.csi.node import Node
 from mfs.csi.state import Published, Served, State
 from mfs.errors import StoreError
 
@@ -69,3 +70,14 @@ def test_a_long_log_is_cut_to_its_end(state: State, monkeypatch: pytest.MonkeyPa
         state.cut_logs()
         daemon.write(b"line 0101\n")
     assert file.read_text().split("\n") == [f"line {number:04d}" for number in range(92, 102)] + [""]
+
+
+def test_a_setting_that_means_nothing_keeps_no_other_volumes_cache(state: State) -> None:
+    """Of another release, say: that volume is refused when it is next asked for, and housekeeping goes on."""
+    node = Node.__new__(Node)
+    node._state = state
+    state.put_served("a", Served(json.dumps({"cache_dir": "/cache/one", "sources": [], "unheard_of": 1}), False, ""))
+    assert node._is_used(Path("/cache/one"))
+    assert not node._is_used(Path("/cache/two"))
+    state.put_served("b", Served("not even JSON", False, ""))
+    assert node._is_used(Path("/cache/two")), "which may be the one that it has"

@@ -10,7 +10,8 @@ from http.client import HTTPMessage
 import pytest
 
 from mfs.fetch import route
-from mfs.fetch.route import Cache, Route, Shared, cache_at, proves_itself, taken_ways
+from mfs.fetch.route import Cache, Route, Shared, cache_at, proves_itself
+from mfs.fetch.told import taken_ways
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.fetch.validators import opaque_of
 from mfs.testing import ramp

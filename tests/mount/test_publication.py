@@ -231,7 +231,7 @@ class TestWholeModels:
         origin.put_all(MODEL | VERSION_2)
         mount = mounted(origin)
         times(mount)
-        mount.wait_quiet()
+        mount.wait_saved("m/config.pbtxt", "m/1/model.py", "m/2/model.py")  # what a first look has brought
         names = ["1/libtriton_python.so", "__pycache__", "2/__init__.py", "batchstrategy.so"]
         assert [mount.call(touching.failure, "stat", str(mount.path / "m" / name)) for name in names] == ["ENOENT"] * 4
         nginx.forget_requests()

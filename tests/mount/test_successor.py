@@ -157,7 +157,7 @@ class TestHangs:
     ) -> None:
         """However long each of them is waited for."""
         folder.put("w.bin", ramp(SIZE))
-        impatient = "holder._SERVES_WITHIN_S, holder.WITHIN_S = 0.2, 0.1"
+        impatient = "from mfs import one_child; holder._SERVES_WITHIN_S, one_child.WITHIN_S = 0.2, 0.1"
         program = holder_of("import time; time.sleep(600)", only_successors=True, settings=impatient)
         mount = mounted_by(program, folder)
         reader = mount.outside()

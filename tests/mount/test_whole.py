@@ -68,6 +68,29 @@ def test_who_reads_on_in_order_is_read_ahead_of(folder: origins.FolderOrigin, mo
     assert mount.client.status()["reads"]["count"] == 0
 
 
+def test_who_reads_it_finds_the_memory_that_was_kept_ready_for_fetches(
+    folder: origins.FolderOrigin, mounted: Mounted
+) -> None:
+    """And nothing is kept ready until something is fetched again."""
+    folder.put("w.bin", ramp(SIZE))
+    folder.put("v.bin", ramp(SIZE, 7))
+    mount = mounted(folder)
+
+    def warm_bytes() -> int:
+        found: int = mount.client.status()["ram"]["warm_bytes"]
+        return found
+
+    list(mount.client.prefetch(["w.bin"], "ssd", wait=True))
+    assert mount.wait_for(lambda: warm_bytes() > 0)
+    reader = mount.outside()
+    reader.call(touching.hold, "fd", str(mount.path / "w.bin"))
+    assert passed_through(mount) == 1
+    assert warm_bytes() == 0
+    assert reader.call(touching.held_read, "fd", 0, SIZE) == ramp(SIZE)
+    assert mount.call(touching.read, str(mount.path / "v.bin")) == ramp(SIZE, 7)
+    assert mount.wait_for(lambda: warm_bytes() > 0)
+
+
 def test_prefetch_seals_and_the_first_reader_is_passed_through(mount: TestMount) -> None:
     path = str(mount.path / "w.bin")
     list(mount.client.prefetch(["w.bin"], "ssd", wait=True))
@@ -196,8 +219,10 @@ def test_a_damaged_one_is_given_to_nobody_else(mount: TestMount) -> None:
     os.utime(data, ns=(data.stat().st_atime_ns, data.stat().st_mtime_ns))
     mount.alarms_expected += ["dropped", "fail their checksums", "bad"]
     assert list(mount.client.verify(["w.bin"]))[-1]["bad"]
+    assert reader.call(touching.held_again, "fd") == "ESTALE"
     assert reader.call(touching.hold, "again", path) == inode
     assert reader.call(touching.held_read, "again", 5 << 20, 1000) == ramp(1000, 5 << 20)
+    assert reader.call(touching.held_again, "again") == ""
     assert mount.call(touching.read, path) == ramp(SIZE)
 
 

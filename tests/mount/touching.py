@@ -13,6 +13,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+from mfs import mapping
+
 _held: dict[str, Any] = {}
 """Descriptors and mappings kept open between calls, by name."""
 
@@ -148,6 +150,27 @@ def held_map(name: str, offset: int, length: int) -> bytes:
     return bytes(_held[name][offset : offset + length])
 
 
+def hold_map_alone(name: str, path: str) -> None:
+    """A mapping whose file is closed: `mmap.mmap` keeps a descriptor."""
+    fd = os.open(path, os.O_RDONLY)
+    _held[name] = mapping.map_file(fd, os.fstat(fd).st_size, huge=False)
+    os.close(fd)
+
+
+def held_map_outcome(name: str, offset: int, length: int) -> bytes | str:
+    """What a mapping has, or the errno name of what would be SIGBUS for who touches it himself."""
+    scratch, found = os.memfd_create("looked-at"), 0
+    try:
+        while found < length:
+            with memoryview(_held[name]) as view, view[offset + found : offset + length] as part:
+                found += os.pwrite(scratch, part, found)
+        return os.pread(scratch, length, 0)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    finally:
+        os.close(scratch)
+
+
 def held_read(name: str, offset: int, length: int) -> bytes:
     return os.pread(_held[name], length, offset)
 
@@ -160,6 +183,11 @@ def held_outcome(name: str, offset: int, length: int) -> bytes | str:
         return errno.errorcode[error.errno or 0]
 
 
+def held_again(name: str) -> str:
+    """The errno name with which the file behind a descriptor is opened anew; '' if it is."""
+    return failure("open", f"/proc/self/fd/{_held[name]}", os.O_RDONLY)
+
+
 def held_size(name: str) -> int:
     return os.fstat(_held[name]).st_size
 
@@ -168,6 +196,8 @@ def release(name: str) -> None:
     found = _held.pop(name)
     if isinstance(found, mmap.mmap):
         found.close()
+    elif isinstance(found, memoryview):
+        found.release()
     else:
         os.close(found)
 

@@ -223,16 +223,22 @@ def daemons_die(scene: Scene, models: Path) -> list[Fault]:
     ]  # fmt: skip
 
 
-class Gpuload:
-    """`gpuload serve` with an arena of 16 MiB."""
+SIMULATE = Path(__file__).parents[2] / "tools" / "gpu" / "simulate"
 
-    def __init__(self, folder: Path) -> None:
+
+class Gpuload:
+    """`gpuload serve` with an arena of 16 MiB; of a modelled card, and with a RAM tier behind it, if one is given."""
+
+    def __init__(self, folder: Path, ram_tier: str = "") -> None:
+        self._ram_tier = ram_tier
         self.socket, self.address = str(folder / "g.sock"), f"127.0.0.1:{free_port()}"
         self._folder = folder
         self.start()
 
     def start(self) -> None:
-        argv = [sys.executable, "-m", "gpuload", "serve", "--arena", "cpu=16M", "--socket", self.socket,
+        arena = ["--arena", "cuda:0=16M", "--ram-tier", self._ram_tier] if self._ram_tier else ["--arena", "cpu=16M"]
+        simulated = [sys.executable, str(SIMULATE), "--"] if self._ram_tier else []
+        argv = [*simulated, sys.executable, "-m", "gpuload", "serve", *arena, "--socket", self.socket,
                 "--digests", str(self._folder / "digests"), "--metrics-addr", self.address]  # fmt: skip
         self._process = ServerProcess("gpuload", argv, log=self._folder / "gpuload.log")
         self._process.wait_until(lambda: os.path.exists(self.socket) and self._answers())
@@ -246,6 +252,9 @@ class Gpuload:
 
     def unload(self, name: str) -> None:
         asking.ask({"op": "unload", "model": name}, socket_path=self.socket)
+
+    def crash(self) -> None:
+        os.kill(asking.ask({"op": "ping"}, socket_path=self.socket)["pid"], signal.SIGKILL)
 
     def lease(self, name: str) -> socket.socket:
         """A connection that holds a model until it is closed."""
@@ -265,16 +274,19 @@ class Gpuload:
 def gpuload_has_trouble(scene: Scene, models: Path) -> list[Fault]:
     folder = scene.folder / "gpuload"
     folder.mkdir()
-    served, queued, doomed = (Gpuload(make(folder / name)) for name in ("served", "queued", "doomed"))
-    for server in (served, queued, doomed):
+    servers = {name: Gpuload(make(folder / name)) for name in ("served", "queued", "doomed", "crashing")}
+    servers["carded"] = Gpuload(make(folder / "carded"), ram_tier="1M")
+    served, queued, doomed, crashing, carded = servers.values()
+    for name, server in servers.items():
         scene.stack.callback(server.stop)
-    scene.addresses |= {"served": served.address, "queued": queued.address, "doomed": doomed.address}
+        scene.addresses[name] = server.address
     # In granules of 2 MiB: `full` fills what the one that is held leaves of eight.
-    small, other, full, large = (
-        save(folder / f"{mib}.safetensors", mib << 20, seed) for seed, mib in enumerate((1, 2, 13, 32))
+    small, other, full, large, nearly = (
+        save(folder / f"{mib}.safetensors", mib << 20, seed) for seed, mib in enumerate((1, 2, 13, 32, 12))
     )
     held: list[socket.socket] = []
     served.load(small, "chat")
+    crashing.load(small, "chat")  # without weights there is nothing to go on with
 
     def hold_the_old() -> None:
         held.append(served.lease("chat"))
@@ -284,7 +296,14 @@ def gpuload_has_trouble(scene: Scene, models: Path) -> list[Fault]:
         with pytest.raises(FitError):
             served.load(large, "large")
 
+    def evict() -> None:
+        for _ in range(2):
+            carded.load(full, "full")
+            carded.load(nearly, "nearly")
+
     return [
+        Fault({"GpuloadServerFollowed": crashing.address}, crashing.crash),
+        Fault({"GpuloadRamTierTooSmall": carded.address}, evict),
         Fault({"GpuloadOldModelHeld": served.address}, hold_the_old, lambda: held[0].close()),
         Fault({"GpuloadLoadsFail": served.address}, refuse),
         Fault(
@@ -326,7 +345,8 @@ def loads_queue(scene: Scene, server: Gpuload, folder: Path) -> list[Fault]:
         for command in commands:
             command.wait(60)
 
-    return [Fault({"GpuloadLoadsQueue": server.address}, begin, end)]
+    names = ("GpuloadLoadsQueue", "GpuloadBytesDoNotCome")
+    return [Fault(dict.fromkeys(names, server.address), begin, end)]
 
 
 def make(folder: Path) -> Path:
@@ -374,7 +394,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
         ]  # fmt: skip
         rules = folder / "rules.yml"
         rules.write_text(hastened(RULES.read_text()))
-        of_gpuload = [scene.addresses[name] for name in ("served", "queued", "doomed")]
+        of_gpuload = [scene.addresses[name] for name in ("served", "queued", "doomed", "crashing", "carded")]
         targets = {
             "mfs": [scene.addresses[name] for name in scene.mounts], "gpuload": of_gpuload,
         }  # fmt: skip

@@ -68,8 +68,8 @@ class Model:
         for at in range(start, stop, BLOCK_BYTES):
             span = ByteRange(at, min(at + BLOCK_BYTES, stop))
             whole = self.prefetcher.note(state, span)
-            view = await self.rig.cache.read(state, span, whole_chunks=whole)
-            assert view == self.rig.contents[state.object][span.start : span.stop]
+            pieces = await self.rig.cache.read(state, span, whole_chunks=whole)
+            assert b"".join(pieces) == self.rig.contents[state.object][span.start : span.stop]
             self.unread_seen = max(self.unread_seen, self.rig.cache.unread_count)
 
     def fetched(self, obj: ObjectId) -> int:

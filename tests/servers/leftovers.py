@@ -33,17 +33,14 @@ def _family() -> dict[int, tuple[str, int]]:
     tag = f"{SESSION_VARIABLE}={os.environ[SESSION_VARIABLE]}".encode()
     parents: dict[int, int] = {}
     tagged: set[int] = set()
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        pid = int(entry.name)
+    _, _, began = _stat(os.getpid())
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
-            # The command's name may hold spaces and brackets: what follows the last ')' is "state ppid ...".
-            state, parent = (Path(entry.path) / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state in "ZX":
-                continue
-            parents[pid] = int(parent)
-            if tag in (Path(entry.path) / "environ").read_bytes().split(b"\0"):
+            state, parent, at = _stat(pid)
+            if state in b"ZX" or at < began:
+                continue  # who was there before us is none of ours: asked twice a test, on machines with much else
+            parents[pid] = parent
+            if tag in _read(pid, "environ").split(b"\0"):
                 tagged.add(pid)
         except OSError:
             continue  # ended meanwhile, or another user's
@@ -111,9 +108,25 @@ def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
     return False
 
 
+def _stat(pid: int) -> tuple[bytes, int, int]:
+    """(state, parent, when it began in ticks since the boot). Raises: OSError."""
+    # The command's name may hold spaces and brackets: the last ')' ends it. proc_pid_stat(5)
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return fields[0], int(fields[1]), int(fields[19])
+
+
+def _read(pid: int, name: str) -> bytes:
+    """Raises: OSError."""
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
+    finally:
+        os.close(fd)
+
+
 def _command_line(pid: int) -> str:
     try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+        raw = _read(pid, "cmdline")
     except OSError:
         return ""
     return raw.replace(b"\0", b" ").decode("utf-8", "replace").strip()

@@ -100,10 +100,14 @@ class Clock:
 
 
 def pretouch(size_bytes: int) -> None:
-    """Have the host back this much memory, and free it again."""
-    if size_bytes:
-        memory = mmap.mmap(-1, size_bytes)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    """Have the host back this much memory in small pages, and as much in large ones, and free it again.
+
+    The two come from different places: free fragments, which small pages take first, and whole blocks of 2 MiB, of
+    which the page cache is made where files are read in order. (Shared memory would have small pages only.)
+    """
+    for advice in (mmap.MADV_NOHUGEPAGE, mmap.MADV_HUGEPAGE) if size_bytes else ():
+        memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(advice)
         memory.madvise(_MADV_POPULATE_WRITE)
         memory.close()
 

@@ -88,6 +88,7 @@ def main() -> None:
     results.put("when", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     results.put("machine", describe())
     is_good = results.step("bench", lambda: bench(args.device, args.size, args.dir, results))
+    is_good = is_good and not any("failed" in row for row in results.found["bench"]["rows"])
     results.step("others", lambda: others(args.device, min(args.size, 16 << 30), args.dir))
     if args.skip_tests:
         results.put("tests", "skipped")

@@ -178,7 +178,7 @@ def test_the_tables_for_people(driver: cu.Driver, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(doctor_cuda, "wheel", lambda: Wheel("2.9.0", "12.6", ("sm_80",)))
     monkeypatch.setattr(doctor_cuda, "COPY_BYTES", 1 << 20)
     text = CliRunner().invoke(cli, ["doctor"]).output
-    assert "What this driver (CUDA 12.4) can run; torch here was built with CUDA 12.6:" in text
+    assert "\n\nWhat this driver (CUDA 12.4) can run; torch here was built with CUDA 12.6:" in text
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
     assert rows["12.6"].rstrip().endswith("<- torch")
     assert "driver 580.65.06 or newer" in rows["13.0"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,21 @@ import torch
 
 import gpuload.client.attached
 from gpuload.device import driver as cu
+from gpuload.errors import DeviceError
 
 SOURCE = Path(__file__).parent / "standin" / "libcuda.c"
 
 Processes = Callable[..., cu.Driver]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _theirs_are_not_ours() -> None:
+    """Where this machine's own driver is a model as well (tools/gpu/simulate), it has its variables by now, and the
+    stand-ins of these tests get none of them."""
+    with suppress(DeviceError):
+        cu.load_driver()
+    for name in [name for name in os.environ if name.startswith("STANDIN_")]:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """A file system whose calls stop answering when told to: `python hanging.py MOUNTPOINT FILE`, the names on stdin.
 
-It holds one file, "file", with FILE's bytes. A line "read getattr" on stdin makes those calls hang for ever; each line
-is answered by one, as is the mount itself. Killing the process ends them all, with errors.
+It holds one file, "file", with FILE's bytes. A line "read getattr" on stdin makes those calls hang for ever, "read-on"
+reads that are not of the beginning; each line is answered by one, as is the mount itself. Killing the process ends them
+all, with errors.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class _Hanging(pyfuse3.Operations):  # type: ignore[misc]
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         await self._answer("read")
+        if off:
+            await self._answer("read-on")
         return self.content[off : off + size]
 
     async def flush(self, fh: int) -> None:

@@ -51,11 +51,14 @@ class TestPieces:
 
     def shaped(self, pieces: Pieces) -> tuple[int, int]:
         """As a site does it: granules that went, and that came."""
-        donors, bare = pieces.going_for_bare(), pieces.bare()
+        bare = sorted(pieces._bare)
+        free = pieces.free_count
+        donors = pieces.going_for(bare)
+        went, came = sum(count for _, count in donors), sum(count for _, count in bare)
+        assert pieces.free_count == free - (went - came), "what is under way for one is not lacking to others"
         pieces.gone(donors)
         for run in bare:
             pieces.dressed(run)
-        went, came = sum(count for _, count in donors), sum(count for _, count in bare)
         rest = pieces.coming(went - came)
         pieces.came(rest)
         return went, came
@@ -70,23 +73,21 @@ class TestPieces:
     def test_what_fits_another_block_is_no_donor(self) -> None:
         pieces = self.made(10, 13)
         ((odd,), (ten,)) = pieces.take_all([12, 10])
-        assert pieces.bare() == [odd]
-        assert not pieces.is_bare(ten)
-        assert [count for _, count in pieces.donors()] == [13]
+        assert (pieces.is_bare(odd), pieces.is_bare(ten)) == (True, False)
+        assert [count for _, count in pieces.donors(12)] == [13]
         assert pieces.free_count == 1, "what is held back for it is not free"
         assert self.shaped(pieces) == (13, 12)
         assert (pieces.bare_count, pieces.free_count, pieces.present_count) == (0, 1, 23)
 
     def test_small_pieces_are_the_first_to_go_for_others(self) -> None:
         pieces = self.made(13, 1, 2, 8)
-        pieces.take(11)
-        assert [count for _, count in pieces.donors()] == [1, 2, 8]
+        assert [count for _, count in pieces.donors(11)] == [1, 2, 8]
 
     def test_what_never_got_memory_is_absent_again(self) -> None:
         pieces = self.made(13)
         absent = pieces.absent_count
         runs = pieces.take(5)
-        pieces.came(pieces.going_for_bare())
+        pieces.came(pieces.going_for(runs))
         pieces.put(runs)
         assert (pieces.absent_count, pieces.free_count, pieces.taken_count) == (absent, 13, 0)
 

@@ -8,6 +8,7 @@ import random
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -224,7 +225,7 @@ class TestKilled:
         )  # fmt: skip
         assert done.returncode == -signal.SIGKILL
         assert done.stderr.count("starting the next one") == holder.CRASHES_MAX
-        assert done.stderr.splitlines()[-1].endswith("given up, with the weights")
+        assert "the 6th within 60 s: given up, with the weights" in done.stderr.splitlines()[-1]
         kept = [line.split("=")[1] for line in done.stdout.splitlines()]
         assert kept == ["", *["index:more"] * holder.CRASHES_MAX], "each gets what the first had kept, but for the rest"
 
@@ -237,6 +238,72 @@ class TestKilled:
         assert done.returncode == -signal.SIGKILL
         assert "starting the next one" not in done.stderr
 
+    def test_one_that_is_killed_over_giving_its_place_is_followed_unless_the_other_serves(self, tmp_path: Path) -> None:
+        for answer in ("serves", ""):
+            fake = FAKE_THAT_GIVES.format(answer=answer)
+            done = subprocess.run(
+                [sys.executable, "-c", f"{HOLDER}\n"], env={**os.environ, "FAKE": fake}, capture_output=True, text=True,
+                timeout=DEADLINE_S,
+            )  # fmt: skip
+            assert done.stdout.count("heard b'yours'") == 1
+            is_followed = "starting the next one" in done.stderr
+            assert is_followed == (answer == ""), done.stderr
+            assert (done.returncode, "gave its place to serves" in done.stderr) == (0, not is_followed)
+
+
+DIES_GIVING = """
+import os, signal, sys
+if os.environ.get("GPULOAD_HOLDER"):
+    from importlib.abc import MetaPathFinder
+
+    class Finder(MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name != "gpuload.server.daemon":
+                return None
+            sys.meta_path.remove(self)
+            from gpuload.server.handover import Giver, Heir
+
+            def dies(who):
+                mark = os.path.join(os.environ["KILLER"], who)
+                if os.path.exists(mark):
+                    os.unlink(mark)
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            tell, hold = Giver._tell_holder, Heir.hold
+
+            def tells(self, message, *args):
+                tell(self, message, *args)
+                if "GIVING" in message:
+                    dies("giver")
+
+            async def holds(self):
+                if os.path.exists(os.path.join(os.environ["KILLER"], "giver")):
+                    await self._say({"op": "held"})
+                dies("heir")
+                await hold(self)
+
+            Giver._tell_holder, Heir.hold = tells, holds
+            return None
+
+    sys.meta_path.insert(0, Finder())
+"""
+"""Around what both sides of a take-over say last: the side that has a file of its name dies there, once."""
+
+FAKE_THAT_GIVES = """
+import os, signal, socket
+from mfs import manager
+if "LISTEN_FDNAMES" in os.environ:
+    os._exit(0)
+manager.notify("FDSTORE=1\\nFDNAME=index", [os.memfd_create("index")])
+manager.notify("READY=1")
+ours, theirs = socket.socketpair()
+manager.notify("STOPPING=1\\nGIVING=" + b"yours".hex(), [ours.fileno()])
+if os.fork():
+    os.kill(os.getpid(), signal.SIGKILL)
+ours.close()
+print("heard", theirs.recv(9), flush=True)
+theirs.send(b"{answer}")
+"""
 
 FAKE_THAT_WAS_TOLD = """
 import os, signal
@@ -253,8 +320,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 HOLDER = """
 import os, sys
 from gpuload import holder
+from mfs import one_child
 holder.children.python = lambda *_: [sys.executable, "-c", os.environ["FAKE"]]
-holder._FIRST_PAUSE_S = 0.001
+one_child._FIRST_PAUSE_S = 0.001
 holder.main()
 """
 
@@ -385,6 +453,42 @@ class TestReplaced:
         assert_same(held, content(1))
         served.start_serving("--take-over")
         assert served.pid != pid
+
+    @pytest.mark.parametrize("both", [False, True], ids=["giver", "both"])
+    def test_a_giver_that_is_killed_before_its_last_word(self, served: Served, tmp_path: Path, both: bool) -> None:
+        """Its holder says it, and the heir has everything; where that one has died as well, the holder follows."""
+        killer = tmp_path / "killer"
+        killer.mkdir()
+        (killer / "sitecustomize.py").write_text(DIES_GIVING)
+        served.environment = {"PYTHONPATH": f"{killer}:{os.environ.get('PYTHONPATH', '')}", "KILLER": str(killer)}
+        first = served.start_serving()
+        served.load(write(tmp_path / "a.safetensors", content(1)), "m")
+        held, pid = served.attach("m"), served.pid
+        (killer / "giver").touch()
+        if both:
+            (killer / "heir").touch()
+            assert served.start("--take-over").wait(DEADLINE_S) != 0
+        else:
+            served.start_serving("--take-over")
+            assert first.wait(DEADLINE_S) == 0
+        assert not (killer / "giver").exists()
+        assert served.pid != pid
+        assert served.gauges()["leases"] == 1
+        assert_same(held, content(1))
+        assert_same(served.attach("m"), content(1))
+        assert (first.poll() is None) == both
+
+    def test_an_heir_that_dies_before_all_is_its_own_leaves_no_name(self, served: Served, tmp_path: Path) -> None:
+        """The kernel tells clients who listens: that is the one that serves."""
+        (tmp_path / "sitecustomize.py").write_text(DIES_GIVING)
+        served.environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "KILLER": str(tmp_path)}
+        served.start_serving()
+        pid = served.pid
+        (tmp_path / "heir").touch()
+        assert served.start("--take-over").wait(DEADLINE_S) != 0
+        assert served.pid == pid
+        with connect(served.path, DEADLINE_S) as sock:
+            assert struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] == pid
 
     def test_another_arena_is_refused_in_one_line(self, served: Served) -> None:
         served.start_serving()

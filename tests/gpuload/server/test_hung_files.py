@@ -74,6 +74,26 @@ def test_a_hung_file_is_its_own_clients_trouble(
     closing.join(60)
 
 
+def test_tensors_that_hang_keep_no_device(served: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
+    """The table is there, and the load has its turn, when the file system stops answering."""
+    process, path = served
+    file = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (1000, 1000)}))
+    other = write(tmp_path / "b.safetensors", random_tensors(2, {"w": (50, 50)}))
+    with hanging_file(tmp_path / "hung", file) as (hung, hang):
+        hang(["read-on"])
+        fd = os.open(hung, os.O_RDONLY)
+        with connect(path, 30) as client:
+            request = {"op": "load", "model": "hung", "device": "cpu", "files": [str(hung)]}
+            send_blocking(client, request, [fd])
+            while not ask({"op": "status"}, socket_path=path, timeout_s=30)["devices"][0]["loads"]:
+                time.sleep(0.01)
+            for name in ("one", "two"):
+                assert load_resident(other, name, "cpu", socket_path=path, timeout_s=60)["model"] == name
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        os.close(fd)
+
+
 def _close(fd: int) -> None:
     with suppress(OSError):  # of a dead mount by then
         os.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import random
@@ -19,6 +20,7 @@ import trio
 
 from gpuload.client.asking import ask, load_resident
 from gpuload.client.attached import attach
+from gpuload.client.committed import Identity, commit, committed, restore
 from gpuload.device.host import HostDevice, HostStream
 from gpuload.device.nodes import on_node
 from gpuload.errors import DeviceError, FitError
@@ -26,7 +28,7 @@ from gpuload.server import loader, ram_tier
 from gpuload.server.daemon import ServerConfig
 from gpuload.server.ram_tier import RamTier
 from gpuload.testing import FaultySource, Gate, ServerThread, assert_same, random_tensors, running_server, write
-from mfs.errors import ConfigError
+from mfs.errors import ConfigError, NotFoundError
 
 UNIT = 4096
 SHAPES = {f"l.{i}": (8, 2048) for i in range(6)} | {f"n.{i}": (100,) for i in range(5)}  # 49 granules
@@ -172,6 +174,64 @@ def test_an_evicted_model_comes_back_without_its_files(
     text = ask({"op": "metrics"}, socket_path=server.socket_path)["text"]
     assert f'gpuload_load_bytes_total{{way="from_ram"}} {float(3 * report["bytes_total"])}' in text
     assert 'gpuload_ram_tier_bytes{state="used"}' in text
+
+
+IDENTITY = Identity("digest-1", "engine 1.0")
+
+
+def evicted_commit(server: ServerThread, folder: Path) -> dict[str, torch.Tensor]:
+    """What was committed as IDENTITY, and left the card for "other"."""
+    want = {n: t.t() if t.dim() == 2 else t for n, t in random_tensors(1, SHAPES).items()}
+    commit(IDENTITY, want, socket_path=server.socket_path)
+    gc.collect()
+    server.settle()
+    assert load(server, made(folder, 2)[0], "other")["evicted"] == [IDENTITY.name]
+    settled(server)
+    return want
+
+
+def test_a_commit_that_was_evicted_comes_back_by_its_identity(server: ServerThread, tmp_path: Path) -> None:
+    want = evicted_commit(server, tmp_path)
+    held = committed(IDENTITY, socket_path=server.socket_path)
+    assert_same(held, want)
+    assert held["l.0"].stride() == want["l.0"].stride()
+    assert held.report is not None
+    assert held.report["bytes_from_ram"] == held.report["bytes_total"]
+    assert held.report["evicted"] == ["other"]
+    del held
+    gc.collect()
+    server.settle()
+    assert load(server, made(tmp_path, 2)[0], "other")["evicted"] == [IDENTITY.name]
+    into = {name: torch.zeros_like(tensor) for name, tensor in want.items()}
+    restore(IDENTITY, into, socket_path=server.socket_path)
+    assert_same(into, want)
+    gc.collect()
+
+
+def test_a_commit_that_is_nowhere_any_more_is_to_be_made_anew(server: ServerThread, tmp_path: Path) -> None:
+    evicted_commit(server, tmp_path)
+    kept = server.on_loop(lambda: next(iter(tier(server)._kept.values())))
+    server.on_loop(lambda: tier(server).drop(kept))
+    with pytest.raises(NotFoundError, match="not all of it is in RAM any more: commit it again"):
+        committed(IDENTITY, socket_path=server.socket_path)
+    check(server, "other", made(tmp_path, 2)[1])
+
+
+def test_a_commit_that_was_unloaded_or_held_by_leases_alone_does_not_come_back(
+    server: ServerThread, tmp_path: Path
+) -> None:
+    where = {"socket_path": server.socket_path}
+    commit(IDENTITY, random_tensors(1, SHAPES), **where)
+    gc.collect()
+    server.settle()
+    ask({"op": "unload", "model": IDENTITY.name}, **where)
+    with pytest.raises(NotFoundError, match="no model"):
+        committed(IDENTITY, **where)
+    commit(IDENTITY, random_tensors(1, SHAPES), retain="lease", **where)
+    gc.collect()
+    server.settle()
+    with pytest.raises(NotFoundError, match="no model"):
+        committed(IDENTITY, **where)
 
 
 def test_pieces_come_from_ram_and_the_rest_from_files(server: ServerThread, tmp_path: Path) -> None:

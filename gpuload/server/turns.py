@@ -1,0 +1,206 @@
+"""A load's turn at its devices, which it gives up while its bytes do not come.
+
+Who has a device's turn decides: who goes, who gets room, who has a name; and has the device's ring. While a file or a
+client that commits gives nothing there is nothing to decide, and whoever waits is not to wait for that: the load steps
+aside. It keeps the ring that its readers hold, the device gets another one, and the next load has its turn. What the
+one aside has reserved stays its own. Before it decides anything more it takes its turn again, and looks anew at what
+others have decided meanwhile.
+
+Without room beside one that stands aside a load does as it would have done: it waits until that one has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import trio
+
+from gpuload.errors import BusyError, DeviceError, one_error
+from gpuload.moving.source import Loan, Source
+from gpuload.moving.staging import Ring
+from gpuload.server.site import Site
+
+log = logging.getLogger("gpuload.server")
+
+WAITING_MAX = 64
+"""Loads that may wait for a device; one more is refused."""
+
+WAIT_S = 900.0
+"""Longest wait for a turn."""
+
+STALL_S = 1.0
+"""No read came back for so long: its source stands still."""
+
+ASIDE_MAX = 2
+"""Loads of one device that stand aside: each has a ring."""
+
+
+class WatchedSource:
+    """A source, and for how long it has given nothing that was asked of it."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self._under_way, self._since_s = 0, 0.0
+
+    @property
+    def stalled_s(self) -> float:
+        """Since the last call came back, if one is under way. From any thread."""
+        with self._lock:
+            return time.monotonic() - self._since_s if self._under_way else 0.0
+
+    def borrow(self, shard: int, start: int, stop: int) -> Loan | None:
+        """See `Source.borrow`."""
+        with self:
+            return self._source.borrow(shard, start, stop)
+
+    def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
+        """See `Source.read_into`."""
+        with self:
+            self._source.read_into(shard, start, views)
+
+    def interrupt(self) -> None:
+        """See `Source.interrupt`."""
+        self._source.interrupt()
+
+    def close(self) -> None:
+        """See `Source.close`."""
+        self._source.close()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._under_way:
+                self._since_s = time.monotonic()
+            self._under_way += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._under_way -= 1
+            self._since_s = time.monotonic()
+
+
+class Turns:
+    """Of one load, at all its devices: held, or not. All of it by one task."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        """sites: in the server's order, so that two loads never wait for each other's turns."""
+        self._sites = sites
+        self._is_held = self._is_aside = False
+        self._until_s = trio.current_time() + WAIT_S
+
+    async def take(self) -> None:
+        """Raises: BusyError if too many wait, or past WAIT_S; none is held then."""
+        for site in self._sites:
+            if site.waiting_count > WAITING_MAX and not self._is_aside:
+                raise BusyError(f"{site.waiting_count} loads wait for {site.name} already; try later")
+        taken: list[Site] = []
+        try:
+            with trio.move_on_at(self._until_s):
+                for site in self._sites:
+                    await site.turn.acquire()
+                    taken.append(site)
+                self._is_held = True
+                self._come_back()
+        finally:
+            if not self._is_held:
+                for site in taken:
+                    site.turn.release()
+        if not self._is_held:
+            names = ", ".join(site.name for site in self._sites)
+            raise BusyError(f"{names} was busy for {WAIT_S:.0f} s; nothing was changed")
+
+    def let_go(self) -> None:
+        """What of it is held; at the end of a load, however it ends."""
+        self._come_back()
+        if self._is_held:
+            self._is_held = False
+            for site in self._sites:
+                site.turn.release()
+
+    async def wait_for_room(self) -> bool:
+        """Let go, and wait until one who stands aside at these devices has ended; False if there is none, or past
+        WAIT_S. For who has no room beside them, and has the turn again then."""
+        aside = next((site for site in self._sites if site.aside_count), None)
+        if aside is None:
+            return False
+        ended = aside.came_back
+        self.let_go()
+        with trio.move_on_at(self._until_s):
+            await ended.wait()
+        if not ended.is_set():
+            return False
+        await self.take()
+        return True
+
+    async def read(self, source: WatchedSource, work: Callable[[Mapping[str, Ring]], Awaitable[None]]) -> bool:
+        """Run `work`, which reads from `source`, with a ring for each device, by name. The turn is held afterwards.
+
+        Returns whether it was all the time. Raises: as `work`, and as `take`.
+        """
+        rings = {site.name: site.ring for site in self._sites}
+        done = trio.Event()
+
+        async def run() -> None:
+            try:
+                await work(rings)
+            finally:
+                done.set()
+
+        async def watch() -> None:
+            while not done.is_set():
+                with trio.move_on_after(STALL_S / 4):
+                    await done.wait()
+                if self._is_held and source.stalled_s > STALL_S and self._may_step_aside():
+                    await self._step_aside()
+
+        try:
+            with one_error():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(run)
+                    with trio.CancelScope(shield=True):  # a call that hangs is waited for when a load is cancelled too
+                        await watch()
+        finally:
+            for site in self._sites:
+                if rings[site.name] is not site.ring:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(rings[site.name].close)
+        if self._is_held:
+            return True
+        self._until_s = trio.current_time() + WAIT_S
+        await self.take()
+        return False
+
+    def _may_step_aside(self) -> bool:
+        is_waited_for = any(site.turn.statistics().tasks_waiting for site in self._sites)
+        return is_waited_for and all(site.aside_count < ASIDE_MAX for site in self._sites)
+
+    async def _step_aside(self) -> None:
+        made: dict[Site, Ring] = {}
+        try:
+            for site in self._sites:
+                made[site] = Ring(site.device, buffer_bytes=site.ring.buffer_bytes, count=site.ring.count)
+                await trio.to_thread.run_sync(made[site].grow)
+        except BaseException as error:
+            for ring in made.values():
+                ring.close()
+            if not isinstance(error, DeviceError):
+                raise
+            log.warning("a load whose bytes do not come keeps the others waiting: %s", error)
+            return
+        for site, ring in made.items():
+            site.ring = ring
+            site.aside_count += 1
+        self.let_go()
+        self._is_aside = True
+        log.info("a load on %s waits for its bytes, others go on", ", ".join(site.name for site in self._sites))
+
+    def _come_back(self) -> None:
+        if self._is_aside:
+            self._is_aside = False
+            for site in self._sites:
+                site.aside_count -= 1
+                site.came_back.set()
+                site.came_back = trio.Event()

@@ -1,0 +1,73 @@
+"""What fetches have to say beside what they bring: that they try again, and which way bytes came. Counted until taken.
+
+Asked by every worker, also one whose sources are folders: so nothing of HTTP is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from mfs.errors import TransientStoreError
+
+_told = threading.local()
+
+
+@contextlib.contextmanager
+def telling(tell: Callable[[TransientStoreError], None]) -> Iterator[None]:
+    """What is tried again by this thread meanwhile is told to `tell`, with why, before the pause."""
+    _told.tell = tell
+    try:
+        yield
+    finally:
+        _told.tell = None
+
+
+def tell_retry(error: TransientStoreError) -> None:
+    """Tell why something is about to be tried again, and count it. Of the process."""
+    _retries.add("failed" if error.retry_after_s is None else "throttled", 1)
+    listener: Callable[[TransientStoreError], None] | None = getattr(_told, "tell", None)
+    if listener is not None:
+        listener(error)
+
+
+def taken_retries() -> dict[str, int]:
+    """How often this process has tried again since the last call: 'throttled' where the server had asked for a pause,
+    else 'failed'. Empty, and costs nothing, where it has not.
+    """
+    return _retries.take()
+
+
+def note_way(name: str, count: int) -> None:
+    """Count what `taken_ways` says."""
+    _ways.add(name, count)
+
+
+def taken_ways() -> dict[str, int]:
+    """What came which way since the last call, where a cache is set: {cache_bytes, direct_bytes: past it, from the
+    origin; cache_faults: how often it failed}. Empty, and costs nothing, where nothing came.
+    """
+    return _ways.take()
+
+
+class _Counts:
+    """Of the process, since they were last taken."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, count: int) -> None:
+        with self._lock:
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def take(self) -> dict[str, int]:
+        if not self._counts:
+            return {}
+        with self._lock:
+            found, self._counts = self._counts, {}
+        return found
+
+
+_retries, _ways = _Counts(), _Counts()
