@@ -206,7 +206,7 @@ def test_what_is_evicted_leaves_before_its_memory_takes_another_shape(
 
 
 STEPS = 150
-"""10,000, by hand, went as well (decisions/0009)."""
+"""2,500, by hand, went as well (decisions/0009)."""
 
 
 def test_random_swaps_of_random_shapes(
