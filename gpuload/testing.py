@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -498,6 +499,15 @@ class ServerThread:
     def settle(self) -> None:
         """Return when the server has nothing left to do: connections that we closed are closed there too."""
         trio.from_thread.run(trio.testing.wait_all_tasks_blocked, 0.01, trio_token=self._token)
+
+    def wait_for(self, condition: Callable[[], bool]) -> bool:
+        """Whether it comes true in time: what a cancelled load ends in a thread, the loop knows nothing of."""
+        until = time.monotonic() + 30
+        while not condition():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
 
     def gauges(self, device: str = "cpu") -> dict[str, int]:
         self.settle()
