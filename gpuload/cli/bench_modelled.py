@@ -29,6 +29,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from gpuload.cli.modelled_attach import Attaches
 from gpuload.cli.modelled_load import Rounds
 from gpuload.client.asking import ask, load_resident
 from gpuload.errors import DeviceError
@@ -68,6 +69,7 @@ def run_modelled(nbytes: int, folder: str) -> dict[str, Any]:
             what = f"load as a server moves it, {count} tensors, hashed, reads modelled"
             rows.append(_row(what, MODELLED_BYTES, found.best_s, LINK_GB_S))
             rows += _rows_of_cards(path, count)
+            rows += _attach_rows(path, count, scratch)
             path.unlink()
         one = write_model(scratch / "large.safetensors", nbytes, LARGE_COUNT)
         two = write_model(scratch / "small.safetensors", nbytes, SMALL_COUNT)
@@ -201,6 +203,17 @@ def _server_rows(path: Path, nbytes: int, count: int, link: float, scratch: Path
         yield _row(what, nbytes, report["seconds"], link)
 
 
+def _attach_rows(path: Path, count: int, scratch: Path) -> Iterator[dict[str, Any]]:
+    """Without torch, to a server that has it. There is no link in these."""
+    with _server(scratch / "none", MODELLED_BYTES, LINK_GB_S, scratch, reads=path.parent) as socket_path:
+        load_resident(path, "bench", "cuda:0", socket_path=socket_path)
+        found = Attaches(**_said(
+            [], children.python("-m", "gpuload.cli.modelled_attach", "bench", socket_path, str(ROUNDS))
+        ))  # fmt: skip
+    for what, seconds in (("first attach", found.first_s), ("attach", found.best_s), ("detach", found.detach_s)):
+        yield {"what": f"{what}, {count} tensors, 16 GB", "seconds": seconds, "gb_s": 0.0, "of_link": 0.0}
+
+
 def _evicting_rows(one: Path, other: Path, nbytes: int, link: float, scratch: Path) -> Iterator[dict[str, Any]]:
     """Two models, of which the arena holds one: each drives the other out. Digests are known."""
     digests = scratch / "digests-evicting"
@@ -243,13 +256,15 @@ def _digest(path: Path, digests: Path) -> None:
 
 @contextmanager
 def _server(
-    digests: Path, nbytes: int, link: float, scratch: Path, tier: int = 0, *, name: str = "s", models_count: int = 1
-) -> Iterator[str]:
-    """models_count: how many of `nbytes` its card has room for."""
+    digests: Path, nbytes: int, link: float, scratch: Path, tier: int = 0, *, name: str = "s", models_count: int = 1,
+    reads: Path | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """models_count: how many of `nbytes` its card has room for. reads: below which folder they are modelled."""
     path = str(scratch / f"{name}.sock")
     command = children.python("-m", "gpuload", "serve", "--socket", path, "--digests", str(digests))
-    command += ["--arena", f"cuda:0={int(nbytes * models_count * 1.1) + (256 << 20)}", "--ram-tier", str(tier)]
+    command += ["--arena", f"cuda:0={int(nbytes * models_count * 1.2) + (256 << 20)}", "--ram-tier", str(tier)]
     options = ["--moves-nothing", "--set", f"LINK_GB_S={link}"]
+    options += ["--model-reads", str(reads)] if reads is not None else []
     with subprocess.Popen(
         _simulated(options, command), stderr=subprocess.PIPE, text=True, cwd=children.CWD, env=children.environment()
     ) as server:
@@ -261,6 +276,18 @@ def _server(
             yield path
         finally:
             server.terminate()
+
+
+def _said(options: list[str], command: list[str]) -> dict[str, Any]:
+    """What a program said at last. Raises: DeviceError if it failed."""
+    done = subprocess.run(
+        _simulated(options, command), capture_output=True, text=True, timeout=TIMEOUT_S, cwd=children.CWD,
+        env=children.environment(),
+    )  # fmt: skip
+    if done.returncode:
+        raise DeviceError(f"{command[3:4]} failed on the model: {done.stderr.strip().splitlines()[-1:]}")
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return said
 
 
 def _simulated(options: list[str], command: list[str]) -> list[str]:
