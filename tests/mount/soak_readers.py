@@ -24,9 +24,8 @@ _PIECE_BYTES, _LONG_BYTES = 5000, 1 << 20
 _BLOCK_BYTES, _CHUNK_BYTES = 128 << 10, 4 << 20
 _READS_MAX = 20
 """Of one burst."""
-_HELD_MAX = (
-    1  # by each reader, over whatever happens; with more, files would be open at all times, one way or the other
-)
+_HELD_MAX = 1
+"""Open over whatever happens, by each reader; with more each file always would be, and nothing of it given up."""
 _WRONG_MAX = 20
 _GONE = (errno.ESTALE, errno.EFAULT)
 """How a read ends, and a look at a mapping, where the version is gone."""
