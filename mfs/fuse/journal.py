@@ -141,6 +141,8 @@ class Journal:
             at += len(record)
             self._take(inode, None if row is None else record)
         self._end = self._start + at
+        if self._end < size:  # else what stands behind a damaged record could count again, behind one of ours
+            os.ftruncate(self.fd, self._end)
 
 
 def _packed(inode: int, row: Row | None) -> bytes:

@@ -61,6 +61,18 @@ def test_a_damaged_record_ends_it(journal: Journal) -> None:
     assert again(journal) == {0x100: [1]}
 
 
+def test_what_stood_behind_a_damaged_record_never_counts_again(journal: Journal) -> None:
+    journal.note(0x100, [1])
+    at = os.fstat(journal.fd).st_size
+    for inode in (0x200, 0x300):
+        journal.note(inode, [2])
+    os.pwrite(journal.fd, b"\xee", at + 10)
+    next_one = Journal(os.dup(journal.fd))
+    next_one.note(0x200, [4])  # as long as the damaged one
+    assert again(next_one) == {0x100: [1], 0x200: [4]}
+    next_one.close()
+
+
 def test_who_hands_it_over_writes_no_more(journal: Journal) -> None:
     """Not over what the next daemon writes, nor what that does not hear of; unless it goes on itself."""
     journal.note(0x100, [1])
