@@ -18,14 +18,10 @@ import reprlib
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import trio
-
 from gpuload.errors import AwayError, ServerError
-from mfs.control.wire import check_depth
-from mfs.errors import UsageError
 
 REQUEST_BYTES_MAX = 4 << 20
 REPLY_BYTES_MAX = 128 << 20
@@ -35,20 +31,20 @@ ROWS_AT_ONCE = 500
 """Rows of a table that are encoded in one go: in between, other threads have their turn."""
 
 FDS_MAX = 65536
-"""A model of 512 GiB over several cards, in granules of 8 MiB."""
+"""Of a card there is one for each block of a model, of 64 MiB or more but for the last of a file."""
 
 FDS_PER_MESSAGE = 200
 """The kernel passes 253 at most (SCM_MAX_FD, include/net/scm.h)."""
 
-_LENGTH = struct.Struct(">I")
+LENGTH = struct.Struct(">I")
 _FD_BYTES = array.array("i").itemsize
-_ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_PER_MESSAGE * _FD_BYTES)
+ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_PER_MESSAGE * _FD_BYTES)
 
 
 def encode(message: dict[str, Any], fds: Sequence[int] = ()) -> bytes:
     parts = (f"{_dumped(key)}:{_encoded(value)}" for key, value in {**message, "fds": len(fds)}.items())
     body = f"{{{','.join(parts)}}}".encode()
-    return _LENGTH.pack(len(body)) + body
+    return LENGTH.pack(len(body)) + body
 
 
 def _encoded(value: Any) -> str:
@@ -79,7 +75,7 @@ def take_rights(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
 
 
 def decode_length(raw: bytes, bytes_max: int) -> int:
-    (length,) = _LENGTH.unpack(raw)
+    (length,) = LENGTH.unpack(raw)
     if length > bytes_max:
         raise ServerError(f"a message of {length} bytes, more than {bytes_max}")
     return int(length)
@@ -99,99 +95,6 @@ def decode(body: bytes) -> tuple[dict[str, Any], int]:
     return message, count
 
 
-class Channel:
-    """The server's end of one connection, on the trio thread."""
-
-    def __init__(self, sock: trio.socket.SocketType) -> None:
-        self.sock = sock
-
-    async def wait_request(self, *, idle_s: float) -> None:
-        """Until the peer asks something or has closed; nothing of it is read. Cancellation: safe.
-
-        idle_s: longest wait. Raises: ServerError.
-        """
-        with _told(), trio.fail_after(idle_s):
-            await trio.lowlevel.wait_readable(self.sock)
-
-    async def receive(self, *, message_s: float, fds_max: int) -> tuple[dict[str, Any], int] | None:
-        """The next request, and how many descriptors follow it (`receive_fds`); None when the peer has closed.
-
-        message_s: longest wait for all of it.
-        Raises: ServerError for a request that breaks the protocol or comes too slowly.
-        """
-        with _told(), trio.fail_after(message_s):
-            first = await self.sock.recv(1)
-            if not first:
-                return None
-            raw = first + await self._exactly(_LENGTH.size - 1)
-            message, count = decode(await self._exactly(decode_length(raw, REQUEST_BYTES_MAX)))
-            check_depth(message)
-            if count > fds_max:
-                raise ServerError(f"a request with {count} descriptors, more than {fds_max}")
-            return message, count
-
-    async def receive_fds(self, count: int, into: list[int], *, message_s: float) -> None:
-        """Take the descriptors of a request. What arrived is in `into`, whatever happens: the caller closes it, and not
-        on this thread, which a file on a hung file system would stop.
-
-        Raises: as `receive`.
-        """
-        with _told(), trio.fail_after(message_s):
-            while len(into) < count:
-                _, ancillary, _, _ = await self.sock.recvmsg(1, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
-                got = take_rights(ancillary)
-                into += got
-                if not got:
-                    raise ServerError("a request without the descriptors it announced")
-
-    async def send(self, message: dict[str, Any], fds: Sequence[int] = (), *, message_s: float) -> None:
-        """Raises: AwayError if the peer is gone or does not read."""
-        try:
-            with trio.fail_after(message_s):
-                is_long = len(message.get("tensors", ())) > ROWS_AT_ONCE
-                frame = await trio.to_thread.run_sync(encode, message, fds) if is_long else encode(message, fds)
-                left = memoryview(frame)
-                while left:
-                    left = left[await self.sock.send(left) :]
-                for group in groups(fds):
-                    await self.sock.sendmsg([b"F"], rights(group))
-        except (OSError, trio.TooSlowError):
-            raise AwayError("the client does not take its answer") from None
-
-    async def wait_closed(self) -> None:
-        """Until the peer closes; returns early, meaning nothing, if it sends another request meanwhile."""
-        with contextlib.suppress(OSError):
-            await self.sock.recv(1, socket.MSG_PEEK)
-
-    async def is_closed(self) -> bool:
-        """After `wait_closed`: whether the peer has closed, rather than asked something else."""
-        try:
-            return not await self.sock.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return True
-
-    async def _exactly(self, nbytes: int) -> bytes:
-        body = bytearray()
-        while len(body) < nbytes:
-            more = await self.sock.recv(min(nbytes - len(body), 1 << 20))
-            if not more:
-                raise AwayError("the connection ended inside a message")
-            body += more
-        return bytes(body)
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except UsageError as error:
-        raise ServerError(f"a request of {error}") from None
-    except trio.TooSlowError:
-        raise ServerError("a request that took too long to arrive") from None
-    except OSError:
-        raise AwayError("the client's connection broke") from None
-
-
 def close_all(fds: Sequence[int]) -> None:
     """Never raises: a file of a dead mount is closed by an error, which is nobody's fault here."""
     for fd in fds:
@@ -200,7 +103,7 @@ def close_all(fds: Sequence[int]) -> None:
 
 
 def send_blocking(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-    """The client's side of `Channel.receive`. The socket's own timeout is the deadline."""
+    """The client's side of `server.channel`. The socket's own timeout is the deadline."""
     send_groups(sock, message, len(fds), groups(fds))
 
 
@@ -228,13 +131,13 @@ def receive_blocking(
 
     admit: told how many descriptors there will be, before they are taken.
     """
-    raw = _exactly_blocking(sock, _LENGTH.size)
+    raw = _exactly_blocking(sock, LENGTH.size)
     message, count = decode(_exactly_blocking(sock, decode_length(raw, REPLY_BYTES_MAX)))
     admit(count)
     fds: list[int] = []
     try:
         while len(fds) < count:
-            _, ancillary, _, _ = sock.recvmsg(1, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+            _, ancillary, _, _ = sock.recvmsg(1, ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
             got = take_rights(ancillary)
             fds += got
             if not got:

@@ -35,6 +35,7 @@ class TestAProcessImportsOnlyWhatItNeeds:
             ("mfs.tracing.process", {"trio", "numpy", "opentelemetry", *PARALLEL}),
             ("mfs.cli", {"trio", "numpy", "rich", "boto3", "http.client", *PARALLEL}),
             ("gpuload.cli", {"trio", "numpy", "rich", "torch", *PARALLEL}),
+            ("gpuload.client.asking, gpuload.cli.options", {"trio", "numpy", "rich", "torch", *PARALLEL}),
             ("gpuload.server.daemon", {"numpy", "torch", "boto3", *PARALLEL}),
         ],
     )

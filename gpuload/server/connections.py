@@ -21,11 +21,12 @@ import trio
 
 from gpuload.errors import AwayError, BusyError, DeviceLostError, ServerError, first_error, to_wire
 from gpuload.server.catalog import Lease
+from gpuload.server.channel import Channel
 from gpuload.server.client_files import REQUESTS_MAX, ClientFiles, Shares
 from gpuload.server.config import ServerConfig
 from gpuload.server.estate import Estate
 from gpuload.server.operations import Answer, Operations, Peer
-from gpuload.wire import Channel, close_all, encode
+from gpuload.wire import close_all, encode
 from mfs.errors import MfsError
 
 log = logging.getLogger("gpuload.server")
@@ -160,29 +161,43 @@ class Connections:
                         log.warning("cannot accept a connection: %s", error)
                         await trio.sleep(ACCEPT_PAUSE_S)
                         continue
+                    client = Client(sock)
                     try:
-                        self._places.acquire_nowait()
-                    except trio.WouldBlock:
-                        _refuse(sock, self._config.connections_max)
+                        self._take_places(client, peer_of(sock))
+                    except BusyError as error:
+                        _refuse(sock, error)
                         continue
-                    client = Client(sock, places=[self._places])
                     self._clients.add(client)
                     self._at_work.add(client)
                     nursery.start_soon(self._serve, client)
         finally:
             self._ended(listener)
 
+    def _take_places(self, client: Client, peer: Peer) -> None:
+        """All that it needs and has not yet, or none: who may not stay keeps nobody out. Raises: BusyError."""
+        needed = [self._places] if peer.may_change else [self._strangers, self._places]
+        taken: list[trio.Semaphore] = []
+        for place in needed:
+            if place in client.places:
+                continue
+            try:
+                place.acquire_nowait()
+            except trio.WouldBlock:
+                for other in taken:
+                    other.release()
+                if place is self._strangers:
+                    raise BusyError("too many connections of other users; try later") from None
+                count = self._config.connections_max
+                raise BusyError(f"the gpuload server has {count} connections, and leases are some; try later") from None
+            taken.append(place)
+        client.places += taken
+
     async def _serve(self, client: Client) -> None:
         """One client until it ends or rests. No error of a client leaves this function."""
         channel, stays = Channel(client.sock), False
         try:
             peer = peer_of(client.sock)
-            if not peer.may_change and self._strangers not in client.places:
-                try:
-                    self._strangers.acquire_nowait()
-                except trio.WouldBlock:
-                    raise BusyError("too many connections of other users; try later") from None
-                client.places.append(self._strangers)
+            self._take_places(client, peer)  # of one that came from another server
             while True:
                 with trio.CancelScope() as client.waiting:
                     if self._is_pausing:
@@ -310,8 +325,7 @@ def peer_of(sock: trio.socket.SocketType) -> Peer:
     return Peer(pid, uid)
 
 
-def _refuse(client: trio.socket.SocketType, connections_max: int) -> None:
+def _refuse(client: trio.socket.SocketType, error: BusyError) -> None:
     """Say why, and close; never waits: an empty socket has room for this."""
-    error = BusyError(f"the gpuload server has {connections_max} connections, and leases are some; try later")
     with client, contextlib.suppress(OSError), socket.socket(fileno=os.dup(client.fileno())) as same:
         same.send(encode(to_wire(error)), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

@@ -31,11 +31,12 @@ from typing import Any
 import trio
 
 from gpuload.errors import AwayError, BusyError, ServerError, from_wire, to_wire
+from gpuload.server.channel import Channel
 from gpuload.server.connections import HEIR_OP, Connections, peer_of
 from gpuload.server.door import Door
 from gpuload.server.estate import FORMAT, Estate
 from gpuload.server.succession import Left
-from gpuload.wire import FDS_MAX, Channel, close_all, encode
+from gpuload.wire import FDS_MAX, close_all, encode
 from mfs import manager
 from mfs.errors import MfsError
 

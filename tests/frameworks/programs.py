@@ -274,6 +274,7 @@ def main(name: str, folders: list[str]) -> None:
     warnings.simplefilter("ignore")  # theirs to mend
     for folder in folders:
         print("result:" + json.dumps(PROGRAMS[name](Path(folder))), flush=True)
+    os._exit(0)  # to take torch apart takes 0.4 s, and tells nothing of the mount
 
 
 if __name__ == "__main__":

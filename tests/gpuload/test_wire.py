@@ -7,8 +7,8 @@ import struct
 import pytest
 import trio
 
-from gpuload import wire
 from gpuload.errors import ServerError
+from gpuload.server.channel import Channel
 
 
 @pytest.mark.parametrize("depth", [17, 320, 900, 970, 990, 1000, 100_000])
@@ -20,5 +20,5 @@ async def test_a_request_nested_beyond_reason_is_refused_in_one_line(form: str, 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.SocketStream(theirs).send_all, struct.pack(">I", len(body)) + body)
             with pytest.raises(ServerError) as refused:
-                await wire.Channel(ours).receive(message_s=30, fds_max=0)
+                await Channel(ours).receive(message_s=30, fds_max=0)
     assert len(str(refused.value)) < 200

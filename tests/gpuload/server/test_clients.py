@@ -24,7 +24,7 @@ from gpuload.device.host import HostDevice
 from gpuload.errors import BusyError
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import ServerThread, assert_same, random_tensors, running_server, write
-from gpuload.wire import receive_blocking
+from gpuload.wire import receive_blocking, send_blocking
 from mfs.errors import ConfigError, IntegrityError, NotFoundError, UsageError
 from tests.gpuload.server.test_leases import NOBODY, in_child, one_way
 
@@ -74,7 +74,7 @@ def test_a_client_that_breaks_the_protocol_harms_nobody(server: ServerThread, se
         sock.settimeout(30)
         while sock.recv(4096):
             pass
-    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 3
+    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 4
 
 
 def test_unwanted_descriptors_are_closed(server: ServerThread) -> None:
@@ -109,20 +109,32 @@ def test_whoever_may_only_attach_sends_no_descriptors(config: ServerConfig) -> N
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_other_users_connections_do_not_keep_the_owner_out(config: ServerConfig) -> None:
+    """Nor those that are about to be refused: all come at once, the owner behind them."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         config = replace(config, socket_path=f"{folder}/s.sock", socket_mode=0o666, connections_max=4)
         with running_server(config, lambda _: HostDevice(granule_bytes=4096)) as server:
             held: list[socket.socket] = []
+            go_on = threading.Event()
+            connected, say = os.pipe()
 
             def work() -> str:
                 os.setuid(NOBODY)
                 held.extend(connect(server.socket_path, 30) for _ in range(6))
+                os.write(say, b"6")
                 return str(receive_blocking(held[2])[0]["message"])
 
-            process, out, hold = in_child(work)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(server.on_loop, go_on.wait)
+                process, out, hold = in_child(work)
+                os.read(connected, 1)
+                with connect(server.socket_path, 30) as ours:
+                    go_on.set()
+                    send_blocking(ours, {"op": "ping"})
+                    assert receive_blocking(ours)[0]["pid"] == os.getpid()
             assert "too many connections of other users" in os.read(out, 10_000).decode()
-            assert ask({"op": "ping"}, socket_path=server.socket_path, timeout_s=30)["pid"] == os.getpid()
+            os.close(say)
+            os.close(connected)
             os.close(hold)
             os.waitpid(process, 0)
             os.close(out)
@@ -212,7 +224,7 @@ def test_others_are_answered_while_the_driver_hands_out_a_model(
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(attach, "m", socket_path=server.socket_path)
         assert began.wait(60)
-        assert ask({"op": "ping"}, socket_path=server.socket_path, timeout_s=60)["protocol"] == 3
+        assert ask({"op": "ping"}, socket_path=server.socket_path, timeout_s=60)["protocol"] == 4
         go_on.set()
         assert_same(held.result(), want)
     del held

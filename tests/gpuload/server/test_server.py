@@ -326,7 +326,7 @@ def test_a_client_that_leaves_cancels_its_load(config: ServerConfig, tmp_path: P
         sock.close()
         server.settle()
         gate.opened.set()
-        assert set(server.gauges().values()) == {0}
+        assert server.wait_for(lambda: set(server.gauges().values()) == {0})
         load(server, path)
         assert_same(attached(server), base_model())
     assert device.staging_count == 0, "the server's ring is given back when it ends"
