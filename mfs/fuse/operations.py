@@ -146,7 +146,6 @@ class Operations:
         inode = self._node_ids.inode_of(node)
         if self._namespace.forget(inode, count):
             self.files.forget(node)
-            self._node_ids.forget(inode)
             row = self.journal.row(inode)
             if row is not None and row[0] == EntryKind.DIRECTORY:
                 self.journal.forget(inode)
