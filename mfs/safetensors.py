@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from mfs.errors import IntegrityError
 
@@ -43,8 +43,7 @@ _NESTING_MAX = 124  # values below an entry's own braces; the reference's JSON r
 _METADATA = "__metadata__"
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor of one file."""
 
     name: str
@@ -133,11 +132,18 @@ def parse_header(buffer: bytes | bytearray | memoryview, file_bytes: int) -> Hea
         if name in found:
             oddities.append(f"tensor {_shown(name)} is described more than once; the last counts")
             del found[name]
-        found[name] = _tensor(name, entry, data_start, oddities)
+        try:
+            found[name] = _tensor(name, entry, data_start, oddities)
+        except _WrongError as wrong:
+            raise IntegrityError(f"tensor {_shown(name)}{wrong}") from None
     tensors = tuple(sorted(found.values(), key=lambda t: (t.start, t.stop)))
     _check_cover(tensors, data_start, file_bytes)
     _note_alignment(tensors, oddities)
     return Header(tensors, metadata, data_start, file_bytes, tuple(oddities))
+
+
+class _WrongError(Exception):
+    """What is wrong with an entry, to be said behind its tensor's name: showing that takes as long as all checks."""
 
 
 class _Repeated(dict[str, Any]):
@@ -191,51 +197,50 @@ def _metadata(pairs: list[tuple[str, Any]]) -> dict[str, str] | None:
 
 
 def _tensor(name: str, entry: Any, data_start: int, oddities: list[str]) -> TensorInfo:
-    where = f"tensor {_shown(name)}"
     if not isinstance(entry, dict):
-        raise IntegrityError(f"{where} is described by {_shown(entry)}, expected an object")
+        raise _WrongError(f" is described by {_shown(entry)}, expected an object")
     if isinstance(entry, _Repeated):
         keys = [key for key, _ in entry.pairs]
         for key in ("dtype", "shape", "data_offsets"):
             if keys.count(key) > 1:
-                raise IntegrityError(f"{where} has {key!r} more than once")
+                raise _WrongError(f" has {key!r} more than once")
     for key in ("dtype", "shape", "data_offsets"):
         if key not in entry:
-            raise IntegrityError(f"{where} has no {key!r}")
+            raise _WrongError(f" has no {key!r}")
     if len(entry) > 3:
         extra = {key: value for key, value in entry.items() if key not in ("dtype", "shape", "data_offsets")}
         for value in extra.values():
-            _check_extra(where, value, 0)
-        oddities.append(f"{where} has unknown keys: {', '.join(_shown(key) for key in list(extra)[:5])}")
+            _check_extra(value, 0)
+        oddities.append(f"tensor {_shown(name)} has unknown keys: {', '.join(_shown(key) for key in list(extra)[:5])}")
 
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise IntegrityError(f"{where} has dtype {_shown(dtype)}, expected one of {' '.join(DTYPE_BITS)}")
-    if not isinstance(shape, list) or not all(_is_u64(n) for n in shape):
-        raise IntegrityError(f"{where} has shape {_shown(shape)}, expected a list of whole numbers below 2^64")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_u64(n) for n in offsets):
-        raise IntegrityError(f"{where} has data_offsets {_shown(offsets)}, expected [begin, end]")
+        raise _WrongError(f" has dtype {_shown(dtype)}, expected one of {' '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or not all(map(_is_u64, shape)):
+        raise _WrongError(f" has shape {_shown(shape)}, expected a list of whole numbers below 2^64")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_u64, offsets)):
+        raise _WrongError(f" has data_offsets {_shown(offsets)}, expected [begin, end]")
     start, stop = offsets
     if stop < start:
-        raise IntegrityError(f"{where} has data_offsets {_shown(offsets)}, which end before they begin")
-    _check_size(where, dtype, shape, stop - start)
+        raise _WrongError(f" has data_offsets {_shown(offsets)}, which end before they begin")
+    _check_size(dtype, shape, stop - start)
     return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + stop)
 
 
-def _check_size(where: str, dtype: str, shape: list[int], given_bytes: int) -> None:
+def _check_size(dtype: str, shape: list[int], given_bytes: int) -> None:
     elements = 1
     for n in shape:
         elements *= n
         if elements > _U64_MAX:
-            raise IntegrityError(f"{where}: shape {_shown(shape)} has more than 2^64 elements")
+            raise _WrongError(f": shape {_shown(shape)} has more than 2^64 elements")
     bits = elements * DTYPE_BITS[dtype]
     if bits > _U64_MAX:
-        raise IntegrityError(f"{where}: shape {_shown(shape)} of {dtype} has more than 2^64 bits")
+        raise _WrongError(f": shape {_shown(shape)} of {dtype} has more than 2^64 bits")
     if bits % 8:
-        raise IntegrityError(f"{where}: shape {_shown(shape)} of {dtype} is {bits} bits, not a whole number of bytes")
+        raise _WrongError(f": shape {_shown(shape)} of {dtype} is {bits} bits, not a whole number of bytes")
     if bits // 8 != given_bytes:
-        raise IntegrityError(
-            f"{where}: shape {_shown(shape)} of {dtype} is {bits // 8} bytes, its data_offsets say {given_bytes}"
+        raise _WrongError(
+            f": shape {_shown(shape)} of {dtype} is {bits // 8} bytes, its data_offsets say {given_bytes}"
         )
 
 
@@ -258,21 +263,21 @@ def _note_alignment(tensors: Iterable[TensorInfo], oddities: list[str]) -> None:
             return  # one line is enough: a writer that misaligns one tensor misaligns many
 
 
-def _check_extra(where: str, value: Any, depth: int) -> None:
+def _check_extra(value: Any, depth: int) -> None:
     """Refuse in ignored values what the reference's JSON reader refuses: infinite numbers, deep nesting."""
     if depth > _NESTING_MAX:
-        raise IntegrityError(f"{where}: nested too deeply")
+        raise _WrongError(": nested too deeply")
     if isinstance(value, float) and math.isinf(value):
-        raise IntegrityError(f"{where}: a number is out of range")
+        raise _WrongError(": a number is out of range")
     if isinstance(value, int) and abs(value) >= 1 << 1024:
-        raise IntegrityError(f"{where}: a number is out of range")
+        raise _WrongError(": a number is out of range")
     if isinstance(value, list):
         for item in value:
-            _check_extra(where, item, depth + 1)
+            _check_extra(item, depth + 1)
     elif isinstance(value, dict):
         items = [v for _, v in value.pairs] if isinstance(value, _Repeated) else value.values()
         for item in items:
-            _check_extra(where, item, depth + 1)
+            _check_extra(item, depth + 1)
 
 
 def _refuse_lone_surrogates(value: Any) -> None:

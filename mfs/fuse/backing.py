@@ -43,6 +43,8 @@ class Passthrough:
         """By node that is not open: its backing id, and time.monotonic() when that goes; the next to go first."""
         self._some = trio.Event()
         """Set while anything lingers, as far as was looked."""
+        self._held: list[int] | None = None
+        """Ids that were to be given back since `hold`."""
         self._limiter = trio.CapacityLimiter(_CLOSING_MAX)
         self.on_closed: Callable[[int], None] = lambda node: None
         """Told of a node whose lingering id is given back."""
@@ -102,8 +104,18 @@ class Passthrough:
             self._close_soon(backing)
             self.on_closed(node)
 
+    def hold(self) -> None:
+        """Give no id back from now on: another daemon is told which there are."""
+        self._held = []
+
+    def go_on(self) -> None:
+        """The mount stays ours: what was to be given back since `hold` is."""
+        held, self._held = self._held, None
+        for backing in held or ():
+            self._close_soon(backing)
+
     def let_go(self) -> None:
-        """The mount is another daemon's, which finds in the journal what lingers."""
+        """The mount is another daemon's, which finds in the journal what lingers. No id is given back any more."""
         self._lingering.clear()
 
     def drop_all(self) -> None:
@@ -126,6 +138,9 @@ class Passthrough:
         """Give an id back; who has opened a file by it reads on. In a thread: where it was the last to hold a file
         without a name, the file system frees that now.
         """
+        if self._held is not None:
+            self._held.append(backing)
+            return
 
         async def run() -> None:
             try:

@@ -193,9 +193,13 @@ class FileOperations:
         return ()
 
     def forget(self, node: int) -> None:
-        """The kernel knows a node no more."""
+        """The kernel knows an inode no more, as far as we know, of which this node was the last."""
         self._headed.discard(node)
         self._open.forget(node)
+        inode = self._node_ids.inode_of(node)
+        # What a daemon that was killed had told the kernel of is not counted: a node that nobody is given may be open.
+        if not any(self._node_ids.inode_of(other) == inode for other in self._disowned):
+            self._node_ids.forget(inode)
 
     def _all_closed(self, node: int, backing: int) -> None:
         if backing:

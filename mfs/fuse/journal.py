@@ -49,6 +49,8 @@ class Journal:
         """Of each inode that has a row. As they are written: ten thousand rows as lists would take 5 MB."""
         self._live_bytes = 0
         self._start = self._end = _START.size
+        self._held: bytearray | None = None
+        """What was noted since `hold`."""
         self._load()
 
     @classmethod
@@ -60,8 +62,19 @@ class Journal:
         """Nobody else has it."""
         os.close(self.fd)
 
+    def hold(self) -> None:
+        """Write nothing from now on: another daemon reads the file, and writes to it next. What is noted is kept."""
+        self._held = bytearray()
+
+    def go_on(self) -> None:
+        """The file is ours again: what was noted since `hold` is written."""
+        held, self._held = self._held, None
+        self._write(bytes(held or b""))
+
     def note(self, inode: int, row: Row) -> None:
-        """Write a row down, in place of an earlier one. It is there when this returns, whatever happens to us."""
+        """Write a row down, in place of an earlier one. It is there when this returns, whatever happens to us, but for
+        `hold`.
+        """
         self._append(inode, row)
 
     def forget(self, inode: int) -> None:
@@ -82,9 +95,15 @@ class Journal:
 
     def _append(self, inode: int, row: Row | None) -> None:
         record = _packed(inode, row)
-        os.pwrite(self.fd, record, self._end)
-        self._end += len(record)
         self._take(inode, None if row is None else record)
+        if self._held is not None:
+            self._held += record
+        else:
+            self._write(record)
+
+    def _write(self, records: bytes) -> None:
+        os.pwrite(self.fd, records, self._end)
+        self._end += len(records)
         if self._end - self._start > 2 * self._live_bytes + _GARBAGE_BYTES_MIN:
             self._compact()
 
@@ -122,6 +141,8 @@ class Journal:
             at += len(record)
             self._take(inode, None if row is None else record)
         self._end = self._start + at
+        if self._end < size:  # else what stands behind a damaged record could count again, behind one of ours
+            os.ftruncate(self.fd, self._end)
 
 
 def _packed(inode: int, row: Row | None) -> bytes:

@@ -146,7 +146,6 @@ class Operations:
         inode = self._node_ids.inode_of(node)
         if self._namespace.forget(inode, count):
             self.files.forget(node)
-            self._node_ids.forget(inode)
             row = self.journal.row(inode)
             if row is not None and row[0] == EntryKind.DIRECTORY:
                 self.journal.forget(inode)
@@ -239,6 +238,16 @@ class Operations:
             ],
             "files": self.files.export(),
         }
+
+    def hold(self) -> None:
+        """Leave journal and backing files as `export` and the journal say, for another daemon takes them over."""
+        self.journal.hold()
+        self.files.passthrough.hold()
+
+    def go_on(self) -> None:
+        """Nobody has taken over."""
+        self.journal.go_on()
+        self.files.passthrough.go_on()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with open directories as they were; the namespace is restored and the journal inherited already."""

@@ -117,7 +117,8 @@ class Session:
         self._paused.set()
 
     async def pause(self) -> None:
-        """Stop answering: returns when no handler runs. What the kernel asks from now on waits.
+        """Stop answering: returns when no handler runs. What the kernel asks from now on waits, and what the next
+        daemon is told of stays as it is.
 
         Raises: StoreError if the kernel has ended the session.
         """
@@ -125,9 +126,11 @@ class Session:
         await self._paused.wait()
         if self.ended.cancel_called:
             raise StoreError("the mount is being taken away")
+        self._operations.hold()
 
     def resume(self) -> None:
         """Answer again, also what was dropped."""
+        self._operations.go_on()
         self._resumed.set()
 
     def release(self) -> None:

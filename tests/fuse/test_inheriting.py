@@ -113,3 +113,14 @@ def test_handles_that_the_kernel_reads_by_itself_are_counted(journal: Journal) -
     assert (len(files), files.passed_through_count, closed) == (3, 1, [48])
     files.close_all()
     assert files.passed_through_count == 0
+
+
+@pytest.mark.parametrize("is_disowned", [False, True])
+async def test_a_name_never_leads_back_to_a_file_that_was_found_damaged(journal: Journal, is_disowned: bool) -> None:
+    """The kernel forgets the node that came after it: how often it was told of the other, a killed daemon knew."""
+    journal.note(INODE, list(FileRow(*row("w.bin", renewals=1, backing=7))._replace(is_disowned=is_disowned)))
+    namespace, node_ids = Namespace([""], never_listed, lambda source: "test://origin"), NodeIds()
+    files = FileOperations(namespace, Reader(), node_ids, journal, Waiting())  # type: ignore[arg-type]
+    files.inherit(journal)
+    files.forget(INODE | 1)
+    assert node_ids.node_of(INODE) == (INODE | 1 if is_disowned else INODE)

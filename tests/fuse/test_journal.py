@@ -61,6 +61,43 @@ def test_a_damaged_record_ends_it(journal: Journal) -> None:
     assert again(journal) == {0x100: [1]}
 
 
+def test_what_stood_behind_a_damaged_record_never_counts_again(journal: Journal) -> None:
+    journal.note(0x100, [1])
+    at = os.fstat(journal.fd).st_size
+    for inode in (0x200, 0x300):
+        journal.note(inode, [2])
+    os.pwrite(journal.fd, b"\xee", at + 10)
+    next_one = Journal(os.dup(journal.fd))
+    next_one.note(0x200, [4])  # as long as the damaged one
+    assert again(next_one) == {0x100: [1], 0x200: [4]}
+    next_one.close()
+
+
+def test_who_hands_it_over_writes_no_more(journal: Journal) -> None:
+    """Not over what the next daemon writes, nor what that does not hear of; unless it goes on itself."""
+    journal.note(0x100, [1])
+    journal.hold()
+    journal.note(0x200, [2])
+    next_one = Journal(os.dup(journal.fd))
+    assert dict(next_one.rows()) == {0x100: [1]}
+    next_one.note(0x300, [3])
+    journal.forget(0x100)
+    assert again(journal) == {0x100: [1], 0x300: [3]}
+    next_one.close()
+
+
+def test_what_was_noted_meanwhile_is_written_by_who_goes_on(journal: Journal) -> None:
+    journal.note(0x100, [1])
+    journal.hold()
+    journal.note(0x200, [2])
+    journal.forget(0x100)
+    assert again(journal) == {0x100: [1]}
+    journal.go_on()
+    assert again(journal) == {0x200: [2]} == dict(journal.rows())
+    journal.note(0x300, [3])
+    assert again(journal) == {0x200: [2], 0x300: [3]}
+
+
 def test_it_does_not_grow_with_what_went(journal: Journal) -> None:
     """Against a dict, over many compactions; what is out of date goes back to the system."""
     chance, expected = random.Random(3), dict[int, list[object]]()

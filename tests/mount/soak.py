@@ -27,13 +27,14 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mfs.cache.ssd import SsdConfig, SsdTier
+from mfs.errors import StoreError
 from mfs.testing.mounting import MountFailedError, TestMount
 from tests.mount import origins, touching
 from tests.mount.crash_soak import TIRELESS
@@ -133,12 +134,25 @@ class _Disturber:
 
     def evict(self) -> None:
         tier: Any = self._chance.choice(["ram", "ssd", "all"])
-        self._mount.client.evict(self._some(), tier)
+        self._ask(lambda: self._mount.client.evict(self._some(), tier))
 
     def bring(self) -> None:
         """To SSD, where it is sealed then, or to RAM: from both the kernel may read it by itself."""
         tier: Any = self._chance.choice(["ram", "ssd"])
-        list(self._mount.client.prefetch(self._some(), tier, wait=True))
+        self._ask(lambda: list(self._mount.client.prefetch(self._some(), tier, wait=True)))
+
+    def _ask(self, command: Callable[[], object]) -> None:
+        """Until it is done: a worker that is killed while it opens the tier costs that for half a minute."""
+
+        def is_done() -> bool:
+            try:
+                command()
+            except StoreError as error:
+                logger.info("once more: %s", error)
+                return False
+            return True
+
+        assert self._mount.wait_for(is_done, timeout_s=_PATIENCE_S)
 
     def _some(self) -> list[str]:
         return [f"m/{number}.bin" for number in self._chance.sample(range(FILES_COUNT), self._chance.randrange(1, 4))]
@@ -193,7 +207,7 @@ class _Disturber:
                 if file.suffix or self._is_current(tier, file.name):
                     self._hit(file)
             assert self._mount.wait_for(lambda: not self._writes, timeout_s=_PATIENCE_S)
-            list(self._mount.client.verify([""]))
+            self._ask(lambda: list(self._mount.client.verify([""])))
         finally:
             self._board.pause(False)
 

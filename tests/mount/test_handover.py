@@ -22,6 +22,7 @@ import pytest
 from mfs.control import lending_door
 from mfs.control.borrowing import Borrower
 from mfs.control.runtime import socket_path
+from mfs.fuse.backing import _LINGER_S
 from mfs.handover import Heir, door_path
 from mfs.testing import ramp
 from mfs.testing.mounting import MountFailedError, TestMount
@@ -296,6 +297,31 @@ def heir_that_signals(pid: int, number: int) -> str:
     )
 
 
+def heir_that_is_slow(folder: Path, seconds: float) -> str:
+    """A new daemon that waits for a file before it takes the mount, and then takes its time with what it is told."""
+    return (
+        "import time, mfs.handover, mfs.daemon\nfrom pathlib import Path\n"
+        f"folder, take, restore = Path({str(folder)!r}), mfs.handover.Heir._take, mfs.handover._restore\n"
+        "def take_then(heir):\n"
+        "    (folder / 'about').touch()\n"
+        "    while not (folder / 'closed').exists():\n"
+        "        time.sleep(0.01)\n"
+        "    return take(heir)\n"
+        "def restore_slowly(*what):\n"
+        "    restore(*what)\n"
+        f"    time.sleep({seconds})\n"
+        "mfs.handover.Heir._take, mfs.handover._restore = take_then, restore_slowly\nmfs.daemon.main()"
+    )
+
+
+def close_in_time(name: str, folder: str) -> None:
+    """Close what is held just before the mount is handed over."""
+    while not Path(folder, "about").exists():
+        time.sleep(0.01)
+    touching.release(name)
+    Path(folder, "closed").touch()
+
+
 def daemon_that_reads_late(folder: Path) -> str:
     """A daemon that is told of a request, and comes to read it only once the file `go` is there."""
     return (
@@ -315,6 +341,22 @@ def recorded(mount: TestMount) -> list[Any]:
     with closing(sqlite3.connect(f"file:{next(mount.folder.rglob('tree.sqlite'))}?mode=ro", uri=True)) as database:
         tables = [name for (name,) in database.execute("select name from sqlite_master where type = 'table'")]
         return [row for name in tables for row in database.execute(f"select * from {name}")]
+
+
+def test_what_the_new_daemon_is_told_stays_so(folder: origins.FolderOrigin, mounted: Mounted, tmp_path: Path) -> None:
+    """A file that was closed a moment ago is the new daemon's to give back, however long it takes to begin."""
+    folder.put("w.bin", ramp(SIZE))
+    mount = mounted(folder)
+    path = str(mount.path / "w.bin")
+    list(mount.client.prefetch(["w.bin"], "ssd", wait=True))
+    reader = mount.outside()
+    reader.call(touching.hold, "fd", path)
+    reader.start(close_in_time, "fd", str(tmp_path))
+    mount.hand_over(program=heir_that_is_slow(tmp_path, _LINGER_S + 1))
+    reader.finish()
+    assert mount.call(touching.read, path) == ramp(SIZE)
+    mount.stop()
+    assert "was not given back" not in mount.log
 
 
 class TestFailures:

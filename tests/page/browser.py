@@ -15,7 +15,7 @@ PROGRAM = shutil.which("chromium")
 @contextmanager
 def launched(playwright: Playwright) -> Iterator[Browser]:
     """Chromium without a window. As root it has no sandbox; it talks to nobody but who is named to it."""
-    arguments = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-gpu"]
+    arguments = ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
     with playwright.chromium.launch(
         executable_path=PROGRAM, args=arguments, chromium_sandbox=os.geteuid() != 0
     ) as browser:
