@@ -127,7 +127,7 @@ class DeviceSuite:
     def test_granules_are_mapped_in_the_order_asked(self, device: Device) -> None:
         unit = device.granule_bytes
         arena, staging, stream = self._numbered(device)
-        runs = [(3, 2), (0, 1)]
+        runs: list[Run] = [(3, 1), (4, 1), (0, 1)]
         fds = arena.export(runs)
         mapping = device.attach(fds, runs)
         assert mapping.nbytes == 3 * unit
@@ -144,8 +144,9 @@ class DeviceSuite:
         def shown(address: int) -> list[int]:
             return [device.read_back(address + place * unit, 1)[0] for place in range(3)]
 
-        fds = arena.export([(0, 3)])
-        mapping = device.attach(fds, [(0, 3)])
+        runs: list[Run] = [(0, 1), (1, 1), (2, 1)]
+        fds = arena.export(runs)
+        mapping = device.attach(fds, runs)
         trio_close(fds)
         fds = arena.export([(3, 1), (1, 1), (4, 1)])
         runs = [(3, 1), (1, 1), (4, 1)]
@@ -234,7 +235,7 @@ class DeviceSuite:
         arena, staging, stream = device.reserve_arena(8 * unit), device.alloc_staging(16), device.open_stream()
         staging.view[:] = ramp(16)
         for _ in range(3):
-            arena.commit([(1, 2), (6, 1)])
+            arena.commit([(1, 1), (2, 1), (6, 1)])
             for granule in (1, 2, 6):
                 stream.copy_in(arena.address + granule * unit, staging.address, 16)
             stream.record().wait(30)
@@ -254,8 +255,42 @@ class DeviceSuite:
         memory = device.memory()
         assert 0 < memory.free_bytes <= memory.total_bytes
 
+    def test_a_run_is_handed_out_as_one(self, device: Device) -> None:
+        """Pieces of several granules, mapped side by side in any order, and others in their place that are cut
+        elsewhere."""
+        unit = device.granule_bytes
+        arena, staging, stream = device.reserve_arena(9 * unit), device.alloc_staging(16), device.open_stream()
+        runs: list[Run] = [(0, 3), (4, 1), (5, 2), (7, 1)]
+        arena.commit(runs)
+        for granule in (0, 1, 2, 4, 5, 6, 7):
+            staging.view[:] = bytes([granule]) * 16
+            stream.copy_in(arena.address + granule * unit, staging.address, 16)
+            stream.record().wait(30)
+
+        def shown(address: int) -> list[int]:
+            return [device.read_back(address + place * unit, 1)[0] for place in range(4)]
+
+        fds = arena.export(runs[:2])
+        assert len(fds) == (2 if arena.has_pieces else 1)
+        mapping = device.attach(fds, runs[:2])
+        trio_close(fds)
+        assert shown(mapping.address) == [0, 1, 2, 4]
+        others: list[Run] = [(7, 1), (5, 2), (4, 1)]
+        fds = arena.export(others)
+        change = mapping.prepare(fds, others, is_same=True)
+        for expected in ([7, 5, 6, 4], [0, 1, 2, 4], [7, 5, 6, 4]):
+            change.exchange()
+            assert shown(mapping.address) == expected
+        change.close()
+        trio_close(fds)
+        mapping.close()
+        arena.release(runs)
+        self._close(stream, staging, arena)
+
     def _arena(self, device: Device, granules: int) -> Arena:
-        return device.create_arena(granules * device.granule_bytes)
+        arena = device.reserve_arena(granules * device.granule_bytes)
+        arena.commit([(granule, 1) for granule in range(granules)])
+        return arena
 
     def _close(self, stream: Stream, staging: Staging, arena: Arena) -> None:
         stream.close()

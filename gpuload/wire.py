@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 500
 """Rows of a table that are encoded in one go: in between, other threads have their turn."""
 
 FDS_MAX = 65536
-"""A model of 512 GiB over several cards, in granules of 8 MiB."""
+"""Of a card there is one for each block of a model, of 64 MiB or more but for the last of a file."""
 
 FDS_PER_MESSAGE = 200
 """The kernel passes 253 at most (SCM_MAX_FD, include/net/scm.h)."""

@@ -106,7 +106,7 @@ def _digest_file(
         found.append((geometry(piece), digest_views(views)))
         counter.add(piece.nbytes)
 
-    batches = list(pack_pieces(((0, piece) for piece in pieces), buffer_bytes=limits.buffer_bytes))
+    batches = pack_pieces(((0, piece) for piece in pieces), buffer_bytes=limits.buffer_bytes)
     with closing(open_source([shard])) as source:
         nowhere = HostDevice(is_direct=False, reaches_all=True)
         run_inside(

@@ -258,8 +258,10 @@ def show_modelled(found: dict[str, Any], as_json: bool) -> None:
         f"\n{link:.2f} GB/s. One of 55 wants {scale['times']:.0f} times these cores."
     )
     rows = [
-        (row["what"], f"{row['seconds']:.3f}", f"{row['gb_s']:.2f}", f"{row['of_link']:.2f}") for row in found["rows"]
-    ]
+        (row["what"], f"{row['seconds']:.3f}", f"{row['gb_s']:.2f}" if row["gb_s"] else "",
+         ", ".join(f"{share:.2f}" for share in row.get("of_links", [row["of_link"]]) if share))
+        for row in found["rows"]
+    ]  # fmt: skip
     _show_table(("what", ">seconds", ">GB/s", ">of the link"), rows)
     print("The model cannot tell: " + "; ".join(found["cannot_tell"]) + ".")
 

@@ -261,7 +261,7 @@ def _attach(request: dict[str, Any], fds: Sequence[int], socket_path: str | None
 def _mapped(held: Held, request: dict[str, Any], fds: Sequence[int]) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Ask, and map every part of the answer: the answer, and the memory of each part as bytes."""
     with ExitStack() as room:
-        # A 16 GB model on CUDA comes as 2000 descriptors, for as long as it takes to map them; 1024 is the usual limit.
+        # A model of 100 GB on CUDA comes as 1000 descriptors, for as long as it takes to map them: the usual limit.
         reply, got = exchange(held.sock, request, fds, admit=lambda count: room.enter_context(room_for(count)))
         room.callback(wire.close_all, got)
         return reply, _flat(held, reply, got)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 import torch
@@ -12,11 +12,12 @@ from gpuload.client import rings, tensors
 from gpuload.device import open_device
 from gpuload.device.base import Device
 from gpuload.moving.pipeline import Limits, move_batches, move_one_by_one
-from gpuload.moving.plan import Batch, Piece, Transfer, each_batch
+from gpuload.moving.plan import Batch, Packing, Piece, Transfer, pack_transfers, plan_batches
 from gpuload.moving.pool import open_source
 from gpuload.moving.shards import Shard
 from gpuload.moving.slabs import plan_slabs
 from gpuload.moving.source import Source
+from gpuload.moving.staging import FIRST_BYTES
 
 DIRECT_BYTES = 16 << 20
 """Read at once where no buffer is between: small enough that two readers share a file of 32 MiB."""
@@ -35,10 +36,10 @@ def move_few(
 ) -> bool:
     """As `move_all`, in the caller's thread, where that is no slower: to host memory, and no more than one read.
     Returns whether it was done."""
-    if sum(t.nbytes for t in transfers) > DIRECT_BYTES or any(not t.device.startswith("cpu") for t in transfers):
+    if sum(t.nbytes for t in transfers) > DIRECT_BYTES or not all(_is_cpu(t.device) for t in transfers):
         return False
     addresses = [tensor.data_ptr() for tensor in made]
-    batches = each_batch(transfers, buffer_bytes=limits.buffer_bytes)
+    batches = plan_batches(transfers, buffer_bytes=limits.buffer_bytes)
     with closing(open_source(shards)) as source, closing(open_device("cpu")) as device:
         move_one_by_one(
             batches, source=source, device=device, limits=limits,
@@ -47,21 +48,35 @@ def move_few(
     return True
 
 
-def batches_of(transfers: Sequence[Transfer], limits: Limits) -> dict[str, Iterator[Batch]]:
-    """Device -> what is moved to it, in order, planned as it is asked for."""
+def devices_of(transfers: Sequence[Transfer]) -> list[str]:
+    """Where they go, each device once."""
+    return list(dict.fromkeys(t.device for t in transfers))
+
+
+def batches_to(device: str, transfers: Sequence[Transfer], limits: Limits) -> list[Batch]:
+    """What is moved to one device, in order."""
+    most = min(limits.buffer_bytes, DIRECT_BYTES) if _is_cpu(device) else limits.buffer_bytes
+    return plan_batches(transfers, buffer_bytes=most, device=device)
+
+
+def batches_of(transfers: Sequence[Transfer], limits: Limits) -> dict[str, Sequence[Batch] | Packing]:
+    """Device -> what is moved to it, in order; to a card planned as it is asked for, as large as the buffers of `rings`
+    are by then."""
+    first_bytes = min(limits.buffer_bytes, FIRST_BYTES)
     return {
-        name: each_batch(transfers, buffer_bytes=_batch_bytes(name, limits), device=name)
-        for name in dict.fromkeys(t.device for t in transfers)
-    }
+        name: batches_to(name, transfers, limits) if _is_cpu(name)
+        else pack_transfers(transfers, piece_bytes=first_bytes, device=name)
+        for name in devices_of(transfers)
+    }  # fmt: skip
 
 
-def _batch_bytes(device: str, limits: Limits) -> int:
-    return min(limits.buffer_bytes, DIRECT_BYTES) if device.startswith("cpu") else limits.buffer_bytes
+def _is_cpu(device: str) -> bool:
+    return device.startswith("cpu")
 
 
 async def move_to_addresses(
     shards: Sequence[Shard],
-    batches: Mapping[str, Iterable[Batch]],
+    batches: Mapping[str, Sequence[Batch] | Packing],
     addresses: Sequence[int],
     limits: Limits,
     on_landed: Callable[[int], None] | None = None,
@@ -76,7 +91,7 @@ async def move_to_addresses(
     def runs_of(piece: Piece) -> list[tuple[int, int]]:
         return [(addresses[piece.transfer] + piece.offset, piece.nbytes)]
 
-    async def move_to(device: Device, own: Iterable[Batch]) -> None:
+    async def move_to(device: Device, own: Sequence[Batch] | Packing) -> None:
         with ExitStack() as held:
             held.callback(device.close)
             ring = None if device.is_direct else held.enter_context(rings.lent(device.name, limits)).ring
@@ -107,6 +122,6 @@ def make_all(transfers: Sequence[Transfer]) -> list[torch.Tensor]:
             slabs[place.slab] = tensors.empty("U8", (sizes[place.slab],), t.name, t.device)
         part = slabs[place.slab][place.offset : place.offset + t.nbytes]
         made.append(tensors.view_as(part, t.dtype, t.shape, t.name))
-    for device in dict.fromkeys(t.device for t in transfers):
+    for device in devices_of(transfers):
         tensors.settle(device)
     return made

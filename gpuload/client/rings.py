@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from gpuload.device import open_device
 from gpuload.device.base import Device, Stream
 from gpuload.moving.pipeline import Limits
-from gpuload.moving.staging import Ring
+from gpuload.moving.staging import FIRST_BYTES, Ring
 
 _idle: dict[str, Kept] = {}
 _lock = threading.Lock()
@@ -26,7 +26,9 @@ class Kept:
 
     def __init__(self, name: str, limits: Limits) -> None:
         self.device: Device = open_device(name)
-        self.ring = Ring(self.device, buffer_bytes=limits.buffer_bytes, count=limits.buffers_count)
+        self.ring = Ring(
+            self.device, buffer_bytes=limits.buffer_bytes, count=limits.buffers_count, first_bytes=FIRST_BYTES
+        )
         self._stream: Stream | None = None
 
     def stream(self) -> Stream:

@@ -17,7 +17,7 @@ import trio
 
 from gpuload.client import tensors
 from gpuload.client.door import Inside
-from gpuload.client.into_tensors import batches_of, move_to_addresses
+from gpuload.client.into_tensors import batches_to, devices_of, move_to_addresses
 from gpuload.moving.pipeline import Limits
 from gpuload.moving.plan import Batch, Transfer
 from gpuload.moving.shards import Shard
@@ -27,7 +27,7 @@ def stream_transfers(
     shards: Sequence[Shard], transfers: Sequence[Transfer], limits: Limits
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every transfer, in their order. See `load.stream`."""
-    batches = {name: list(own) for name, own in batches_of(transfers, limits).items()}
+    batches = {name: batches_to(name, transfers, limits) for name in devices_of(transfers)}
     window = _Window(transfers, batches, limits.ahead_bytes)
     landed: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 

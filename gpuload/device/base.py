@@ -89,12 +89,18 @@ class Staging(Protocol):
 
 
 class Arena(Protocol):
-    """Addresses for granules 0..count-1, contiguous at `address` for their owner, and device memory behind those that
-    were given some. One thread at a time commits, releases or exports."""
+    """Addresses for granules, contiguous at `address` for their owner, and device memory behind those that were given
+    some. One thread at a time commits and releases."""
 
     address: int
     granule_bytes: int
     granules_count: int
+    """Of how many there may be memory at a time."""
+    places_count: int
+    """How many have addresses: 0..count-1."""
+    has_pieces: bool
+    """Whether each run that is committed is a piece of memory: released and exported as that run, and attached to by a
+    descriptor of its own. Else all memory is one, and any runs do everywhere."""
 
     def commit(self, runs: Sequence[Run]) -> None:
         """Put memory behind these granules, which have none.
@@ -109,7 +115,8 @@ class Arena(Protocol):
         ...
 
     def export(self, runs: Sequence[Run]) -> list[int]:
-        """Descriptors with which another process maps these granules, read-only. The caller closes them."""
+        """Descriptors with which another process maps these granules, read-only: one, or one for each piece. The caller
+        closes them. From any thread."""
         ...
 
     def shared(self) -> int | None:
@@ -117,13 +124,13 @@ class Arena(Protocol):
         ...
 
     def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
-        """What the memory of these granules lives by, one for each; none where all has one. As long as any process has
-        copies of these, however this one ends, the memory is there, and another process of ours can `adopt` it. They
-        stay the arena's, until it gives the granule's memory back."""
+        """What these pieces live by, one for each; none where there are no pieces. As long as any process has copies of
+        these, however this one ends, the memory is there, and another process of ours can `adopt` it. They stay the
+        arena's, until it gives the piece back."""
         ...
 
     def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
-        """Have the memory that another process of ours has behind these granules; from copies of its `descriptors`,
+        """Have the memory that another process of ours has behind these pieces; from copies of its `descriptors`,
         which are the arena's from here on. Where all has one descriptor there is nothing to do. Raises: DeviceError.
         """
         ...
@@ -155,7 +162,7 @@ A = TypeVar("A", bound=Arena)
 
 
 def whole(arena: A) -> A:
-    """An arena with memory behind all of it. Raises: as `Arena.commit`; it is closed then."""
+    """An arena with memory behind all of it, in one piece. Raises: as `Arena.commit`; it is closed then."""
     try:
         if arena.granules_count:
             arena.commit([(0, arena.granules_count)])

@@ -1,10 +1,5 @@
-"""A CUDA device. With `driver.py` the only place that knows CUDA. NOT YET RUN ON A GPU; see driver.py for what was.
-
-Arenas are separate physical granules (cuMemCreate), made when they are needed, given back when they are not, and
-mapped side by side for their owner. A client imports the granules of its model as file descriptors and maps them,
-read-only, in the order of its layout: no address has to match between processes, no legacy IPC handle is involved, and
-PID namespaces do not matter.
-Source: CUDA Driver API, chapter Virtual Memory Management.
+"""A CUDA device. With `cuda_memory.py`, `driver.py` and `cards.py` the only place that knows CUDA. NOT YET RUN ON A
+GPU; see driver.py for what was.
 """
 
 from __future__ import annotations
@@ -21,15 +16,16 @@ from gpuload.device import driver as cu
 from gpuload.device import nodes
 from gpuload.device.base import Holder, Memory, Run, whole
 from gpuload.device.cards import holders_of, mps_is_there, pci_of
-from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
-from mfs.units import format_size
+from gpuload.device.cuda_memory import CudaArena, CudaMapping
+from gpuload.errors import BusyError, DeviceError, DeviceLostError
 
 GRANULE_BYTES = 8 << 20
-"""Four times the hardware's smallest: 2,000 imports and mappings for a 16 GB model rather than 8,000, for a waste below
-one granule per block. Not yet measured."""
+"""What sizes of pieces are counted in. Four times the hardware's smallest: more blocks find a free piece of their size,
+for a waste below one granule per block."""
 
-LOCKED_BYTES_MIN = 2 << 20
-"""Of staging that is page-locked as it is used: one huge page, 0.2 ms, for who loads little."""
+LOCKED_BYTES = (2 << 20, 8 << 20)
+"""Of staging that is page-locked as it is used: one huge page, 0.2 ms, for who loads little; what a load begins with,
+`staging.FIRST_BYTES`; else all."""
 
 CLOSE_S = 60.0
 """Longest wait for what is queued when a stream ends; no copy of ours takes a second."""
@@ -143,7 +139,7 @@ class CudaStaging:
         may cross two."""
         if nbytes <= self._locked_bytes:
             return
-        wanted = min(self._bytes, LOCKED_BYTES_MIN) if nbytes <= LOCKED_BYTES_MIN else self._bytes
+        wanted = min(self._bytes, next((most for most in LOCKED_BYTES if nbytes <= most), self._bytes))
         self._unlock()
         self._device.call("cuMemHostRegister_v2", self.address, wanted, cu.MEMHOSTREGISTER_PORTABLE)
         self._locked_bytes = wanted
@@ -162,293 +158,6 @@ class CudaStaging:
             self.address = 0
             with contextlib.suppress(BufferError):  # a failed read's traceback may hold a part of it a while longer
                 self._map.close()
-
-
-class _Mapped:
-    """Granules side by side in this process's address space."""
-
-    def __init__(self, device: CudaDevice, count: int) -> None:
-        self._device, self._unit = device, device.granule_bytes
-        self.nbytes = count * self._unit
-        self.address = device.number("cuMemAddressReserve", c_ulonglong, self.nbytes, 0, 0, 0)
-        self.shown: list[int] = []
-        """The handle of each granule, 0 where none is mapped; whose they are is the caller's business."""
-
-    def add(self, handle: int) -> None:
-        at = self.address + len(self.shown) * self._unit
-        self._device.driver.call("cuMemMap", at, self._unit, 0, handle, 0)
-        self.shown.append(handle)
-
-    def put(self, place: int, handle: int) -> None:
-        """Map a granule in place of another, or of none; the context is current. Raises: DeviceError; `shown` says what
-        is there then."""
-        self.take(place)
-        self._device.driver.call("cuMemMap", self.address + place * self._unit, self._unit, 0, handle, 0)
-        self.shown[place] = handle
-
-    def take(self, place: int) -> None:
-        if self.shown[place]:
-            self._device.driver.call("cuMemUnmap", self.address + place * self._unit, self._unit)
-            self.shown[place] = 0
-
-    def allow(self, access: int, first: int = 0, count: int | None = None) -> None:
-        """Of `count` granules from `first` on; of all."""
-        nbytes = self.nbytes if count is None else count * self._unit
-        self._device.call("cuMemSetAccess", self.address + first * self._unit, nbytes, self._device.access(access), 1)
-
-    def close(self) -> None:
-        if not self.address:
-            return
-        for i, handle in enumerate(self.shown):
-            if handle:
-                self._device.give_back("cuMemUnmap", self.address + i * self._unit, self._unit)
-        self._device.give_back("cuMemAddressFree", self.address, self.nbytes)
-        self.address, self.shown = 0, []
-
-
-class CudaArena:
-    """See `base.Arena`."""
-
-    def __init__(self, device: CudaDevice, granules_count: int) -> None:
-        self._device = device
-        self.granule_bytes, self.granules_count = device.granule_bytes, granules_count
-        self._handles: dict[int, int] = {}
-        """By granule, of those that are mapped."""
-        self._fds: dict[int, int] = {}
-        """By granule, where somebody wanted one. Whoever attaches gets a copy then: nothing says that a granule which
-        was imported may be exported again."""
-        self.address = device.number("cuMemAddressReserve", c_ulonglong, self._nbytes, 0, 0, 0)
-
-    @property
-    def _nbytes(self) -> int:
-        return self.granules_count * self.granule_bytes
-
-    def commit(self, runs: Sequence[Run]) -> None:
-        nbytes = sum(count for _, count in runs) * self.granule_bytes
-        free = self._device.memory().free_bytes
-        if nbytes > free:
-            raise FitError(
-                f"{format_size(nbytes)} more do not fit {self._device.name}: {format_size(free)} are free",
-                shortfall_bytes=nbytes - free,
-                waits=True,
-            )
-        try:
-            with self._device.current():
-                for run in runs:
-                    self._commit(*run)
-        except BaseException as error:
-            self.release(runs)
-            if isinstance(error, DeviceError) and error.code == cu.ERROR_OUT_OF_MEMORY:
-                text = (
-                    f"{format_size(nbytes)} more of {self._device.name}: {error}, though {format_size(free)} were free"
-                )
-                raise FitError(text, shortfall_bytes=1, waits=True) from None
-            raise
-
-    def _commit(self, first: int, count: int) -> None:
-        driver, unit = self._device.driver, self.granule_bytes
-        properties = ctypes.byref(self._device.properties)
-        for granule in range(first, first + count):
-            self._map(granule, driver.number("cuMemCreate", c_ulonglong, unit, properties, 0))
-        self._allow(first, count)
-
-    def _map(self, granule: int, handle: int) -> None:
-        unit = self.granule_bytes
-        try:
-            self._device.driver.call("cuMemMap", self.address + granule * unit, unit, 0, handle, 0)
-        except BaseException:
-            self._device.give_back("cuMemRelease", handle)
-            raise
-        self._handles[granule] = handle
-
-    def _allow(self, first: int, count: int) -> None:
-        at, size = self.address + first * self.granule_bytes, count * self.granule_bytes
-        self._device.driver.call("cuMemSetAccess", at, size, self._device.access(cu.ACCESS_READWRITE), 1)
-
-    def shared(self) -> int | None:
-        return None
-
-    def descriptors(self, runs: Sequence[Run]) -> Sequence[int]:
-        wanted = [granule for first, count in runs for granule in range(first, first + count)]
-        for granule in wanted:
-            if granule not in self._fds:
-                self._fds[granule] = self._exported(granule)
-        return [self._fds[granule] for granule in wanted]
-
-    def adopt(self, runs: Sequence[Run], fds: Sequence[int]) -> None:
-        """Not known before a GPU was seen: whether a driver keeps granules whose maker has died for as long as one of
-        their descriptors is open, as its documentation has it of handles, and gives them with their bytes."""
-        wanted = [granule for first, count in runs for granule in range(first, first + count)]
-        self._fds |= dict(zip(wanted, fds, strict=True))
-        driver, kind = self._device.driver, cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        with self._device.current():
-            for granule, fd in zip(wanted, fds, strict=True):
-                self._map(granule, driver.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind))
-            for run in runs:
-                self._allow(*run)
-
-    def release(self, runs: Sequence[Run]) -> None:
-        refused: list[DeviceError] = []
-        with self._device.current():
-            for first, count in runs:
-                for granule in range(first, first + count):
-                    handle = self._handles.pop(granule, None)
-                    if handle is not None:
-                        self._release(granule, handle, refused)
-        if refused:
-            raise refused[0]
-
-    def _release(self, granule: int, handle: int, refused: list[DeviceError]) -> None:
-        fd = self._fds.pop(granule, None)
-        if fd is not None:
-            os.close(fd)
-        at = self.address + granule * self.granule_bytes
-        for name, args in (("cuMemUnmap", (at, self.granule_bytes)), ("cuMemRelease", (handle,))):
-            try:
-                self._device.driver.call(name, *args)
-            except DeviceLostError:  # nothing is there any more that could be ended
-                pass
-            except DeviceError as error:  # the others go back all the same
-                refused.append(error)
-
-    def export(self, runs: Sequence[Run]) -> list[int]:
-        from gpuload.wire import close_all
-
-        fds: list[int] = []
-        try:
-            for first, count in runs:
-                fds.extend(self._exported(granule) for granule in range(first, first + count))
-        except OSError as error:
-            close_all(fds)
-            raise DeviceError(f"cannot hand out granules of {self._device.name}: {error.strerror}") from None
-        except BaseException:
-            close_all(fds)
-            raise
-        return fds
-
-    def _exported(self, granule: int) -> int:
-        if granule in self._fds:
-            return os.dup(self._fds[granule])
-        kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return self._device.number("cuMemExportToShareableHandle", c_int, self._handles[granule], kind, 0)
-
-    def close(self) -> None:
-        if self.address:
-            self.release([(0, self.granules_count)])
-            self._device.give_back("cuMemAddressFree", self.address, self._nbytes)
-            self.address = 0
-
-
-class CudaMapping:
-    """See `base.Mapping`. Read-only: a kernel that writes fails, and with it its process's use of the card."""
-
-    waits_to_close = True
-    is_hidden = False
-
-    def __init__(self, device: CudaDevice, fds: Sequence[int], runs: Sequence[Run]) -> None:
-        self._device, self._runs = device, list(runs)
-        self._handles: list[int] = []  # kept: a change that fails half-way maps them again
-        self._mapped = _Mapped(device, len(fds))
-        self.address, self.nbytes = self._mapped.address, self._mapped.nbytes
-        try:
-            with device.current():
-                for fd in fds:
-                    self._handles.append(device.import_granule(fd))
-                    self._mapped.add(self._handles[-1])
-            self._mapped.allow(cu.ACCESS_READ)
-        except BaseException:
-            self._end()
-            raise
-
-    def prepare(self, fds: Sequence[int], runs: Sequence[Run], *, is_same: bool) -> CudaChange:
-        before, after = _granules(self._runs), _granules(runs)
-        if len(before) != len(after) or len(fds) != len(after):
-            raise ValueError(f"{len(fds)} descriptors of {runs} are not the {len(before)} granules that are shown")
-        places = [i for i, granule in enumerate(after) if not is_same or granule != before[i]]
-        handles: list[int] = []
-        try:
-            with self._device.current():
-                handles.extend(self._device.import_granule(fds[place]) for place in places)
-        except BaseException:
-            self._device.release(handles)
-            raise
-        return CudaChange(self, places, handles, list(runs))
-
-    def exchange(self, places: Sequence[int], handles: list[int], runs: list[Run]) -> list[Run]:
-        """See `base.Change`: granule `places[i]` becomes `handles[i]`, which becomes what was there. Returns the runs
-        that were shown."""
-        self._device.call("cuCtxSynchronize")  # what is queued reads the old bytes
-        before = [self._handles[place] for place in places]
-        try:
-            self._show(places, handles)
-        except Exception:
-            try:
-                changed = [i for i, place in enumerate(places) if self._mapped.shown[place] != before[i]]
-                self._show([places[i] for i in changed], [before[i] for i in changed])
-            except Exception:
-                self.hide()
-            raise
-        for place, handle in zip(places, handles, strict=True):
-            self._handles[place] = handle
-        handles[:] = before
-        shown, self._runs = self._runs, runs
-        return shown
-
-    def _show(self, places: Sequence[int], handles: Sequence[int]) -> None:
-        with self._device.current():
-            for place, handle in zip(places, handles, strict=True):
-                self._mapped.put(place, handle)
-        for first, count in _runs_of(places):
-            self._mapped.allow(cu.ACCESS_READ, first, count)
-
-    def hide(self) -> None:
-        self.is_hidden = True
-        with contextlib.suppress(DeviceError), self._device.current():
-            for place in range(len(self._mapped.shown)):
-                self._mapped.take(place)
-
-    def close(self) -> None:
-        if self._device.driver.is_inherited:  # it is the parent's, and stays so
-            return
-        if self._mapped.address:
-            self._device.give_back("cuCtxSynchronize")  # a kernel that reads these weights may still be queued
-        self._end()
-
-    def _end(self) -> None:
-        self._mapped.close()
-        self._device.release(self._handles)
-
-
-class CudaChange:
-    """See `base.Change`. Only granules that differ are mapped anew."""
-
-    waits_to_close = True
-
-    def __init__(self, mapping: CudaMapping, places: list[int], handles: list[int], runs: list[Run]) -> None:
-        self._mapping, self._places, self._handles, self._runs = mapping, places, handles, runs
-
-    def exchange(self) -> None:
-        self._runs = self._mapping.exchange(self._places, self._handles, self._runs)
-
-    def close(self) -> None:
-        device = self._mapping._device
-        if not device.driver.is_inherited:
-            device.release(self._handles)
-
-
-def _granules(runs: Sequence[Run]) -> list[int]:
-    return [first + i for first, count in runs for i in range(count)]
-
-
-def _runs_of(places: Sequence[int]) -> list[Run]:
-    """The same, those that follow each other as one."""
-    runs: list[Run] = []
-    for place in places:
-        if runs and sum(runs[-1]) == place:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((place, 1))
-    return runs
 
 
 class CudaDevice:
@@ -525,7 +234,7 @@ class CudaDevice:
     def reserve_arena(self, nbytes: int, shared: int | None = None) -> CudaArena:
         if shared is not None:
             os.close(shared)
-            raise DeviceError(f"an arena on {self.name} has a descriptor for each granule, not one for all")
+            raise DeviceError(f"an arena on {self.name} has a descriptor for each piece, not one for all")
         self._check_shared()
         return CudaArena(self, nbytes // self.granule_bytes)
 
@@ -545,21 +254,20 @@ class CudaDevice:
             )
 
     def attach(self, fds: Sequence[int], runs: Sequence[Run]) -> CudaMapping:
-        if len(fds) != sum(count for _, count in runs):
-            raise DeviceError(f"{len(fds)} granules came, expected {sum(count for _, count in runs)}")
+        if len(fds) != len(runs):
+            raise DeviceError(f"{len(fds)} pieces came, expected {len(runs)}")
         return CudaMapping(self, fds, runs)
 
-    def import_granule(self, fd: int) -> int:
+    def import_piece(self, fd: int) -> int:
         """This device's context must be current."""
         kind = cu.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         return self.driver.number("cuMemImportFromShareableHandle", c_ulonglong, fd, kind)
 
-    def release(self, handles: list[int]) -> None:
-        """Let go of granules; what is mapped of them stays mapped. Empties the list."""
+    def release(self, handles: Sequence[int]) -> None:
+        """Let go of pieces; what is mapped of them stays mapped."""
         with contextlib.suppress(DeviceLostError), self.current():
-            while handles:
-                self.driver.call("cuMemRelease", handles.pop())
-        handles.clear()
+            for handle in handles:
+                self.driver.call("cuMemRelease", handle)
 
     def register(self, address: int, nbytes: int) -> None:
         """See `base.Device.register`. As read-only memory, if the driver knows such; without that it refuses what this

@@ -142,9 +142,11 @@ class HostStaging:
 class HostArena:
     """See `base.Arena`. Memory is taken when it is committed: a machine without room says so there, not in a load."""
 
+    has_pieces = False
+
     def __init__(self, nbytes: int, granule_bytes: int, shared: int | None = None) -> None:
         self.granule_bytes = granule_bytes
-        self.granules_count = nbytes // granule_bytes
+        self.granules_count = self.places_count = nbytes // granule_bytes
         size = self.granules_count * granule_bytes
         self._fd = _made_file(size) if shared is None else shared
         try:

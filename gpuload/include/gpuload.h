@@ -42,7 +42,7 @@
 #include <dlfcn.h>
 #endif
 
-#define GPULOAD_PROTOCOL 3
+#define GPULOAD_PROTOCOL 4
 #define GPULOAD_ERROR_BYTES 600
 #define GPULOAD_REPLY_BYTES_MAX (128u << 20)
 #define GPULOAD_FDS_MAX 65536
@@ -78,6 +78,8 @@ typedef struct {
     int cuda_ordinal;     /* -1 on the CPU */
     pid_t pid_;           /* who mapped it: no forked child may call a driver */
     uint64_t unit_;       /* bytes of a granule */
+    uint64_t *runs_;      /* pairs: the first granule and how many, side by side here in this order */
+    size_t runs_count_;
 } gpuload_part;
 
 typedef struct {
@@ -526,17 +528,20 @@ static inline int gpuload_find_card_(gpuload_cuda_ *cuda, const char *name, int 
     return gpuload_fail_(error, GPULOAD_SYSTEM, "the model stands on %s, which this process does not see", name);
 }
 
-static inline void gpuload_unmap_cuda_(gpuload_cuda_ *cuda, unsigned long long at, uint64_t unit, uint64_t mapped, uint64_t nbytes) {
-    while (mapped) cuda->unmap(at + --mapped * unit, (size_t)unit);
-    cuda->free(at, (size_t)nbytes);
+/* The first `mapped` runs, each a mapping of its own. */
+static inline void gpuload_unmap_cuda_(gpuload_cuda_ *cuda, const gpuload_part *part, unsigned long long at, size_t mapped) {
+    unsigned long long from = at;
+    size_t i;
+    for (i = 0; i < mapped; from += part->runs_[2 * i + 1] * part->unit_, i++) cuda->unmap(from, (size_t)(part->runs_[2 * i + 1] * part->unit_));
+    cuda->free(at, (size_t)part->nbytes);
 }
 
-static inline int gpuload_map_cuda_(gpuload_part *part, uint64_t unit, const int *fds, size_t n, char *error) {
+static inline int gpuload_map_cuda_(gpuload_part *part, const int *fds, char *error) {
     struct { int type, id, flags; } access = {1, 0, 1}; /* CUmemAccessDesc: a device, this one, reading */
     gpuload_cuda_ *cuda = gpuload_load_cuda_(error);
-    unsigned long long at = 0, handle;
+    unsigned long long at = 0, to, handle;
     void *context;
-    uint64_t i = 0;
+    size_t i = 0;
     int result, ordinal = 0;
     const char *call = "cuDevicePrimaryCtxRetain";
     if (!cuda) return GPULOAD_SYSTEM;
@@ -547,45 +552,48 @@ static inline int gpuload_map_cuda_(gpuload_part *part, uint64_t unit, const int
     if (result) return gpuload_fail_(error, GPULOAD_SYSTEM, "%s failed: %d", call, result);
     call = "cuMemAddressReserve";
     result = cuda->reserve(&at, (size_t)part->nbytes, 0, 0, 0);
-    for (; !result && i < n; i++) {
+    for (to = at; !result && i < part->runs_count_; i++) {
+        size_t size = (size_t)(part->runs_[2 * i + 1] * part->unit_);
         call = "cuMemImportFromShareableHandle";
         if ((result = cuda->import(&handle, (void *)(intptr_t)fds[i], 1))) break;
         call = "cuMemMap";
-        result = cuda->map(at + i * unit, (size_t)unit, 0, handle, 0);
+        result = cuda->map(to, size, 0, handle, 0);
         cuda->release(handle); /* the mapping keeps the memory */
         if (result) break;
+        to += size;
     }
     if (!result) {
         call = "cuMemSetAccess";
         result = cuda->access(at, (size_t)part->nbytes, &access, 1);
     }
-    if (result && at) gpuload_unmap_cuda_(cuda, at, unit, i, part->nbytes);
+    if (result && at) gpuload_unmap_cuda_(cuda, part, at, i);
     cuda->pop(&context);
     if (result) return gpuload_fail_(error, GPULOAD_SYSTEM, "%s failed: %d", call, result);
     part->address = (void *)(uintptr_t)at, part->cuda_ordinal = ordinal, part->pid_ = getpid();
     return 0;
 }
 
-static inline void gpuload_release_cuda_(gpuload_part *part, uint64_t unit) {
+static inline void gpuload_release_cuda_(gpuload_part *part) {
     gpuload_cuda_ *cuda = gpuload_load_cuda_(NULL);
     void *context;
     if (!cuda || cuda->retain(&context, part->cuda_ordinal) || cuda->push(context)) return;
     cuda->synchronize(); /* a kernel that reads these weights may still be queued */
-    gpuload_unmap_cuda_(cuda, (unsigned long long)(uintptr_t)part->address, unit, part->nbytes / unit, part->nbytes);
+    gpuload_unmap_cuda_(cuda, part, (unsigned long long)(uintptr_t)part->address, part->runs_count_);
     cuda->pop(&context);
 }
 #endif
 
-/* runs: pairs of the first granule and how many, side by side here in this order. */
-static inline int gpuload_map_(gpuload_part *part, const uint64_t *runs, size_t runs_count, uint64_t unit, const int *fds, size_t n, char *error) {
+static inline int gpuload_map_(gpuload_part *part, const int *fds, size_t n, char *error) {
+    const uint64_t *runs = part->runs_, unit = part->unit_;
+    const size_t runs_count = part->runs_count_;
     struct stat file;
     char *at;
     size_t i;
     int seals;
     if (strncmp(part->device, "cpu", 3)) {
 #ifdef GPULOAD_WITH_CUDA
-        if (n != part->nbytes / unit) return gpuload_fail_(error, GPULOAD_PROTOCOL_ERROR, "%zu granules came for %s, expected %llu", n, part->device, (unsigned long long)(part->nbytes / unit));
-        return gpuload_map_cuda_(part, unit, fds, n, error);
+        if (n != runs_count) return gpuload_fail_(error, GPULOAD_PROTOCOL_ERROR, "%zu descriptors came for %s, expected %zu", n, part->device, runs_count);
+        return gpuload_map_cuda_(part, fds, error);
 #else
         return gpuload_fail_(error, GPULOAD_USAGE, "the model stands on %s: compile with GPULOAD_WITH_CUDA", part->device);
 #endif
@@ -618,13 +626,14 @@ static inline void gpuload_release(gpuload_model *model) {
         if (!part->address) continue;
 #ifdef GPULOAD_WITH_CUDA
         if (part->cuda_ordinal >= 0) {
-            if (part->pid_ == getpid()) gpuload_release_cuda_(part, part->unit_);
+            if (part->pid_ == getpid()) gpuload_release_cuda_(part);
             continue;
         }
 #endif
         munmap(part->address, (size_t)part->nbytes);
     }
     if (model->sock >= 0) close(model->sock); /* unmapped first: from here on the server may write there */
+    for (i = 0; model->parts && i < model->parts_count; i++) free(model->parts[i].runs_);
     free(model->tensors);
     free(model->parts);
     free(model->shapes_);
@@ -671,7 +680,7 @@ static inline int gpuload_take_parts_(gpuload_model *model, const char *parts, c
         int failed = 0;
         if (!runs || *runs != '[' || !gpuload_number_(gpuload_get_(part, "fds").at, &own) || own > fds_count - used || !gpuload_number_(gpuload_get_(part, "granule_bytes").at, &unit) || unit % 4096 || !unit || unit > GPULOAD_GRANULE_BYTES_MAX)
             return gpuload_fail_(error, GPULOAD_PROTOCOL_ERROR, "part %u of the answer is none", i);
-        pairs = (uint64_t *)malloc((2 * count + 1) * sizeof *pairs);
+        pairs = to->runs_ = (uint64_t *)malloc((2 * count + 1) * sizeof *pairs);
         if (!pairs) return gpuload_fail_(error, GPULOAD_SYSTEM, "no memory for %zu runs", count);
         for (run = gpuload_first_(runs); run && !failed; run = gpuload_next_(run), n++) {
             const char *first = gpuload_first_(run), *many = first ? gpuload_next_(first) : NULL;
@@ -680,10 +689,9 @@ static inline int gpuload_take_parts_(gpuload_model *model, const char *parts, c
                 failed = gpuload_fail_(error, GPULOAD_PROTOCOL_ERROR, "run %zu of part %u is none", n, i);
         }
         to->device = gpuload_string_((char *)(uintptr_t)device);
-        to->nbytes = granules * unit, to->unit_ = unit, to->cuda_ordinal = -1;
+        to->nbytes = granules * unit, to->unit_ = unit, to->runs_count_ = n, to->cuda_ordinal = -1;
         if (!failed && !to->device) failed = gpuload_fail_(error, GPULOAD_PROTOCOL_ERROR, "part %u has no device", i);
-        if (!failed && count) failed = gpuload_map_(to, pairs, count, unit, fds + used, (size_t)own, error);
-        free(pairs);
+        if (!failed && count) failed = gpuload_map_(to, fds + used, (size_t)own, error);
         if (failed) return failed;
         used += (size_t)own;
         part = next;

@@ -1,6 +1,6 @@
 """The conductor of one load: batches → source → ring of buffers → copy stream, overlapped, cancelled as one.
 
-    readers_count threads, each:   take a batch and a buffer, wait until the buffer's last copy is done,
+    readers_count threads, each:   take a buffer and a batch for it, wait until the buffer's last copy is done,
                                    fill it from the source, have it page-locked if it is new, check it,
                                    queue the copies, put it back with their event
     one thread more:               waits for the events in order, tells which transfers are complete
@@ -22,11 +22,12 @@ from __future__ import annotations
 import math
 import os
 import threading
+from bisect import bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import trio
@@ -36,7 +37,7 @@ from gpuload.device.host import view_of
 from gpuload.device.nodes import beside
 from gpuload.errors import one_error
 from gpuload.moving.moves import Move, Runs, plan_moves, plan_parts
-from gpuload.moving.plan import Batch, Piece
+from gpuload.moving.plan import Batch, Packing, Piece
 from gpuload.moving.source import Loan, Source, copy_out
 from gpuload.moving.staging import Buffer, Ring
 from gpuload.moving.timing import Timing
@@ -71,7 +72,7 @@ Decide = Callable[[Batch], None]
 
 
 async def move_batches(
-    batches: Iterable[Batch],
+    batches: Sequence[Batch] | Packing,
     *,
     source: Source,
     device: Device,
@@ -87,8 +88,8 @@ async def move_batches(
 ) -> None:
     """Move every batch; return when every byte is in its place.
 
-    batches: in order. With `lent` and without `on_landed` and `admit` they may come one by one, from an iterator that
-        readers ask in turn.
+    batches: in order; or, with `lent` and without `on_landed` and `admit`, what readers take them from, each as large
+        as its buffer. Pieces are at most the ring's `first_bytes` then.
     lent: a ring to use, whose buffers hold the largest batch; all its buffers are back in it afterwards, whatever
         happens. None: one is made for this call.
     runs_of: called in a reader's thread.
@@ -99,29 +100,32 @@ async def move_batches(
     on_landed: told, in a thread of the load, the index of each transfer once all of it is in place, in no fixed order.
     Raises: what source, device or check raise. Cancellation: safe; the destination's bytes are undefined.
     """
-    if lent is None or on_landed is not None or admit is not None:
-        batches = list(batches)
-    rest = iter(batches)
-    head = list(islice(rest, limits.readers_count))
+    packing = batches if isinstance(batches, Packing) else None
+    if packing is not None:
+        assert lent is not None
+        taken = (packing.take(lent.room) for _ in range(limits.readers_count))
+        head = [batch for batch in taken if batch is not None]
+    else:
+        assert not isinstance(batches, Packing)
+        head = list(batches)
     if not head:
         return
-    readers_count = len(head)
+    readers_count = min(limits.readers_count, len(head))
     if lent is not None:
         ring, copies_most = lent, lent.count
     else:
-        assert isinstance(batches, list)
-        copies_most = min(limits.buffers_count, len(batches))
-        ring = Ring(device, buffer_bytes=max(batch.nbytes for batch in batches), count=copies_most)
-    ways = _Ways(chain(head, rest) if admit is None else None, ring, copies_most=copies_most)
-    landing = _Landing(batches if on_landed is not None else (), on_landed)
+        copies_most = min(limits.buffers_count, len(head))
+        ring = Ring(device, buffer_bytes=max(batch.nbytes for batch in head), count=copies_most)
+    ways = _Ways(head if admit is None else (), packing, ring, is_fed=admit is None, copies_most=copies_most)
+    landing = _Landing(head if on_landed is not None else (), on_landed)
     readers_left = readers_count
 
     async def feed() -> None:
         assert admit is not None
-        for batch in batches:
+        for batch in head:
             await admit(batch)
             ways.add(batch)
-        ways.is_fed()
+        ways.end_feeding()
 
     def read() -> None:
         try:
@@ -131,17 +135,32 @@ async def move_batches(
             if not ways.is_stopped:  # else the load has its end already, and the source was told to fail
                 raise
 
+    def next_one() -> tuple[Batch, Buffer | None] | None:
+        """A batch, and the buffer that it fills: none where it is read straight into its place."""
+        buffer, batch = None, None
+        if device.is_direct:
+            batch = ways.next_batch(ring.buffer_bytes)
+            if batch is None or _is_plain(batch):
+                return None if batch is None else (batch, None)
+        buffer = ring.take()
+        if buffer is None:
+            return None
+        try:
+            batch = batch or ways.next_batch(buffer.room)
+        finally:
+            if batch is None:
+                ring.put(buffer)
+        return None if batch is None else (batch, buffer)
+
     def read_all() -> None:
-        while (batch := ways.next_batch()) is not None:
-            if device.is_direct and _is_plain(batch):
+        while (found := next_one()) is not None:
+            batch, buffer = found
+            if batch.nbytes > ring.buffer_bytes:
+                raise ValueError(f"a batch of {batch.nbytes} bytes does not fit buffers of {ring.buffer_bytes}")
+            if buffer is None:
                 _read_direct(batch, source, runs_of, check)
                 landing.add(batch)
                 continue
-            if batch.nbytes > ring.buffer_bytes:
-                raise ValueError(f"a batch of {batch.nbytes} bytes does not fit buffers of {ring.buffer_bytes}")
-            buffer = ring.take()
-            if buffer is None:
-                return
             try:
                 sources, loan = _bring(batch, buffer, source, device, limits)
                 try:
@@ -219,7 +238,7 @@ async def move_batches(
 
 
 def move_one_by_one(
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     *,
     source: Source,
     device: Device,
@@ -242,7 +261,7 @@ def move_one_by_one(
             continue
         with ExitStack() as held:
             staging = held.enter_context(closing(device.alloc_staging(batch.nbytes)))
-            sources, loan = _bring(batch, Buffer(staging), source, device, limits)
+            sources, loan = _bring(batch, Buffer(staging, batch.nbytes), source, device, limits)
             if loan is not None:
                 held.callback(loan.release)
             stream = held.enter_context(closing(device.open_stream()))  # ends first: it may copy from the others
@@ -268,21 +287,30 @@ def _moves_of(batch: Batch, sources: Runs, runs_of: RunsOf) -> list[Move]:
     """The copies of a batch that stands at `sources`. What lies side by side at both ends is one copy, but none
     crosses two sources, which may be page-locked each by itself."""
     moves: list[Move] = []
+    ends = list(accumulate(nbytes for _, nbytes in sources))
     edges = {address for address, _ in sources}
-    first = sources[0][0] - batch.start if len(sources) == 1 else None
+    dst_after = src_after = 0  # where the last copy ends, if it is one run
     for piece in batch.pieces:
         runs = runs_of(piece)
-        if first is not None and piece.rows_count == 1 and len(runs) == 1:  # nearly all; no cursors for those
-            own: Iterable[Move] = (Move(runs[0][0], first + piece.start, piece.row_bytes, 1, piece.row_bytes),)
+        nbytes, offset = piece.row_bytes, piece.start - batch.start
+        at = bisect_right(ends, offset)
+        room = ends[at] - offset if at < len(ends) else 0
+        if piece.rows_count == 1 and len(runs) == 1 and nbytes <= room:  # nearly all; no cursors for those
+            address, own_bytes = sources[at]
+            own: Iterable[Move] = (Move(runs[0][0], address + own_bytes - room, nbytes, 1, nbytes),)
         else:
-            own = plan_moves(piece, piece.start - batch.start, sources, runs)
+            own = plan_moves(piece, offset, sources, runs)
         for move in own:
-            if move.rows_count == 1 and moves and moves[-1].rows_count == 1 and move.src not in edges:
-                last = moves[-1]
-                if last.src + last.row_bytes == move.src and last.dst + last.row_bytes == move.dst:
-                    nbytes = last.row_bytes + move.row_bytes
-                    moves[-1] = Move(last.dst, last.src, nbytes, 1, nbytes)
-                    continue
+            dst, src, nbytes, rows_count, _ = move
+            if rows_count > 1:
+                dst_after = src_after = 0
+            elif dst == dst_after and src == src_after and src not in edges:
+                nbytes += moves[-1].row_bytes
+                moves[-1] = Move(moves[-1].dst, moves[-1].src, nbytes, 1, nbytes)
+                dst_after, src_after = dst + move.row_bytes, src + move.row_bytes
+                continue
+            else:
+                dst_after, src_after = dst + nbytes, src + nbytes
             moves.append(move)
     return moves
 
@@ -354,15 +382,18 @@ class _Copies(NamedTuple):
 class _Ways:
     """Between the threads of one load: batches on their way to readers, queued copies on their way to the lander."""
 
-    def __init__(self, batches: Iterator[Batch] | None, ring: Ring, *, copies_most: int) -> None:
-        """batches: all of them; None: `add` brings them and `is_fed` says that was all."""
+    def __init__(
+        self, batches: Sequence[Batch], packing: Packing | None, ring: Ring, *, is_fed: bool, copies_most: int
+    ) -> None:
+        """batches: the first ones, and after them what readers take from `packing`. is_fed: that is all; else `add`
+        brings more and `end_feeding` says when that was all."""
         self.queueing = threading.Lock()
         """A stream belongs to one thread at a time."""
         self._ring = ring
         self._changed = threading.Condition()
-        self._planned, self._planning = batches, threading.Lock()
-        self._batches = deque[Batch]()
-        self._is_fed = False
+        self._packing, self._planning = packing, threading.Lock()
+        self._batches = deque(batches)
+        self._is_fed = is_fed
         self._copies: deque[_Copies] = deque()
         self._copies_most = copies_most
         self._is_read = self._is_stopped = False
@@ -377,16 +408,16 @@ class _Ways:
             self._batches.append(batch)
             self._changed.notify_all()
 
-    def is_fed(self) -> None:
+    def end_feeding(self) -> None:
         with self._changed:
             self._is_fed = True
             self._changed.notify_all()
 
-    def next_batch(self) -> Batch | None:
-        """Blocks; None when there are no more, or the load ends."""
-        if self._planned is not None:
+    def next_batch(self, most_bytes: int) -> Batch | None:
+        """Blocks; None when there are no more, or the load ends. most_bytes: of one that is still to be packed."""
+        if self._packing is not None and not self._batches:
             with self._planning:
-                return next(self._planned, None) if not self._is_stopped else None
+                return self._packing.take(most_bytes) if not self._is_stopped else None
         with self._changed:
             self._changed.wait_for(lambda: self._batches or self._is_fed or self._is_stopped)
             return self._batches.popleft() if self._batches and not self._is_stopped else None

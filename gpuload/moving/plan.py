@@ -1,6 +1,8 @@
 """From tensor tables and a placement to the ordered list of moves. Pure: no I/O, no torch, no device.
 
-    tensors of all shards + Placement ──plan_transfers──> Transfer per tensor ──plan_batches──> Batch per buffer fill
+    tensors of all shards + Placement ──plan_transfers──> Transfer per tensor ──Packing──> Batch per buffer fill
+
+Nobody changes a transfer or a piece; but there are thousands, and a frozen dataclass takes three times as long to make.
 
 A tensor-parallel rank gets its slice of a tensor. Cut along the first axis that is one run of bytes; cut along a later
 axis it is many equal rows at a fixed distance, which a device copies in one strided (2-D) operation:
@@ -12,7 +14,7 @@ axis it is many equal rows at a fixed distance, which a device copies in one str
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -77,7 +79,7 @@ class Placement:
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Transfer:
     """One tensor, or this rank's slice of it, on its way from one shard to one device."""
 
@@ -107,7 +109,7 @@ class Transfer:
         return self.start + (self.rows_count - 1) * self.pitch_bytes + self.row_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """What is copied in one operation: some rows, or a run of bytes, of one transfer; never more than a buffer."""
 
@@ -130,7 +132,7 @@ class Piece:
         return self.start + (self.rows_count - 1) * self.pitch_bytes + self.row_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
     """One fill of one staging buffer: bytes [start, stop) of a shard, and the pieces that are cut out of it."""
 
@@ -198,59 +200,85 @@ def cut_axis(info: TensorInfo, shard: int, device: str, axis: int, first: int, l
     return Transfer(info.name, info.dtype, shape, device, shard, start, row_bytes, rows, pitch)
 
 
-def cut_transfer(index: int, transfer: Transfer, piece_bytes: int) -> Iterator[Piece]:
+def cut_transfer(index: int, transfer: Transfer, piece_bytes: int) -> Sequence[Piece]:
     """The transfer in pieces whose span in the shard is at most `piece_bytes`.
 
     Pieces are cut at fixed distances from the tensor's own beginning, so equal tensors give equal pieces wherever
     they stand in a file.
     """
-    t = transfer
-    if not t.nbytes:
-        return
-    if t.rows_count > 1 and t.pitch_bytes <= piece_bytes and t.pitch_bytes - t.row_bytes <= GAP_BYTES_MAX:
-        step = piece_bytes // t.pitch_bytes
-        for row in range(0, t.rows_count, step):
-            rows = min(step, t.rows_count - row)
-            yield Piece(index, row * t.row_bytes, t.start + row * t.pitch_bytes, t.row_bytes, rows, t.pitch_bytes)
-        return
-    for row in range(t.rows_count):
-        for at in range(0, t.row_bytes, piece_bytes):
-            n = min(piece_bytes, t.row_bytes - at)
-            yield Piece(index, row * t.row_bytes + at, t.start + row * t.pitch_bytes + at, n, 1, n)
+    start, row_bytes, rows_count, pitch_bytes = (
+        transfer.start, transfer.row_bytes, transfer.rows_count, transfer.pitch_bytes
+    )  # fmt: skip
+    if not row_bytes * rows_count:
+        return ()
+    if rows_count == 1 and row_bytes <= piece_bytes:
+        return (Piece(index, 0, start, row_bytes, 1, row_bytes),)
+    if rows_count > 1 and pitch_bytes <= piece_bytes and pitch_bytes - row_bytes <= GAP_BYTES_MAX:
+        step = piece_bytes // pitch_bytes
+        return [
+            Piece(
+                index, row * row_bytes, start + row * pitch_bytes, row_bytes, min(step, rows_count - row), pitch_bytes
+            )
+            for row in range(0, rows_count, step)
+        ]
+    return [
+        Piece(index, row * row_bytes + at, start + row * pitch_bytes + at, n, 1, n)
+        for row in range(rows_count)
+        for at in range(0, row_bytes, piece_bytes)
+        for n in (min(piece_bytes, row_bytes - at),)
+    ]
+
+
+class Packing:
+    """Pieces that follow each other closely, put into batches one by one: thousands of tensors take longer to plan than
+    a link needs to begin, and whoever takes a batch knows how much it may hold. One thread at a time."""
+
+    def __init__(self, pieces: Iterable[tuple[int, Piece]]) -> None:
+        """pieces: each with its shard."""
+        self._pieces = iter(pieces)
+        self._next = next(self._pieces, None)
+
+    def take(self, most_bytes: int) -> Batch | None:
+        """The next batch, of at most `most_bytes` unless its first piece has more; None after the last."""
+        if self._next is None:
+            return None
+        of, piece = self._next
+        self._next = None
+        group, start, stop = [piece], piece.start, piece.stop
+        for shard, piece in self._pieces:
+            first = piece.start
+            last = max(stop, first + (piece.rows_count - 1) * piece.pitch_bytes + piece.row_bytes)
+            is_near = shard == of and start <= first <= stop + GAP_BYTES_MAX
+            if not is_near or last - start > most_bytes or len(group) == PIECES_MAX:
+                self._next = (shard, piece)
+                break
+            group.append(piece)
+            stop = last
+        return Batch(of, start, stop, tuple(group))
+
+    def all(self, most_bytes: int) -> list[Batch]:
+        """All that are left."""
+        return list(iter(lambda: self.take(most_bytes), None))
+
+
+def pack_transfers(transfers: Sequence[Transfer], *, piece_bytes: int, device: str | None = None) -> Packing:
+    """The pieces of all transfers (to `device`, if given), in order."""
+    return Packing(
+        (t.shard, piece)
+        for index, t in enumerate(transfers)
+        if device is None or t.device == device
+        for piece in cut_transfer(index, t, piece_bytes)
+    )
 
 
 def plan_batches(
     transfers: Sequence[Transfer], *, buffer_bytes: int, piece_bytes: int | None = None, device: str | None = None
 ) -> list[Batch]:
-    """Pack the pieces of all transfers (to `device`, if given), in order, into fills of `buffer_bytes` at most."""
-    return list(each_batch(transfers, buffer_bytes=buffer_bytes, piece_bytes=piece_bytes, device=device))
+    """The same in fills of `buffer_bytes` at most."""
+    piece_bytes = min(piece_bytes or buffer_bytes, buffer_bytes)
+    return pack_transfers(transfers, piece_bytes=piece_bytes, device=device).all(buffer_bytes)
 
 
-def each_batch(
-    transfers: Sequence[Transfer], *, buffer_bytes: int, piece_bytes: int | None = None, device: str | None = None
-) -> Iterator[Batch]:
-    """`plan_batches`, one by one: thousands of tensors take longer to plan than a link needs to begin."""
-    pieces = (
-        (t.shard, piece)
-        for index, t in enumerate(transfers)
-        if device is None or t.device == device
-        for piece in cut_transfer(index, t, min(piece_bytes or buffer_bytes, buffer_bytes))
-    )
-    return pack_pieces(pieces, buffer_bytes=buffer_bytes)
-
-
-def pack_pieces(pieces: Iterable[tuple[int, Piece]], *, buffer_bytes: int) -> Iterator[Batch]:
-    """Group (shard, piece) pairs that follow each other closely into batches of at most `buffer_bytes`."""
-    group: list[Piece] = []
-    at_shard, start, stop = -1, 0, 0
-    for shard, piece in pieces:
-        near = shard == at_shard and start <= piece.start <= stop + GAP_BYTES_MAX
-        fits = len(group) < PIECES_MAX and max(stop, piece.stop) - start <= buffer_bytes
-        if not (group and near and fits):
-            if group:
-                yield Batch(at_shard, start, stop, tuple(group))
-            group, at_shard, start, stop = [], shard, piece.start, piece.start
-        group.append(piece)
-        stop = max(stop, piece.stop)
-    if group:
-        yield Batch(at_shard, start, stop, tuple(group))
+def pack_pieces(pieces: Iterable[tuple[int, Piece]], *, buffer_bytes: int) -> list[Batch]:
+    """(shard, piece) pairs in fills of `buffer_bytes` at most."""
+    return Packing(pieces).all(buffer_bytes)

@@ -167,10 +167,12 @@ class Beginning:
         arena = device.reserve_arena(nbytes, shared)
         stack.callback(arena.close)
         floor_count = min(-(-floor // arena.granule_bytes), arena.granules_count)
-        present = 0 if is_heir else floor_count
-        if present:
-            await trio.to_thread.run_sync(arena.commit, [(0, present)])
-        catalog = Catalog(name, arena.granules_count, arena.granule_bytes, present_count=present)
+        places = arena.places_count if arena.has_pieces else None
+        catalog = Catalog(name, arena.granules_count, arena.granule_bytes, present_count=0, places_count=places)
+        if not is_heir and floor_count:
+            runs = catalog.granules.coming(floor_count)
+            await trio.to_thread.run_sync(arena.commit, runs)
+            catalog.granules.came(runs)
         limits = self.config.limits
         ring = Ring(device, buffer_bytes=max(limits.buffer_bytes, PIECE_BYTES), count=limits.buffers_count)
         tier = None if device.is_direct else self.tiers().get(device.node)

@@ -23,7 +23,7 @@ from gpuload.errors import FitError
 from gpuload.moving.plan import Placement
 from gpuload.moving.pool import Range
 from gpuload.server.digest_files import Digest
-from gpuload.server.granules import Granules
+from gpuload.server.granules import Granules, Pieces
 from gpuload.server.piece_index import PieceIndex
 from mfs.errors import NotFoundError
 from mfs.units import format_size
@@ -205,12 +205,23 @@ class Catalog:
     """All that stands in one arena."""
 
     def __init__(
-        self, device: str, granules_count: int, granule_bytes: int, *, present_count: int | None = None
+        self,
+        device: str,
+        granules_count: int,
+        granule_bytes: int,
+        *,
+        present_count: int | None = None,
+        places_count: int | None = None,
     ) -> None:
-        """present_count: of how many granules there is memory from the start; None: of all."""
+        """present_count: of how many granules there is memory from the start; None: of all.
+        places_count: where memory comes in pieces, how many numbers there are for granules; of none there is memory.
+        """
         self.device = device
         self.granule_bytes = granule_bytes
-        self.granules = Granules(granules_count, present_count=present_count)
+        if places_count is None:
+            self.granules = Granules(granules_count, present_count=present_count)
+        else:
+            self.granules = Pieces(places_count)
         self.budget_count = granules_count
         """Of how many there may be memory."""
         self.obtainable_count = 0
@@ -292,6 +303,11 @@ class Catalog:
         """How many granules must get memory so that `granules` are free once these models are gone."""
         return max(0, granules - self.granules.free_count - self._lost_count(going))
 
+    def unmatched(self, sizes: Sequence[int], going: Iterable[Model]) -> list[int]:
+        """Of blocks of so many granules, those for which memory is to be made in their shape, once these models are
+        gone."""
+        return self.granules.unmatched(sizes, [run for block in self._lost(going) for run in block.runs])
+
     @property
     def room_count(self) -> int:
         """Granules that are free, or would be without everything that may be evicted."""
@@ -324,12 +340,16 @@ class Catalog:
         return min(self.budget_count - own.taken_count, by_memory) + self._lost_count(models)
 
     def _lost_count(self, models: Iterable[Model]) -> int:
-        """Granules that go with these models; a block goes with the last who holds it."""
+        """Granules that go with these models."""
+        return sum(block.granules_count for block in self._lost(models))
+
+    def _lost(self, models: Iterable[Model]) -> list[Block]:
+        """Blocks that go with these models: each with the last who holds it."""
         lost: dict[Block, int] = {}
         for model in models:
             for block in model.blocks_in(self):
                 lost[block] = lost.get(block, 0) + 1
-        return sum(b.granules_count for b, count in lost.items() if count == b.holds)
+        return [block for block, count in lost.items() if count == block.holds]
 
     def _held(self) -> str:
         """What is resident, by who keeps it, for messages."""
@@ -378,9 +398,11 @@ class Catalog:
             f"{', enough if their programs refresh or let go' if is_enough else ''}: {', '.join(told)}"
         )
 
-    def reserve(self, nbytes: int) -> Block:
-        """A block with granules, held once. The caller made room."""
-        return Block(self.granules.take(-(-nbytes // self.granule_bytes)), nbytes, holds=1)
+    def reserve(self, *sizes: int) -> list[Block]:
+        """Blocks of so many bytes, with granules, each held once. The caller made room. Of some, memory may have to
+        come yet (`Site.shape`)."""
+        taken = self.granules.take_all([-(-nbytes // self.granule_bytes) for nbytes in sizes])
+        return [Block(runs, nbytes, holds=1) for runs, nbytes in zip(taken, sizes, strict=True)]
 
     def hold(self, block: Block) -> None:
         block.holds += 1

@@ -244,7 +244,7 @@ def run(
     lost, whatever its threads are at. Raises: as `serve`.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a 16 GB model on CUDA is handed out as 2000 descriptors
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one for each piece of a card that somebody attached to
 
     gc.set_threshold(GARBAGE_COUNT)
     must: list[Callable[[], object]] = []

@@ -5,7 +5,7 @@ The hands are a service manager's: systemd's FD store, or `gpuload.holder`, whic
     socket, lock     the listening socket; the file whose lock says that a server is there
     index            a memory file, rewritten with every change: what is served, what is leased by whom
     shared.A         what all of arena A's memory lives by, where that is one; A counts the index's devices
-    granule.A.G      what its granule G lives by, where each has its own and a model stands there
+    piece.A.G.N      what N granules of it from G on live by, where memory comes in pieces and a model stands there
     model.M          a memory file, written once: a model's tables and digests (`records`)
     lease.L          the connection that a lease is
 
@@ -51,7 +51,7 @@ from mfs.errors import IntegrityError
 
 log = logging.getLogger("gpuload.server")
 
-FORMAT = 1
+FORMAT = 2
 """Of index and records together. Raised whenever one server would misread another's."""
 
 SLOT_BYTES = 8 << 20
@@ -187,6 +187,11 @@ def _sum(number: int, content: bytes) -> bytes:
     return bytes(blake3(number.to_bytes(8, "big") + content).digest())
 
 
+def piece_name(at: int, run: Run) -> str:
+    """What a piece of arena `at` is kept as."""
+    return f"piece.{at}.{run[0]}.{run[1]}"
+
+
 def memory_file(name: str, content: bytes) -> int:
     """A file in memory, of nobody's but the holders of its descriptor."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
@@ -222,7 +227,7 @@ class Estate:
     leases: dict[int, tuple[Lease, int, bool]] = field(default_factory=dict)
     """L -> what is leased, the connection's descriptor (its owner's), whether the store has it."""
     _stored: set[str] = field(default_factory=set)
-    """Names of granules that the store has."""
+    """Names of pieces that the store has."""
     _coming: set[int] = field(default_factory=set)
     """Records of models that are about to be served."""
     is_clean: bool = False
@@ -232,16 +237,16 @@ class Estate:
     async def keep(self, doors: Mapping[str, int], sites: Mapping[str, Site], stored: Sequence[str] = ()) -> None:
         """Have all that there is kept; nothing is said of it before `resume`. stored: names that are kept already."""
         self.doors, self.sites = dict(doors), sites
-        self._stored |= {name for name in stored if name.startswith("granule.")}
+        self._stored |= {name for name in stored if name.startswith("piece.")}
         for name, fd in await trio.to_thread.run_sync(lambda: list(self.everything())):
-            if name.startswith("granule."):
-                await self._put_granule(name, fd)
+            if name.startswith("piece."):
+                await self._put_piece(name, fd)
             elif name not in stored:
                 await self.store.put(name, fd, is_watched=name.startswith("lease."))
         for site in sites.values():
             site.before_release = self._before_release
 
-    async def _put_granule(self, name: str, fd: int) -> None:
+    async def _put_piece(self, name: str, fd: int) -> None:
         if name not in self._stored:
             self._stored.add(name)
             await self.store.put(name, fd)
@@ -254,7 +259,7 @@ class Estate:
             shared = site.arena.shared()
             if shared is not None:
                 yield f"shared.{at}", shared
-        yield from self._granules(self._models())
+        yield from self._pieces(self._models())
         yield from ((f"model.{number}", fd) for number, fd in self.records.items())
         yield from ((f"lease.{number}", fd) for number, (_, fd, _) in self.leases.items())
 
@@ -262,21 +267,20 @@ class Estate:
         catalogs = [site.catalog for site in self.sites.values()]
         return list({id(m): m for c in catalogs for m in (*c.models.values(), *c.retired)}.values())
 
-    def _granules(self, models: Iterable[Model]) -> Iterator[tuple[str, int]]:
-        """What the granules of these live by, each once. May call a driver for each that was not asked for before."""
+    def _pieces(self, models: Iterable[Model]) -> Iterator[tuple[str, int]]:
+        """What the memory of these lives by, each piece once. May call a driver for each that is new."""
         for at, (name, site) in enumerate(self.sites.items()):
-            if site.arena.shared() is None:
+            if site.arena.has_pieces:
                 parts = [part for model in models for part in model.parts if part.catalog.device == name]
                 blocks = {id(block): block for part in parts for block in part.blocks}.values()
-                for first, count in (run for block in blocks for run in block.runs):
-                    fds = site.arena.descriptors([(first, count)])
-                    yield from ((f"granule.{at}.{first + i}", fd) for i, fd in enumerate(fds))
+                runs = [run for block in blocks for run in block.runs]
+                yield from zip((piece_name(at, run) for run in runs), site.arena.descriptors(runs), strict=True)
 
     async def _before_release(self, site: Site, runs: Sequence[Run]) -> None:
         """Memory goes back only where nobody keeps it for us."""
         self.sync()
         at = list(self.sites.values()).index(site)
-        names = {f"granule.{at}.{first + i}" for first, count in runs for i in range(count)} & self._stored
+        names = {piece_name(at, run) for run in runs} & self._stored
         for name in names:
             self._stored.discard(name)
             self.store.remove(name)
@@ -312,8 +316,8 @@ class Estate:
             model.number = number
             await self.store.put(f"model.{number}", self.records[number])
             if self.store.is_there:
-                for name, fd in await trio.to_thread.run_sync(lambda: list(self._granules([model]))):
-                    await self._put_granule(name, fd)
+                for name, fd in await trio.to_thread.run_sync(lambda: list(self._pieces([model]))):
+                    await self._put_piece(name, fd)
             yield
         finally:
             self._coming.discard(number)

@@ -324,8 +324,10 @@ class Loader:
                 # looked at before it is written: most may have no need to be
                 device = HostDevice(is_direct=False, reaches_all=True)
             report.bytes_copied += sum(p.nbytes for p in outside if (p.transfer, p.offset) not in undecided)
-            await self._return(work, site, ring, returning)
-            await self._read(work, ring, source, outside, device, runs_of, decide if undecided else None)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(site.shape, [block for block in part.own if block is not None])
+                await self._return(work, site, ring, returning)
+                await self._read(work, ring, source, outside, device, runs_of, decide if undecided else None)
             await self._think(lambda: work.learn_part(part))
             self._share_in_place(work, part)
             inside: list[InsideCopy] = [
@@ -412,7 +414,7 @@ class Loader:
         def pack() -> list[Batch]:
             with_shards = ((work.transfers[p.transfer].shard, p) for p in pieces)
             in_order = sorted(with_shards, key=lambda sp: (sp[0], sp[1].start))
-            return list(pack_pieces(in_order, buffer_bytes=self._limits.buffer_bytes))
+            return pack_pieces(in_order, buffer_bytes=self._limits.buffer_bytes)
 
         await move_batches(
             await self._think(pack),

@@ -38,7 +38,7 @@ from mfs.tracing.spans import parse_traceparent
 from mfs.tracing.tracer import Tracer
 from mfs.units import format_size
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised whenever an old client could misread a new server."""
 
 CHANGES = frozenset({"load", "swap", "open", "commit", "unload", "pin", "resize"})
@@ -235,9 +235,9 @@ class Operations:
             )
         try:
             for part, is_wanted in zip(model.parts, wanted, strict=True):
-                runs, offsets = _runs(part.blocks, part.catalog.granule_bytes)
-                begins.append(offsets)
                 site = self._sites[part.catalog.device]
+                runs, offsets = _runs(part.blocks, site.arena)
+                begins.append(offsets)
                 shown = runs if is_wanted else []
                 unit = site.arena.granule_bytes
                 parts.append(
@@ -343,7 +343,7 @@ class Operations:
             victim.retire()
         site.catalog.budget_count = budget // unit  # no checkpoint since the sum
         site.floor_count = floor // unit
-        await site.trim()
+        await site.trim(is_exact=True)
         await site.fill_floor(wait_s)
         return Answer({**_sizes(site), "evicted": evicted})
 
@@ -445,16 +445,16 @@ def _missing(name: str, catalogs: Sequence[Catalog]) -> Model:
     raise NotFoundError(f"no model {name!r} is resident; there are: {there}")
 
 
-def _runs(blocks: Sequence[Block], unit: int) -> tuple[list[Run], list[int]]:
+def _runs(blocks: Sequence[Block], arena: Arena) -> tuple[list[Run], list[int]]:
     """The granules of all blocks as runs, and where in them, in bytes, each block begins."""
     runs: list[Run] = []
     begins: list[int] = []
     reached = 0
     for block in blocks:
         begins.append(reached)
-        reached += block.granules_count * unit
+        reached += block.granules_count * arena.granule_bytes
         for first, count in block.runs:
-            if runs and sum(runs[-1]) == first:
+            if runs and sum(runs[-1]) == first and not arena.has_pieces:
                 runs[-1] = (runs[-1][0], runs[-1][1] + count)
             else:
                 runs.append((first, count))

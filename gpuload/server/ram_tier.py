@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -136,12 +136,10 @@ class RamTier:
             return None
         wanted = -(-nbytes // self.slot_bytes)
         going, room = [], self._free.members_count
-        for kept in sorted(self._kept.values(), key=lambda k: not self.is_resident(k.digest)):  # stable: oldest first
-            if room >= wanted:
-                break
-            if kept.is_complete and not kept.holds:
-                going.append(kept)
-                room += sum(count for _, count in kept.slots)
+        leaving = self._leaving()
+        while room < wanted and (kept := next(leaving, None)) is not None:
+            going.append(kept)
+            room += sum(count for _, count in kept.slots)
         if room < wanted:
             self.totals.dropped += nbytes
             return None
@@ -149,6 +147,13 @@ class RamTier:
             self.drop(kept)
         made = self._kept[digest] = Kept(digest, nbytes, pieces, self._free.take(wanted))
         return made
+
+    def _leaving(self) -> Iterator[Kept]:
+        """What may go: first what an arena has too, then the rest; oldest first. As far as somebody asks."""
+        for is_elsewhere in (True, False):
+            for kept in self._kept.values():
+                if kept.is_complete and not kept.holds and self.is_resident(kept.digest) is is_elsewhere:
+                    yield kept
 
     def complete(self, kept: Kept) -> None:
         """Its bytes are here: let loads find them."""

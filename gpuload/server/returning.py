@@ -72,7 +72,7 @@ class Returning:
             for done in range(0, nbytes, buffer_bytes)
             if (n := min(buffer_bytes, nbytes - done))
         )
-        return list(pack_pieces(pieces, buffer_bytes=buffer_bytes))
+        return pack_pieces(pieces, buffer_bytes=buffer_bytes)
 
     def let_go(self) -> None:
         for kept in self.blocks:

@@ -10,7 +10,7 @@ import trio
 from gpuload.errors import FitError
 from gpuload.server.catalog import Model, namesakes
 from gpuload.server.layout import placed_bytes
-from gpuload.server.site import MEMORY_POLL_S, granules_of
+from gpuload.server.site import MEMORY_POLL_S
 from gpuload.server.work import PartWork, Work
 
 STEP = 500
@@ -100,7 +100,7 @@ def _find(work: Work) -> _Room:
             for old, was_pinned in zip(olds, pins, strict=True):
                 old.is_pinned = was_pinned
         had_gap = any(old in victims for old in olds)
-    lacking = [part.site.catalog.lacking_count(_missing(part), victims) for part in work.parts]
+    lacking = [part.site.catalog.lacking_count(sum(_missing(part)), victims) for part in work.parts]
     return _Room(victims, olds, had_gap, lacking)
 
 
@@ -109,7 +109,7 @@ def _victims(work: Work, keep: Iterable[Model]) -> list[Model]:
     victims: list[Model] = []
     what = f"{'swapping in' if work.job.is_swap else 'loading'} {work.job.label}"
     for part in work.parts:
-        victims += part.site.catalog.make_room(_missing(part), what, keep=keep, going=victims)
+        victims += part.site.catalog.make_room(sum(_missing(part)), what, keep=keep, going=victims)
     return victims
 
 
@@ -119,7 +119,8 @@ async def _grow(work: Work, room: _Room) -> None:
         catalog = part.site.catalog
         catalog.promised_count = catalog.granules.free_count + lacking
         if lacking:
-            await part.site.grow(lambda own=catalog: own.promised_count - own.granules.free_count)  # type: ignore[misc]
+            sizes = catalog.unmatched(_missing(part), room.victims)
+            await part.site.grow(lambda own=catalog: own.promised_count - own.granules.free_count, sizes)  # type: ignore[misc]
 
 
 def _take(work: Work, room: _Room) -> None:
@@ -129,20 +130,17 @@ def _take(work: Work, room: _Room) -> None:
     for victim in room.victims:
         victim.retire()
     for part in work.parts:
-        catalog, leaving = part.site.catalog, part.site.leaving
-        for i, plan in enumerate(part.plans):
-            if part.own[i] is None:
-                part.own[i] = catalog.reserve(plan.nbytes)
-            else:
-                work.report.bytes_kept += placed_bytes(plan)
-        if leaving is not None and room.victims:
-            leaving.prefer(granules_of(run for block in part.own if block is not None for run in block.runs))
+        new = [i for i, block in enumerate(part.own) if block is None]
+        work.report.bytes_kept += sum(placed_bytes(part.plans[i]) for i in set(range(len(part.plans))).difference(new))
+        for i, block in zip(new, part.site.catalog.reserve(*(part.plans[i].nbytes for i in new)), strict=True):
+            part.own[i] = block
+        part.site.begin_filling([block for block in part.own if block is not None])
 
 
-def _missing(part: PartWork) -> int:
-    """Granules for what it does not hold yet."""
+def _missing(part: PartWork) -> list[int]:
+    """Granules of each block that it does not hold yet."""
     unit = part.site.arena.granule_bytes
-    return sum(p.granules_count(unit) for p, block in zip(part.plans, part.own, strict=True) if block is None)
+    return [p.granules_count(unit) for p, block in zip(part.plans, part.own, strict=True) if block is None]
 
 
 async def _with_holders(error: FitError, work: Work) -> FitError:

@@ -10,7 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +37,12 @@ log = logging.getLogger("gpuload.server")
 MEMORY_POLL_S = 0.1
 """Between two looks whether others gave memory back."""
 
+AGAIN_S = 5.0
+"""Longest wait for memory that went to the device to be made anew."""
+
+SHAPE_S = 300.0
+"""Longest wait for memory that others' bytes have yet to leave; `leaving` has deadlines of its own."""
+
 HOLDERS_MAX = 8
 """Processes named in a message."""
 
@@ -53,7 +63,7 @@ class Site:
     floor_count: int = 0
     """Granules whose memory is kept, whether models need it or not."""
     token: str = field(default_factory=lambda: secrets.token_hex(8))
-    """Tells clients whether granules of two answers are of one arena: then equal numbers are equal memory."""
+    """Tells clients whether runs of two answers are of one arena: then equal ones are equal memory."""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """Held by the load that may change what stands here; see `turns`."""
     aside_count: int = 0
@@ -67,6 +77,10 @@ class Site:
     _changing: trio.Lock = field(default_factory=trio.Lock)
     """Held while memory comes or goes."""
     _freed: trio.Event = field(default_factory=trio.Event)
+    _dressed: threading.Condition = field(default_factory=threading.Condition)
+    """Told when memory came behind what was taken without any, and when none will."""
+    _given_up: set[Run] = field(default_factory=set)
+    """What none will come for."""
 
     def __post_init__(self) -> None:
         self.catalog.on_freed = lambda: self._freed.set()
@@ -86,29 +100,110 @@ class Site:
             memory = await trio.to_thread.run_sync(self.device.memory)
             self.catalog.obtainable_count = memory.free_bytes // self.arena.granule_bytes
 
-    async def grow(self, lacking: Callable[[], int]) -> None:
+    async def grow(self, lacking: Callable[[], int], sizes: Sequence[int] = ()) -> None:
         """Memory for as many granules more as `lacking` says once it is our turn: another's may have come meanwhile.
-        They are free then. Raises: as `Arena.commit`; nothing changed then."""
+        They are free then. sizes: see `Granules.coming`. Raises: as `Arena.commit`; nothing changed then."""
         async with self._changing:
-            granules = self.catalog.granules
-            runs = granules.coming(max(0, lacking()))
-            if not runs:
-                return
-            try:
-                await trio.to_thread.run_sync(self.arena.commit, runs)
-            except BaseException:
-                granules.gone(runs)
-                raise
-            granules.came(runs)
+            await self._add(self.catalog.granules.coming(max(0, lacking()), sizes))
 
-    async def trim(self) -> None:
-        """Give the device back what no model needs, and the floor does not keep."""
+    async def _add(self, runs: Sequence[Run]) -> None:
+        """Memory for what was to get some."""
+        if not runs:
+            return
+        try:
+            await trio.to_thread.run_sync(self.arena.commit, runs)
+        except BaseException:
+            self.catalog.granules.gone(runs)
+            raise
+        self.catalog.granules.came(runs)
+
+    def begin_filling(self, blocks: Sequence[Block]) -> None:
+        """These are about to be written, in this order: what stands where they will is copied out first. Memory that
+        lacks is brought by `shape`."""
+        runs = [run for block in blocks for run in block.runs]
+        self._given_up.difference_update(runs)
+        if self.leaving is not None and self.leaving.pending_count:
+            self.leaving.prefer(granules_of([*runs, *self.catalog.granules.donors(_count(self._bare(blocks)))]))
+
+    def _bare(self, blocks: Iterable[Block]) -> list[Run]:
+        return [run for block in blocks for run in block.runs if self.catalog.granules.is_bare(run)]
+
+    async def shape(self, blocks: Sequence[Block]) -> None:
+        """Bring memory behind what of these, all the caller's, was taken without any: free memory in other shapes goes
+        to the device for it.
+
+        Raises: FitError if others took that memory at this very moment, and keep it;
+        DeviceError, BusyError. Cancellation: safe; what has no memory then stays without.
+        """
+        granules, bare = self.catalog.granules, self._bare(blocks)
+        if not bare:
+            return
+        try:
+            async with self._changing:
+                donors = granules.going_for(bare)
+                left = deque(donors)
+                try:
+                    if self.before_release is not None:
+                        await self.before_release(self, donors)
+                    spare = await trio.to_thread.run_sync(self._shape, left, bare)
+                finally:
+                    granules.came(left)
+                with suppress(FitError):  # it is others' by now: no load needs it
+                    await self._add(granules.coming(spare))
+        finally:
+            with self._dressed:
+                self._given_up.update(self._bare(blocks))
+                self._dressed.notify_all()
+
+    def _shape(self, donors: deque[Run], bare: Sequence[Run]) -> int:
+        """How many granules more the donors had."""
+        spare = 0
+        for run in bare:
+            trio.from_thread.check_cancelled()
+            while spare < run[1]:
+                spare += self._give(donors)
+            self._commit_again(run)
+            spare -= run[1]
+            trio.from_thread.run_sync(self._dress, run)
+        return spare
+
+    def _give(self, donors: deque[Run]) -> int:
+        """Give the first one back: so many granules."""
+        if self.leaving is not None:
+            self.leaving.wait(granules_of([donors[0]]))
+        donor = donors.popleft()
+        try:
+            self.arena.release([donor])
+        finally:
+            trio.from_thread.run_sync(self.catalog.granules.gone, [donor])
+        return donor[1]
+
+    def _commit_again(self, run: Run) -> None:
+        """Memory that went to the device a moment ago; it is slow to come where a client that had it dies just now."""
+        deadline = time.monotonic() + AGAIN_S
+        while True:
+            try:
+                return self.arena.commit([run])
+            except FitError:
+                if time.monotonic() >= deadline:
+                    raise
+            trio.from_thread.check_cancelled()
+            time.sleep(MEMORY_POLL_S)
+
+    def _dress(self, run: Run) -> None:
+        with self._dressed:
+            self.catalog.granules.dressed(run)
+            self._dressed.notify_all()
+
+    async def trim(self, *, is_exact: bool = False) -> None:
+        """Give the device back what no model needs, and the floor does not keep. is_exact: of the floor's too, where
+        pieces of memory are larger than what is to go."""
         async with self._changing:
             granules = self.catalog.granules
             spare = self.catalog.spare_count(self.floor_count)
             if not spare or self.is_frozen:
                 return
-            runs = granules.going(spare)
+            runs = granules.going(spare, is_exact=is_exact)
             try:
                 if self.before_release is not None:
                     await self.before_release(self, runs)
@@ -201,13 +296,23 @@ class Site:
         return found
 
     def runs_to_fill(self, block: Block, offset: int, nbytes: int) -> list[tuple[int, int]]:
-        """As `runs`, once nothing that stood there before is copied out any more. For threads. Raises: BusyError."""
+        """As `runs`, once there is memory, and nothing that stood there before is copied out any more. For threads.
+        Raises: BusyError, DeviceError."""
         found = self.runs(block, offset, nbytes)
+        self._wait_dressed(block)
         if self.leaving is not None and self.leaving.pending_count:
             unit, begin = self.arena.granule_bytes, self.arena.address
             for address, n in found:
                 self.leaving.wait(range((address - begin) // unit, -(-(address + n - begin) // unit)))
         return found
+
+    def _wait_dressed(self, block: Block) -> None:
+        if not self._bare([block]):
+            return
+        with self._dressed:
+            self._dressed.wait_for(lambda: self._given_up.issuperset(self._bare([block])), SHAPE_S)
+        if self._bare([block]):
+            raise BusyError(f"memory of {self.name} did not come")
 
     def copy_inside(self, copies: Sequence[InsideCopy], timeout_s: float) -> None:
         """Copy from block to block, and wait for it. Blocks; holds on all blocks are the caller's.
@@ -226,6 +331,10 @@ class Site:
             stream.record().wait(timeout_s)
         finally:
             stream.close()
+
+
+def _count(runs: Iterable[Run]) -> int:
+    return sum(count for _, count in runs)
 
 
 def granules_of(runs: Iterable[Run]) -> Iterator[int]:

@@ -19,7 +19,7 @@ import trio
 from gpuload.device.base import Run
 from gpuload.server.catalog import Block, Lease, Model
 from gpuload.server.digests import digest_views
-from gpuload.server.estate import FORMAT, Counters, Estate, Index, Store
+from gpuload.server.estate import FORMAT, Counters, Estate, Index, Store, piece_name
 from gpuload.server.records import restored
 from gpuload.server.site import Site
 from gpuload.wire import close_all
@@ -58,9 +58,9 @@ class Left:
         """What all memory of an arena lives by, if it is one descriptor."""
         return self.fds.pop(f"shared.{at}", None)
 
-    def take_granules(self, at: int, runs: Sequence[Run]) -> list[int]:
+    def take_pieces(self, at: int, runs: Sequence[Run]) -> list[int]:
         """Raises: IntegrityError if one is missing."""
-        names = [f"granule.{at}.{first + i}" for first, count in runs for i in range(count)]
+        names = [piece_name(at, run) for run in runs]
         if any(name not in self.fds for name in names):
             raise IntegrityError(f"of the memory on {self.index['devices'][at][0]} not all was kept")
         return [self.take(name) for name in names]
@@ -167,11 +167,11 @@ async def restore(
 
 
 def _adopt(left: Left, at: int, site: Site) -> None:
-    """Have the memory of all granules that models stand in. Raises: IntegrityError, DeviceError."""
-    if site.arena.shared() is not None:
+    """Have the memory of all pieces that models stand in. Raises: IntegrityError, DeviceError."""
+    if not site.arena.has_pieces:
         return
     runs = sorted({run for block in site.catalog.blocks.values() for run in block.runs})
-    site.arena.adopt(runs, left.take_granules(at, runs))
+    site.arena.adopt(runs, left.take_pieces(at, runs))
 
 
 def _serve(model: Model, name: str | None) -> None:

@@ -112,7 +112,7 @@ def test_every_byte_of_the_real_model(server: ServerThread, dump: Path, minilm_d
             tensor = file.get_tensor(name)
             assert got[name][1:] == (tuple(tensor.shape), bits(tensor)), name
     assert server.gauges()["leases"] == 0
-    assert run(dump, server.socket_path, "-", "-", "-", "60").stdout == b"3 0.1.0"
+    assert run(dump, server.socket_path, "-", "-", "-", "60").stdout == b"4 0.1.0"
 
 
 def test_names_types_and_shapes_of_all_kinds(server: ServerThread, dump: Path, tmp_path: Path) -> None:

@@ -49,6 +49,18 @@ class TestCudaDeviceOnStandin(DeviceSuite):
         return CudaDevice(0, granule_bytes=65536, driver=library)
 
 
+class TestCudaDeviceThatKnowsNoReadOnlyMemory(TestCudaDeviceOnStandin):
+    """Attribute 113 is 0, as on a B300."""
+
+    @pytest.fixture(autouse=True)
+    def _driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("STANDIN_NO_READ_ONLY", "1")
+
+    def test_memory_of_others_is_copied_from_in_place(self, device: Device) -> None:
+        with pytest.raises(DeviceError, match="cuMemHostRegister_v2 failed"):
+            super().test_memory_of_others_is_copied_from_in_place(device)
+
+
 def test_structs_have_the_sizes_of_cuda_h() -> None:
     assert ctypes.sizeof(cu.MemAllocationProp) == 32
     assert ctypes.sizeof(cu.MemAccessDesc) == 12
@@ -70,7 +82,8 @@ def test_what_the_driver_refuses_is_named(library: cu.Driver) -> None:
 
 def test_a_client_maps_read_only(library: cu.Driver) -> None:
     device = CudaDevice(0, granule_bytes=65536, driver=library)
-    arena = device.create_arena(3 * 65536)
+    arena = device.reserve_arena(3 * 65536)
+    arena.commit([(0, 1), (1, 2)])
     fds = arena.export([(1, 2)])
     mapping = device.attach(fds, [(1, 2)])
     rights = {
@@ -79,8 +92,8 @@ def test_a_client_maps_read_only(library: cu.Driver) -> None:
         if line.startswith(f"{mapping.address:x}-")
     }
     assert rights == {"r--s"}
-    with pytest.raises(DeviceError, match="2 granules came, expected 1"):
-        device.attach(fds, [(1, 1)])
+    with pytest.raises(DeviceError, match="1 pieces came, expected 2"):
+        device.attach(fds, [(1, 1), (2, 1)])
     for fd in fds:
         os.close(fd)
     mapping.close()

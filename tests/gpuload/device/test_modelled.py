@@ -10,7 +10,7 @@ import itertools
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from gpuload.device import driver as cu
 from gpuload.device.cuda import CudaDevice
 from gpuload.device.host import view_of
 from gpuload.moving.pipeline import Limits, move_batches
-from gpuload.moving.plan import Piece, Placement, plan_batches, plan_transfers
+from gpuload.moving.plan import Batch, Packing, Piece, Placement, pack_transfers, plan_batches, plan_transfers
 from gpuload.moving.shards import close_shards, open_shards
 from gpuload.moving.slabs import ALIGN_BYTES, SLAB_BYTES, SMALL_BYTES, plan_slabs
 from gpuload.moving.source import FileSource
@@ -88,8 +88,9 @@ def model(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     rings.let_go()
 
 
-def _load(model: Model, path: Path, limits: Limits, *, apart: int = 0) -> bool:
-    """Load a file into an arena, tensors side by side or `apart`; whether every byte is there."""
+def _load(model: Model, path: Path, limits: Limits, *, apart: int = 0, ring: Ring | None = None) -> bool:
+    """Load a file into an arena, tensors side by side or `apart`; whether every byte is there. ring: one whose buffers
+    grow, to load by."""
     shards = open_shards([path])
     transfers = plan_transfers([shard.header for shard in shards], Placement(device="cuda:0"))
     device = model.device()
@@ -102,10 +103,14 @@ def _load(model: Model, path: Path, limits: Limits, *, apart: int = 0) -> bool:
     def runs_of(piece: Piece) -> list[tuple[int, int]]:
         return [(starts[piece.transfer] + piece.offset, piece.nbytes)]
 
-    batches = plan_batches(transfers, buffer_bytes=limits.buffer_bytes)
+    batches: Sequence[Batch] | Packing = plan_batches(transfers, buffer_bytes=limits.buffer_bytes)
+    if ring is not None:
+        batches = pack_transfers(transfers, piece_bytes=ring.first_bytes)
 
     async def move() -> None:
-        await move_batches(batches, source=FileSource(shards), device=device, runs_of=runs_of, limits=limits)
+        await move_batches(
+            batches, source=FileSource(shards), device=device, runs_of=runs_of, limits=limits, lent=ring
+        )  # fmt: skip
 
     trio.run(move)
     raw = path.read_bytes()
@@ -119,6 +124,29 @@ def test_copies_begin_while_the_ring_is_still_page_locked(model: Model, tmp_path
     path = write(tmp_path / "a.safetensors", random_tensors(1, {f"t{i}": (65536,) for i in range(16)}, "U8"))
     assert _load(model, path, Limits(buffer_bytes=65536, buffers_count=6, readers_count=2, step_timeout_s=60))
     assert min(e.asked_s for e in model.log(COPY)) < max(e.began_s for e in model.log(PIN))
+
+
+def test_of_a_new_buffer_little_is_filled_and_all_when_it_comes_round_again(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, whole, count = 1 << 15, 1 << 17, 4
+    monkeypatch.setattr(cuda, "LOCKED_BYTES", (4096, first))
+    path = write(tmp_path / "a.safetensors", random_tensors(1, {f"t{i}": (20000,) for i in range(100)}, "U8"))
+    limits = Limits(buffer_bytes=whole, buffers_count=count, readers_count=2, step_timeout_s=60)
+    ring = Ring(model.device(), buffer_bytes=whole, count=count, first_bytes=first)
+    assert _load(model, path, limits, ring=ring)
+    pins = [e.nbytes for e in sorted(model.log(PIN), key=lambda e: e.began_s)]
+    assert pins[0] == first, "the link begins after a little"
+    assert sorted(pins) == [first] * count + [whole] * count
+    copied = max(e.nbytes for e in model.log(COPY))
+    assert first < copied <= whole, "and goes on with more"
+    before = model.count("cuMemcpyHtoDAsync_v2")
+    assert _load(model, path, limits, ring=ring)
+    assert model.count("cuMemcpyHtoDAsync_v2") - before == -(-100 // (whole // 20000)), "from now on as much as goes in"
+    assert len(model.log(PIN)) == len(pins)
+    assert not model.log(4), "a copy came from memory that is not page-locked"
+    ring.close()
+    assert model.count("cuMemHostUnregister") == model.count("cuMemHostRegister_v2")
 
 
 def test_the_next_copy_is_queued_before_the_last_one_ends(model: Model, tmp_path: Path) -> None:
@@ -186,11 +214,11 @@ def test_a_ring_is_kept_from_load_to_load_and_not_after_an_error(model: Model) -
 
 
 def test_who_loads_little_has_little_page_locked(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "LOCKED_BYTES_MIN", 8192)
+    monkeypatch.setattr(cuda, "LOCKED_BYTES", (8192, 16384))
     device = model.device()
     arena, stream = device.create_arena(65536), device.open_stream()
     ring = Ring(device, buffer_bytes=65536, count=1)
-    for nbytes in (100, 8192, 9000, 65536):
+    for nbytes in (100, 8192, 9000, 16384, 20000, 65536):
         buffer = ring.take()
         assert buffer is not None
         buffer.settle(60)
@@ -200,7 +228,7 @@ def test_who_loads_little_has_little_page_locked(model: Model, monkeypatch: pyte
         buffer.pending = stream.record()
         ring.put(buffer)
     stream.close()
-    assert [e.nbytes for e in model.log(PIN)] == [8192, 65536]
+    assert [e.nbytes for e in model.log(PIN)] == [8192, 16384, 65536]
     assert not model.log(4), "a copy came from memory that is not page-locked"
     assert device.read_back(arena.address, 65536) == b"x" * 65536
     ring.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gpuload.device.base import Device
 from gpuload.device.host import HostDevice, view_of
 from gpuload.errors import DeviceError
 from gpuload.moving.pipeline import Limits, move_batches, move_one_by_one
-from gpuload.moving.plan import Batch, Piece, Transfer, cut_axis, plan_batches
+from gpuload.moving.plan import Packing, Piece, Transfer, cut_axis, pack_transfers, plan_batches
 from gpuload.moving.shards import Shard, close_shards, open_shards
 from gpuload.moving.source import FileSource, Source
 from gpuload.moving.staging import Ring
@@ -136,24 +136,31 @@ async def test_batches_are_moved_while_later_ones_are_planned(bed: _Bed) -> None
             super().read_into(shard, start, views)
             landed.set()
 
-    def planned() -> Iterator[Batch]:
-        batches = bed.batches(limits)
-        assert len(batches) > limits.readers_count
-        yield from batches[:-1]
-        assert landed.wait(30), "nothing moves before all is planned"
-        yield batches[-1]
+    pieces = [(batch.shard, piece) for batch in bed.batches(limits) for piece in batch.pieces]
 
-    await move_batches(planned(), source=Told(bed.shards), device=device, runs_of=bed.runs_of, limits=limits, lent=ring)
+    def planned() -> Iterator[tuple[int, Piece]]:
+        yield from pieces[:-1]
+        assert landed.wait(30), "nothing moves before all is planned"
+        yield pieces[-1]
+
+    async def move(pieces: Iterable[tuple[int, Piece]], source: Source) -> None:
+        await move_batches(
+            Packing(pieces), source=source, device=device, runs_of=bed.runs_of, limits=limits, lent=ring
+        )  # fmt: skip
+
+    await move(planned(), Told(bed.shards))
     assert [bytes(m) for m in bed.memory] == bed.want
 
-    def broken() -> Iterator[Batch]:
-        yield from bed.batches(limits)[: limits.readers_count]
+    def broken() -> Iterator[tuple[int, Piece]]:
+        yield from pieces[:-1]
         raise ValueError("as asked")
 
     with pytest.raises(ValueError, match="as asked"):
-        await move_batches(
-            broken(), source=FileSource(bed.shards), device=device, runs_of=bed.runs_of, limits=limits, lent=ring
-        )
+        await move(broken(), FileSource(bed.shards))
+    landed.set()
+    bed.memory[0][:] = bytes(len(bed.memory[0]))
+    await move(planned(), FileSource(bed.shards))  # all buffers are back
+    assert [bytes(m) for m in bed.memory] == bed.want
     ring.close()
 
 
@@ -284,11 +291,17 @@ async def test_a_file_cut_short_is_an_error_not_zeros(bed: _Bed) -> None:
 @given(
     sizes=st.lists(st.integers(0, 400), min_size=1, max_size=12),
     buffer_bytes=st.integers(1, 500),
-    way=st.sampled_from(["direct", "staged", "lent", "lent and staged"]),
+    first_bytes=st.integers(1, 500),
+    way=st.sampled_from(["direct", "staged", "growing", "lent", "lent, growing", "lent and staged"]),
     readers=st.integers(1, 4),
 )
 def test_any_shape_of_load(
-    sizes: list[int], buffer_bytes: int, way: str, readers: int, tmp_path_factory: pytest.TempPathFactory
+    sizes: list[int],
+    buffer_bytes: int,
+    first_bytes: int,
+    way: str,
+    readers: int,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     path = write(
         tmp_path_factory.getbasetemp() / "any.safetensors",
@@ -300,16 +313,23 @@ def test_any_shape_of_load(
     arena = HostDevice(granule_bytes=4096).create_arena(8192)
     starts = [t.start - shards[0].header.data_start for t in transfers]
 
+    device = HostDevice(is_direct=way == "direct", reaches_all=way.startswith("lent") and way != "lent and staged")
+    ring = Ring(device, buffer_bytes=buffer_bytes, count=3, first_bytes=first_bytes)
+    grows = way.endswith("growing")
+    packing = pack_transfers(transfers, piece_bytes=min(first_bytes, buffer_bytes))
+
     async def main() -> None:
         await move_batches(
-            plan_batches(transfers, buffer_bytes=buffer_bytes),
+            packing if grows else plan_batches(transfers, buffer_bytes=buffer_bytes),
             source=LendingSource(FileSource(shards)) if way.startswith("lent") else FileSource(shards),
-            device=HostDevice(is_direct=way == "direct", reaches_all=way == "lent"),
+            device=device,
             runs_of=lambda p: [(arena.address + starts[p.transfer] + p.offset, p.nbytes)],
             limits=Limits(buffer_bytes, 2, readers, 30),
+            lent=ring if grows else None,
         )
 
     trio.run(main)
     assert bytes(view_of(arena.address, total)) == path.read_bytes()[shards[0].header.data_start :]
+    ring.close()
     arena.close()
     close_shards(shards)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gpuload.errors import FitError
 from gpuload.moving.plan import Transfer
 from gpuload.server.catalog import Catalog, Model, Part
-from gpuload.server.granules import Granules
+from gpuload.server.granules import PIECE_COUNT, Granules, Pieces
 from gpuload.server.layout import ALIGN_BYTES, BLOCK_GRANULES, plan_blocks
 
 
@@ -41,6 +41,91 @@ def test_what_is_free_is_not_given_back_twice() -> None:
     granules.put(runs)
     with pytest.raises(ValueError, match="not taken"):
         granules.put(runs)
+
+
+class TestPieces:
+    def made(self, *sizes: int) -> Pieces:
+        pieces = Pieces(4 * 40)
+        pieces.came(pieces.coming(sum(sizes), sizes))
+        return pieces
+
+    def shaped(self, pieces: Pieces) -> tuple[int, int]:
+        """As a site does it: granules that went, and that came."""
+        bare = sorted(pieces._bare)
+        free = pieces.free_count
+        donors = pieces.going_for(bare)
+        went, came = sum(count for _, count in donors), sum(count for _, count in bare)
+        assert pieces.free_count == free - (went - came), "what is under way for one is not lacking to others"
+        pieces.gone(donors)
+        for run in bare:
+            pieces.dressed(run)
+        rest = pieces.coming(went - came)
+        pieces.came(rest)
+        return went, came
+
+    def test_a_block_has_the_free_piece_of_its_size_whole(self) -> None:
+        pieces = self.made(10, 7, 13)
+        (ten,), (thirteen,) = pieces.take_all([10, 13])
+        assert (ten[1], thirteen[1], pieces.bare_count, pieces.free_count) == (10, 13, 0, 7)
+        pieces.put([ten])
+        assert pieces.take(10) == [ten]
+
+    def test_what_fits_another_block_is_no_donor(self) -> None:
+        pieces = self.made(10, 13)
+        ((odd,), (ten,)) = pieces.take_all([12, 10])
+        assert (pieces.is_bare(odd), pieces.is_bare(ten)) == (True, False)
+        assert [count for _, count in pieces.donors(12)] == [13]
+        assert pieces.free_count == 1, "what is held back for it is not free"
+        assert self.shaped(pieces) == (13, 12)
+        assert (pieces.bare_count, pieces.free_count, pieces.present_count) == (0, 1, 23)
+
+    def test_small_pieces_are_the_first_to_go_for_others(self) -> None:
+        pieces = self.made(13, 1, 2, 8)
+        assert [count for _, count in pieces.donors(11)] == [1, 2, 8]
+
+    def test_what_never_got_memory_is_absent_again(self) -> None:
+        pieces = self.made(13)
+        absent = pieces.absent_count
+        runs = pieces.take(5)
+        pieces.came(pieces.going_for(runs))
+        pieces.put(runs)
+        assert (pieces.absent_count, pieces.free_count, pieces.taken_count) == (absent, 13, 0)
+
+    def test_memory_is_made_in_the_shapes_that_nothing_fits(self) -> None:
+        pieces = self.made(10, 10)
+        lacking = pieces.unmatched([10, 10, 10, 12, 9], [(150, 9)])
+        assert sorted(lacking) == [10, 12]
+        assert [count for _, count in pieces.coming(15, lacking)] == [12, 3], "as far as so many are to come"
+        assert {count for _, count in pieces.coming(20)} == {PIECE_COUNT, 20 % PIECE_COUNT}
+
+    def test_pieces_go_whole(self) -> None:
+        pieces = self.made(8, 8, 3)
+        assert [count for _, count in pieces.going(12)] == [8, 3]
+        assert pieces.going(7) == []
+        assert [count for _, count in pieces.going(1, is_exact=True)] == [8]
+
+    @settings(max_examples=200, deadline=None)
+    @given(steps=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=60))
+    def test_none_is_given_twice_and_none_lost(self, steps: list[tuple[int, int]]) -> None:
+        pieces, held, budget = Pieces(4 * 40), list[list[tuple[int, int]]](), 40
+        for kind, n in steps:
+            if kind == 0:
+                pieces.came(pieces.coming(min(n, budget - pieces.present_count), [n]))
+            elif kind == 1 and n <= pieces.free_count:
+                held.append(pieces.take(n))
+                assert sum(count for _, count in held[-1]) == n
+                self.shaped(pieces)
+            elif kind == 2 and held:
+                pieces.put(held.pop(n % len(held)))
+            elif kind == 3:
+                pieces.gone(pieces.going(min(n, pieces.free_count)))
+            used = [g for runs in held for first, count in runs for g in range(first, first + count)]
+            assert len(used) == len(set(used)) == pieces.taken_count
+            assert pieces.present_count == pieces.taken_count + pieces.free_count <= budget
+        for runs in held:
+            pieces.put(runs)
+        pieces.gone(pieces.going(pieces.free_count))
+        assert pieces.absent_runs() == [(0, 160)], "all numbers are one run again"
 
 
 def transfers(sizes: list[int]) -> list[Transfer]:
@@ -78,7 +163,7 @@ def model(catalog: Catalog, name: str, contents: list[bytes]) -> Model:
             catalog.hold(equal)
             blocks.append(equal)
         else:
-            blocks.append(catalog.complete(catalog.reserve(10 * 4096), content, [(0, 5, content)]))
+            blocks.append(catalog.complete(*catalog.reserve(10 * 4096), content, [(0, 5, content)]))
     digest = "".join(c.hex() for c in contents)
     made = Model(name, digest, [Part(catalog, digest, blocks)], [], [])
     made.publish()
@@ -135,8 +220,8 @@ def test_retain_lease_goes_with_the_last_lease() -> None:
 
 def test_a_piece_is_found_in_whatever_block_still_has_it() -> None:
     catalog = Catalog("cpu", 30, 4096)
-    first = catalog.complete(catalog.reserve(4096), b"x", [(0, 5, b"p")])
-    second = catalog.complete(catalog.reserve(4096), b"y", [(7, 5, b"p")])
+    first = catalog.complete(*catalog.reserve(4096), b"x", [(0, 5, b"p")])
+    second = catalog.complete(*catalog.reserve(4096), b"y", [(7, 5, b"p")])
     catalog.let_go(first)
     assert catalog.find_piece(b"p") == (second, 7)
     catalog.let_go(second)

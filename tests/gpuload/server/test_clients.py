@@ -74,7 +74,7 @@ def test_a_client_that_breaks_the_protocol_harms_nobody(server: ServerThread, se
         sock.settimeout(30)
         while sock.recv(4096):
             pass
-    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 3
+    assert ask({"op": "ping"}, socket_path=server.socket_path)["protocol"] == 4
 
 
 def test_unwanted_descriptors_are_closed(server: ServerThread) -> None:
@@ -224,7 +224,7 @@ def test_others_are_answered_while_the_driver_hands_out_a_model(
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(attach, "m", socket_path=server.socket_path)
         assert began.wait(60)
-        assert ask({"op": "ping"}, socket_path=server.socket_path, timeout_s=60)["protocol"] == 3
+        assert ask({"op": "ping"}, socket_path=server.socket_path, timeout_s=60)["protocol"] == 4
         go_on.set()
         assert_same(held.result(), want)
     del held

@@ -26,6 +26,7 @@ from gpuload import holder
 from gpuload.client.asking import ask, connect, load_resident
 from gpuload.client.attached import Attached, attach
 from gpuload.errors import BusyError, FitError
+from gpuload.server.estate import FORMAT
 from gpuload.testing import assert_same, bits, random_tensors, write
 from gpuload.wire import close_all, receive_blocking, send_blocking
 from mfs.errors import MfsError, NotFoundError
@@ -432,9 +433,9 @@ class TestReplaced:
         held = served.attach("m")
         resting = connect(served.path, DEADLINE_S)  # who has asked nothing yet
         pid = served.pid
-        first = {"op": "take-over", "format": 1, "version": "x"}
+        first = {"op": "take-over", "format": FORMAT, "version": "x"}
         for said, why in [
-            ([{"op": "take-over", "format": 2, "version": "9.9"}], "gpuload 9.9) that knows format 2 wants to take"),
+            ([{"op": "take-over", "format": 99, "version": "9.9"}], "gpuload 9.9) that knows format 99 wants to take"),
             ([first, {"op": "what"}], "it said 'what', expected 'yield'"),
             ([first, {"op": "yield"}, {"op": "hold"}], "it said 'hold', expected 'held'"),
             ([first], None),
@@ -564,7 +565,7 @@ class TestReplaced:
 
 
 class TestOnCards:
-    """On the stand-in driver, where a granule is there as long as any process has a descriptor or a mapping of it."""
+    """On the stand-in driver, where memory is there as long as any process has a descriptor or a mapping of it."""
 
     def test_memory_lives_by_its_descriptors(self, compiled: Path, tmp_path: Path) -> None:
         served = Served(tmp_path, "cuda:0=64MiB")
@@ -598,6 +599,11 @@ class TestOnCards:
             assert free_bytes() == free, "it is the same memory, once"
             report = load_resident(tmp_path / "a.safetensors", "other", "cuda:0", socket_path=served.path)["report"]
             assert report["bytes_copied"] == 0
+            for name, granules in (("big", 6), ("bigger", 7)):  # of eight; the latter evicts all that is there
+                path = write(tmp_path / f"{name}.safetensors", random_tensors(1, {"w": (granules << 23,)}, "U8"))
+                load_resident(path, name, "cuda:0", socket_path=served.path)
+            served.ask("unload", model="bigger")
+            assert free_bytes() == 128 << 20, "memory that took another shape is kept by nobody as it was"
         finally:
             served.close()
 

@@ -62,7 +62,7 @@ def test_a_hung_file_is_its_own_clients_trouble(
         for client in clients[:30]:
             client.close()
         for _ in range(3):
-            assert ask({"op": "ping"}, socket_path=path, timeout_s=30)["protocol"] == 3
+            assert ask({"op": "ping"}, socket_path=path, timeout_s=30)["protocol"] == 4
         assert load_resident(other, "other", "cpu", socket_path=path, timeout_s=60)["model"] == "other"
         for client in clients[30:]:
             client.close()

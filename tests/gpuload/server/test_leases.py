@@ -94,7 +94,7 @@ def test_another_user_may_attach_and_nothing_else(config: ServerConfig, small_gr
                 )
 
             process, out, hold = in_child(work)
-            assert json.loads(os.read(out, 10_000)) == [["unload", "pin", "load", "swap", "open"], ["w"], 3]
+            assert json.loads(os.read(out, 10_000)) == [["unload", "pin", "load", "swap", "open"], ["w"], 4]
             os.close(hold)
             os.waitpid(process, 0)
             os.close(out)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import trio
 
 from gpuload.client.asking import ask, load_resident
 from gpuload.client.attached import attach
@@ -53,6 +54,32 @@ class _Stream(HostStream):
     def copy_out(self, dst: int, src: int, nbytes: int) -> None:
         self._queue.put(lambda: self._out.pass_or(DeviceError("no copy out, as asked")))
         super().copy_out(dst, src, nbytes)
+
+
+def test_a_place_is_looked_for_only_as_far_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some thousand blocks are there, and a hundred leave at a time: on the loop, where all others wait."""
+    monkeypatch.setattr(ram_tier, "SLAB_BYTES", 8 * 4096)
+    monkeypatch.setattr(ram_tier, "SLOT_BYTES", 4096)
+    tier, asked = RamTier(8 * 4096, HostDevice(is_direct=False)), list[bytes]()
+    trio.run(tier.lock_all)
+
+    def is_resident(digest: bytes) -> bool:
+        asked.append(digest)
+        return digest == b"c"
+
+    tier.is_resident = is_resident
+    for digest in (b"a", b"b", b"c", b"d"):
+        kept = tier.admit(digest, 2 * 4096, [])
+        assert kept is not None
+        tier.complete(kept)
+    assert not asked, "there was room"
+    assert tier.admit(b"e", 2 * 4096, []) is not None
+    assert asked == [b"a", b"b", b"c"]
+    assert tier.find(b"c") is None, "what an arena has too is the first to go"
+    assert tier.admit(b"f", 2 * 4096, []) is not None
+    assert tier.find(b"a") is None, "then the oldest"
+    assert (tier.find(b"b"), tier.find(b"d")) != (None, None)
+    tier.close()
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 /* Reads of tensors at a price instead of a copy, so that a machine of two cores can show what Python leaves of a link.
  *
  * Preloaded by `tools/gpu/simulate --model-reads`: a preadv of 64 KiB or more below STANDIN_READS sleeps as long as one
- * thread of a host would copy, and leaves the buffers as they are. Everything else is the kernel's.
+ * thread of a host would copy, and leaves the buffers as they are, but for 8 bytes in each MiB, which say where it is in
+ * the file: no two are equal then. Everything else is the kernel's.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -39,6 +40,11 @@ static ssize_t read_at(int fd, const struct iovec *views, int count, off_t at, i
         if (!real) real = (ssize_t(*)(int, const struct iovec *, int, off_t, int))dlsym(RTLD_NEXT, "preadv2");
         return real(fd, views, count, at, flags);
     }
+    for (int i = 0; i < count; at += (off_t)views[i].iov_len, i++)
+        for (size_t o = 0; o + sizeof(off_t) <= views[i].iov_len; o += 1 << 20) {
+            off_t here = at + (off_t)o;
+            memcpy((char *)views[i].iov_base + o, &here, sizeof here);
+        }
     double seconds = 1e-9 * (double)n / (price ? strtod(price, NULL) : values[READ_GB_S]);
     struct timespec left = {(time_t)seconds, (long)(1e9 * (seconds - (double)(time_t)seconds))};
     while (nanosleep(&left, &left) && errno == EINTR) {}
