@@ -7,7 +7,7 @@
     yield                     -> brings all clients to rest: what is asked ends, or is refused with one line
                               <- {names}, with index, records, leases and all who are connected, asking nothing
     restores, checks, has it kept
-    held                      -> from here on it never serves again
+    held                      -> from here on it serves again only if the heir goes away
                               <- {yours}
     serves                    -> leaves the socket's name
     closes                    -> ends
