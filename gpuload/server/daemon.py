@@ -140,8 +140,6 @@ async def serve(
             await estate.keep({"socket": begun.door.sock.fileno(), "lock": begun.door.lock}, sites, stored)
             if heir is not None:
                 await heir.hold()
-                begun.door.is_left = False
-            begun.door.sock.listen(config.backlog)  # from here on the kernel names us to who connects
             estate.resume()
             exporting = _Exporting()
             stack.callback(exporting.close)
@@ -163,9 +161,13 @@ async def serve(
                         nursery.start_soon(_show_metrics, config.metrics_addr, doors, operations)
                     nursery.start_soon(connections.run, trio.socket.from_stdlib_socket(begun.door.sock))
                     nursery.start_soon(giver.run)
-                    on_serving()
                     if heir is not None:
                         await heir.serves()
+                        begun.door.is_left = False
+                    begun.door.sock.listen(config.backlog)  # from here on the kernel names us to who connects
+                    on_serving()
+                    if heir is not None:
+                        heir.close()
                     task_status.started(sites)
                     await ending.wait()
                     if not giver.has_given:

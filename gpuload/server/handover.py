@@ -7,14 +7,17 @@
     yield                     -> brings all clients to rest: what is asked ends, or is refused with one line
                               <- {names}, with index, records, leases and all who are connected, asking nothing
     restores, checks, has it kept
-    held                      -> from here on it never serves again
+    held                      -> from here on it serves again only if the heir goes away
                               <- {yours}
-    serves, serves            -> ends, and leaves the socket's name
+    serves                    -> leaves the socket's name
+    closes                    -> ends
 
 Whatever fails before `yours` is sent, a deadline too, is the heir's failure: the giver takes all clients up again,
-which have waited. Connections that are made meanwhile wait in the listening socket. Should the giver be killed before,
-the heir never serves and the giver's own successor does, from what its service manager keeps. Should it be killed over
-`yours`, its holder says that once more, and follows it unless the heir answers.
+which have waited. So it does if the heir closes, or dies, before it says `serves`: until then that has changed nothing.
+Connections that are made meanwhile wait in the listening socket. Should the giver be killed before `yours`, the heir
+never serves and the giver's own successor does, from what its service manager keeps. Should it be killed after it, its
+holder says that once more, and follows it unless the heir answers. The heir's own manager hears that it is ready only
+after that, so that a dead heir is not followed by two.
 
 Frames are `wire`'s, with "names" in the order of the descriptors behind them (`estate` has the names; besides:
 client.N, who is connected and has no lease).
@@ -52,7 +55,7 @@ HELD_S = 20.0
 """Longest wait for the heir's word that it has everything; nobody is served meanwhile."""
 
 END_S = 10.0
-"""Longest wait for the heir to serve, before we end."""
+"""Longest wait for the heir to serve, and then for it to have no need of us, before we end."""
 
 WHY = "the gpuload server gives its place to another one just now; nothing was changed, ask again"
 
@@ -92,9 +95,12 @@ class Giver:
                         await _refuse(channel, error)
                     continue
                 self.has_given = self._door.is_left = True
+                if not await self._serves(channel):
+                    log.warning("pid %d went away before it served, this server goes on", pid)
+                    self.has_given = self._door.is_left = False
+                    self._take_back()
+                    continue
                 log.warning("everything is pid %d's now", pid)
-                with trio.move_on_after(END_S):
-                    await channel.wait_closed()
         self._ending.set()
 
     async def _prepare(self, channel: Channel, asked: Mapping[str, Any]) -> None:
@@ -128,12 +134,29 @@ class Giver:
             self._tell_holder(f"STOPPING=1\nGIVING={encode(yours).hex()}", [channel.sock.fileno()])
             await channel.send(yours, message_s=1.0)
         except BaseException:
-            self._tell_holder("READY=1")
-            for site in self._estate.sites.values():
-                site.is_frozen = False
-            self._estate.resume()
-            connections.resume()
+            self._take_back()
             raise
+
+    async def _serves(self, channel: Channel) -> bool:
+        """Whether the heir serves, or may yet, since it lives; and then has no need of us."""
+        with trio.move_on_after(END_S):
+            await channel.wait_closed()
+            if await channel.is_closed():
+                return False
+        # Should we be killed before, our holder asks for what it says: it is there to be read until then.
+        self._tell_holder("STOPPING=1")
+        with trio.move_on_after(END_S), contextlib.suppress(MfsError):
+            await channel.receive(message_s=END_S, fds_max=0)
+            await channel.wait_closed()
+        return True
+
+    def _take_back(self) -> None:
+        """Serve again what an heir did not take."""
+        self._tell_holder("READY=1")
+        for site in self._estate.sites.values():
+            site.is_frozen = False
+        self._estate.resume()
+        self._connections.resume()
 
     def _tell_holder(self, message: str, fds: Sequence[int] = ()) -> None:
         """Systemd follows the heir by itself, once that has said MAINPID."""
@@ -186,13 +209,12 @@ class Heir:
             raise ServerError("the server that is there did not give its place")
 
     async def serves(self) -> None:
-        """Everything is ours, and clients are served: the giver may end, or is dead."""
+        """From here on nobody else goes on with it, and clients may be served. The giver may be dead."""
         with contextlib.suppress(AwayError):
             await self._say({"op": "serves"})
-        self.close()
 
     def close(self) -> None:
-        """The giver ends, if everything is ours; else it goes on."""
+        """The giver ends, if we serve; else it goes on."""
         if self._channel is not None:
             self._channel.sock.close()
 

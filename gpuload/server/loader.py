@@ -217,6 +217,9 @@ class Loader:
                 async with self._estate.recorded(made):
                     for part in work.parts:
                         part.own = []  # the model holds them from here on
+                    olds = namesakes(work.job.name, [part.catalog for part in made.parts])
+                    is_pinned = any(old.is_pinned for old in olds) if olds else work.inherits_pin  # said meanwhile
+                    made.is_pinned = work.job.is_pinned or is_pinned
                     self.generations.publish(made)
                     if work.job.name is not None:
                         self.commits.note(work.job, work.digests)
@@ -459,7 +462,6 @@ class Loader:
             metadata=[s.header.metadata for s in job.shards],
             placements=job.placements,
             label=job.label,
-            is_pinned=job.is_pinned or work.inherits_pin,
             retain=job.retain,
         )
 

@@ -89,6 +89,8 @@ class Turns:
         """sites: in the server's order, so that two loads never wait for each other's turns."""
         self._sites = sites
         self._is_held = self._is_aside = False
+        self._stays = False
+        """There is no ring more for others."""
         self._until_s = trio.current_time() + WAIT_S
 
     async def take(self) -> None:
@@ -175,7 +177,7 @@ class Turns:
 
     def _may_step_aside(self) -> bool:
         is_waited_for = any(site.turn.statistics().tasks_waiting for site in self._sites)
-        return is_waited_for and all(site.aside_count < ASIDE_MAX for site in self._sites)
+        return is_waited_for and not self._stays and all(site.aside_count < ASIDE_MAX for site in self._sites)
 
     async def _step_aside(self) -> None:
         made: dict[Site, Ring] = {}
@@ -186,8 +188,9 @@ class Turns:
         except BaseException as error:
             for ring in made.values():
                 ring.close()
-            if not isinstance(error, DeviceError):
+            if not isinstance(error, (DeviceError, OSError, MemoryError)):
                 raise
+            self._stays = True  # page-locking is slow: not to be tried four times a second
             log.warning("a load whose bytes do not come keeps the others waiting: %s", error)
             return
         for site, ring in made.items():

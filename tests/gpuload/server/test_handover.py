@@ -281,13 +281,17 @@ if os.environ.get("GPULOAD_HOLDER"):
                     await self._say({"op": "held"})
                 dies("heir")
                 await hold(self)
+                dies("owner")
+                if os.path.exists(os.path.join(os.environ["KILLER"], "failed")):
+                    raise OSError("it failed")
 
             Giver._tell_holder, Heir.hold = tells, holds
             return None
 
     sys.meta_path.insert(0, Finder())
 """
-"""Around what both sides of a take-over say last: the side that has a file of its name dies there, once."""
+"""Around what both sides of a take-over say last: the side that has a file of its name dies there, once. The owner
+is an heir that was given all; with a file "failed" it raises there."""
 
 FAKE_THAT_GIVES = """
 import os, signal, socket
@@ -489,6 +493,32 @@ class TestReplaced:
         assert served.pid == pid
         with connect(served.path, DEADLINE_S) as sock:
             assert struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] == pid
+
+    @pytest.mark.parametrize("how", ["owner", "failed"])
+    def test_an_heir_that_has_everything_and_never_serves(self, served: Served, tmp_path: Path, how: str) -> None:
+        """It is killed, or fails, after the giver's last word: that one goes on, under its name, and is followed."""
+        (tmp_path / "sitecustomize.py").write_text(DIES_GIVING)
+        served.environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "KILLER": str(tmp_path)}
+        served.start_serving()
+        served.load(write(tmp_path / "a.safetensors", content(1)), "m")
+        held, pid = served.attach("m"), served.pid
+        resting = connect(served.path, DEADLINE_S)
+        (tmp_path / how).touch()
+        assert served.start("--take-over").wait(DEADLINE_S) != 0
+        assert served.pid == pid
+        send_blocking(resting, {"op": "ping"})
+        assert receive_blocking(resting)[0]["pid"] == pid
+        with connect(served.path, DEADLINE_S) as sock:
+            assert struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] == pid
+        resting.close()
+        assert served.gauges()["leases"] == 1
+        assert_same(held, content(1))
+        (tmp_path / how).unlink(missing_ok=True)
+        assert served.kill() == pid
+        assert served.pid != pid
+        assert_same(served.attach("m"), content(1))
+        served.start_serving("--take-over")
+        assert_same(served.attach("m"), content(1))
 
     def test_another_arena_is_refused_in_one_line(self, served: Served) -> None:
         served.start_serving()

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from gpuload.client import committed as committing
-from gpuload.client.asking import load_resident
+from gpuload.client.asking import ask, load_resident
 from gpuload.client.attached import attach
 from gpuload.client.committed import Identity, commit
+from gpuload.errors import DeviceError
+from gpuload.moving import staging
 from gpuload.moving.source import FileSource
 from gpuload.server import pulled, turns
 from gpuload.testing import ServerThread, assert_same, random_tensors, write
@@ -149,6 +151,48 @@ def test_without_room_beside_it_one_waits_as_for_a_turn(
     stuck.go(slow)
     assert waiting.result(60)["model"] == "slow"
     assert "slow" in larger.result(60)["report"]["evicted"]
+
+
+def test_a_pin_that_is_set_while_a_swap_is_under_way_stays(
+    server: ServerThread, stuck: Stuck, load: Callable[..., Future[dict[str, Any]]], tmp_path: Path
+) -> None:
+    load(model(tmp_path, 1), "m").result(60)
+    slow = stuck.add(model(tmp_path, 2))
+    waiting = load(slow, "m", is_swap=True)
+    stuck.wait_asked(slow)
+    ask({"op": "pin", "model": "m", "pinned": True}, socket_path=server.socket_path)
+    stuck.go(slow)
+    assert waiting.result(60)["pinned"]
+
+
+@pytest.mark.parametrize("error", [DeviceError("no"), OSError("no")], ids=["device", "system"])
+def test_where_there_is_no_second_ring_it_keeps_its_turn(
+    stuck: Stuck,
+    load: Callable[..., Future[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    tries = list[int]()
+
+    class Ring(staging.Ring):
+        def grow(self) -> None:
+            tries.append(1)
+            raise error
+
+    monkeypatch.setattr(turns, "Ring", Ring)
+    monkeypatch.setattr(turns, "STALL_S", 0.02)
+    slow = stuck.add(model(tmp_path, 1))
+    waiting = load(slow, "slow")
+    stuck.wait_asked(slow)
+    other = load(model(tmp_path, 2), "other")
+    _until(lambda: bool(tries))
+    time.sleep(0.3)
+    assert not other.done()
+    stuck.go(slow)
+    assert waiting.result(60)["model"] == "slow"
+    assert other.result(60)["model"] == "other"
+    assert len(tries) == 1
 
 
 def test_only_so_many_stand_aside(
