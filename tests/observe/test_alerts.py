@@ -274,11 +274,12 @@ class Gpuload:
 def gpuload_has_trouble(scene: Scene, models: Path) -> list[Fault]:
     folder = scene.folder / "gpuload"
     folder.mkdir()
-    servers = {name: Gpuload(make(folder / name)) for name in ("served", "queued", "doomed", "crashing")}
+    servers = {name: Gpuload(make(folder / name)) for name in ("served", "queued", "doomed", "killed")}
     servers["carded"] = Gpuload(make(folder / "carded"), ram_tier="1M")
-    served, queued, doomed, crashing, carded = servers.values()
+    served, queued, doomed, killed, carded = servers.values()
     for name, server in servers.items():
         scene.stack.callback(server.stop)
+        assert name not in scene.addresses
         scene.addresses[name] = server.address
     # In granules of 2 MiB: `full` fills what the one that is held leaves of eight.
     small, other, full, large, nearly = (
@@ -286,7 +287,7 @@ def gpuload_has_trouble(scene: Scene, models: Path) -> list[Fault]:
     )
     held: list[socket.socket] = []
     served.load(small, "chat")
-    crashing.load(small, "chat")  # without weights there is nothing to go on with
+    killed.load(small, "chat")  # without weights there is nothing to go on with
 
     def hold_the_old() -> None:
         held.append(served.lease("chat"))
@@ -302,7 +303,7 @@ def gpuload_has_trouble(scene: Scene, models: Path) -> list[Fault]:
             carded.load(nearly, "nearly")
 
     return [
-        Fault({"GpuloadServerFollowed": crashing.address}, crashing.crash),
+        Fault({"GpuloadServerFollowed": killed.address}, killed.crash),
         Fault({"GpuloadRamTierTooSmall": carded.address}, evict),
         Fault({"GpuloadOldModelHeld": served.address}, hold_the_old, lambda: held[0].close()),
         Fault({"GpuloadLoadsFail": served.address}, refuse),
@@ -394,7 +395,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
         ]  # fmt: skip
         rules = folder / "rules.yml"
         rules.write_text(hastened(RULES.read_text()))
-        of_gpuload = [scene.addresses[name] for name in ("served", "queued", "doomed", "crashing", "carded")]
+        of_gpuload = [scene.addresses[name] for name in ("served", "queued", "doomed", "killed", "carded")]
         targets = {
             "mfs": [scene.addresses[name] for name in scene.mounts], "gpuload": of_gpuload,
         }  # fmt: skip
