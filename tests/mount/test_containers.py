@@ -234,7 +234,7 @@ class TestOrdinaryUser:
             f"env HOME={home} XDG_RUNTIME_DIR={home} bash '{place}/inner'\n"
         )
         (place / "inner").write_text(
-            f"set -e\ncd '{home}'\nmfs() {{ '{sys.executable}' -m mfs \"$@\"; }}\n{textwrap.dedent(body)}"
+            f"set -e\ncd '{home}'\nmfs() {{ '{sys.executable}' -P -m mfs \"$@\"; }}\n{textwrap.dedent(body)}"
         )
         environment = {name: value for name, value in os.environ.items() if name != "MFS_RUNTIME_DIR"}
         argv = ["unshare", "--mount", "--propagation", "private", "--", "bash", str(place / "outer")]
