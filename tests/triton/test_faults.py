@@ -118,8 +118,10 @@ def test_a_model_whose_reads_hang_delays_no_other(
     repository: Repository, server: TritonServer, liar: LiarServer
 ) -> None:
     """Another model of the same origin loads, answers, and is listed meanwhile."""
-    began_s = time.monotonic()
     server.load("good")
+    repository.add(models.model("usual", 2))
+    began_s = time.monotonic()
+    server.load("usual")
     usual_s = time.monotonic() - began_s  # on this machine, as busy as it is
     repository.add({**models.model("hangs", 1, filler_bytes=FILLER_BYTES), **models.model("goes", 2)})
     versions = {("hangs", "1"): "LOADING", ("goes", "2"): "READY", ("good", "1"): "READY"}
