@@ -29,9 +29,7 @@ class Left:
         if is_ours and any(one.waits_to_close for one in left):
             self._left.append((left, sock))
             return
-        with sock:
-            for one in left:
-                one.close()
+        _end(left, sock)
 
     def close(self) -> None:
         """Close what was put aside. Waits for the device. From any thread."""
@@ -40,14 +38,19 @@ class Left:
                 left, sock = self._left.popleft()
             except IndexError:  # another thread was first
                 return
-            with sock:
-                for one in left:
-                    one.close()
+            _end(left, sock)
 
     def _leave(self) -> None:
         """At the end of the process: the kernel unmaps, and closes the connections afterwards."""
         while self._left:
             self._left.popleft()[1].detach()
+
+
+def _end(left: Sequence[DeviceMapping | Change], sock: socket.socket) -> None:
+    """Unmapped first: the server may give the memory to others once the connection is closed."""
+    with sock:
+        for one in left:
+            one.close()
 
 
 class Lease:

@@ -6,12 +6,17 @@ Two kinds exist: `host.HostDevice` (shared memory, any machine) and `cuda.CudaDe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 Run = tuple[int, int]
 """(first granule, how many): granules that follow each other in an arena."""
+
+
+def total_granules(runs: Iterable[Run]) -> int:
+    """How many granules these are."""
+    return sum(count for _, count in runs)
 
 
 @dataclass(frozen=True, slots=True)

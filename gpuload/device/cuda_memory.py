@@ -19,7 +19,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from gpuload.device import driver as cu
-from gpuload.device.base import Run
+from gpuload.device.base import Run, total_granules
 from gpuload.errors import DeviceError, DeviceLostError, FitError
 from mfs.units import format_size
 
@@ -116,7 +116,7 @@ class CudaArena:
         return self.places_count * self.granule_bytes
 
     def commit(self, runs: Sequence[Run]) -> None:
-        nbytes = sum(count for _, count in runs) * self.granule_bytes
+        nbytes = total_granules(runs) * self.granule_bytes
         free = self._device.memory().free_bytes
         if nbytes > free:
             raise FitError(
@@ -233,7 +233,7 @@ class CudaMapping:
         self._device = device
         self.pieces: list[Piece] = []
         """What is shown, in order. Handles are kept: a change that fails half-way maps them again."""
-        self._mapped = _Mapped(device, sum(count for _, count in runs))
+        self._mapped = _Mapped(device, total_granules(runs))
         self.address, self.nbytes = self._mapped.address, self._mapped.nbytes
         try:
             with device.current():
@@ -246,7 +246,7 @@ class CudaMapping:
             raise
 
     def prepare(self, fds: Sequence[int], runs: Sequence[Run], *, is_same: bool) -> CudaChange:
-        after, count = _placed(runs), sum(count for _, count in runs)
+        after, count = _placed(runs), total_granules(runs)
         if count * self._device.granule_bytes != self.nbytes or len(fds) != len(runs):
             shown = self.nbytes // self._device.granule_bytes
             raise ValueError(f"{len(fds)} descriptors of {runs} are not the {shown} granules that are shown")

@@ -20,7 +20,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from gpuload.device.base import Holder, Memory, Run, whole
+from gpuload.device.base import Holder, Memory, Run, total_granules, whole
 from gpuload.device.ranges import Ranges
 from gpuload.errors import BusyError, DeviceError, FitError
 from mfs import limits
@@ -159,7 +159,7 @@ class HostArena:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def commit(self, runs: Sequence[Run]) -> None:
-        nbytes = sum(count for _, count in runs) * self.granule_bytes
+        nbytes = total_granules(runs) * self.granule_bytes
         free = limits.available().free_bytes
         if nbytes > free:
             raise FitError(
@@ -225,7 +225,7 @@ class HostMapping:
 
     def __init__(self, fd: int, runs: Sequence[Run], granule_bytes: int) -> None:
         self.runs, self._unit = list(runs), granule_bytes
-        self.nbytes = sum(count for _, count in runs) * granule_bytes
+        self.nbytes = total_granules(runs) * granule_bytes
         self.address = 0
         if not self.nbytes:
             return
@@ -253,7 +253,7 @@ class HostMapping:
 
     def prepare(self, fds: Sequence[int], runs: Sequence[Run], *, is_same: bool) -> HostChange:
         check_one(fds)
-        if sum(count for _, count in runs) * self._unit != self.nbytes:
+        if total_granules(runs) * self._unit != self.nbytes:
             raise ValueError(f"{runs} are not the {self.nbytes // self._unit} granules that are shown")
         HostMapping(fds[0], runs, self._unit).close()  # a rehearsal: the kernel has room for so many mappings
         return HostChange(self, fds[0], list(runs), is_same=is_same)

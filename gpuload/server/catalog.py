@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-from gpuload.device.base import Run
+from gpuload.device.base import Run, total_granules
 from gpuload.errors import FitError
 from gpuload.moving.plan import Placement
 from gpuload.moving.pool import Range
@@ -45,7 +45,7 @@ class Block:
 
     @property
     def granules_count(self) -> int:
-        return sum(count for _, count in self.runs)
+        return total_granules(self.runs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import bisect
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from gpuload.device.base import Run
+from gpuload.device.base import Run, total_granules
 
 PIECE_COUNT = 8
 """Granules of a piece that is made for no block: of a floor, that is."""
@@ -220,7 +220,7 @@ class Pieces(Granules):
 
     def going_for(self, bare: Sequence[Run]) -> list[Run]:
         self._bare |= dict.fromkeys(bare, False)
-        wanted = sum(count for _, count in bare)
+        wanted = total_granules(bare)
         self._held_back -= wanted
         return [self._pop(size) for _, size in self.donors(wanted)]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import trio
 
-from gpuload.device.base import Device, Run, Staging
+from gpuload.device.base import Device, Run, Staging, total_granules
 from gpuload.device.nodes import on_node
 from gpuload.errors import DeviceError, DeviceLostError
 from gpuload.server.digest_files import Digest
@@ -139,7 +139,7 @@ class RamTier:
         leaving = self._leaving()
         while room < wanted and (kept := next(leaving, None)) is not None:
             going.append(kept)
-            room += sum(count for _, count in kept.slots)
+            room += total_granules(kept.slots)
         if room < wanted:
             self.totals.dropped += nbytes
             return None

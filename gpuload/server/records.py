@@ -13,6 +13,7 @@ from typing import Any
 
 import msgpack
 
+from gpuload.device.base import total_granules
 from gpuload.moving.plan import Placement
 from gpuload.server.catalog import Block, Catalog, Model, Part, ResidentTensor
 from mfs.errors import IntegrityError
@@ -73,7 +74,7 @@ def _part(catalog: Catalog, digest: str, rows: list[Any]) -> Part:
             catalog.hold(there)
             blocks.append(there)
             continue
-        granules = sum(count for _, count in runs)
+        granules = total_granules(runs)
         if there is not None or -(-nbytes // catalog.granule_bytes) != granules:
             raise ValueError(f"a block of {nbytes} bytes in {granules} granules")
         catalog.granules.claim(runs)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import trio
 
-from gpuload.device.base import Arena, Device, Run
+from gpuload.device.base import Arena, Device, Run, total_granules
 from gpuload.errors import BusyError, DeviceError, DeviceLostError, FitError
 from gpuload.moving.staging import Ring
 from gpuload.server.catalog import Block, Catalog
@@ -123,7 +123,7 @@ class Site:
         runs = [run for block in blocks for run in block.runs]
         self._given_up.difference_update(runs)
         if self.leaving is not None and self.leaving.pending_count:
-            self.leaving.prefer(granules_of([*runs, *self.catalog.granules.donors(_count(self._bare(blocks)))]))
+            self.leaving.prefer(granules_of([*runs, *self.catalog.granules.donors(total_granules(self._bare(blocks)))]))
 
     def _bare(self, blocks: Iterable[Block]) -> list[Run]:
         return [run for block in blocks for run in block.runs if self.catalog.granules.is_bare(run)]
@@ -331,10 +331,6 @@ class Site:
             stream.record().wait(timeout_s)
         finally:
             stream.close()
-
-
-def _count(runs: Iterable[Run]) -> int:
-    return sum(count for _, count in runs)
 
 
 def granules_of(runs: Iterable[Run]) -> Iterator[int]:
