@@ -59,6 +59,15 @@ def bytes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: bits(tensor) for name, tensor in tensors.items()}
 
 
+def behind(server: ServerThread, folder: Path, **options: Any) -> tuple[Attached, dict[str, tuple[int, int]]]:
+    """What shows the first content, and a graph captured over it, while the second is served."""
+    serve(server, folder, content(1), **options)
+    held = attach("m", socket_path=server.socket_path)
+    captured = graph(held)
+    serve(server, folder, content(2), **options)
+    return held, captured
+
+
 def test_new_content_stands_where_the_old_one_stood(server: ServerThread, tmp_path: Path) -> None:
     serve(server, tmp_path, content(1))
     held = attach("m", socket_path=server.socket_path)
@@ -300,10 +309,7 @@ def test_parts_on_several_devices_change_together(
     config: ServerConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with two_devices(config, monkeypatch) as (server, spread):
-        serve(server, tmp_path, content(1), **spread)
-        held = attach("m", socket_path=server.socket_path)
-        captured = graph(held)
-        serve(server, tmp_path, content(2), **spread)
+        held, captured = behind(server, tmp_path, **spread)
         ready = held.prepare()
         with monkeypatch.context() as patch:
             Broken(patch, 2)  # the second part, when the first is done
@@ -396,10 +402,7 @@ def test_a_program_killed_in_the_middle_leaves_nothing(server: ServerThread, tmp
 
 @one_way
 def test_a_forked_child_refreshes_for_itself(server: ServerThread, tmp_path: Path) -> None:
-    serve(server, tmp_path, content(1))
-    held = attach("m", socket_path=server.socket_path)
-    captured = graph(held)
-    serve(server, tmp_path, content(2))
+    held, captured = behind(server, tmp_path)
     child = os.fork()
     if not child:
         ok = held.refresh() and replay(captured) == bytes_of(content(2))
@@ -413,10 +416,7 @@ def test_who_forks_beside_a_refresh_has_no_mix(
     config: ServerConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with two_devices(config, monkeypatch) as (server, spread):
-        serve(server, tmp_path, content(1), **spread)
-        held = attach("m", socket_path=server.socket_path)
-        captured = graph(held)
-        serve(server, tmp_path, content(2), **spread)
+        held, captured = behind(server, tmp_path, **spread)
         began, forked, exchange = threading.Event(), threading.Event(), HostChange.exchange
 
         def slow(change: HostChange) -> None:
