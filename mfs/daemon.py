@@ -181,7 +181,7 @@ async def _tell_waiting(
         task_status.started(scope)
         while True:
             await trio.sleep(_LOOK_S)
-            for source, asked in mount.asked.items():
+            for source, asked in mount.listings.asked.items():
                 if source in told or asked.is_answered or time.monotonic() - asked.since_s < _SAY_AFTER_S:
                     continue
                 told.add(source)

@@ -52,8 +52,9 @@ from mfs.errors import (
 )
 from mfs.fuse.device import Agreement, is_connected
 from mfs.fuse.journal import Journal
+from mfs.looking import LastLook
 from mfs.manager import notify
-from mfs.mount import Mount, RefreshState
+from mfs.mount import Mount
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ def _exported(mount: Mount) -> dict[str, Any]:
         "tree": mount.namespace.export(),
         "handles": mount.operations.export(),
         "names": list(mount.session.unsaid_names),
-        "refreshed": [[last.last_at, last.last_errors] for last in mount.refreshed],
+        "refreshed": [[last.at, last.errors] for last in mount.looking.last],
         "unrecorded": mount.publication.unrecorded() if mount.publication else [],
     }
 
@@ -239,7 +240,7 @@ def _restore(mount: Mount, state: dict[str, Any], journal: Journal) -> None:
         mount.namespace.restore(state["tree"])
         mount.operations.inherit(journal)
         mount.operations.restore(state["handles"])
-        mount.refreshed = [RefreshState(*last) for last in state["refreshed"]]
+        mount.looking.last = [LastLook(*last) for last in state["refreshed"]]
         if mount.publication is not None:
             mount.publication.record_again(state["unrecorded"])
     except (KeyError, TypeError, ValueError, IndexError) as error:

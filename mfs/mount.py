@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,30 +24,27 @@ from mfs.cache.ssd import SsdConfig, SsdTier
 from mfs.cache.warming import keep_warm
 from mfs.config import MountConfig
 from mfs.control import detach, mountinfo
-from mfs.errors import ConfigError, MfsError, StoreError
+from mfs.errors import ConfigError, MfsError
 from mfs.fuse import kernel, session
 from mfs.fuse.device import Agreement
 from mfs.fuse.operations import Operations, OwnerConfig
 from mfs.fuse.session import Session
 from mfs.loads import Loads
+from mfs.looking import Listings, Looking
 from mfs.materialize import Keeper, KeeperConfig
 from mfs.metrics.tally import Tally
 from mfs.oplog import OpLog
 from mfs.prefetch.engine import PrefetchConfig, Prefetcher
 from mfs.reader import ObjectReader
-from mfs.registry.layout import names_revision
-from mfs.several import for_each
 from mfs.shown import mask_url
 from mfs.tracing.beside import Beside
 from mfs.tracing.tracer import Tracer
-from mfs.tree.listing import Drafts
 from mfs.tree.namespace import Namespace
-from mfs.tree.nodes import Changes, Directory
+from mfs.tree.nodes import Changes
 from mfs.tree.publication import Publication
 from mfs.tree.record import TreeRecord
-from mfs.tree.refresh import Next, Refresher
 from mfs.tree.small_files import SmallFiles, SmallFilesConfig
-from mfs.types import Entry, EntryKind, ObjectId
+from mfs.types import ObjectId
 from mfs.whole import OpenSealed, WholeFiles
 from mfs.workers.frames import Frame
 from mfs.workers.job import Priority
@@ -64,33 +60,8 @@ _SAVE_PARTIAL_AFTER_S = 2.0
 _HIGH_WATERMARK, _LOW_WATERMARK = 0.95, 0.90  # of the SSD budget; the gap keeps evictions rare and large
 _CLOSING_S = 5.0
 _SILENCE_MIN_S, _SILENCE_MAX_S = 2.0, 10.0  # of a worker, between them a quarter of a reader's time
-_REFRESH_SOON_S = 2.0
-_SOURCES_AT_ONCE = 16
-_AWAY_S = 10.0  # between looks at an origin that was away when the mount began
-_RECALL_S = 15.0  # for the record of what was shown; its disk may hang
 _READY_WITHIN_S = 3.0  # that a mount takes for what was looked into last time, and its small files, to be here
 _SHARD = re.compile(r"^(?P<stem>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[^/]*)$")
-
-
-@dataclass
-class RefreshState:
-    """What the last look at the sources said."""
-
-    last_at: float = 0.0
-    last_errors: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Asked:
-    """A listing, for whoever wants to know what is waited for."""
-
-    since_s: float
-    """time.monotonic() when it was asked for."""
-    until: str
-    """Time of day when it is given up."""
-    is_answered: bool = False
-    fault: str = ""
-    """Why it is asked for again; '' if the origin has said nothing at all."""
 
 
 class Predecessor(Protocol):
@@ -128,11 +99,10 @@ class Mount:
             PrefetchConfig(max(2, config.connections_count - 2), ssd),
             self.cache, self.pool, self._siblings,
         )  # fmt: skip
-        self.namespace = Namespace([source.name for source in config.sources], self._list, self._identity)
-        self._refresher = Refresher(
-            self.namespace, self._list, self._prepare, lambda names: self.session.invalidate_names(names),
-            lambda source: names_revision(config.sources[source].url),
-        )  # fmt: skip
+        names = [source.name for source in config.sources]
+        self.tally = Tally(names)
+        self.listings = Listings(self.pool, self.tally, timeout_s=config.timeout_s)
+        self.namespace = Namespace(names, self.listings.list, self._identity)
         self.publication: Publication | None = None
         """What goes with publishing where there is an SSD tier."""
         if config.cache_dir is not None:
@@ -140,11 +110,14 @@ class Mount:
                 self.namespace, self._identity, TreeRecord(config.cache_dir),
                 SmallFiles(SmallFilesConfig(), self.cache, self.pool), timeout_s=config.timeout_s,
             )  # fmt: skip
-        self.oplog = OpLog([source.name for source in config.sources])
-        self.loads = Loads([source.name for source in config.sources], self.tracer.begin)
+        self.looking = Looking(
+            config, self.namespace, self.listings.list, self.publication,
+            tell=lambda names: self.session.invalidate_names(names), is_ours=lambda: self.session.is_ours,
+        )  # fmt: skip
+        self.oplog = OpLog(names)
+        self.loads = Loads(names, self.tracer.begin)
         self.cache.waits.listeners.append(self.loads.note)
         self.cache.filler.span_of = self.loads.span_of
-        self.tally = Tally([source.name for source in config.sources])
         self.cache.waits.listeners.append(self.tally.waited)
         self.cache.filler.on_failed = lambda state, error: self.tally.failed(state.group, error)
         self.cache.filler.on_filled = self._filled
@@ -168,20 +141,13 @@ class Mount:
         self.whole_files.on_lost = lambda state: self.session.invalidate_names(self.operations.files.disown(state))
         self.kernel = kernel.KernelSettings()
         self.session: Session
-        self.refreshed = [RefreshState() for _ in config.sources]
-        """By source."""
         self.warnings = [self.memory.shortage] if self.memory.shortage else []
         self.make_way: Callable[[], None] | None = None
         """Called in a thread when all that can fail before mounting is done: takes away what stands there."""
-        self._away: dict[int, str] = {}
-        """Sources that have not answered since the mount began, and what is to be said of that."""
         self.arrived: Counter[Group] = Counter()
         """Bytes that came from the origins, by model."""
         self._page_fault = ""
-        self.asked: dict[int, Asked] = {}
-        """The last listing of each source."""
-        self._refresh_soon = [trio.Event() for _ in config.sources]
-        self.cache.filler.on_changed = lambda state: self._refresh_soon[state.source].set()
+        self.cache.filler.on_changed = lambda state: self.looking.look_soon(state.source)
         self._saved_at_last_check = -1
         self.on_connected: Callable[[], None] = lambda: None
         """Told when the kernel is ours to answer, before anything is."""
@@ -208,7 +174,7 @@ class Mount:
         unheld = [f"should this daemon be killed, the mount ends: {self.unheld}"] if self.unheld else []
         pageless = [f"the page is not served: {self._page_fault}"] if self._page_fault else []
         untraced = [self.tracer.fault] if self.tracer.fault else []
-        return [*self.warnings, *self._away.values(), *without, *unheld, *pageless, *untraced]
+        return [*self.warnings, *self.looking.warnings, *without, *unheld, *pageless, *untraced]
 
     # -- serving
 
@@ -223,7 +189,7 @@ class Mount:
             if predecessor is None:
                 if self.publication is not None:
                     await self.publication.recall(self.pool.identities)
-                await self._look_at_sources()
+                await self.looking.first()
                 if self.make_way is not None:
                     await trio.to_thread.run_sync(self.make_way)
             async with trio.open_nursery() as nursery:
@@ -251,8 +217,7 @@ class Mount:
                             keep_warm, self.memory, self.cache.slots, self.pool,
                             lambda: self.whole_files.expects_fetches,
                         )  # fmt: skip
-                    for source in range(len(self.config.sources)):
-                        nursery.start_soon(self._keep_fresh, source)
+                    nursery.start_soon(self.looking.keep_fresh)
                     if self.publication is not None:
                         nursery.start_soon(self.publication.run)
                     try:
@@ -309,55 +274,12 @@ class Mount:
         """The page in a browser is not there for this reason, '' if it is."""
         self._page_fault = fault
 
-    async def show_last(self) -> None:
-        """Show what a daemon that was killed has shown, as far as the SSD tier knows; the rest when somebody looks."""
-        self.refreshed = [RefreshState() for _ in self.config.sources]
-        if self.publication is not None:
-            with trio.move_on_after(_RECALL_S) as scope:  # readers wait
-                await self.publication.recall(self.pool.identities)
-                for top in self.namespace.tops():
-                    await self.publication.show_last(top)
-            if scope.cancelled_caught:
-                logger.warning("what was shown before could not be read within %g s: going on without", _RECALL_S)
-
     async def _look_again(self) -> None:
         """See what has changed since a daemon was killed; what the kernel asks of unknown nodes waits for that."""
         try:
-            await for_each(self.namespace.tops(), self._look_again_at, at_once=_SOURCES_AT_ONCE)
+            await self.looking.after_crash()
         finally:
             self.operations.settled.set()
-
-    async def _look_again_at(self, top: Directory) -> None:
-        try:
-            await self.namespace.listing(top)
-            changes = await self._refresh(top.source)
-            said = changes.errors[0] if changes.errors else ""
-        except MfsError as error:
-            said = str(error)
-        if said:
-            self._away[top.source] = f"source {top.name!r}: {said}; until it answers, what was shown before is shown"
-            self._refresh_soon[top.source].set()
-
-    async def _look_at_sources(self) -> None:
-        """List every root: an endpoint, bucket or credential that is wrong is said now, not at the first read.
-
-        Of an origin that is away (StoreError) what the last mount showed is shown again, and looked at soon.
-        """
-        self.refreshed = [RefreshState(time.time()) for _ in self.config.sources]
-        await for_each(self.namespace.tops(), self._look_at, at_once=_SOURCES_AT_ONCE)
-
-    async def _look_at(self, top: Directory) -> None:
-        try:
-            await self.namespace.listing(top)
-        except MfsError as error:
-            named = type(error)(f"source {top.name!r}: {error}") if top.name else error
-            is_away = isinstance(error, StoreError) and self.publication is not None
-            if not is_away or not await self.publication.show_last(top):  # type: ignore[union-attr]
-                raise named from error
-            self._away[top.source] = f"{named}; until it answers, what the last mount showed is shown"
-            logger.warning("%s", self._away[top.source])
-            self.refreshed[top.source] = RefreshState(0.0, [str(error)])
-            self._refresh_soon[top.source].set()
 
     async def _settle(self) -> None:
         """Wait until the kernel has finished INIT and the mount answers, then tune the kernel."""
@@ -418,48 +340,10 @@ class Mount:
 
         Returns when the kernel knows, so that who asked for it then sees it; it is given a few seconds for that.
         """
-        changes = Changes()
-
-        async def look(source: int) -> None:
-            found = await self._refresh(source)
-            changes.added_count += found.added_count
-            changes.changed_count += found.changed_count
-            changes.removed_count += found.removed_count
-            changes.errors += found.errors
-            changes.names += found.names
-
-        async with trio.open_nursery() as nursery:
-            for source in range(len(self.config.sources)):
-                nursery.start_soon(look, source)
+        changes = await self.looking.refresh()
         with trio.move_on_after(_TELL_S):
             await self.session.wait_told()
         return changes
-
-    async def _refresh(self, source: int) -> Changes:
-        changes = await self._refresher.refresh(source)
-        self.refreshed[source] = RefreshState(time.time(), changes.errors)
-        for line in changes.errors:
-            logger.warning("refresh: %s", line)
-        return changes
-
-    async def _keep_fresh(self, source: int) -> None:
-        """Look at a source regularly, and when it answered with another version than listed; then not all the time."""
-        while True:
-            with trio.move_on_after(math.inf if self.config.refresh_s is None else self.config.refresh_s):
-                await self._refresh_soon[source].wait()
-            was_told = self._refresh_soon[source].is_set()
-            self._refresh_soon[source] = trio.Event()
-            if not self.session.is_ours:  # handed over: the next daemon looks
-                return
-            changes = await self._refresh(source)
-            if source in self._away:  # nobody has asked it yet what there is: until it says so
-                if changes.errors:
-                    self._refresh_soon[source].set()
-                    await trio.sleep(_AWAY_S)
-                else:
-                    del self._away[source]
-            if was_told:
-                await trio.sleep(_REFRESH_SOON_S)
 
     # -- what the parts ask each other
 
@@ -476,34 +360,6 @@ class Mount:
             self.oplog.note_fetch(
                 state.source, state.object.path, span, fill.mask, result["origin_bytes"], result["ssd_bytes"], ahead
             )
-
-    async def _list(self, source: int, path: str, drafts: Drafts) -> None:
-        until = time.strftime("%H:%M:%S", time.localtime(time.time() + self.config.timeout_s))
-        asked = self.asked[source] = Asked(time.monotonic(), until)
-
-        def on_part(part: Frame) -> None:
-            if "again" in part:
-                drafts.clear()
-            elif "waiting" in part:
-                asked.fault = part["waiting"]
-            else:
-                asked.is_answered = True
-                directory, entries = part["page"]
-                drafts.add(directory, map(_entry, entries))
-
-        try:
-            await self.pool.call(
-                "list_directory", source=source, path=path, timeout_s=self.config.timeout_s, on_part=on_part
-            )
-        except MfsError as error:
-            self.tally.list_failed(error)
-            raise
-        finally:
-            asked.is_answered = True
-
-    async def _prepare(self, source: int, coming: Sequence[Next]) -> None:
-        if self.publication is not None:
-            await self.publication.prepare(source, coming)
 
     def _identity(self, source: int) -> str:
         return self.pool.identities[source]
@@ -554,8 +410,3 @@ def _keeper_config(config: MountConfig, slots_count: int) -> KeeperConfig:
         config.materialize, tuple(source.name for source in config.sources), config.timeout_s,
         config.cache_bytes if config.cache_dir else None, slots_count,
     )  # fmt: skip
-
-
-def _entry(fields: list[object]) -> Entry:
-    name, kind, *rest = fields
-    return Entry(name, EntryKind(kind), *rest)  # type: ignore[arg-type]

@@ -71,8 +71,8 @@ class Service:
                     "via": mask_url(source.dragonfly or source.via or "") or None,
                     "is_dragonfly": source.dragonfly is not None,
                     "listed_directories": mount.namespace.listed_count,
-                    "last_refresh_at": mount.refreshed[number].last_at,
-                    "last_error": next(iter(mount.refreshed[number].last_errors), None),
+                    "last_refresh_at": mount.looking.last[number].at,
+                    "last_error": next(iter(mount.looking.last[number].errors), None),
                 }
                 for number, source in enumerate(config.sources)
             ],

@@ -34,7 +34,7 @@ class Remains:
 
     async def hand_over(self, mount: Mount) -> None:
         """Have `mount` show what was shown, know what the kernel knows, and answer it."""
-        await mount.show_last()
+        await mount.looking.show_last(mount.pool.identities)
         renewed = mount.operations.inherit(self._journal)
         mount.operations.settled = trio.Event()
         if not is_connected(self._device):

@@ -142,14 +142,14 @@ def _add_origin(families: Families, mount: Mount) -> None:
         errors = {(kind,): count for kind, count in kinds[name].items()}
         families.counter(name, f"{what} that failed for good, after all attempts.", errors, ["kind"])
     names = [source.name for source in mount.config.sources]
-    looks = list(zip(names, mount.refreshed, strict=True)) if mount.refreshed else []
+    looks = list(zip(names, mount.looking.last, strict=True))
     families.gauge(
         "mfs_source_refreshed_timestamp_seconds", "Last look at a source for changes, since the epoch; 0: none yet.",
-        {(name,): state.last_at for name, state in looks}, ["source"],
+        {(name,): state.at for name, state in looks}, ["source"],
     )  # fmt: skip
     families.gauge(
         "mfs_source_errors", "Directories that the last look could not list.",
-        {(name,): len(state.last_errors) for name, state in looks}, ["source"],
+        {(name,): len(state.errors) for name, state in looks}, ["source"],
     )  # fmt: skip
     families.gauge("mfs_listed_files", "Names in all listings.", mount.namespace.files_count)
     families.gauge("mfs_listed_bytes", "Sizes of all files listed.", mount.namespace.listed_bytes)
