@@ -22,8 +22,9 @@ FIRST_PAUSE_S = 0.1
 PAUSE_S_MAX = 5.0
 """Upper bound of any pause the server did not ask for: a recovered origin is noticed within seconds."""
 
-TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP statuses that say 'not now'."""
+TRANSIENT_STATUSES = frozenset({408, 425, 429, *range(500, 600)}) - {501, 505, 511}
+"""HTTP statuses that say 'not now': whatever of a server's own faults is none of what it cannot do at all. Proxies and
+networks before an origin have their own (509, 520 to 530), and RFC 9110 §15 takes an unknown one for a 500."""
 
 HOLD_S_MAX = 300.0
 """Longest pause that one answer imposes on all threads; the Hub counts in windows of this length."""

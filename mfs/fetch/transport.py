@@ -274,6 +274,10 @@ class Transport:
         for _ in range(count - self._pool.counts(target.origin)[1]):
             threading.Thread(target=open_one, name="preconnect", daemon=True).start()
 
+    def keeps(self, url: str) -> bool:
+        """Whether a connection to where `url` leads is open and idle: its server keeps them after an answer."""
+        return self._pool.counts(parse_target(url).origin)[1] > 0
+
     def close(self) -> None:
         """Close all connections; requests under way in other threads end with StoreError."""
         self._pool.close()

@@ -188,6 +188,9 @@ def _open_tunnel(wire: Wire, host: str, port: int, proxy: Proxy) -> None:
 _PLAIN_HEAD = re.compile(rb"HTTP/1\.1 (20[06]) ([ -~]*)\r\n((?:[!-9;-~]+:[\t -~]*\r\n)+)\r\n")
 _FIELD = re.compile(r"([^:]+):[\t ]*([^\r]*)\r\n")
 _LENGTH = re.compile(r"[0-9]{1,18}")
+_INTERIM = frozenset(range(100, 200)) - {101}
+"""Statuses after which the answer is still to come, unasked too; http.client knows 100 alone. 101 ends HTTP.
+Source: RFC 9110 §15.2."""
 
 
 def _begin_plainly(response: http.client.HTTPResponse) -> bool:
@@ -222,6 +225,9 @@ def read_head(wire: Wire, method: str) -> http.client.HTTPResponse:
     response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # enough of a socket
     if method != "GET" or not _begin_plainly(response):
         response.begin()
+        while response.status in _INTERIM:
+            response.headers = None  # type: ignore[assignment]  # begins anew only without
+            response.begin()
     if wire.has_ended:
         raise ConnectionResetError("the connection ended within the headers of the answer")
     return response

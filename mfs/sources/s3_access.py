@@ -70,16 +70,19 @@ class S3Access:
         self._session = botocore.session.Session(profile=options.profile)
         try:
             scoped = self._session.get_scoped_config()
-            configured = ConfiguredEndpointProvider(
-                full_config=self._session.full_config, scoped_config=scoped, client_name="s3"
-            ).provide()
+            configured = None
+            if not self._session.get_config_variable("ignore_configured_endpoint_urls"):
+                configured = ConfiguredEndpointProvider(
+                    full_config=self._session.full_config, scoped_config=scoped, client_name="s3"
+                ).provide()
         except botocore.exceptions.BotoCoreError as e:
             raise ConfigError(f"s3://{bucket}: AWS configuration: {e}") from e
         endpoint = without_userinfo(options.endpoint_url or configured or "").rstrip("/")
         self.endpoint: str | None = endpoint or None
-        self.region: str = options.region or self._session.get_config_variable("region") or "us-east-1"
-        self.is_virtual = (scoped.get("s3") or {}).get("addressing_style", "auto") == "virtual" or (
-            self.endpoint is None and "." not in bucket  # a wildcard certificate covers no dots
+        self.region: str = options.region or _region(self._session) or "us-east-1"
+        style = (scoped.get("s3") or {}).get("addressing_style", "auto")
+        self.is_virtual = style == "virtual" or (
+            self.endpoint is None and style == "auto" and "." not in bucket  # a wildcard certificate covers no dots
         )
         if self.endpoint and urlsplit(self.endpoint).scheme not in ("http", "https"):
             raise ConfigError(f"s3://{bucket}: endpoint {self.endpoint!r}: expected http://host[:port] or https://host")
@@ -253,10 +256,21 @@ class S3Access:
     def _aws_endpoint(self, region: str) -> str:
         """AWS's address for S3 in a region, right for every partition (China, GovCloud, ...)."""
         resolver = self._session.get_component("endpoint_resolver")
-        found = resolver.construct_endpoint("s3", region)
+        kinds = {f"use_{kind}_endpoint": bool(self._session.get_config_variable(f"use_{kind}_endpoint"))
+                 for kind in ("fips", "dualstack")}  # fmt: skip
+        found = resolver.construct_endpoint("s3", region, **kinds)
         if not found:
-            raise ConfigError(f"s3://{self.bucket}: no region {region!r} is known; check --region or AWS_REGION")
+            said = "".join(f" with {kind}" for kind, is_wanted in kinds.items() if is_wanted)
+            raise ConfigError(f"s3://{self.bucket}: no region {region!r}{said} is known; check --region or AWS_REGION")
         return f"https://{found['hostname']}"
+
+
+def _region(session: Any) -> str | None:
+    """AWS_DEFAULT_REGION, else AWS_REGION, which botocore alone of AWS's own does not read, else the profile's."""
+    if not os.environ.get("AWS_DEFAULT_REGION") and (region := os.environ.get("AWS_REGION", "").strip()):
+        return region
+    found: str | None = session.get_config_variable("region")
+    return found
 
 
 def _ca_bundle(session: Any) -> CaBundle | None:
