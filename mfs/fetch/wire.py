@@ -55,6 +55,8 @@ class Wire:
         self._stall_s = 0.0
         self.has_ended = False
         """Whether the peer has said that nothing more will come."""
+        self.filled = 0
+        """Bytes of the last `receive_all`, also where it raised."""
         if not self._is_tls:
             sock.settimeout(None)
         self.arm(deadline_s)
@@ -92,13 +94,13 @@ class Wire:
     def receive_all(self, view: memoryview) -> int:
         """Receive until `view` is full or the peer closes; the bytes received. Raises: TimeoutError, OSError."""
         flags = 0 if self._is_tls else socket.MSG_WAITALL
-        filled = 0
-        while filled < len(view):
-            count = self.receive(view[filled:], flags=flags)
+        self.filled = 0
+        while self.filled < len(view):
+            count = self.receive(view[self.filled :], flags=flags)
             if not count:
                 break
-            filled += count
-        return filled
+            self.filled += count
+        return self.filled
 
     def is_quiet(self) -> bool:
         """Whether an idle connection is still open: nothing may come from a server that owes us nothing."""

@@ -26,7 +26,7 @@ from mfs.errors import (
 )
 from mfs.fetch.dates import epoch_s
 from mfs.fetch.redirects import Hop
-from mfs.fetch.retry import with_retries
+from mfs.fetch.retry import Rest, with_retries
 from mfs.fetch.route import Shared
 from mfs.fetch.transport import Reply, parse_target
 from mfs.fetch.validators import opaque_of
@@ -114,8 +114,10 @@ class HttpSource:
 
             return self._access.follow(url, send_to)
 
+        rest = Rest(span, out)
+
         def attempt() -> None:
-            reply = self._binder.read(binding, span, out, send, where)
+            reply = rest.take(lambda part, view: self._binder.read(binding, part, view, send, where))
             if reply.status not in (200, 206):
                 raise error_of(reply, where)
 
