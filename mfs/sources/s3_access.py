@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -43,6 +44,8 @@ PRESIGNED_AGAIN_S = 900.0
 SIGNATURES_MAX = 4096
 """Signatures remembered; at the limit all are forgotten, which costs one new one per object."""
 
+_KEY = re.compile(r"\S(.*\S)?")
+
 
 class Signed(NamedTuple):
     """What authorises one request, and with what it was made: by that an answer is judged."""
@@ -60,14 +63,13 @@ class S3Access:
         """Raises: ConfigError for an unknown profile or a bad endpoint."""
         warn_of_replaced_urllib3()
         import botocore.exceptions
-        import botocore.session
         from botocore.configprovider import ConfiguredEndpointProvider
 
         self.bucket = bucket
         self._is_signed = not options.unsigned
         self._payer = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
         self._profile = options.profile
-        self._session = botocore.session.Session(profile=options.profile)
+        self._session = self._new_session()
         try:
             scoped = self._session.get_scoped_config()
             configured = None
@@ -197,12 +199,19 @@ class S3Access:
         """A session that has read no file yet: botocore reads each once."""
         import botocore.session
 
-        return botocore.session.Session(profile=self._profile)
+        named = any(os.environ.get(name) for name in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE"))
+        # Set but empty, as templates leave them, they name a profile '' to botocore, which nobody has.
+        unnamed = {} if named else {"profile": (None, None, None, None)}
+        return botocore.session.Session(profile=self._profile, session_vars=unnamed)
 
     def _sign(self, method: str, url: str, keys: Any, region: str) -> Signed:
         from botocore.auth import S3SigV4Auth
         from botocore.awsrequest import AWSRequest
 
+        for what, text in (("access key", keys.access_key), ("secret key", keys.secret_key), ("token", keys.token)):
+            if text and not _KEY.fullmatch(text):
+                raise AccessError(f"s3://{self.bucket}: the {what} has a blank or a line end around it, or one in it: "
+                                  "look at how it was written (`echo` adds one, `echo -n` none)")  # fmt: skip
         request = AWSRequest(method, url, headers=self._payer)
         S3SigV4Auth(keys, "s3", region).add_auth(request)
         return Signed(dict(request.headers.items()), region, keys)

@@ -12,7 +12,7 @@ import boto3
 import botocore.config
 import pytest
 
-from mfs.errors import ConfigError, MfsError, StoreError
+from mfs.errors import AccessError, ConfigError, MfsError, StoreError
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.s3_access import S3Access
 from mfs.testing import ramp
@@ -154,6 +154,7 @@ def test_the_region_decides_awss_address() -> None:
         ({"AWS_USE_DUALSTACK_ENDPOINT": "true"}, "https://bucket.s3.dualstack.us-east-1.amazonaws.com/k"),
         ({"AWS_PROFILE": "path"}, "https://s3.eu-north-1.amazonaws.com/bucket/k"),
         ({"AWS_PROFILE": "path", "AWS_REGION": "eu-west-3"}, "https://s3.eu-west-3.amazonaws.com/bucket/k"),
+        ({"AWS_PROFILE": "", "AWS_DEFAULT_REGION": ""}, "https://bucket.s3.us-east-1.amazonaws.com/k"),
         ({"AWS_ENDPOINT_URL": "http://gate:9000"}, "http://gate:9000/bucket/k"),
         ({"AWS_ENDPOINT_URL": "http://gate:9000", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"},
          "https://bucket.s3.us-east-1.amazonaws.com/k"),
@@ -169,6 +170,21 @@ def test_the_address_is_the_one_that_awss_own_tools_ask(
     for name, value in {"AWS_CONFIG_FILE": str(config), **variables}.items():
         monkeypatch.setenv(name, value)
     assert S3Access("bucket", SourceOptions()).object_url("k") == address
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("AWS_ACCESS_KEY_ID", "access key"), ("AWS_SECRET_ACCESS_KEY", "secret key"), ("AWS_SESSION_TOKEN", "token")],
+)
+@pytest.mark.parametrize("value", ["canary\n", " canary", "can\nary"])
+def test_keys_as_echo_writes_them_are_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch, name: str, what: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    access = S3Access("bucket", SourceOptions(endpoint_url="http://gate:9000"))
+    with pytest.raises(AccessError, match=f"the {what} has a blank or a line end") as caught:
+        access.sign(access.object_url("k"))
+    assert "ary" not in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:Fetching the endpoint_resolver")
