@@ -98,6 +98,8 @@ class SourceConfig:
             raise ConfigError(
                 f"{label} has no url: expected s3://…, hf://…, oci://…, http(s)://…, /directory or mfs+s3://…"
             )
+        if not self.url.startswith("/") and not re.fullmatch(r"[^\x00-\x1f\x7f\ud800-\udfff]*", self.url):
+            raise ConfigError(f"{label}: url is {mask_url(self.url)!r}: expected no control characters, and UTF-8")
         if self.layout not in LAYOUTS:
             raise ConfigError(f"{label}: layout is {self.layout!r}: expected one of {', '.join(LAYOUTS)}")
         if self.layout == "hub-cache":

@@ -62,11 +62,13 @@ class TransientStoreError(StoreError):
     """The source failed in a way that may pass: reset, timeout, 429, 5xx.
 
     retry_after_s: the server's own wish for the pause before the next attempt, or None.
+    received_bytes: of a range that was asked for, what came before it broke off, in order and of the right version.
     """
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.received_bytes = 0
 
 
 _BY_NAME = {

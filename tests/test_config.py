@@ -183,6 +183,10 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], complai
 def test_sources_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match="no url"):
         SourceConfig("")
+    for address in ("http://host/a\nb/", "s3://b/\udcff", "hf://a/b\x7f"):
+        with pytest.raises(ConfigError, match="expected no control characters, and UTF-8"):
+            SourceConfig(address)
+    assert SourceConfig("/a\nb\udcff").url == "/a\nb\udcff"
     with pytest.raises(ConfigError, match="expected http"):
         SourceConfig("s3://b", endpoint_url="localhost:9000")
     with pytest.raises(ConfigError, match=r"source 'a': a signature can be required of a registry .* only, got s3://b"):
@@ -223,8 +227,9 @@ def test_a_budget_for_no_cache_is_not_checked() -> None:
 
 
 NAMES = st.text(string.ascii_letters + "äß 。", min_size=1, max_size=20).filter(lambda name: name.strip(". "))
+URLS = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1)
 SOURCES = st.builds(
-    SourceConfig, url=st.text(min_size=1), name=NAMES, profile=st.none() | st.text(), unsigned=st.booleans(),
+    SourceConfig, url=URLS, name=NAMES, profile=st.none() | st.text(), unsigned=st.booleans(),
     requester_pays=st.booleans(), token=st.none() | st.text(),
 )  # fmt: skip
 CONFIGS = st.builds(

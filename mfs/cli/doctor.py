@@ -12,7 +12,7 @@ from mfs.cli.mount import SIZE
 from mfs.cli.page import Page, json_option
 from mfs.cli.registries import REACHING, reaching_options
 from mfs.cli.run import Failed
-from mfs.cli.targets import TREE_PATH
+from mfs.cli.targets import TREE_PATH, source_url
 from mfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def _wanted(
             raise UsageError("with --config, no SOURCE: the sources stand in the file")
         place = {} if _names_mountpoint(config_file) else {"mountpoint": Path("/proc/mfs/mountpoint")}
         return Wanted.of(load(config_file, mount=given | place, source=of_source))
-    urls = [url if "://" in url else os.path.abspath(url) for url in sources]
-    return Wanted(tuple(SourceConfig(url, **of_source) for url in urls), **given)
+    return Wanted(tuple(SourceConfig(source_url(source), **of_source) for source in sources), **given)
 
 
 def _names_mountpoint(config_file: Path) -> bool:

@@ -16,7 +16,7 @@ from mfs.cli.mount import DURATION, Parsed
 from mfs.cli.page import Page, json_option
 from mfs.cli.registries import REACHING, reaching_options
 from mfs.cli.run import say
-from mfs.cli.targets import TREE_PATH
+from mfs.cli.targets import TREE_PATH, source_url
 from mfs.cli.text import clean, count, print_json, size
 from mfs.errors import StoreError, TransientStoreError
 
@@ -106,7 +106,7 @@ def estimate(
     price = prices.parse(egress) if egress else None
     of_source = {name: reaching[name] for name, *_ in REACHING if reaching.get(name) is not None}
     key = Path(os.path.abspath(require_signature)) if require_signature else None
-    config = SourceConfig(source if "://" in source else os.path.abspath(source), require_signature=key, **of_source)
+    config = SourceConfig(source_url(source), require_signature=key, **of_source)
     directory = Path(os.path.abspath(cache_dir)) if cache_dir else None
     question = Question(
         cast("Read", read), paths, processes=workers, connections=connections, keeps=directory is not None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 from mfs.cli.page import Page
 from mfs.cli.registries import REACHING
 from mfs.cli.run import warn
-from mfs.cli.targets import TREE_PATH
+from mfs.cli.targets import TREE_PATH, absolute, source_url
 from mfs.cli.text import clean, count
 from mfs.errors import UsageError
 from mfs.units import parse_duration, parse_size
@@ -265,7 +264,7 @@ def _take_over(source: str | None, mountpoint: str | None, config_file: Path | N
         settings = _settings(source, mountpoint, config_file, options)
         place = str(settings.mountpoint)
     elif source is not None:
-        place = os.path.abspath(source)
+        place = absolute(source, "MOUNTPOINT")
     else:
         raise UsageError("--handover needs the MOUNTPOINT; see 'mfs mount --help'")
     served = find_mount(place)
@@ -299,7 +298,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     for name in ("cache_dir", "log_file", "require_signature"):
         if name in given:
-            given[name] = Path(os.path.abspath(given[name]))
+            given[name] = Path(absolute(given[name], f"--{name.replace('_', '-')}"))
     return given
 
 
@@ -316,12 +315,12 @@ def _settings(
         if mountpoint is not None:
             raise UsageError("with --config, name only the mount point: the sources stand in the file")
         if source is not None:  # the one argument given: click fills from the left
-            given["mountpoint"] = Path(os.path.abspath(source))
+            given["mountpoint"] = Path(absolute(source, "MOUNTPOINT"))
         return files.load(config_file, mount=given, source=of_source)
     if source is None or mountpoint is None:
         raise UsageError("SOURCE and MOUNTPOINT are both needed; see 'mfs mount --help'")
-    url = source if "://" in source else os.path.abspath(source)
-    return MountConfig(Path(os.path.abspath(mountpoint)), (SourceConfig(url, **of_source),), **given)
+    place = Path(absolute(mountpoint, "MOUNTPOINT"))
+    return MountConfig(place, (SourceConfig(source_url(source), **of_source),), **given)
 
 
 def _is_dead(mountpoint: str) -> bool:

@@ -33,6 +33,18 @@ TREE_PATH = TreePath()
 paths_argument = click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=TREE_PATH)
 
 
+def absolute(path: str, what: str) -> str:
+    """`path` from where the person stands. Raises: UsageError if it is empty, as a variable that was never set is."""
+    if not path:
+        raise UsageError(f"{what} is an empty path")
+    return os.path.abspath(path)
+
+
+def source_url(source: str) -> str:
+    """SOURCE as settings have it: an address, or the absolute path of a folder. Raises: UsageError if it is empty."""
+    return source if "://" in source else absolute(source, "SOURCE")
+
+
 @dataclass
 class Target:
     """One mount, and the given paths that lie in it."""

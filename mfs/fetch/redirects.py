@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 from mfs.errors import StoreError
 from mfs.fetch.connections import Origin
 from mfs.fetch.transport import Reply, parse_target
 
-HOPS_MAX = 5
-"""Redirects followed for one request."""
+HOPS_MAX = 10
+"""Redirects followed for one request; as many as Go's client, and half of what the fetch standard asks of browsers."""
 
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
+
+_LEGAL = "%:/?#[]@!$&'()*+,;=-._~"
+"""What may stand in an address beside letters and digits. Source: RFC 3986 §2."""
 
 
 class Hop(NamedTuple):
@@ -43,7 +46,7 @@ def next_hop(hop: Hop, reply: Reply, settle: Settle = str) -> Hop | None:
     location = reply.headers.get("Location")
     if not location:
         raise StoreError(f"{origin.shown}: status {reply.status} redirects to nowhere: no Location")
-    url = settle(urljoin(hop.url, location))
+    url = settle(urljoin(hop.url, _encoded(location)))
     there = parse_target(url).origin
     began_plain = hop.began_plain or origin.origin.scheme == "http"
     if there.scheme == "http" and not began_plain:
@@ -51,6 +54,14 @@ def next_hop(hop: Hop, reply: Reply, settle: Settle = str) -> Hop | None:
             f"{origin.shown}: redirects from https to {there}: nothing is sent there; the server must redirect to https"
         )
     return Hop(url, hop.is_home and _is_same(origin.origin, there), began_plain)
+
+
+def _encoded(location: str) -> str:
+    """A Location as it should have been written: some servers leave blanks and letters beyond ASCII as they are.
+
+    Its bytes were read as Latin-1. What is encoded stays so.
+    """
+    return quote(location.strip().encode("latin-1"), safe=_LEGAL)
 
 
 def _is_same(origin: Origin, other: Origin) -> bool:

@@ -13,6 +13,7 @@ from typing import TypeVar
 from mfs.errors import StoreError, TransientStoreError
 from mfs.fetch.dates import epoch_s
 from mfs.fetch.told import tell_retry
+from mfs.types import ByteRange
 
 T = TypeVar("T")
 
@@ -22,8 +23,9 @@ FIRST_PAUSE_S = 0.1
 PAUSE_S_MAX = 5.0
 """Upper bound of any pause the server did not ask for: a recovered origin is noticed within seconds."""
 
-TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP statuses that say 'not now'."""
+TRANSIENT_STATUSES = frozenset({408, 425, 429, *range(500, 600)}) - {501, 505, 511}
+"""HTTP statuses that say 'not now': whatever of a server's own faults is none of what it cannot do at all. Proxies and
+networks before an origin have their own (509, 520 to 530), and RFC 9110 §15 takes an unknown one for a 500."""
 
 HOLD_S_MAX = 300.0
 """Longest pause that one answer imposes on all threads; the Hub counts in windows of this length."""
@@ -54,12 +56,33 @@ class Hold:
             self._until_s = max(self._until_s, time.monotonic() + min(wish_s, HOLD_S_MAX))
 
 
+class Rest:
+    """What of a range is still to come, over attempts that break off in the middle of it: a server or proxy that ends
+    every answer early (a limit of time or bytes, a line that drops) is read on where it did so, not from the start.
+    """
+
+    def __init__(self, span: ByteRange, out: memoryview) -> None:
+        """out: for all of `span`."""
+        self._span = span
+        self._out = out
+
+    def take(self, read: Callable[[ByteRange, memoryview], T]) -> T:
+        """`read` what is left. What it brings before a TransientStoreError is not asked for again."""
+        try:
+            return read(self._span, self._out)
+        except TransientStoreError as e:
+            self._span = ByteRange(self._span.start + e.received_bytes, self._span.stop)
+            self._out = self._out[e.received_bytes :]
+            raise
+
+
 def with_retries(
     attempt: Callable[[], T], *, what: str, deadline_s: float, stopped: threading.Event | None = None
 ) -> T:
     """Call `attempt` until it returns, fails for good, or the deadline comes too near for another try.
 
-    Pauses are drawn evenly from 0 to a bound that doubles (full jitter), after what the server asked for.
+    Pauses are drawn evenly from 0 to a bound that doubles (full jitter), after what the server asked for; who sent some
+    of what he was asked for is asked again as if he had not failed yet.
     what: opens the final message, as in 's3://b/k: bytes 0-9'.
     stopped: set from elsewhere, ends a pause with StoreError.
     Raises: TransientStoreError naming attempts, time and last cause; any other error of `attempt` unchanged.
@@ -73,6 +96,8 @@ def with_retries(
             return attempt()
         except TransientStoreError as e:
             last = e
+        if last.received_bytes:
+            bound_s = FIRST_PAUSE_S
         pause_s = random.uniform(0, bound_s)
         bound_s = min(PAUSE_S_MAX, 2 * bound_s)
         if last.retry_after_s is not None:

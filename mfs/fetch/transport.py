@@ -214,7 +214,8 @@ class Transport:
         Returns the 206 (or 200, where the answer is the whole object and that is small) after `out` was filled; any
         other status comes back with the start of its body, `out` untouched, for the caller to make sense of.
         Raises: IntegrityError for an answer with other bytes than asked for; ChangedError if the object has another
-            size; StoreError if the server does not do ranges; TransientStoreError on reset, timeout, early end.
+            size; StoreError if the server does not do ranges; TransientStoreError on reset, timeout, early end, with
+            what of `out` is filled all the same.
         Source: RFC 9110 §14.2 Range, §15.3.7 206.
         """
         if len(out) != len(span):
@@ -239,6 +240,7 @@ class Transport:
         except Exception as e:
             raise self._translate(e, target, deadline_s) from e
         trace.status = response.status
+        is_filling = False
         try:
             if response.status not in (200, 206):
                 return self._finish_error(connection, response, deadline_s)
@@ -248,12 +250,16 @@ class Transport:
                 _cut(response, span, out, size, target)
                 filled = len(out)
             else:
+                is_filling = response.length is not None  # else nothing says yet that these are the bytes
                 filled = _fill(connection, response, out)
             if filled < len(out):
                 raise _early_end(response, filled, f"bytes {span.start}-{span.stop - 1}", target)
         except BaseException as e:
             self._pool.drop(connection)
-            raise self._translate(e, target, deadline_s) from e
+            error = self._translate(e, target, deadline_s)
+            if is_filling and isinstance(error, TransientStoreError):
+                error.received_bytes = len(out) - (response.length or 0)
+            raise error from e
         self._release(connection, response)
         return Reply(response.status, response.headers, b"")
 
@@ -273,6 +279,10 @@ class Transport:
 
         for _ in range(count - self._pool.counts(target.origin)[1]):
             threading.Thread(target=open_one, name="preconnect", daemon=True).start()
+
+    def keeps(self, url: str) -> bool:
+        """Whether a connection to where `url` leads is open and idle: its server keeps them after an answer."""
+        return self._pool.counts(parse_target(url).origin)[1] > 0
 
     def close(self) -> None:
         """Close all connections; requests under way in other threads end with StoreError."""
@@ -500,9 +510,12 @@ def _fill(connection: Connection, response: http.client.HTTPResponse, out: memor
         return filled
     # What came along with the head lies in the response's buffer; the first read drains it and may add one receive.
     filled = response.fp.readinto1(out)
+    response.length -= filled
     if filled:
-        filled += connection.wire.receive_all(out[filled:])
-    if filled == len(out):
-        response.length = 0
+        try:
+            connection.wire.receive_all(out[filled:])
+        finally:
+            response.length -= connection.wire.filled
+    if not response.length:
         response.close()
-    return filled
+    return len(out) - response.length

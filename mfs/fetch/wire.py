@@ -55,6 +55,8 @@ class Wire:
         self._stall_s = 0.0
         self.has_ended = False
         """Whether the peer has said that nothing more will come."""
+        self.filled = 0
+        """Bytes of the last `receive_all`, also where it raised."""
         if not self._is_tls:
             sock.settimeout(None)
         self.arm(deadline_s)
@@ -92,13 +94,13 @@ class Wire:
     def receive_all(self, view: memoryview) -> int:
         """Receive until `view` is full or the peer closes; the bytes received. Raises: TimeoutError, OSError."""
         flags = 0 if self._is_tls else socket.MSG_WAITALL
-        filled = 0
-        while filled < len(view):
-            count = self.receive(view[filled:], flags=flags)
+        self.filled = 0
+        while self.filled < len(view):
+            count = self.receive(view[self.filled :], flags=flags)
             if not count:
                 break
-            filled += count
-        return filled
+            self.filled += count
+        return self.filled
 
     def is_quiet(self) -> bool:
         """Whether an idle connection is still open: nothing may come from a server that owes us nothing."""
@@ -188,6 +190,9 @@ def _open_tunnel(wire: Wire, host: str, port: int, proxy: Proxy) -> None:
 _PLAIN_HEAD = re.compile(rb"HTTP/1\.1 (20[06]) ([ -~]*)\r\n((?:[!-9;-~]+:[\t -~]*\r\n)+)\r\n")
 _FIELD = re.compile(r"([^:]+):[\t ]*([^\r]*)\r\n")
 _LENGTH = re.compile(r"[0-9]{1,18}")
+_INTERIM = frozenset(range(100, 200)) - {101}
+"""Statuses after which the answer is still to come, unasked too; http.client knows 100 alone. 101 ends HTTP.
+Source: RFC 9110 §15.2."""
 
 
 def _begin_plainly(response: http.client.HTTPResponse) -> bool:
@@ -222,6 +227,9 @@ def read_head(wire: Wire, method: str) -> http.client.HTTPResponse:
     response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # enough of a socket
     if method != "GET" or not _begin_plainly(response):
         response.begin()
+        while response.status in _INTERIM:
+            response.headers = None  # type: ignore[assignment]  # begins anew only without
+            response.begin()
     if wire.has_ended:
         raise ConnectionResetError("the connection ended within the headers of the answer")
     return response

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from mfs.errors import NotFoundError, StoreError, TransientStoreError
-from mfs.fetch.retry import with_retries
+from mfs.fetch.retry import Rest, with_retries
 from mfs.oci import tar
 from mfs.oci.artifact import BadLayerError, Descriptor, Manifest, Place, choose, parse_document, parse_locator
 from mfs.oci.client import RegistryClient
@@ -196,11 +196,15 @@ class OciSource:
         if at + len(out) > nbytes:
             raise StoreError(f"{where}: bytes {at}-{at + len(out)} of a layer of {nbytes}")
         missed_count = 0
+        rest = Rest(ByteRange(at, at + len(out)), out)
+
+        def read(part: ByteRange, view: memoryview) -> None:
+            self._client.read_blob(digest, nbytes, part.start, view, where, deadline_s=deadline_s)
 
         def attempt() -> None:
             nonlocal missed_count
             try:
-                self._client.read_blob(digest, nbytes, at, out, where, deadline_s=deadline_s)
+                rest.take(read)
             except NotFoundError as error:
                 missed_count += 1
                 if missed_count < MISSED_MAX:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from mfs.errors import NotFoundError, StoreError
 from mfs.errors import TransientStoreError as Transient
-from mfs.fetch.retry import with_retries
+from mfs.fetch.retry import Rest, with_retries
 from mfs.fetch.route import Route, Shared, proves_itself
 from mfs.fetch.transport import Reply, Transport
 from mfs.registry.layout import is_key
@@ -92,13 +92,15 @@ class S3Store:
     def read_range(self, key: str, span: ByteRange, *, size: int, out: memoryview, deadline_s: float) -> None:
         """Fill `out` with a range of an object; see `Store.read_range`."""
 
+        rest = Rest(span, out)
+
         def send(url: str, headers: dict[str, str]) -> Reply:
             shared = None
             if self._route.is_shared:
                 shared = Shared(self._named(key, size), self._access.presign(url), {}, proves_itself)
-            return self._route.read_range(
-                url, span, out=out, size=size, headers=headers, shared=shared, deadline_s=deadline_s
-            )
+            return rest.take(lambda part, view: self._route.read_range(
+                url, part, out=view, size=size, headers=headers, shared=shared, deadline_s=deadline_s
+            ))  # fmt: skip
 
         if span:
             self._asked(key, send, deadline_s)

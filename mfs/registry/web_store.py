@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mfs.errors import AccessError, NotFoundError, StoreError
 from mfs.fetch.redirects import Hop
-from mfs.fetch.retry import with_retries
+from mfs.fetch.retry import Rest, with_retries
 from mfs.fetch.route import Shared, proves_itself
 from mfs.fetch.transport import Reply, parse_target
 from mfs.registry.layout import is_key
@@ -47,13 +47,14 @@ class WebStore:
         """Fill `out` with a range of an object; see `Store.read_range`."""
 
         name = self._named(key, size)
+        rest = Rest(span, out)
 
         def send(hop: Hop) -> Reply:
-            return self._access.route.read_range(
-                hop.url, span, out=out, size=size, headers=self._access.headers(hop, {}),
+            return rest.take(lambda part, view: self._access.route.read_range(
+                hop.url, part, out=view, size=size, headers=self._access.headers(hop, {}),
                 shared=Shared(name, hop.url, {}, proves_itself) if self._access.is_open(hop) else None,
                 deadline_s=deadline_s,
-            )  # fmt: skip
+            ))  # fmt: skip
 
         if span:
             self._asked(key, send, deadline_s)

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 from mfs.errors import MfsError, NotFoundError, StoreError, TransientStoreError
 from mfs.fetch.links import next_url
 from mfs.fetch.redirects import Hop, follow, next_hop
-from mfs.fetch.retry import TRANSIENT_STATUSES, Hold, wished_pause_s, with_retries
+from mfs.fetch.retry import TRANSIENT_STATUSES, Hold, Rest, wished_pause_s, with_retries
 from mfs.fetch.route import Route, Shared
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.sources import hf_cache
@@ -145,13 +145,16 @@ class HfSource:
             raise StoreError(f"{obj}: expected a commit as its locator, got {commit!r}")
         where = f"hf://{self._repo}@{commit[:12]}/{path}"
 
+        rest = Rest(span, out)
+
         def send(hop: Hop) -> Reply:
             headers = self._headers(hop, is_file=True)
             # Our token is for the Hub alone; and what the Hub sends itself is small, and counted by it.
             shared = None if headers or hop.is_home else Shared(obj.cache_id, hop.url, {})
-            return self._route.read_range(
-                hop.url, span, out=out, size=obj.size, headers=headers, name=where, shared=shared, deadline_s=deadline_s
-            )
+            return rest.take(lambda part, view: self._route.read_range(
+                hop.url, part, out=view, size=obj.size, headers=headers, name=where, shared=shared,
+                deadline_s=deadline_s,
+            ))  # fmt: skip
 
         def fetch(address: _Address) -> tuple[Reply, Hop]:
             try:

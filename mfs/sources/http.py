@@ -26,7 +26,7 @@ from mfs.errors import (
 )
 from mfs.fetch.dates import epoch_s
 from mfs.fetch.redirects import Hop
-from mfs.fetch.retry import with_retries
+from mfs.fetch.retry import Rest, with_retries
 from mfs.fetch.route import Shared
 from mfs.fetch.transport import Reply, parse_target
 from mfs.fetch.validators import opaque_of
@@ -41,7 +41,7 @@ from mfs.types import ByteRange, Entry, EntryKind, ObjectId
 log = logging.getLogger(__name__)
 
 WARM_CONNECTIONS = 3
-"""Opened beside the first listing, so that the first reads find them ready."""
+"""Opened once the first listing has come, so that the first reads find them ready."""
 
 ASKED_MAX = 10_000
 """Files of one manifest whose validators are asked of the server; what goes beyond is not read."""
@@ -74,15 +74,13 @@ class HttpSource:
 
     def list(self, path: str, *, deadline_s: float) -> Iterator[Page]:
         """Yield one directory, or with a manifest all of it at once; see `Source.list`."""
-        if not self._is_warm:
-            self._is_warm = True
-            self._access.transport.preconnect(self.identity, WARM_CONNECTIONS, deadline_s=deadline_s)
         if self._manifest:
             yield from self._manifest_pages(self._manifest, path, deadline_s)
             return
         url = self._access.url(f"{path}/" if path else "")
         where = parse_target(url).shown
         reply = self._access.get(url, deadline_s)
+        self._warm(deadline_s)
         if reply.status == 200 and is_autoindex(reply.body):
             tree = TreeBuilder(where, path)
             names = add_autoindex(tree, reply.body, where)
@@ -116,8 +114,10 @@ class HttpSource:
 
             return self._access.follow(url, send_to)
 
+        rest = Rest(span, out)
+
         def attempt() -> None:
-            reply = self._binder.read(binding, span, out, send, where)
+            reply = rest.take(lambda part, view: self._binder.read(binding, part, view, send, where))
             if reply.status not in (200, 206):
                 raise error_of(reply, where)
 
@@ -130,6 +130,15 @@ class HttpSource:
         """Drop connections; see `Source.close`."""
         self._access.close()
 
+    def _warm(self, deadline_s: float) -> None:
+        """Open the connections of the first reads, once, if the server keeps any: one that serves a connection at a
+        time, as simple ones do, would wait on an idle one while what we ask of it stands behind.
+        """
+        transport = self._access.transport
+        if not self._is_warm and transport.keeps(self.identity):
+            self._is_warm = True
+            transport.preconnect(self.identity, WARM_CONNECTIONS, deadline_s=deadline_s)
+
     def _adopt_manifest(self, deadline_s: float) -> Iterator[Page]:
         """The pages of the manifest in the folder, which is asked first from now on. Raises: NotFoundError if none."""
         pages = list(self._manifest_pages(MANIFEST_NAME, "", deadline_s))
@@ -140,6 +149,7 @@ class HttpSource:
         url = self._access.url(name)
         where = parse_target(url).shown
         reply = self._access.get(url, deadline_s)
+        self._warm(deadline_s)
         if reply.status != 200:
             raise error_of(reply, where)
         tree = TreeBuilder(where, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import netrc
+import os
 import threading
 from collections.abc import Callable, Mapping
 from urllib.parse import quote, urlsplit
@@ -127,12 +128,13 @@ def error_of(reply: Reply, where: str) -> MfsError:
 
 
 def _netrc_authorization(host: str) -> str | None:
-    """Basic credentials from ~/.netrc, else None."""
+    """Basic credentials from ~/.netrc, or the file that NETRC names, as for curl and requests; else None."""
+    named = os.environ.get("NETRC")
     try:
-        found = netrc.netrc().authenticators(host)
+        found = netrc.netrc(named or None).authenticators(host)
     except FileNotFoundError:
         return None
-    except (netrc.NetrcParseError, OSError) as e:
-        log.warning("~/.netrc is not used: %s", e)
+    except (netrc.NetrcParseError, OSError, UnicodeDecodeError) as e:
+        log.warning("%s is not used: %s", named or "~/.netrc", e)
         return None
     return basic_authorization(quote(found[0]), quote(found[2] or "")) if found else None

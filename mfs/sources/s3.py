@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 
 from mfs.errors import NotFoundError
-from mfs.fetch.retry import with_retries
+from mfs.fetch.retry import Rest, with_retries
 from mfs.fetch.route import Route, Shared
 from mfs.fetch.transport import Reply, Transport
 from mfs.sources.base import Page
@@ -113,8 +113,10 @@ class S3Source:
                 deadline_s=deadline_s,
             )  # fmt: skip
 
+        rest = Rest(span, out)
+
         def attempt() -> None:
-            reply = self._binder.read(binding, span, out, send, where)
+            reply = rest.take(lambda part, view: self._binder.read(binding, part, view, send, where))
             if reply.status not in (200, 206):
                 raise error_of(reply, where, self._access.region)
 

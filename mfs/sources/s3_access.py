@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -43,6 +44,8 @@ PRESIGNED_AGAIN_S = 900.0
 SIGNATURES_MAX = 4096
 """Signatures remembered; at the limit all are forgotten, which costs one new one per object."""
 
+_KEY = re.compile(r"\S(.*\S)?")
+
 
 class Signed(NamedTuple):
     """What authorises one request, and with what it was made: by that an answer is judged."""
@@ -60,26 +63,28 @@ class S3Access:
         """Raises: ConfigError for an unknown profile or a bad endpoint."""
         warn_of_replaced_urllib3()
         import botocore.exceptions
-        import botocore.session
         from botocore.configprovider import ConfiguredEndpointProvider
 
         self.bucket = bucket
         self._is_signed = not options.unsigned
         self._payer = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
         self._profile = options.profile
-        self._session = botocore.session.Session(profile=options.profile)
+        self._session = self._new_session()
         try:
             scoped = self._session.get_scoped_config()
-            configured = ConfiguredEndpointProvider(
-                full_config=self._session.full_config, scoped_config=scoped, client_name="s3"
-            ).provide()
+            configured = None
+            if not self._session.get_config_variable("ignore_configured_endpoint_urls"):
+                configured = ConfiguredEndpointProvider(
+                    full_config=self._session.full_config, scoped_config=scoped, client_name="s3"
+                ).provide()
         except botocore.exceptions.BotoCoreError as e:
             raise ConfigError(f"s3://{bucket}: AWS configuration: {e}") from e
         endpoint = without_userinfo(options.endpoint_url or configured or "").rstrip("/")
         self.endpoint: str | None = endpoint or None
-        self.region: str = options.region or self._session.get_config_variable("region") or "us-east-1"
-        self.is_virtual = (scoped.get("s3") or {}).get("addressing_style", "auto") == "virtual" or (
-            self.endpoint is None and "." not in bucket  # a wildcard certificate covers no dots
+        self.region: str = options.region or _region(self._session) or "us-east-1"
+        style = (scoped.get("s3") or {}).get("addressing_style", "auto")
+        self.is_virtual = style == "virtual" or (
+            self.endpoint is None and style == "auto" and "." not in bucket  # a wildcard certificate covers no dots
         )
         if self.endpoint and urlsplit(self.endpoint).scheme not in ("http", "https"):
             raise ConfigError(f"s3://{bucket}: endpoint {self.endpoint!r}: expected http://host[:port] or https://host")
@@ -194,12 +199,19 @@ class S3Access:
         """A session that has read no file yet: botocore reads each once."""
         import botocore.session
 
-        return botocore.session.Session(profile=self._profile)
+        named = any(os.environ.get(name) for name in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE"))
+        # Set but empty, as templates leave them, they name a profile '' to botocore, which nobody has.
+        unnamed = {} if named else {"profile": (None, None, None, None)}
+        return botocore.session.Session(profile=self._profile, session_vars=unnamed)
 
     def _sign(self, method: str, url: str, keys: Any, region: str) -> Signed:
         from botocore.auth import S3SigV4Auth
         from botocore.awsrequest import AWSRequest
 
+        for what, text in (("access key", keys.access_key), ("secret key", keys.secret_key), ("token", keys.token)):
+            if text and not _KEY.fullmatch(text):
+                raise AccessError(f"s3://{self.bucket}: the {what} has a blank or a line end around it, or one in it: "
+                                  "look at how it was written (`echo` adds one, `echo -n` none)")  # fmt: skip
         request = AWSRequest(method, url, headers=self._payer)
         S3SigV4Auth(keys, "s3", region).add_auth(request)
         return Signed(dict(request.headers.items()), region, keys)
@@ -253,10 +265,21 @@ class S3Access:
     def _aws_endpoint(self, region: str) -> str:
         """AWS's address for S3 in a region, right for every partition (China, GovCloud, ...)."""
         resolver = self._session.get_component("endpoint_resolver")
-        found = resolver.construct_endpoint("s3", region)
+        kinds = {f"use_{kind}_endpoint": bool(self._session.get_config_variable(f"use_{kind}_endpoint"))
+                 for kind in ("fips", "dualstack")}  # fmt: skip
+        found = resolver.construct_endpoint("s3", region, **kinds)
         if not found:
-            raise ConfigError(f"s3://{self.bucket}: no region {region!r} is known; check --region or AWS_REGION")
+            said = "".join(f" with {kind}" for kind, is_wanted in kinds.items() if is_wanted)
+            raise ConfigError(f"s3://{self.bucket}: no region {region!r}{said} is known; check --region or AWS_REGION")
         return f"https://{found['hostname']}"
+
+
+def _region(session: Any) -> str | None:
+    """AWS_DEFAULT_REGION, else AWS_REGION, which botocore alone of AWS's own does not read, else the profile's."""
+    if not os.environ.get("AWS_DEFAULT_REGION") and (region := os.environ.get("AWS_REGION", "").strip()):
+        return region
+    found: str | None = session.get_config_variable("region")
+    return found
 
 
 def _ca_bundle(session: Any) -> CaBundle | None:

@@ -60,6 +60,11 @@ def test_help_imports_nothing_heavy() -> None:
         (("status", "--watch"), "--watch needs a PATH"),
         (("status", "/x", "--cache-dir", "/y"), "--cache-dir stands alone"),
         (("ls", ""), "an empty path"),
+        (("mount", "", "/m"), "SOURCE is an empty path"),
+        (("mount", "s3://x", ""), "MOUNTPOINT is an empty path"),
+        (("mount", "s3://x", "/m", "--cache-dir", ""), "--cache-dir is an empty path"),
+        (("doctor", "--quick", ""), "SOURCE is an empty path"),
+        (("estimate", ""), "SOURCE is an empty path"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(mfs: Mfs, args: tuple[str, ...], complaint: str) -> None:

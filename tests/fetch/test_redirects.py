@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mfs.errors import StoreError
-from mfs.fetch.redirects import Hop, follow, next_hop
+from mfs.fetch.redirects import HOPS_MAX, Hop, follow, next_hop
 from mfs.fetch.transport import Reply
 from mfs.sources import SourceOptions, open_source
 from tests.servers.scripted import Answer, Request, ScriptedServer
@@ -46,6 +46,34 @@ def test_a_way_that_began_at_https_stays_there(way: list[str], is_taken: bool) -
         return
     with pytest.raises(StoreError, match=r"redirects from https to http://[abc]: nothing is sent there"):
         next_hop(hop, to(way[-1]))
+
+
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [
+        ("/a b/\u6a21.bin".encode().decode("latin-1"), "http://a/a%20b/%E6%A8%A1.bin"),
+        (" //b/x?name=a b&sig=%2B+/=~ ", "http://b/x?name=a%20b&sig=%2B+/=~"),
+        ('w"<>^`{|}\\.bin', "http://a/d/w%22%3C%3E%5E%60%7B%7C%7D%5C.bin"),
+        ("http://[::1]:80/w#part", "http://[::1]:80/w#part"),
+    ],
+)
+def test_an_address_that_is_not_encoded_is_followed_as_it_is_meant(written: str, asked: str) -> None:
+    assert next_hop(Hop("http://a/d/f"), to(written)) == Hop(asked, "//a" in asked, True)
+
+
+def test_redirects_have_an_end() -> None:
+    sent: list[str] = []
+
+    def send(hop: Hop) -> Reply:
+        sent.append(hop.url)
+        return Reply(200, http.client.HTTPMessage(), b"") if len(sent) > last else to(f"http://a/{len(sent)}")
+
+    last = HOPS_MAX
+    assert follow(Hop("http://a/0"), send)[1].url == f"http://a/{HOPS_MAX}"
+    sent.clear()
+    last += 1
+    with pytest.raises(StoreError, match=f"more than {HOPS_MAX} redirects"):
+        follow(Hop("http://a/0"), send)
 
 
 def test_nothing_is_sent_to_the_plain_address() -> None:

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from mfs.errors import ChangedError, StoreError, TransientStoreError
-from mfs.fetch.retry import HOLD_S_MAX, Hold, wished_pause_s, with_retries
+from mfs.fetch.retry import HOLD_S_MAX, Hold, Rest, wished_pause_s, with_retries
+from mfs.types import ByteRange
 
 
 def failing(times: int, error: Exception) -> tuple[list[float], object]:
@@ -48,6 +49,28 @@ def test_the_last_message_says_how_often_how_long_and_why() -> None:
     assert str(caught.value).startswith(f"s3://b/k: bytes 0-9: given up after {len(calls)} attempts in 0.")
     assert str(caught.value).endswith("s: connection refused")
     assert all(call < deadline_s for call in calls)
+
+
+def test_what_came_is_not_asked_for_again() -> None:
+    out = bytearray(10)
+    rest = Rest(ByteRange(100, 110), memoryview(out))
+    asked: list[ByteRange] = []
+
+    def read(span: ByteRange, view: memoryview) -> str:
+        asked.append(span)
+        assert len(view) == len(span)
+        came = min(4, len(span))
+        view[:came] = bytes(range(span.start, span.start + came))
+        if came < len(span):
+            error = TransientStoreError("reset")
+            error.received_bytes = came if len(asked) != 2 else 0
+            raise error
+        return "done"
+
+    deadline_s = time.monotonic() + 20
+    assert with_retries(lambda: rest.take(read), what="x", deadline_s=deadline_s) == "done"
+    assert asked == [ByteRange(start, 110) for start in (100, 104, 104, 108)]
+    assert out == bytes(range(100, 110))
 
 
 def test_a_wish_beyond_the_deadline_is_not_waited_for() -> None:

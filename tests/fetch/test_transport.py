@@ -94,6 +94,22 @@ def test_lies_are_errors_that_say_what_was_expected(
     assert get(transport, lying.url + "w.bin", 100, 1100) == ramp(1000, 100)
 
 
+@pytest.mark.parametrize(("lie", "received_bytes"), [(Lie.TRUNCATED, 700), (Lie.NO_LENGTH, 0), (Lie.IGNORES_RANGE, 0)])
+def test_what_came_before_it_broke_off_counts_where_it_must_be_what_was_asked_for(
+    lying: LiarServer, transport: Transport, chaos: Callable[[str], ChaosProxy], lie: Lie, received_bytes: int
+) -> None:
+    lying.lie(lie, after_bytes=700)
+    proxy = chaos(lying.url)
+    if lie is Lie.IGNORES_RANGE:
+        proxy.set(truncate_after_bytes=5000)
+    out = bytearray(1000)
+    with pytest.raises(TransientStoreError) as caught:
+        transport.read_range(f"{proxy.url}w.bin", ByteRange(100, 1100), out=memoryview(out), size=SIZE,
+                             deadline_s=time.monotonic() + 20)  # fmt: skip
+    assert caught.value.received_bytes == received_bytes
+    assert out[:received_bytes] == ramp(received_bytes, 100)
+
+
 def test_a_range_answered_with_a_small_object_is_cut_out_of_it_and_of_a_large_one_is_an_error(
     lying: LiarServer, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,18 @@ def test_a_head_is_what_http_client_makes_of_it(
         assert found.fp.peek().endswith(b"0123456789") == expected.fp.peek().endswith(b"0123456789")
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_what_comes_before_the_answer_is_no_answer(pair: tuple[Wire, socket.socket], method: str) -> None:
+    wire, server = pair
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\nContent-Length: 3\r\n\r\n"
+    server.sendall(hints + b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n" + PLAIN[0].encode())
+    found = read_head(wire, method)
+    assert (found.status, found.headers["ETag"], found.headers["Link"]) == (206, '"66-1"', None)
+    if method == "GET":
+        server.sendall(b"0123456789")
+        assert found.read() == b"0123456789"
+
+
 def test_a_head_in_two_parts_is_read_to_its_end(pair: tuple[Wire, socket.socket]) -> None:
     wire, server = pair
     head = PLAIN[0].encode()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.server
 import json
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,7 @@ from mfs.sources.tree import TreeBuilder
 from mfs.testing import ramp
 from mfs.testing.suite import SourceSuite, deadline, list_tree, object_of, read
 from mfs.types import EntryKind
+from tests.servers import web
 from tests.servers.liar import LiarServer, Lie
 from tests.servers.nginx import NginxServer
 
@@ -409,10 +412,45 @@ def test_a_busy_server_is_asked_again(liar: LiarServer) -> None:
     liar.lie(Lie.STATUS, status=503, retry_after_s=0, count=3)
     assert read(source, obj, 1, 9) == ramp(8, 1)
     assert liar.lies_told() == 3
+    for status in (507, 509, 520, 524, 599):
+        liar.lie(Lie.STATUS, status=status, count=1)
+        assert read(source, obj, 1, 9) == ramp(8, 1)
+    liar.lie(Lie.STATUS, status=501)
+    with pytest.raises(StoreError, match=r"unexpected status 501|does not keep"):
+        read(source, obj, 1, 9)
     liar.lie(Lie.STATUS, status=503, retry_after_s=3600)
     with pytest.raises(TransientStoreError, match="asks to wait 3600 s"):
         read(source, obj, 1, 9)
     origin.close()
+
+
+@pytest.mark.parametrize("manifest", ["", "mfs-manifest.json"])
+def test_a_server_of_one_connection_at_a_time_is_not_left_waiting_on_an_idle_one(manifest: str) -> None:
+    """Such a one answers nothing while it waits for the first request of a connection that was opened ahead."""
+    served: list[bytes] = []
+
+    class Site(web.Handler):
+        protocol_version = "HTTP/1.0"
+
+        def handle(self) -> None:
+            super().handle()
+            served.append(self.raw_requestline)
+
+        def do_GET(self) -> None:
+            listing = {"files": [{"path": "w.bin", "size": 4, "etag": "v"}]}
+            found = json.dumps(listing).encode() if self.path.endswith(".json") else b"1234"
+            self.answer(200 if self.path != "/" else 404, found, [("ETag", '"v"')])
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Site) as server:
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        serving.start()
+        source = open_source(f"http://127.0.0.1:{server.server_port}/{manifest}")
+        assert read(source, object_of(source, "w.bin", list_tree(source)["w.bin"])) == b"1234"
+        source.close()
+        server.shutdown()
+        serving.join()
+    assert len(served) >= 2
+    assert all(served)
 
 
 def test_what_is_neither_file_nor_directory_is_left_out(origin: HttpOrigin) -> None:

@@ -84,6 +84,14 @@ def test_cut_answers_are_fetched_again_by_many_threads(reached: Reached) -> None
     assert b"".join(parts) == ramp(24 * step)
 
 
+@pytest.mark.parametrize("fault", ["reset_after_bytes", "truncate_after_bytes"])
+def test_who_never_sends_all_of_it_is_read_on_where_he_broke_off(reached: Reached, fault: str) -> None:
+    source, obj, proxy = reached
+    proxy.set(**{fault: obj.size // 8})
+    assert read(source, obj) == ramp(obj.size)
+    assert proxy.stats().faults >= 8
+
+
 def test_refused_connections_are_tried_again(reached: Reached) -> None:
     source, obj, proxy = reached
     proxy.stop()

@@ -359,4 +359,11 @@ def test_netrc_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         good["password"] = "nobody's"
         with pytest.raises(AccessError):
             read(source, obj, 5, 50)
+        monkeypatch.setenv("NETRC", str(tmp_path / "named"))
+        (tmp_path / "named").write_text("machine 127.0.0.1 login u password nobody's\n")
+        assert read(source, obj, 5, 50) == ramp(45, 5)
+        good["password"] = "five"
+        (tmp_path / "named").write_bytes(b"machine 127.0.0.1 login u password f\xfcnf\n")
+        with pytest.raises(AccessError):
+            read(source, obj, 5, 50)
         source.close()

@@ -12,7 +12,7 @@ import boto3
 import botocore.config
 import pytest
 
-from mfs.errors import MfsError, StoreError
+from mfs.errors import AccessError, ConfigError, MfsError, StoreError
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.s3_access import S3Access
 from mfs.testing import ramp
@@ -143,6 +143,55 @@ def test_the_region_decides_awss_address() -> None:
     assert access.object_url("k") == "https://bucket.s3.us-east-1.amazonaws.com/k"
     assert access.move("cn-north-1", asked="us-east-1")
     assert access.object_url("k") == "https://bucket.s3.cn-north-1.amazonaws.com.cn/k"
+
+
+@pytest.mark.parametrize(
+    ("variables", "address"),
+    [
+        ({"AWS_REGION": "eu-west-3"}, "https://bucket.s3.eu-west-3.amazonaws.com/k"),
+        ({"AWS_REGION": "eu-west-3", "AWS_DEFAULT_REGION": "eu-west-1"}, "https://bucket.s3.eu-west-1.amazonaws.com/k"),
+        ({"AWS_USE_FIPS_ENDPOINT": "true"}, "https://bucket.s3-fips.us-east-1.amazonaws.com/k"),
+        ({"AWS_USE_DUALSTACK_ENDPOINT": "true"}, "https://bucket.s3.dualstack.us-east-1.amazonaws.com/k"),
+        ({"AWS_PROFILE": "path"}, "https://s3.eu-north-1.amazonaws.com/bucket/k"),
+        ({"AWS_PROFILE": "path", "AWS_REGION": "eu-west-3"}, "https://s3.eu-west-3.amazonaws.com/bucket/k"),
+        ({"AWS_PROFILE": "", "AWS_DEFAULT_REGION": ""}, "https://bucket.s3.us-east-1.amazonaws.com/k"),
+        ({"AWS_ENDPOINT_URL": "http://gate:9000"}, "http://gate:9000/bucket/k"),
+        ({"AWS_ENDPOINT_URL": "http://gate:9000", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"},
+         "https://bucket.s3.us-east-1.amazonaws.com/k"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Fetching the endpoint_resolver")
+def test_the_address_is_the_one_that_awss_own_tools_ask(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], address: str
+) -> None:
+    config = tmp_path / "config"
+    config.write_text("[profile path]\nregion = eu-north-1\ns3 =\n  addressing_style = path\n")
+    monkeypatch.delenv("AWS_REGION")
+    for name, value in {"AWS_CONFIG_FILE": str(config), **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert S3Access("bucket", SourceOptions()).object_url("k") == address
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("AWS_ACCESS_KEY_ID", "access key"), ("AWS_SECRET_ACCESS_KEY", "secret key"), ("AWS_SESSION_TOKEN", "token")],
+)
+@pytest.mark.parametrize("value", ["canary\n", " canary", "can\nary"])
+def test_keys_as_echo_writes_them_are_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch, name: str, what: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    access = S3Access("bucket", SourceOptions(endpoint_url="http://gate:9000"))
+    with pytest.raises(AccessError, match=f"the {what} has a blank or a line end") as caught:
+        access.sign(access.object_url("k"))
+    assert "ary" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Fetching the endpoint_resolver")
+def test_an_address_of_a_kind_that_the_region_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_USE_DUALSTACK_ENDPOINT", "true")
+    with pytest.raises(ConfigError, match="no region 'us-iso-east-1' with use_dualstack_endpoint is known"):
+        S3Access("bucket", SourceOptions(region="us-iso-east-1")).object_url("k")
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
