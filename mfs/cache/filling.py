@@ -1,8 +1,8 @@
 """Filling chunks: which orders bring what a reader lacks, and what becomes of the answers. On the trio thread.
 
-A fill belongs to the cache, not to the reader that caused it; the protocol stands at the top of `chunk_cache`. A reader may
-go along with an order that brings all he lacks: then the worker answers him before it tells us (`workers.replies`). To us
-that is nothing: he waits and is given his bytes as if it had not.
+A fill belongs to the cache, not to the reader that caused it; the protocol stands at the top of `chunk_cache`. A reader
+may go along with an order that brings all he lacks: then the worker answers him before it tells us (`workers.replies`).
+To us that is nothing: he waits and is given his bytes as if it had not.
 """
 
 from __future__ import annotations
