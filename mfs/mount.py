@@ -204,6 +204,7 @@ class Mount:
                     self.session.on_closing = self.on_closing
                     self.on_connected()
                     self.session.start()
+                    self.pool.device = self.session.device
                     nursery.start_soon(self._maintain)
                     nursery.start_soon(self.loads.run)
                     nursery.start_soon(self.tracer.run, self.exporting.send)

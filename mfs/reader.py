@@ -80,22 +80,28 @@ class OpenObject:
             self._load = self._loads.resumed(self._load)
         return self._load
 
-    async def read(self, span: ByteRange) -> Pieces:
+    def begin(self, span: ByteRange, head: bytes | None) -> bool:
+        """Have what RAM lacks of `span` ordered, if nothing stands in the way. Returns what `read` is to be told."""
+        whole_chunks = self.note(span)
+        self._cache.begin(self.state, span, whole_chunks=whole_chunks, head=head)
+        return whole_chunks
+
+    async def read(self, span: ByteRange, head: bytes | None, *, whole_chunks: bool) -> Pieces:
         """The bytes of `span`, good until the next checkpoint. Raises: MfsError."""
         load = self.load
         load.waiting += 1
         try:
             if self._log.watched:
-                return await self._read_watched(span)
-            return await self._cache.read(self.state, span, whole_chunks=self.note(span))
+                return await self._read_watched(span, head, whole_chunks=whole_chunks)
+            return await self._cache.read(self.state, span, whole_chunks=whole_chunks, head=head)
         finally:  # no checkpoint here either
             load.waiting -= 1
             load.last_s = time.monotonic()
 
-    async def _read_watched(self, span: ByteRange) -> Pieces:
+    async def _read_watched(self, span: ByteRange, head: bytes | None, *, whole_chunks: bool) -> Pieces:
         since_s, error = time.monotonic(), {}
         try:
-            return await self._cache.read(self.state, span, whole_chunks=self.note(span))
+            return await self._cache.read(self.state, span, whole_chunks=whole_chunks, head=head)
         except MfsError as failure:
             error = {"error": str(failure)}
             raise

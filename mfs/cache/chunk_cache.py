@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 import trio
 
-from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState
+from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState, Reply
 from mfs.cache.chunks import block_mask, chunk_spans, full_mask, mask_bytes, mask_span
 from mfs.cache.filling import Filler
 from mfs.cache.ram import Place, RamTier
@@ -148,16 +148,32 @@ class ChunkCache:
 
     # -- reading
 
-    async def read(self, state: ObjectState, span: ByteRange, *, whole_chunks: bool = False) -> Pieces:
+    def begin(
+        self, state: ObjectState, span: ByteRange, *, whole_chunks: bool = False, head: bytes | None = None
+    ) -> None:
+        """Have ordered what a reader is about to wait for in `read`, as far as nothing must be waited for before that.
+        No checkpoint.
+        """
+        for index, part in chunk_spans(span):
+            mask = block_mask(part.start, part.stop)
+            chunk = self._chunk_nowait(state, index, mask)
+            if isinstance(chunk, Chunk) and mask & ~chunk.valid:
+                extra = full_mask(chunk.length) if whole_chunks else 0
+                self.filler.fill_for(chunk, mask, extra, Priority.DEMAND, _reply(head, span, part))
+
+    async def read(
+        self, state: ObjectState, span: ByteRange, *, whole_chunks: bool = False, head: bytes | None = None
+    ) -> Pieces:
         """Bytes [span.start, span.stop) of the object, all of them.
 
         span: inside the object. whole_chunks: fetch all of a missing chunk, because the rest will be wanted.
+        head: with it the worker that brings all of `span` may have answered before this returns; see `filling`.
         Returns views that are good until the caller's next checkpoint.
         Raises: MfsError. Cancellation: safe; the fill goes on.
         """
         parts = list(chunk_spans(span))
         for index, part in parts:  # who waited while he holds a slot could deadlock against another such reader
-            await self._have(state, index, part, whole_chunks)
+            await self._have(state, index, part, whole_chunks, _reply(head, span, part))
         # no checkpoint until the caller's reply
         pieces = self._deliver(state, parts)
         if pieces is not None:
@@ -190,7 +206,9 @@ class ChunkCache:
             self.note_delivery(chunk, mask)
         return tuple([chunk.view(part.start, part.stop) for chunk, part, _ in hits])
 
-    async def _have(self, state: ObjectState, index: int, part: ByteRange, whole_chunk: bool) -> None:
+    async def _have(
+        self, state: ObjectState, index: int, part: ByteRange, whole_chunk: bool, reply: Reply | None = None
+    ) -> None:
         """Wait until RAM has a part of a chunk; it may lose it again at the next checkpoint."""
         chunk, mask = state.chunks.get(index), block_mask(part.start, part.stop)
         if chunk is not None and not mask & ~chunk.valid:
@@ -199,7 +217,8 @@ class ChunkCache:
             return
         self.counters.ram_misses += 1
         length = len(state.object.chunk_range(index))
-        self.release(await self.lease(state, index, mask, extra=full_mask(length) if whole_chunk else 0))
+        extra = full_mask(length) if whole_chunk else 0
+        self.release(await self.lease(state, index, mask, extra=extra, reply=reply))
 
     def note_delivery(self, chunk: Chunk, mask: int) -> None:
         """Blocks of a leased chunk go to a reader, by way of the kernel's page cache."""
@@ -221,12 +240,13 @@ class ChunkCache:
 
     async def lease(
         self, state: ObjectState, index: int, mask: int, *, extra: int = 0,
-        priority: Priority = Priority.DEMAND, own: bool = False,
+        priority: Priority = Priority.DEMAND, own: bool = False, reply: Reply | None = None,
     ) -> Chunk:  # fmt: skip
         """Hold a chunk with the blocks of `mask` valid; the caller must `release` it.
 
         extra: further blocks to bring in the same request if they are missing; not waited for by themselves.
         own: in the object's own file, if it has no slot yet.
+        reply: what the worker may answer that brings the blocks.
         Raises: MfsError within `timeout_s` for DEMAND; background leases wait as long as their turn takes.
         Cancellation: safe, nothing is held then.
         """
@@ -234,33 +254,20 @@ class ChunkCache:
         deadline = trio.current_time() + self._config.timeout_s if demand else float("inf")
         with trio.move_on_at(deadline):
             while True:
-                chunk = state.chunks.get(index)
-                if not state.ssd_known.is_set():
-                    with self._waiting(Cause.SSD, state, index, mask, demand):
-                        await self.learned_ssd(state)
-                    continue
-                if not self._may_lease(state, index, chunk, mask, demand):
-                    with self._waiting(Cause.SHARE, state, index, mask, demand):
-                        await self.slots.wait(state.group)
+                chunk = self._chunk_nowait(state, index, mask, demand=demand, own=own)
+                if not isinstance(chunk, Chunk):
+                    with self._waiting(chunk, state, index, mask, demand):
+                        if chunk is Cause.SSD:
+                            await self.learned_ssd(state)
+                        else:
+                            await self.slots.wait(state.group if chunk is Cause.SHARE else None)
                     continue  # from the top: another reader may have brought this very chunk meanwhile
-                if chunk is None:
-                    if demand and index in state.taken:  # the kernel has dropped it, and hardly that alone
-                        state.taken.clear()
-                    place = self._take_slot_nowait(
-                        state, index, own=own or self._goes_into_file(state), allow_loss=demand
-                    )
-                    if place is None:
-                        with self._waiting(Cause.SLOT, state, index, mask, demand):
-                            await self.slots.wait(None)
-                        continue
-                    chunk = state.chunks[index] = Chunk(state, index, place)
-                    self.slots.enter(chunk)
                 chunk.leases += 1
                 try:
                     if not mask & ~chunk.valid:
                         chunk.leases += 1  # the caller's; ours goes in the finally
                         return chunk
-                    fill = self.filler.fill_for(chunk, mask, extra, priority)
+                    fill = self.filler.fill_for(chunk, mask, extra, priority, reply)
                     with self._waiting(fill, state, index, mask, demand):
                         await fill.done.wait()
                     if fill.error is not None:
@@ -268,6 +275,29 @@ class ChunkCache:
                 finally:
                     self.release(chunk)
         raise StoreError(f"{state.object}: no answer within {self._config.timeout_s:g} s")
+
+    def _chunk_nowait(
+        self, state: ObjectState, index: int, mask: int, *, demand: bool = True, own: bool = False
+    ) -> Chunk | Cause:
+        """A chunk with a slot, of which `mask` may be ordered; else what must be waited for first. It may lose the slot
+        at the next checkpoint.
+
+        Raises: MfsError.
+        """
+        if not state.ssd_known.is_set():
+            return Cause.SSD
+        chunk = state.chunks.get(index)
+        if not self._may_lease(state, index, chunk, mask, demand):
+            return Cause.SHARE
+        if chunk is None:
+            if demand and index in state.taken:  # the kernel has dropped it, and hardly that alone
+                state.taken.clear()
+            place = self._take_slot_nowait(state, index, own=own or self._goes_into_file(state), allow_loss=demand)
+            if place is None:
+                return Cause.SLOT
+            chunk = state.chunks[index] = Chunk(state, index, place)
+            self.slots.enter(chunk)
+        return chunk
 
     @contextmanager
     def _waiting(self, on: Cause | Fill, state: ObjectState, index: int, mask: int, demand: bool) -> Iterator[None]:
@@ -519,3 +549,8 @@ class ChunkCache:
     @property
     def fills_count(self) -> int:
         return sum(len(chunk.fills) for chunk in self.slots.chunks)
+
+
+def _reply(head: bytes | None, span: ByteRange, part: ByteRange) -> Reply | None:
+    """What answers with all of `span`, if that is in one chunk."""
+    return None if head is None or len(part) != len(span) else Reply(head, part.start, part.stop)

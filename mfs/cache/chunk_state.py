@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -61,10 +62,20 @@ class CacheCounters:
     """Given up unsaved, because readers needed the slot before the disk had taken it."""
 
 
+class Reply(NamedTuple):
+    """What a reader is answered once the bytes are there."""
+
+    head: bytes
+    """Goes before them."""
+    start: int
+    """In the chunk."""
+    stop: int
+
+
 class Fill:
     """One order to bring blocks into a chunk; `done` is set when they are there or `error` says why not."""
 
-    __slots__ = ("attempts", "cause", "decode_s", "done", "error", "file_lost", "job", "mask")
+    __slots__ = ("attempts", "cause", "decode_s", "done", "error", "file_lost", "job", "mask", "replies")
 
     def __init__(self, mask: int) -> None:
         self.mask = mask
@@ -78,6 +89,8 @@ class Fill:
         """Of the time that it took, what went into unpacking and verifying."""
         self.file_lost = False
         """Another fill found the chunk's SSD file bad and dropped it: what this one reads from there is not kept."""
+        self.replies: dict[bytes, tuple[int, int]] = {}
+        """Readers whom the worker answers by itself: the parts of the chunk, by the reply's head."""
 
 
 class Chunk:

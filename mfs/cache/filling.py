@@ -1,6 +1,8 @@
 """Filling chunks: which orders bring what a reader lacks, and what becomes of the answers. On the trio thread.
 
-A fill belongs to the cache, not to the reader that caused it; the protocol stands at the top of `chunk_cache`.
+A fill belongs to the cache, not to the reader that caused it; the protocol stands at the top of `chunk_cache`. A reader
+may go along with an order that brings all he lacks: then the worker answers him before it tells us (`workers.replies`).
+To us that is nothing: he waits and is given his bytes as if it had not.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState
+from mfs.cache.chunk_state import CacheCounters, Chunk, Fill, ObjectState, Reply
 from mfs.cache.chunks import mask_bytes, mask_span
 from mfs.cache.saving import Saver
 from mfs.cache.slots import Slots
@@ -46,8 +48,11 @@ class Filler:
         self.span_of: Callable[[Group], Span | None] = lambda group: None
         """Below what a model's fills are traced, if they are."""
 
-    def fill_for(self, chunk: Chunk, mask: int, extra: int, priority: Priority) -> Fill:
-        """A fill to wait for that brings at least one missing block of `mask`; all missing ones are under way after."""
+    def fill_for(self, chunk: Chunk, mask: int, extra: int, priority: Priority, reply: Reply | None = None) -> Fill:
+        """A fill to wait for that brings at least one missing block of `mask`; all missing ones are under way after.
+
+        reply: goes along with the order that brings all that is missing, if that is not with a worker yet.
+        """
         missing = mask & ~chunk.valid
         under_way = 0
         first: Fill | None = None
@@ -55,6 +60,7 @@ class Filler:
             under_way |= fill.mask
             if fill.mask & missing:
                 first = first or fill
+                _send_along(reply, fill, missing)
                 if priority is Priority.DEMAND and fill.job is not None:
                     self._pool.hurry(fill.job)
         rest = missing & ~under_way
@@ -65,6 +71,7 @@ class Filler:
                 if part:
                     fill = Fill(part)
                     chunk.fills.append(fill)
+                    _send_along(reply, fill, missing)
                     self._submit(chunk, fill, priority, self._timeout_s)
                     first = first or (fill if part & missing else None)
         assert first is not None
@@ -77,9 +84,13 @@ class Filler:
         fill.cause = Cause.SSD if from_ssd else Cause.ORIGIN
         if not from_ssd:
             self._slots.begin_coming(chunk)
+        order = {
+            "source": state.source, "obj": state.wire, "index": chunk.index, "mask": fill.mask, "piece": chunk.piece,
+            "replies": fill.replies,
+        }  # fmt: skip
         fill.job = Job(
             "load" if from_ssd else "fill",
-            {"source": state.source, "obj": state.wire, "index": chunk.index, "mask": fill.mask, "piece": chunk.piece},
+            order,
             lambda result, error: self._filled(chunk, fill, result, error),
             priority,
             timeout_s,
@@ -157,6 +168,12 @@ class Filler:
             self._drop(chunk)
         else:
             self._slots.wake()  # if not for a slot, then for the share
+
+
+def _send_along(reply: Reply | None, fill: Fill, missing: int) -> None:
+    """With a fill that brings all of `missing`, unless its order is out."""
+    if reply is not None and not missing & ~fill.mask and (fill.job is None or not fill.job.started):
+        fill.replies[reply.head] = reply.start, reply.stop
 
 
 def _span(above: Span, chunk: Chunk, fill: Fill) -> Span:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
-from typing import Any
 
 from mfs.fuse import protocol
 from mfs.fuse.backing import NodeIds, Passthrough
 from mfs.fuse.handles import FileRow, OpenFiles
 from mfs.fuse.headers import Headers
 from mfs.fuse.journal import Journal
-from mfs.fuse.loop import Body, RefusedError
+from mfs.fuse.loop import Beginning, Body, RefusedError, Waited
 from mfs.fuse.patience import UnknownNodeError
 from mfs.fuse.reader import OpenFile, Reader
 from mfs.fuse.repeats import FailedReads
@@ -27,8 +27,6 @@ from mfs.fuse.waiting import Waiting
 from mfs.tree.namespace import Namespace
 from mfs.tree.nodes import Node
 from mfs.types import ByteRange, EntryKind
-
-Waited = Coroutine[Any, Any, Body]
 
 
 @dataclass
@@ -144,7 +142,7 @@ class FileOperations:
 
     # -- read
 
-    def read(self, node: int, body: memoryview) -> Body | Waited:
+    def read(self, node: int, body: memoryview) -> Body | Beginning:
         """Bytes of an open file."""
         handle, start, size = protocol.READ_IN.unpack_from(body)
         file = self._open.get(node, handle) or self._open.of_entry(node, self.entry(node))
@@ -153,18 +151,31 @@ class FileOperations:
             return ()
         answer = file.read_nowait(span)
         if answer is None:
-            return self._read_missing(handle, file, span)
+            return partial(self._begin_missing, handle, file, span)
         self._count_read(span)
         return answer
 
-    async def _read_missing(self, handle: int, file: OpenFile, span: ByteRange) -> Body:
+    def _begin_missing(self, handle: int, file: OpenFile, span: ByteRange, unique: int | None) -> Waited:
+        """Order what is missing now, not when its task runs; who brings it answers, and the books are the task's."""
+        head = None if unique is None else protocol.answer_head(len(span), unique)
+        try:
+            self._failed.raise_if_repeated(handle, span)
+            self._waiting.check(file.group)
+            whole_chunks = file.begin(span, head)
+        except BaseException:
+            self.counters.errors += 1
+            raise
+        return self._read_missing(handle, file, span, head, whole_chunks)
+
+    async def _read_missing(
+        self, handle: int, file: OpenFile, span: ByteRange, head: bytes | None, whole_chunks: bool
+    ) -> Body:
         counters = self.counters
         counters.waiting += 1
         since_s = time.monotonic()
         try:
-            self._failed.raise_if_repeated(handle, span)
             with self._waiting.for_(file.group):
-                answer = await file.read(span)
+                answer = await file.read(span, head, whole_chunks=whole_chunks)
         except BaseException as error:
             counters.errors += 1
             self._failed.note(handle, span, error, since_s)

@@ -45,10 +45,15 @@ logger = logging.getLogger(__name__)
 
 Body = tuple[bytes | memoryview, ...]
 """Of an answer: what stands behind its header, in pieces."""
-Handler = Callable[[int, memoryview], Body | Coroutine[Any, Any, Body]]
-"""(node, body of the request, good until the handler returns) -> the answer, or a coroutine that will return it.
+Waited = Coroutine[Any, Any, Body]
+Beginning = Callable[[int | None], Waited]
+"""Where others than the loop may answer: begins, told by what number the kernel knows the request; None: only the loop.
+"""
+Handler = Callable[[int, memoryview], Body | Waited | Beginning]
+"""(node, body of the request, good until the handler returns) -> the answer, or a coroutine that will return it, or
+what begins one.
 
-Raises: RefusedError or MfsError, from either. A view in an answer is good until the next checkpoint."""
+Raises: RefusedError or MfsError, from any of them. A view in an answer is good until the next checkpoint."""
 
 _REQUESTS_AT_ONCE = 16  # before others have a turn; none of them waits for anything
 _LINGER_S = 50e-6  # for the next request of somebody who asks one after the other (decisions/0012)
@@ -168,6 +173,8 @@ class Loop:
             return
         try:
             answer = handler(node, body)
+            if callable(answer):
+                answer = answer(unique)
         except Exception as error:
             self._refuse(opcode, unique, error)
             took.note(time.perf_counter() - since_s)
@@ -194,9 +201,7 @@ class Loop:
         self._times.errors[opcode, errno.EIO] += 1
         self._write(unique, -errno.EIO, ())
 
-    async def _answer(
-        self, opcode: int, unique: int, answer: Coroutine[Any, Any, Body], took: Durations, since_s: float
-    ) -> None:
+    async def _answer(self, opcode: int, unique: int, answer: Waited, took: Durations, since_s: float) -> None:
         try:
             body = await answer
         except Exception as error:
@@ -232,7 +237,7 @@ class Loop:
         try:
             os.writev(self._device, [OUT_HEADER.pack(length, status, unique), *body])
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENODEV):  # nobody waits for it any more
+            if error.errno in (errno.ENOENT, errno.ENODEV):  # nobody waits for it any more, or a worker has answered
                 return
             logger.error("an answer of %d bytes was not taken (%s)", length, error)
             if status == 0:

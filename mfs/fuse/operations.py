@@ -10,7 +10,7 @@ import errno
 import logging
 import stat
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from mfs.fuse.backing import NodeIds
 from mfs.fuse.device import Agreement
 from mfs.fuse.files import FileOperations
 from mfs.fuse.journal import AGREEMENT, FORMAT, Journal
-from mfs.fuse.loop import Body, Handler, RefusedError
+from mfs.fuse.loop import Body, Handler, RefusedError, Waited
 from mfs.fuse.patience import patient
 from mfs.fuse.protocol import Opcode
 from mfs.fuse.reader import Reader
@@ -34,7 +34,6 @@ from mfs.types import EntryKind
 from mfs.workers.shares import group_of_directory
 
 logger = logging.getLogger(__name__)
-Waited = Coroutine[Any, Any, Body]
 
 _BLOCK_BYTES = 4096
 _NAME_BYTES_MAX = 255

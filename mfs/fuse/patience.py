@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 import trio
 
-from mfs.fuse.loop import Body, Handler, RefusedError
+from mfs.fuse.loop import Beginning, Body, Handler, RefusedError, Waited
 
 
 class UnknownNodeError(RefusedError):
@@ -21,7 +20,7 @@ class UnknownNodeError(RefusedError):
 def patient(handler: Handler, settled: Callable[[], trio.Event], timeout_s: float) -> Handler:
     """A handler that looks again for an unknown node once the tree has settled, or after `timeout_s`."""
 
-    def answer(inode: int, body: memoryview) -> Body | Coroutine[Any, Any, Body]:
+    def answer(inode: int, body: memoryview) -> Body | Waited | Beginning:
         try:
             return handler(inode, body)
         except UnknownNodeError:
@@ -33,6 +32,8 @@ def patient(handler: Handler, settled: Callable[[], trio.Event], timeout_s: floa
         with trio.move_on_after(timeout_s):
             await settled().wait()
         found = handler(inode, memoryview(body))
+        if callable(found):
+            found = found(None)
         return found if isinstance(found, tuple) else await found
 
     return answer

@@ -92,6 +92,11 @@ ANSWERED_FIRST = frozenset({Opcode.RELEASE, Opcode.RELEASEDIR})
 many that is thought to be open costs little; one too few, EIO (`handles`)."""
 
 
+def answer_head(nbytes: int, unique: int) -> bytes:
+    """What stands before an answer of so many bytes. unique: of its request."""
+    return OUT_HEADER.pack(OUT_HEADER_BYTES + nbytes, 0, unique)
+
+
 def attributes(
     inode: int, mode: int, links: int, size: int, time_ns: int, uid: int, gid: int
 ) -> bytes:  # fmt: skip

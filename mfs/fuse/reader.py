@@ -25,7 +25,15 @@ class OpenFile(Protocol):
 
     def read_nowait(self, span: ByteRange) -> Body | None: ...
 
-    async def read(self, span: ByteRange) -> Body: ...
+    def begin(self, span: ByteRange, head: bytes | None) -> bool:
+        """Have what is missing of `span` ordered, if nothing stands in the way; `read` is to follow, with the same
+        `head` and what this returns.
+
+        head: what to put before the bytes for whoever brings them to answer the kernel; None: nobody may.
+        """
+        ...
+
+    async def read(self, span: ByteRange, head: bytes | None, *, whole_chunks: bool) -> Body: ...
 
     async def settle(self) -> None: ...
 

@@ -18,14 +18,18 @@ class Waiting:
     def __init__(self) -> None:
         self._shares = Shares(MAX_BACKGROUND)
 
-    @contextmanager
-    def for_(self, group: Group) -> Iterator[None]:
-        """Hold a handler while a model may let it wait. Raises: StoreError where its share is used up."""
+    def check(self, group: Group) -> None:
+        """Raises: StoreError where a model may let no further handler wait."""
         if not self._shares.may_take(group):
             raise StoreError(
                 f"{self._shares.held(group)} requests wait for this model already, more than its share of "
                 f"{MAX_BACKGROUND}; the others go on"
             )
+
+    @contextmanager
+    def for_(self, group: Group) -> Iterator[None]:
+        """Hold a handler while a model may let it wait. Raises: StoreError where its share is used up."""
+        self.check(group)
         self._shares.take(group)
         try:
             yield

@@ -13,7 +13,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
@@ -34,6 +34,7 @@ from mfs.safetensors import parse_header
 from mfs.sources.base import Moved, Source
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
 from mfs.workers.frames import Frame, object_from_wire
+from mfs.workers.replies import Replies
 from mfs.workers.tier import Parts, Tier
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,10 @@ _RECONCILE_S = 3600
 class Jobs:
     """The operations of one worker process. Thread-safe: several run at once."""
 
-    def __init__(self, sources: Sequence[Source], tier: Tier) -> None:
+    def __init__(self, sources: Sequence[Source], tier: Tier, replies: Replies) -> None:
         self._sources = sources
         self._tier = tier
+        self._replies = replies
         self._sums = ModelSums()
 
     @property
@@ -59,9 +61,10 @@ class Jobs:
     # -- data
 
     def fill(self, *, source: int, obj: list[Any], index: int, mask: int, piece: memoryview, deadline_s: float,
-             emit: Emit) -> Frame:  # fmt: skip
+             replies: Mapping[bytes, tuple[int, int]], emit: Emit) -> Frame:  # fmt: skip
         """Bring blocks `mask` of a chunk into its piece: from SSD what verifies there, the rest from the origin.
 
+        replies: readers of parts of the piece that are there then; see `replies`.
         Result: {sums: {block: checksum}, ssd_bytes, origin_bytes, shared_bytes: from other files on SSD, requests,
         decode_s: seconds spent on unpacking, resident: mask that came from SSD, lost: whether the chunk turned out bad
         and SSD has nothing of it any more}.
@@ -77,6 +80,9 @@ class Jobs:
             span = ByteRange(base + start, base + stop)
             cost = self._sources[source].get_range(wanted, span, out=piece[start:stop], deadline_s=deadline_s)
             moved += cost or Moved(len(span), 0, 1)
+        self._replies.write(replies, piece)
+        for first, end in mask_runs(missing):
+            stop = run_bytes(first, end, length)[1]
             for block in range(first, end):
                 low = block * BLOCK_BYTES
                 sums[block] = xxh3_64_intdigest(piece[low : min(low + BLOCK_BYTES, stop)])
@@ -91,13 +97,17 @@ class Jobs:
             "decode_s": moved.decode_s,
         }
 
-    def load(self, *, source: int, obj: list[Any], index: int, mask: int, piece: memoryview, emit: Emit) -> Frame:
+    def load(self, *, source: int, obj: list[Any], index: int, mask: int, piece: memoryview,
+             replies: Mapping[bytes, tuple[int, int]], emit: Emit) -> Frame:  # fmt: skip
         """Bring blocks `mask` of a chunk into its piece from SSD alone.
 
+        replies: as of `fill`, left to the daemon where a block is not there.
         Result: as of `fill`, with {missing: blocks that are not there}; the piece's bytes of those are undefined.
         """
         wanted = object_from_wire(obj)
         resident, lost, sums = self._read_ssd(wanted, index, mask, piece)
+        if resident == mask:
+            self._replies.write(replies, piece)
         return {
             "sums": list(sums.items()),
             "resident": 0 if lost else resident,
@@ -120,7 +130,7 @@ class Jobs:
     def _read_ssd(self, obj: ObjectId, index: int, mask: int, view: memoryview) -> tuple[int, bool, dict[int, int]]:
         """Blocks that SSD had, whether the chunk turned out bad and nothing of it is left there, {block: checksum}."""
         parts = self._tier.get()
-        if parts is None:
+        if parts is None or not parts[1].mask(obj.cache_id, index) & mask:  # to look into the files costs 40 us
             return 0, False, {}
         resident, sums = parts[0].read_into(obj, index, mask, view)
         return resident, self._correct_table(parts, obj, index, mask, resident), sums

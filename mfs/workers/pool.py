@@ -107,6 +107,8 @@ class WorkerPool:
         self.closing = False
         self.tier_fault: str | None = None
         """Why workers serve without the SSD tier, None while they have it or none is wanted."""
+        self.device: int | None = None
+        """Where replies go that workers write by themselves; ours. Each worker is given it with the first of them."""
         self.on_tier_back: Callable[[], None] = lambda: None
         """Told when all workers have the SSD tier again."""
 
@@ -142,6 +144,12 @@ class WorkerPool:
             job.priority = Priority.DEMAND
             job.deadline_s = time.monotonic() + job.timeout_s
             self._enqueue(job)  # the old place is skipped
+
+    def take_device_back(self) -> None:
+        """No worker keeps the device open longer than it takes to read its orders."""
+        self.device = None
+        for worker in self._workers:
+            worker.take_device_back()
 
     async def call(
         self, operation: str, *, timeout_s: float = DISK_TIMEOUT_S, on_part: Callable[[Frame], None] | None = None,
@@ -242,6 +250,8 @@ class WorkerPool:
         if job.span is not None:
             arguments = {**arguments, "trace": job.span.context.traceparent}
             job.span.attributes["mfs.queued_s"] = time.monotonic() - job.span.since_s
+        if arguments.get("replies") and self.device is not None:
+            worker.give_device(self.device)
         worker.send({"id": job.serial, "op": job.operation, **arguments})
 
     def _go_on(self, worker: Worker, job: Job) -> None:

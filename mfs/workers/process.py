@@ -32,6 +32,7 @@ from mfs.tracing.requests import current, recording
 from mfs.types import ByteRange, ObjectId
 from mfs.workers.frames import Decoder, Frame, encode
 from mfs.workers.jobs import Jobs
+from mfs.workers.replies import Device, Replies
 from mfs.workers.resident import NodeChunks
 from mfs.workers.tier import Tier
 
@@ -57,7 +58,8 @@ def main() -> None:
         # They reach the whole group or unit (Ctrl-C, systemd): what they mean, and when we end, the daemon decides.
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=socket_fd) as channel:
-        frames = _receive(channel)
+        replies = Replies()
+        frames = _receive(channel, replies)
         setup = next(frames, None)
         if setup is None:
             return
@@ -66,7 +68,7 @@ def main() -> None:
         logging.getLogger("botocore").setLevel(logging.WARNING)  # it names where each credential came from, at INFO
         send = _Sender(channel)
         try:
-            jobs = _open_jobs(setup, send)
+            jobs = _open_jobs(setup, send, replies)
         except Exception as error:
             send({"id": 0, "error": to_wire(error)})
             return
@@ -76,7 +78,7 @@ def main() -> None:
     os._exit(0)  # threads may sit in a recv whose answer nobody wants any more
 
 
-def _open_jobs(setup: Frame, send: _Sender) -> Jobs:
+def _open_jobs(setup: Frame, send: _Sender, replies: Replies) -> Jobs:
     connections_max = setup["connections_max"]
     sources: list[Source] = []
     for number, item in enumerate(setup["sources"]):
@@ -97,7 +99,7 @@ def _open_jobs(setup: Frame, send: _Sender) -> Jobs:
         for source in sources:
             if isinstance(source, TakesChunks):
                 source.take_from(chunks)
-    return Jobs(sources, tier)
+    return Jobs(sources, tier, replies)
 
 
 class _Crew:
@@ -262,9 +264,9 @@ class _Sender:
                 os._exit(0)
 
 
-def _receive(channel: socket.socket) -> Iterator[Frame]:
+def _receive(channel: socket.socket, replies: Replies) -> Iterator[Frame]:
     """Orders. Each `piece` has, in place of the daemon's own descriptor, the one that came with it, to be closed; and
-    beside it the common file, if it is there.
+    beside it the common file, if it is there. What replies are written to goes to `replies`.
     """
     decoder, came = Decoder(), deque[int]()
     common: Common | None = None
@@ -277,6 +279,9 @@ def _receive(channel: socket.socket) -> Iterator[Frame]:
             return
         came.extend(fds)  # with the first byte of its order, and never two in one message
         for frame in decoder.feed(data):
+            if frame.get("op") == "device":
+                replies.device = Device(came.popleft()) if frame["is_there"] else None
+                continue
             if "piece" in frame:
                 piece = Piece(*frame["piece"])
                 if piece.fd >= 0:

@@ -42,6 +42,8 @@ class Worker:
         bounded by what the lanes may have in flight."""
         self._has_common = False
         """It was sent the RAM tier's common file."""
+        self._has_device = False
+        """It was sent what replies are written to."""
         self._sending = trio.Event()
         """Set when `_unsent` gets its first byte."""
         self._channel, theirs = socket.socketpair()
@@ -79,7 +81,21 @@ class Worker:
             frame = {**frame, "piece": piece}
         fd = piece.fd if piece is not None else -1
         self._has_common = self._has_common or (piece is not None and piece.stays)
-        data = encode(frame)
+        self._send_soon(encode(frame), fd)
+
+    def give_device(self, fd: int) -> None:
+        """Let it write replies to that from the next order on."""
+        if not self._has_device:
+            self._has_device = True
+            self._send_soon(encode({"op": "device", "is_there": True}), fd)
+
+    def take_device_back(self) -> None:
+        """Have it close what it was given by `give_device`."""
+        if self._has_device:
+            self._has_device = False
+            self._send_soon(encode({"op": "device", "is_there": False}), -1)
+
+    def _send_soon(self, data: bytes, fd: int) -> None:
         sent = 0
         if not self._unsent:
             with contextlib.suppress(OSError):  # full, or dead: then `_receive` hears of it

@@ -24,6 +24,7 @@ from mfs.errors import NotFoundError, StoreError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ObjectId
 from mfs.workers.frames import object_to_wire
 from mfs.workers.jobs import Jobs
+from mfs.workers.replies import Replies
 from mfs.workers.tier import Tier
 from tests.cache.objectfiles import content, data_path, make_object, make_tier, write_chunk
 
@@ -154,7 +155,7 @@ def test_what_is_kept_while_an_eviction_runs_loses_nothing_from_then_on(
     """Evicting gigabytes takes seconds; who opens a file meanwhile and finds all of it may rely on that."""
     opened = Tier(SsdConfig(tmp_path))
     opened.start(lenient=False)
-    jobs = Jobs([], opened)
+    jobs = Jobs([], opened, Replies())
     objects = [make_object(name, 2 * CHUNK_BYTES) for name in ("a.bin", "b.bin")]
     for obj in objects:
         for index in (0, 1):

@@ -27,6 +27,7 @@ from mfs.cache.ssd import SsdConfig, SsdTier
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ObjectId
 from mfs.workers.frames import Frame, object_to_wire
 from mfs.workers.jobs import Jobs
+from mfs.workers.replies import Replies
 from mfs.workers.tier import Tier
 from tests.cache.objectfiles import (
     cached_pages,
@@ -50,7 +51,7 @@ def tier(tmp_path: Path) -> SsdTier:
 def jobs(tmp_path: Path) -> Jobs:
     opened = Tier(SsdConfig(tmp_path))
     opened.start(lenient=False)
-    return Jobs([], opened)
+    return Jobs([], opened, Replies())
 
 
 def written(tier: SsdTier, name: str = "model.bin", size: int = 2 * CHUNK_BYTES + 5 * BLOCK_BYTES + 777) -> ObjectId:

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from mfs.errors import AccessError, NotFoundError, StoreError
-from mfs.fuse.loop import Body, Handler, Loop, RefusedError
+from mfs.fuse.loop import Body, Handler, Loop, RefusedError, Waited
 from mfs.fuse.protocol import Opcode
 
 HEADER = "<IIQQIIIHH"  # fuse_in_header
@@ -158,6 +158,25 @@ async def test_requests_that_wait_are_bounded(loops: Any) -> None:
     third = kernel.ask(Opcode.OPEN)
     assert await kernel.hear() == (third, errno.EIO, b"")
     assert not kernel.has_heard()
+
+
+async def test_who_begins_an_answer_is_told_for_which_request_before_its_task_runs(loops: Any) -> None:
+    begun: list[int | None] = []
+
+    async def wait(unique: int | None) -> Body:
+        return (b"%d of %d" % (begun.index(unique), len(begun)),)
+
+    def begin(unique: int | None) -> Waited:
+        begun.append(unique)
+        if len(begun) == 3:
+            raise RefusedError(errno.EAGAIN)
+        return wait(unique)
+
+    kernel = loops({Opcode.READ: lambda node, body: begin})
+    first, second, third = (kernel.ask(Opcode.READ) for _ in range(3))
+    heard = [await kernel.hear() for _ in range(3)]
+    assert begun == [first, second, third]
+    assert sorted(heard) == [(first, 0, b"0 of 3"), (second, 0, b"1 of 3"), (third, errno.EAGAIN, b"")]
 
 
 async def test_a_cancelled_loop_leaves_what_waits_to_whoever_serves_next(

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mfs.fuse.loop import Body, Handler
+from mfs.fuse.loop import Beginning, Body, Handler, Waited
 from mfs.fuse.patience import UnknownNodeError, patient
 
 KNOWN = set[int]()
@@ -29,6 +29,7 @@ def handler(inode: int, body: memoryview) -> Body:
 def ask(handler: Handler, inode: int) -> Coroutine[object, object, Body]:
     answer = handler(inode, memoryview(b"what"))
     assert not isinstance(answer, tuple)
+    assert not callable(answer)
     return answer
 
 
@@ -52,3 +53,24 @@ async def test_they_wait_until_the_tree_has_settled(autojump_clock: MockClock) -
 async def test_they_do_not_wait_longer_than_a_reader_may(autojump_clock: MockClock) -> None:
     with trio.fail_after(2 * TIMEOUT_S), pytest.raises(UnknownNodeError):
         await ask(patient(handler, lambda: trio.Event(), TIMEOUT_S), 7)
+
+
+async def test_nobody_else_answers_who_waited(autojump_clock: MockClock) -> None:
+    """By then the number that the kernel knows a request by is not at hand, and 0 is no request."""
+    told: list[int | None] = []
+
+    async def read() -> Body:
+        return (b"bytes",)
+
+    def begin(unique: int | None) -> Waited:
+        told.append(unique)
+        return read()
+
+    def reads(node: int, body: memoryview) -> Beginning:
+        handler(node, body)
+        return begin
+
+    waits = ask(patient(reads, lambda: trio.Event(), TIMEOUT_S), 9)
+    KNOWN.add(9)
+    assert await waits == (b"bytes",)
+    assert told == [None]

@@ -2,19 +2,23 @@
 
 Beside /folder, in /folder.faults: `log` gets a line "path start stop" per read; while `gate` exists reads wait for it
 to go, or while `gate-MODEL` does those below that top-level directory; each file `fail-*` befalls one read: it holds
-the name of an error class.
+the name of an error class. `kill-after-reply` holds "worker" or "daemon": who is killed as soon as a worker has
+answered a reader by itself.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from mfs.errors import StoreError, TransientStoreError, from_wire
 from mfs.sources.folder import FolderSource
 from mfs.sources.options import SourceOptions
 from mfs.types import ByteRange, ObjectId
+from mfs.workers.replies import Replies
 
 
 class FaultyFolder(FolderSource):
@@ -47,4 +51,19 @@ class FaultyFolder(FolderSource):
 def open_url(url: str, options: SourceOptions) -> FaultyFolder:
     if not url.startswith("faulty:///"):
         raise StoreError(url)
+    _kill_after_replies(Path(f"{url.removeprefix('faulty://')}.faults", "kill-after-reply"))
     return FaultyFolder(url.removeprefix("faulty://"))
+
+
+def _kill_after_replies(order: Path) -> None:
+    write = Replies.write
+
+    def write_and_kill(self: Replies, replies: Mapping[bytes, tuple[int, int]], piece: memoryview) -> None:
+        write(self, replies, piece)
+        if replies and order.exists():
+            victim = os.getpid() if order.read_text() == "worker" else os.getppid()
+            order.unlink()
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(5)  # nothing more of it: its worker ends with the daemon
+
+    Replies.write = write_and_kill  # type: ignore[method-assign]

@@ -21,7 +21,8 @@ from mfs.types import CHUNK_BYTES, ObjectId
 from mfs.workers.pool import PoolConfig, WorkerPool
 
 _SITE = Path(__file__).parent / "faulty_site"
-_REPOSITORY = Path(__file__).parents[2]
+FAULTY_PATH = f"{_SITE}:{Path(__file__).parents[2]}"
+"""PYTHONPATH of workers whose sources may be faulty; see `faulty_url`."""
 
 
 @dataclass
@@ -142,7 +143,7 @@ async def running_rig(
     origin = directory / "origin"
     origin.mkdir(exist_ok=True)
     Path(f"{origin}.faults").mkdir(exist_ok=True)
-    os.environ["PYTHONPATH"] = f"{_SITE}:{_REPOSITORY}"  # conftest puts the environment back after the test
+    os.environ["PYTHONPATH"] = FAULTY_PATH  # conftest puts the environment back after the test
     cache_dir = cache_dir or directory / "cache"
     memory = RamTier(RamConfig(slots_count * CHUNK_BYTES))
     try:

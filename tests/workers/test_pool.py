@@ -28,7 +28,8 @@ FULL = full_mask(CHUNK_BYTES)
 
 
 def fill_arguments(rig: Rig, obj: ObjectId, index: int = 0, mask: int = 1) -> dict[str, Any]:
-    return {"source": 0, "obj": object_to_wire(obj), "index": index, "mask": mask, "piece": rig.piece(obj, index)}
+    piece = rig.piece(obj, index)
+    return {"source": 0, "obj": object_to_wire(obj), "index": index, "mask": mask, "piece": piece, "replies": {}}
 
 
 def worker_pids(rig: Rig) -> list[int]:
@@ -88,7 +89,7 @@ async def test_bytes_whose_digest_is_wrong_are_dropped_whole(tmp_path: Path) -> 
     async with running_rig(tmp_path) as rig:
         obj, call = rig.put_ramp("model.bin", 1000), rig.pool.call
         wrong = [*object_to_wire(obj)[:4], f"sha256:{'0' * 64}", ""]
-        filled = await call("fill", source=0, obj=wrong, index=0, mask=1, piece=rig.piece(obj, 0))
+        filled = await call("fill", **fill_arguments(rig, obj) | {"obj": wrong})
         await call("persist", obj=wrong, index=0, sums=filled["sums"], piece=rig.piece(obj, 0))
         result = await call("verify", obj=wrong)
         assert [chunk for chunk, _ in result["bad"]] == [-1]

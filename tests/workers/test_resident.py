@@ -19,6 +19,7 @@ from mfs.testing.suite import list_tree, object_of
 from mfs.types import CHUNK_BYTES, ObjectId
 from mfs.workers.frames import Frame, object_to_wire
 from mfs.workers.jobs import Jobs
+from mfs.workers.replies import Replies
 from mfs.workers.resident import NodeChunks
 from mfs.workers.tier import Tier
 from tests.cache.objectfiles import make_slot
@@ -40,7 +41,7 @@ class Worker:
         self.chunks = NodeChunks(self.tier, ChunkPlaces(cache))
         assert isinstance(self.source, RegistrySource)
         self.source.take_from(self.chunks)
-        self.jobs = Jobs([self.source], self.tier)
+        self.jobs = Jobs([self.source], self.tier, Replies())
 
     def object(self, path: str) -> ObjectId:
         return object_of(self.source, path, list_tree(self.source)[path])
@@ -52,7 +53,7 @@ class Worker:
         mask = (1 << -(-length // (128 << 10))) - 1
         wire = object_to_wire(obj)
         found = self.jobs.fill(source=0, obj=wire, index=index, mask=mask, piece=slot, deadline_s=made.soon(),
-                               emit=lambda part: None)  # fmt: skip
+                               replies={}, emit=lambda part: None)  # fmt: skip
         sums = [[block, checksum] for block, checksum in found["sums"]]
         self.jobs.persist(obj=wire, index=index, sums=sums, piece=slot, emit=lambda part: None)
         return bytes(slot[:length]), found
