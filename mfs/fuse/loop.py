@@ -53,7 +53,7 @@ Raises: RefusedError or MfsError, from either. A view in an answer is good until
 _REQUESTS_AT_ONCE = 16  # before others have a turn; none of them waits for anything
 _SPIN_S, _REST_S = 20e-6, 10e-3
 """Who asks one thing after the other mostly does so this soon, and then we have not slept: to sleep until then, with a
-timer, costs more than to look (decisions/0027). Once looked for in vain, it is let be: somebody else has the core."""
+timer, costs more than to look (decisions/0028). Once looked for in vain, it is let be: somebody else has the core."""
 _ROOM_BYTES = 1 << 16  # beside the longest write, which a read-only tree never gets but the kernel wants room for
 
 
