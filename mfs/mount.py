@@ -331,6 +331,8 @@ class Mount:
             spare=self.whole_files.given,
         )  # fmt: skip
         self.cache.note_evicted(found["dropped"])
+        if found["dropped"]:
+            self.operations.files.passthrough.drop_all()  # what lingers of it would hold its blocks
         self.cache.counters.ssd_evictions += sum(map(len, found["dropped"].values()))
         self.cache.counters.ssd_evicted_bytes += found["evicted_bytes"]
         if found["evicted_bytes"]:

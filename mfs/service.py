@@ -238,6 +238,7 @@ class Service:
                 )
                 ssd += result["ssd_bytes"]
                 kept += result["kept_pinned_count"]
+                self._mount.operations.files.passthrough.drop_all()  # as in `Mount.enforce_budget`
                 for node in part:
                     if node.object:
                         self._mount.cache.note_unsaved(node.object, node.source)

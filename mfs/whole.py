@@ -277,6 +277,8 @@ class WholeFiles:
             self._make_way()
             if state.whole:
                 self.follower.begin(state)
+        if state not in self._given:
+            self._cache.note_read_past(state)
         self._given[state] = self._given.get(state, 0) + 1
         self._cache.note_whole_use(state)
 

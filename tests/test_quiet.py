@@ -30,7 +30,10 @@ def null() -> Iterator[BinaryIO]:
         yield device
 
 
-async def test_nothing_is_looked_at_when_all_is_done(tmp_path: Path, null: BinaryIO) -> None:
+async def test_nothing_is_looked_at_when_all_is_done(
+    tmp_path: Path, null: BinaryIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mfs.fuse.backing._LINGER_S", 1.0)
     async with running_rig(tmp_path) as rig, trio.open_nursery() as nursery:
         prefetcher = Prefetcher(PrefetchConfig(4, ssd=True), rig.cache, rig.pool, lambda state: [])
         whole = WholeFiles(rig.cache, rig.pool, partial(open_sealed, SsdTier(SsdConfig(rig.cache_dir))))

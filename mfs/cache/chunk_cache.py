@@ -75,6 +75,8 @@ class ChunkCache:
         self._pool = pool
         self._states: dict[tuple[str, int], ObjectState] = {}
         self._uses: dict[str, set[int]] = {}
+        self._whole_uses: dict[str, int] = {}
+        """By cache_id, of what was used as a whole: the count of its chunks."""
         self.counters = CacheCounters()
         self.slots = Slots(memory)
         self.saver = Saver(pool, self.slots, self.counters, enabled=config.ssd)
@@ -233,8 +235,11 @@ class ChunkCache:
             self._uses.setdefault(chunk.state.object.cache_id, set()).add(chunk.index)
 
     def note_whole_use(self, state: ObjectState) -> None:
-        """All of an object is in use where SSD has it; what RAM has of it may go first."""
-        self._uses.setdefault(state.object.cache_id, set()).update(range(state.object.chunks_count))
+        """All of an object is in use where SSD has it."""
+        self._whole_uses[state.object.cache_id] = state.object.chunks_count
+
+    def note_read_past(self, state: ObjectState) -> None:
+        """Who reads an object does so past us: what RAM has of it may go first."""
         for chunk in state.chunks.values():
             self.slots.demote_if_done(chunk)
 
@@ -532,7 +537,10 @@ class ChunkCache:
     def take_uses(self) -> dict[str, list[int]]:
         """Which SSD chunks were read since the last call."""
         uses, self._uses = self._uses, {}
-        return {cache_id: sorted(indexes) for cache_id, indexes in uses.items()}
+        whole, self._whole_uses = self._whole_uses, {}
+        return {cache_id: sorted(indexes) for cache_id, indexes in uses.items()} | {
+            cache_id: list(range(count)) for cache_id, count in whole.items()
+        }
 
     @property
     def slots_used(self) -> int:

@@ -44,21 +44,30 @@ class Follower:
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
-        self._nursery: trio.Nursery | None = None
-        self._followed: dict[ObjectState, trio.CancelScope] = {}
+        self._followed: dict[ObjectState, trio.CancelScope | None] = {}
+        """None: opened, and not looked at yet."""
+        self._some: trio.Event | None = None
+        """Set where some of them were not; None while nobody is followed."""
         self.filled_bytes = 0
         """Read ahead so far."""
 
     async def run(self) -> None:
         """Follow, until cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            await trio.sleep_forever()
+        async with trio.open_nursery() as nursery:
+            while True:
+                self._some = trio.Event()
+                await self._some.wait()
+                await trio.sleep(_LOOK_S)  # who only looks at a header is gone by then, and cost no task
+                for state, scope in self._followed.items():
+                    if scope is None:
+                        self._followed[state] = scope = trio.CancelScope()
+                        nursery.start_soon(self._follow, state, scope)
 
     def begin(self, state: ObjectState) -> None:
         """Somebody has opened a file that is on SSD. As many as may be are followed, others not."""
-        if self._nursery is not None and state not in self._followed and len(self._followed) < _FILES_MAX:
-            scope = self._followed[state] = trio.CancelScope()
-            self._nursery.start_soon(self._follow, state, scope)
+        if self._some is not None and state not in self._followed and len(self._followed) < _FILES_MAX:
+            self._followed[state] = None
+            self._some.set()
 
     def end(self, state: ObjectState) -> None:
         """Nobody has it open any more: the next who opens it is followed anew, however soon he comes. What is on order
@@ -82,7 +91,6 @@ class Follower:
         count, course = state.object.chunks_count, Course()
         pause_s, moved_s = _LOOK_S, time.monotonic()
         while True:
-            await trio.sleep(pause_s)
             found = await self._pool.call(
                 "page_cache_front", obj=state.wire, first=course.front, filled=course.filled,
                 priority=Priority.BACKGROUND,
@@ -99,6 +107,7 @@ class Follower:
                 await for_each(
                     [window[place::_AT_ONCE] for place in range(_AT_ONCE)], partial(self._fill, state), at_once=_AT_ONCE
                 )
+            await trio.sleep(pause_s)
 
     async def _fill(self, state: ObjectState, chunks: range) -> None:
         if chunks:

@@ -16,7 +16,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -30,7 +30,7 @@ _NODE_ID = struct.Struct("<I")
 logger = logging.getLogger(__name__)
 
 _RENEWALS_MASK = 0xFF
-_LINGER_S, _SWEEP_S, _LINGERING_MAX = 2.0, 0.5, 1024
+_LINGER_S, _TOGETHER_S, _LINGERING_MAX = 10.0, 0.5, 1024
 _CLOSING_MAX = 4  # threads that a disk which hangs may hold
 
 
@@ -99,10 +99,7 @@ class Passthrough:
 
     def drop(self, node: int) -> None:
         """Whatever lingers of a node is not to be used."""
-        backing, _ = self._lingering.pop(node, (0, 0.0))
-        if backing:
-            self._close_soon(backing)
-            self.on_closed(node)
+        self._drop([node] if node in self._lingering else [])
 
     def hold(self) -> None:
         """Give no id back from now on: another daemon is told which there are."""
@@ -111,8 +108,7 @@ class Passthrough:
     def go_on(self) -> None:
         """The mount stays ours: what was to be given back since `hold` is."""
         held, self._held = self._held, None
-        for backing in held or ():
-            self._close_soon(backing)
+        self._close_soon(held or [])
 
     def let_go(self) -> None:
         """The mount is another daemon's, which finds in the journal what lingers. No id is given back any more."""
@@ -120,35 +116,43 @@ class Passthrough:
 
     def drop_all(self) -> None:
         """Give back all that lingers."""
-        while self._lingering:
-            self.drop(next(iter(self._lingering)))
+        self._drop(list(self._lingering))
+
+    def _drop(self, nodes: Sequence[int]) -> None:
+        self._close_soon([self._lingering.pop(node)[0] for node in nodes])
+        for node in nodes:
+            self.on_closed(node)
 
     async def run(self) -> None:
         """Give back the ids that nobody came back for, until cancelled."""
         while True:
             await self._some.wait()
-            await trio.sleep(_SWEEP_S)
+            if self._lingering:
+                first_s = next(iter(self._lingering.values()))[1]
+                await trio.sleep(max(0.0, first_s - time.monotonic()) + _TOGETHER_S)
             now = time.monotonic()
-            while self._lingering and next(iter(self._lingering.values()))[1] <= now:
-                self.drop(next(iter(self._lingering)))
+            self._drop([node for node, (_, until_s) in self._lingering.items() if until_s <= now])
             if not self._lingering:
                 self._some = trio.Event()
 
-    def _close_soon(self, backing: int) -> None:
-        """Give an id back; who has opened a file by it reads on. In a thread: where it was the last to hold a file
-        without a name, the file system frees that now.
+    def _close_soon(self, backings: Sequence[int]) -> None:
+        """Give ids back; who has opened a file by one reads on. In a thread: where it was the last to hold a file
+        without a name, the file system frees that now. One for all of them: several would contend for the interpreter.
         """
         if self._held is not None:
-            self._held.append(backing)
-            return
+            self._held += backings
+        elif backings:
+            trio.lowlevel.spawn_system_task(self._close_all, backings)
 
-        async def run() -> None:
+    async def _close_all(self, backings: Sequence[int]) -> None:
+        await trio.to_thread.run_sync(self._close_each, backings, abandon_on_cancel=True, limiter=self._limiter)
+
+    def _close_each(self, backings: Sequence[int]) -> None:
+        for backing in backings:
             try:
-                await trio.to_thread.run_sync(self._close, backing, abandon_on_cancel=True, limiter=self._limiter)
+                self._close(backing)
             except OSError as error:  # the mount is gone, or another daemon's
                 logger.info("backing id %d was not given back: %s", backing, error)
-
-        trio.lowlevel.spawn_system_task(run)
 
     def _close(self, backing: int) -> None:
         fcntl.ioctl(self._device, _BACKING_CLOSE, bytearray(_NODE_ID.pack(backing)), True)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mfs.fuse.backing import NodeIds
-from mfs.fuse.journal import Journal, Row
+from mfs.fuse.journal import Journal
 from mfs.fuse.reader import OpenFile
 from mfs.tree.nodes import Node
 from mfs.types import EntryKind
@@ -77,8 +77,8 @@ class OpenFiles:
 
     def way_of(self, node: int) -> int | None:
         """The backing id by which a node is read, 0 if through us; None if it is not open: then either way will do."""
-        row = self._journal.row(node)
-        return FileRow(*row).backing if row is not None and self._count(node) else None
+        row = self._journal.row(node) if self._count(node) else None
+        return FileRow(*row).backing if row is not None else None
 
     def nodes_of(self, state: object) -> set[int]:
         """The nodes by which an object is open. state: `OpenFile.state`."""
@@ -184,4 +184,5 @@ class OpenFiles:
             self._on_closed(node, backing)
 
     def _note(self, node: int, row: FileRow) -> None:
-        self._journal.note(node, Row(row._replace(handles_count=self._count(node))))
+        kind, _, *rest = row
+        self._journal.note(node, [kind, self._count(node), *rest])

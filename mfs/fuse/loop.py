@@ -56,7 +56,9 @@ what begins one.
 Raises: RefusedError or MfsError, from any of them. A view in an answer is good until the next checkpoint."""
 
 _REQUESTS_AT_ONCE = 16  # before others have a turn; none of them waits for anything
-_LINGER_S = 50e-6  # for the next request of somebody who asks one after the other (decisions/0012)
+_SPIN_S, _REST_S = 20e-6, 10e-3
+"""Who asks one thing after the other mostly does so this soon, and then we have not slept: to sleep until then, with a
+timer, costs more than to look (decisions/0028). Once looked for in vain, it is let be: somebody else has the core."""
 _ROOM_BYTES = 1 << 16  # beside the longest write, which a read-only tree never gets but the kernel wants room for
 
 
@@ -81,12 +83,16 @@ class Loop:
         self._device = device
         self._handlers: dict[int, Handler] = {int(opcode): handler for opcode, handler in handlers.items()}
         self._names = {int(opcode): opcode.name.lower() for opcode in handlers}
+        self._asked = select.poll()
+        self._asked.register(device, select.POLLIN)
         self._buffer = bytearray(write_bytes_max + _ROOM_BYTES)
         self._tasks_max = tasks_max
         self._tasks_count = 0
         self._reads: deque[tuple[int, int, bytes, float]] = deque()
         """READs that were not looked at yet: unique, node, body, time.perf_counter() when it was read. Bounded, with
         the tasks, by what may wait."""
+        self._spins_from_s = 0.0
+        """time.perf_counter() from which on the next request is looked for again."""
         self._is_working = False
         """Whether somebody comes back to the line."""
         self._times = times or OperationTimes(self._handlers)
@@ -125,8 +131,21 @@ class Loop:
                 unique, node, body, since_s = self._reads.popleft()
                 self._handle(Opcode.READ, unique, node, memoryview(body), since_s)
                 answers_left -= 1
-            elif self._tasks_count > before or not select.select([self._device], [], [], _LINGER_S)[0]:
+            elif self._tasks_count > before or not self._is_asked_again():
                 break  # a task that was begun does not wait for the next request
+        return True
+
+    def _is_asked_again(self) -> bool:
+        """Whether there is a request, or comes at once: see `_SPIN_S`."""
+        now_s = time.perf_counter()
+        if now_s < self._spins_from_s:
+            return bool(self._asked.poll(0))
+        until_s = now_s + _SPIN_S
+        while not self._asked.poll(0):
+            now_s = time.perf_counter()
+            if now_s > until_s:
+                self._spins_from_s = now_s + _REST_S
+                return False
         return True
 
     def _empty_device(self, answers_max: int) -> int | None:

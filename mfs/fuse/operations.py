@@ -22,14 +22,15 @@ from mfs.fuse.device import Agreement
 from mfs.fuse.files import FileOperations
 from mfs.fuse.journal import AGREEMENT, FORMAT, Journal
 from mfs.fuse.loop import Body, Handler, RefusedError, Waited
-from mfs.fuse.patience import patient
+from mfs.fuse.patience import UnknownNodeError, patient
 from mfs.fuse.protocol import Opcode
 from mfs.fuse.reader import Reader
 from mfs.fuse.times import OperationTimes
 from mfs.fuse.waiting import Waiting
+from mfs.tree.inodes import HIDDEN
 from mfs.tree.listing import Listing
 from mfs.tree.namespace import Namespace
-from mfs.tree.nodes import Directory, Node
+from mfs.tree.nodes import Directory, Facts, Node
 from mfs.types import EntryKind
 from mfs.workers.shares import group_of_directory
 
@@ -37,8 +38,9 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 4096
 _NAME_BYTES_MAX = 255
-_MODES = {EntryKind.FILE: stat.S_IFREG | 0o444, EntryKind.DIRECTORY: stat.S_IFDIR | 0o555,
+_MODES: dict[int, int] = {EntryKind.FILE: stat.S_IFREG | 0o444, EntryKind.DIRECTORY: stat.S_IFDIR | 0o555,
           EntryKind.SYMLINK: stat.S_IFLNK | 0o777}  # fmt: skip
+_DIRECTORY = int(EntryKind.DIRECTORY)  # as in `namespace`
 _XATTR_PREFIX = "user.mfs."
 _NAME_CACHE_S = 60
 """How long the kernel may believe a name without asking. A refresh tells it at once what changed; this bounds the harm
@@ -75,6 +77,8 @@ class Operations:
         self._namespace = namespace
         self._reader = reader
         self._owner = owner
+        self._modes = {int(kind): (mode & ~owner.umask, 1 + (kind == _DIRECTORY)) for kind, mode in _MODES.items()}
+        """By kind: mode and links."""
         self.journal = Journal.create()
         self._node_ids = NodeIds()
         self._waiting = Waiting()
@@ -105,30 +109,38 @@ class Operations:
         if len(name) > _NAME_BYTES_MAX:  # newer kernels send such names on (fs/fuse/dir.c, name_max)
             raise RefusedError(errno.ENAMETOOLONG)
         if name == b".":
-            return self._entry(self.files.entry(node))
+            return self._entry(self._facts(node))
         if name == b"..":
-            return self._entry(self.files.entry((parent.parent or parent).inode))
+            return self._entry(self._facts((parent.parent or parent).inode))
         if parent.listing is None:
             return self._lookup_unlisted(parent, name)
-        return self._entry(self._namespace.child(parent, parent.listing, name))
+        return self._child(parent, parent.listing, name)
 
     async def _lookup_unlisted(self, parent: Directory, name: bytes) -> Body:
-        listing = await self._listing(parent)
-        return self._entry(self._namespace.child(parent, listing, name))
+        return self._child(parent, await self._listing(parent), name)
 
-    def _entry(self, node: Node | None) -> Body:
-        if node is None:
+    def _child(self, parent: Directory, listing: Listing, name: bytes) -> Body:
+        index = listing.find(name)
+        if index < 0 or listing.inodes[index] == HIDDEN:
             raise RefusedError(errno.ENOENT)
-        self._remember(node)
-        return (self._entry_answer(node),)
+        is_current = listing is parent.listing
+        return self._entry(self._namespace.facts_at(parent, listing, index), (listing, index) if is_current else None)
 
-    def _remember(self, node: Node, at: tuple[Listing, int] | None = None) -> None:
-        if self._namespace.remember(node.inode, at) and node.kind is EntryKind.DIRECTORY and node.source >= 0:
-            self.journal.note(node.inode, [node.kind, node.source, node.path, node.mtime_ns])
+    def _entry(self, facts: Facts, at: tuple[Listing, int] | None = None) -> Body:
+        self._remember(facts, at)
+        return (self._entry_answer(facts),)
 
-    def _entry_answer(self, node: Node) -> bytes:
-        known_as = self._node_ids.node_of(node.inode)
-        return protocol.entry_answer(known_as, _NAME_CACHE_S, _attributes_valid_s(node), self._attributes(node))
+    def _remember(self, facts: Facts, at: tuple[Listing, int] | None) -> None:
+        """at: see `Namespace.remember`."""
+        inode, kind, _, _ = facts
+        if self._namespace.remember(inode, at) and kind == _DIRECTORY:
+            directory = self.files.entry(inode)
+            if directory.source >= 0:
+                self.journal.note(inode, [kind, directory.source, directory.path, directory.mtime_ns])
+
+    def _entry_answer(self, facts: Facts) -> bytes:
+        known_as = self._node_ids.node_of(facts[0])
+        return protocol.entry_answer(known_as, _NAME_CACHE_S, _attributes_valid_s(facts), self._attributes(facts))
 
     def forget(self, node: int, body: memoryview) -> Body:
         """The kernel drops references of one node."""
@@ -151,8 +163,8 @@ class Operations:
 
     def getattr(self, node: int, body: memoryview) -> Body:
         """What stat(2) shows."""
-        found = self.files.entry(node)
-        return (protocol.attributes_answer(_attributes_valid_s(found), self._attributes(found)),)
+        facts = self._facts(node)
+        return (protocol.attributes_answer(_attributes_valid_s(facts), self._attributes(facts)),)
 
     def readlink(self, node: int, body: memoryview) -> Body:
         """The target of a link."""
@@ -197,17 +209,22 @@ class Operations:
         if opened is None:
             return self._entries_of_another(directory_node, handle, bytes(body), plus=plus)
         answer: list[bytes] = []
-        is_current = opened.listing is opened.directory.listing
-        for index, name, node in self._namespace.shown(opened.directory, opened.listing, offset):
-            entry = protocol.directory_entry(node.inode, index + 1, _MODES[node.kind], name)
+        directory, listing = opened.directory, opened.listing
+        is_current = listing is directory.listing
+        for index in range(offset, len(listing)):
+            facts = self._namespace.facts_at(directory, listing, index)
+            inode, kind, _, _ = facts
+            if inode == HIDDEN:
+                continue
+            entry = protocol.directory_entry(inode, index + 1, _MODES[kind], listing.names.raw(index))
             if plus:
-                entry = self._entry_answer(node) + entry
+                entry = self._entry_answer(facts) + entry
             room -= len(entry)
             if room < 0 or len(answer) == _ENTRIES_MAX:
                 break
             answer.append(entry)
             if plus:
-                self._remember(node, (opened.listing, index) if is_current else None)
+                self._remember(facts, (listing, index) if is_current else None)
         return (b"".join(answer),)
 
     async def _entries_of_another(self, node: int, handle: int, body: bytes, *, plus: bool) -> Body:
@@ -333,15 +350,21 @@ class Operations:
             raise RefusedError(errno.ENOTDIR)
         return directory
 
-    def _attributes(self, node: Node) -> bytes:
-        return protocol.attributes(
-            node.inode, _MODES[node.kind] & ~self._owner.umask, 2 if node.kind is EntryKind.DIRECTORY else 1,
-            node.size, node.mtime_ns, self._owner.uid, self._owner.gid,
-        )  # fmt: skip
+    def _facts(self, node: int) -> Facts:
+        """Raises: UnknownNodeError."""
+        facts = self._namespace.facts(self._node_ids.inode_of(node))
+        if facts is None:
+            raise UnknownNodeError
+        return facts
+
+    def _attributes(self, facts: Facts) -> bytes:
+        inode, kind, size, mtime_ns = facts
+        mode, links = self._modes[kind]
+        return protocol.attributes(inode, mode, links, size, mtime_ns, self._owner.uid, self._owner.gid)
 
 
-def _attributes_valid_s(node: Node) -> int:
-    return _DIRECTORY_CACHE_S if node.kind is EntryKind.DIRECTORY else _INODE_CACHE_S
+def _attributes_valid_s(facts: Facts) -> int:
+    return _DIRECTORY_CACHE_S if facts[1] == _DIRECTORY else _INODE_CACHE_S
 
 
 def _fitting(value: bytes, room: int) -> Body:

@@ -19,7 +19,7 @@ import trio
 from mfs.errors import MfsError, NotFoundError
 from mfs.tree.inodes import HIDDEN, ROOT_INODE, directory_seed, entry_key, inode_of, inodes_of
 from mfs.tree.listing import Drafts, Listing
-from mfs.tree.nodes import Changes, Directory, Loading, Node
+from mfs.tree.nodes import Changes, Directory, Facts, Loading, Node
 from mfs.tree.places import Places
 from mfs.tree.record import Record
 from mfs.tree.times import Times
@@ -27,6 +27,8 @@ from mfs.types import Entry, EntryKind
 
 _TURN_S = 0.005  # of publishing without giving way to readers
 _MODEL_TURN_S = 0.1  # ... within one model, which would be whole otherwise
+
+_FILE, _DIRECTORY = int(EntryKind.FILE), int(EntryKind.DIRECTORY)  # members of an enum take a while to come by
 
 _NOTHING = Listing()  # what is in a directory that is gone
 
@@ -159,18 +161,25 @@ class Namespace:
                 continue
             yield index, listing.names.raw(index), self._node_at(parent, listing, index)
 
-    def shown(self, parent: Directory, listing: Listing, start: int) -> Iterator[tuple[int, bytes, Node]]:
-        """As `nodes`, for readdir: a file without path and object, which the kernel does not want."""
-        for index in range(start, len(listing)):
-            inode = listing.inodes[index]
-            if inode == HIDDEN:
-                continue
-            if listing.kinds[index] == EntryKind.FILE:
-                size, mtime_ns = listing.sizes[index], listing.mtimes[index]
-                node = Node(inode, EntryKind.FILE, size, mtime_ns, parent.source, "", None, "")
-            else:
-                node = self._node_at(parent, listing, index)
-            yield index, listing.names.raw(index), node
+    def facts(self, inode: int) -> Facts | None:
+        """What stat(2) shows of an inode, None where `node` is."""
+        directory = self._directories.get(inode)
+        if directory is not None:
+            return inode, _DIRECTORY, 0, directory.mtime_ns
+        if (orphan := self._places.orphan(inode)) is not None:
+            return inode, orphan.kind, orphan.size, orphan.mtime_ns
+        place = self._places.place(inode)
+        if place is None or place[0].listing is None:
+            return None
+        return self.facts_at(place[0], place[0].listing, place[1])
+
+    def facts_at(self, owner: Directory, listing: Listing, index: int) -> Facts:
+        """And of the entry at a place in a listing of `owner`; its inode may be HIDDEN."""
+        kind = listing.kinds[index]
+        if kind == _FILE:
+            return listing.inodes[index], kind, listing.sizes[index], listing.mtimes[index]
+        node = self._node_at(owner, listing, index)
+        return node.inode, kind, node.size, node.mtime_ns
 
     async def resolve(self, path: str) -> Node:
         """The node at a path from the mount's root ('' is the root), links not followed. Raises NotFoundError."""

@@ -29,6 +29,10 @@ class Node(NamedTuple):
     """For links."""
 
 
+Facts = tuple[int, int, int, int]
+"""Of a node, what stat(2) shows: inode, kind, size, mtime_ns. Path and object take as long as all else of an answer."""
+
+
 class Directory:
     """A directory of the tree; its listing is None until somebody looks."""
 

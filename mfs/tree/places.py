@@ -156,7 +156,8 @@ class Places:
 
     def adopt(self, inode: int, orphan: Node | None) -> None:
         """The kernel knows an inode from another daemon; `orphan` is what it stands for, if the tree does not say."""
-        self._set_count(inode, self._count(inode) or 1)
+        place = self.place(inode)
+        self._set_count(inode, place, self._count_at(inode, place) or 1)
         if orphan is not None:
             self._orphans[inode] = orphan
 
@@ -174,28 +175,31 @@ class Places:
         if at is not None and (count := at[0].told[at[1]]) < _ELSEWHERE - 1:
             at[0].told[at[1]] = count + 1
             return not count
-        count = self._count(inode)
-        self._set_count(inode, count + 1)
+        place = self.place(inode)
+        count = self._count_at(inode, place)
+        self._set_count(inode, place, count + 1)
         return not count
 
     def forget(self, inode: int, count: int) -> bool:
         """The kernel drops `count` of its references. Returns whether it knows nothing of the inode any more."""
-        left = max(0, self._count(inode) - count)
-        self._set_count(inode, left)
+        place = self.place(inode)
+        left = max(0, self._count_at(inode, place) - count)
+        self._set_count(inode, place, left)
         if not left:
             self._orphans.pop(inode, None)
         return not left
 
     def _count(self, inode: int) -> int:
-        place = self.place(inode)
+        return self._count_at(inode, self.place(inode))
+
+    def _count_at(self, inode: int, place: tuple[Directory, int] | None) -> int:
         if place is not None and place[0].listing is not None:
             count = place[0].listing.told[place[1]]
             if count != _ELSEWHERE:
                 return count
         return self._lookups.get(inode, 0)
 
-    def _set_count(self, inode: int, count: int) -> None:
-        place = self.place(inode)
+    def _set_count(self, inode: int, place: tuple[Directory, int] | None, count: int) -> None:
         if place is not None and place[0].listing is not None:
             place[0].listing.told[place[1]] = min(count, _ELSEWHERE)
             if count < _ELSEWHERE:

@@ -111,3 +111,24 @@ async def test_who_closes_and_opens_again_at_once_is_followed_anew() -> None:
         await until(lambda: len(looks) == 2, "another look")
         nursery.cancel_scope.cancel()
     assert set(looks) == {"page_cache_front"}
+
+
+async def test_who_has_closed_it_before_the_first_look_is_not_looked_at() -> None:
+    looked_at = list[list[Any]]()
+
+    class Silent:
+        async def call(self, operation: str, *, obj: list[Any], **arguments: Any) -> None:
+            looked_at.append(obj)
+            await trio.sleep_forever()
+
+    follower = Follower(cast(Any, Silent()))
+    gone, there = (ObjectState(make_object(path), 0) for path in ("gone.bin", "there.bin"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(follower.run)
+        await trio.testing.wait_all_tasks_blocked()
+        follower.begin(gone)
+        follower.end(gone)
+        follower.begin(there)
+        await until(lambda: bool(looked_at), "a look")
+        nursery.cancel_scope.cancel()
+    assert looked_at == [there.wire]

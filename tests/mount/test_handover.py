@@ -352,7 +352,7 @@ def test_what_the_new_daemon_is_told_stays_so(folder: origins.FolderOrigin, moun
     reader = mount.outside()
     reader.call(touching.hold, "fd", path)
     reader.start(close_in_time, "fd", str(tmp_path))
-    mount.hand_over(program=heir_that_is_slow(tmp_path, _LINGER_S + 1))
+    mount.hand_over(program=heir_that_is_slow(tmp_path, _LINGER_S + 2))
     reader.finish()
     assert mount.call(touching.read, path) == ramp(SIZE)
     mount.stop()

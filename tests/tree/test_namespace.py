@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mfs.errors import NotFoundError, StoreError
 from mfs.sources.bounds import DEPTH_MAX, FILE_BYTES_MAX, MTIME_NS_MAX, VERSION_BYTES_MAX
 from mfs.tree.listing import Drafts
+from mfs.tree.listing import _Strings as Names
 from mfs.tree.namespace import Namespace
 from mfs.tree.nodes import Changes, Directory, Node
 from mfs.tree.record import Record
@@ -157,6 +158,7 @@ class Seen:
         for inode, told in self.nodes.items():
             now = self.tree.node(inode)
             assert now is not None, told
+            assert self.tree.facts(inode) == (now.inode, now.kind, now.size, now.mtime_ns)
             if told.kind is DIRECTORY:
                 assert now.kind is DIRECTORY
                 directory = self.tree.directory(inode)
@@ -172,8 +174,11 @@ async def walk_visible(tree: Namespace, directory: Directory) -> dict[str, Node]
     """All that is published below, without listing anything."""
     found = {}
     if directory.listing is not None:
-        for _, _name, node in tree.nodes(directory, directory.listing, 0):
+        for index, name, node in tree.nodes(directory, directory.listing, 0):
             found[node.path] = node
+            facts = (node.inode, node.kind, node.size, node.mtime_ns)  # what the kernel is told, by a shorter way
+            assert tree.facts(node.inode) == tree.facts_at(directory, directory.listing, index) == facts
+            assert directory.listing.find(name) == index
             below = tree.directory(node.inode) if node.kind is DIRECTORY else None
             if below is not None:
                 found |= await walk_visible(tree, below)
@@ -267,6 +272,13 @@ def test_the_tree_follows_its_origin(is_flat: bool, orders: list[tuple[str, str,
 
 
 # -- looking
+
+
+@given(st.sets(st.binary(max_size=6)), st.binary(max_size=6))
+def test_a_name_is_found_where_it_stands_and_nowhere_else(names: set[bytes], name: bytes) -> None:
+    column = Names(sorted(names))
+    assert [column.find(known) for known in sorted(names)] == [*range(len(names))]
+    assert column.find(name) == (sorted(names).index(name) if name in names else -1)
 
 
 async def test_one_listing_however_many_look() -> None:

@@ -111,16 +111,23 @@ class Reads:
         with self._attempt(what), self._mounted(system, is_cold=setting.is_cold, in_ram=setting.in_ram):
             if pattern == STORM and not setting.is_cold:  # names are not kept on SSD: the daemon has to have met them
                 read(pattern, system.mountpoint / STORM, self.model, seed=seed)
+            if pattern == STORM or setting.in_ram:  # what we touch ahead in a mount's first seconds is another figure
+                MountedSystem.wait_quiet(system)
             drop_page_cache()
             last = max(setting.states.index(state) for state in set(setting.states) & set(self.states))
             for place, state in enumerate(setting.states[: last + 1]):
-                self._pass(system, pattern, state, seed, is_warm=place > 0)
+                self._pass(system, pattern, state, seed, is_cold=setting.is_cold, is_warm=place > 0)
 
-    def _pass(self, system: MountedSystem, pattern: str, state: str, seed: int, *, is_warm: bool) -> None:
+    def _pass(
+        self, system: MountedSystem, pattern: str, state: str, seed: int, *, is_cold: bool, is_warm: bool
+    ) -> None:  # fmt: skip
         before_s = system.cpu_s()
         folder = system.mountpoint / place_of(pattern)
         reading = read(pattern, folder, self.model, seed=seed, warm=is_warm)
-        system.wait_quiet(self.model.size_bytes if pattern in WHOLE else 0)
+        if is_cold:
+            system.wait_quiet(self.model.size_bytes if pattern in WHOLE else 0)
+        else:  # asks nobody: an answer takes the daemon 3 ms, as much as a pass of kept bytes
+            MountedSystem.wait_quiet(system)
         served_s = system.cpu_s() - before_s
         if state not in self.states:
             return  # it was there to warm what comes next
@@ -195,6 +202,8 @@ def _kept_goals(results: Results, origin: str) -> list[Row]:
         name, title = f"{origin}/{state}/stat p99, readers: 64/mfs", f"{origin}, {state}: p99 of stat beside 64 readers"
         rows += results.row(name, title, "ms", Goal(at_most=20))
         for label in PATTERNS[STORM].figures:
+            if (state, label) == ("warm", "stat"):
+                continue  # the kernel answers it
             mine, before = f"{origin}/{state}/{label}/mfs", [f"{origin}/{state}/{label}/{BEFORE}"]
             rows += _ratio(results, mine, before, f"{origin}, {state}, {label}: before / mfs", Goal(at_least=2.0))
     return rows
