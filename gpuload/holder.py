@@ -9,9 +9,10 @@ LISTEN_FDS and LISTEN_FDNAMES. A stored connection whose other end is closed is 
 A server that ends well, or has said STOPPING=1, has meant to, and one that keeps nothing has nothing to be gone on
 with: their status becomes ours. One that says GIVING=HEX beside it, with a connection, gives its place to whoever is at
 the other end: should it be killed over that, those bytes are sent there once more, and only an answer means that the
-other one serves; once we have given up waiting it cannot answer any more, and so does not serve. One that is killed, or fails, once it had said READY=1 is followed by another, which
-the clients wait for in the listening socket; after too many in a short time no more. Signals go to the server, and none
-follows it then. If this process is killed the server is told to end, by the kernel.
+other one serves; once we have given up waiting for it the kernel refuses it. One that is killed, or fails, once it had
+said READY=1 is followed by another, which the clients wait for in the listening socket; after too many in a short time
+no more. Signals go to the server, and none follows it then. If this process is killed the server is told to end, by the
+kernel.
 
 As little as a service manager, this process must fail: nothing is imported but small modules. Source: sd_notify(3),
 sd_listen_fds(3).

@@ -359,7 +359,7 @@ class Operations:
                     "device_bytes": memory.total_bytes,
                     "device_free_bytes": memory.free_bytes,
                     **_sizes(site),
-                    "loads": site.waiting_count,
+                    "loads": site.loads_count,
                     "gauges": catalog.gauges(),
                     "models": [{**_summary(m), **_held(m, catalog)} for m in models],
                 }

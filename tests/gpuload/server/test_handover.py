@@ -536,7 +536,7 @@ class TestReplaced:
     def test_an_heir_that_is_stopped_when_it_has_everything(
         self, served: Served, tmp_path: Path, is_killed: bool
     ) -> None:
-        """The giver goes on, or the next one where it is killed: what that one serves is not touched when it wakes up."""
+        """The giver goes on, or the next one where it is killed: what that serves is not touched when it wakes up."""
         (tmp_path / "sitecustomize.py").write_text(DIES_GIVING)
         served.environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "KILLER": str(tmp_path)}
         (tmp_path / "impatient").write_text("holder" if is_killed else "giver")
