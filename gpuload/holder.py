@@ -20,6 +20,7 @@ sd_listen_fds(3).
 
 import ctypes
 import os
+import resource
 import select
 import signal
 import socket
@@ -184,13 +185,22 @@ class Holder:
 
 
 def _move(fds: list[int]) -> None:
-    """Copies of these as 3, 4, … for the program that is started next; in the child."""
-    import fcntl
+    """Make these 3, 4, … for the program that is started next; in the child, whose own they are no more afterwards.
 
-    above = max([_FIRST_FD + len(fds), *(fd + 1 for fd in fds)])
-    copies = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in fds]
-    for at, fd in enumerate(copies):
-        os.dup2(fd, _FIRST_FD + at)
+    One more is open meanwhile, not as many again: by its limit a process may have room for no more.
+    """
+    fds = list(fds)
+    where = {fd: at for at, fd in enumerate(fds)}
+    for at, target in enumerate(range(_FIRST_FD, _FIRST_FD + len(fds))):
+        other = where.get(target)
+        if other is not None and other > at:  # stands where this one is to go
+            fds[other] = os.dup(target)
+            where[fds[other]] = other
+        if fds[at] == target:
+            os.set_inheritable(target, True)
+        else:
+            os.dup2(fds[at], target)
+            os.close(fds[at])
 
 
 def _say(text: str) -> None:
@@ -202,6 +212,8 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Hold one server for as long as there is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # what the server has open for others we have, too
     children.end_as(Holder(sys.argv[1:]).run())
 
 

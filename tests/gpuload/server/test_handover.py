@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,27 @@ class TestKilled:
         names = [m["model"] for m in served.ask("status")["devices"][0]["models"]]
         assert names == ["whole"]
         assert_same(served.attach("whole"), content(2))
+
+    @pytest.mark.parametrize(("limit", "is_full"), [("-Sn 100", False), ("-n 160", True)], ids=["soft", "hard"])
+    def test_more_models_than_half_of_the_descriptors(
+        self, served: Served, tmp_path: Path, limit: str, is_full: bool
+    ) -> None:
+        """Each has one in the server, and a copy of it at the holder. Where no more are to be had one more model is
+        refused, in words, while there are enough left for all else."""
+        served.command = ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *served.command]
+        served.start_serving()
+        file, made = write(tmp_path / "a.safetensors", {"w": torch.ones(4)}), 0
+        with suppress(BusyError) if is_full else nullcontext():
+            for made in range(150 if is_full else 90):
+                served.load(file, f"m{made}")
+        assert not is_full or 80 < made < 149
+        status = served.ask("status")
+        names = {m["model"] for m in status["devices"][0]["models"]}
+        assert len(names) == (made if is_full else 90)
+        pid = served.kill()
+        assert served.pid != pid
+        assert {m["model"] for m in served.ask("status")["devices"][0]["models"]} == names
+        assert_same(served.attach("m7"), {"w": torch.ones(4)})
 
     def test_a_server_that_dies_again_and_again_is_given_up(self) -> None:
         done = subprocess.run(
