@@ -91,3 +91,10 @@ def _raised() -> Iterator[None]:
             now, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             if not _holders and now == hard:  # else the program has set it meanwhile: its word counts
                 resource.setrlimit(resource.RLIMIT_NOFILE, (min(_soft, hard), hard))
+
+
+def is_scarce(fd: int) -> bool:
+    """Whether the descriptor that was opened just now is one of the last that this process may have: the kernel gives
+    out the lowest number, so as many are open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return fd >= soft - min(_SPARE, soft // 4)

@@ -9,9 +9,10 @@ LISTEN_FDS and LISTEN_FDNAMES. A stored connection whose other end is closed is 
 A server that ends well, or has said STOPPING=1, has meant to, and one that keeps nothing has nothing to be gone on
 with: their status becomes ours. One that says GIVING=HEX beside it, with a connection, gives its place to whoever is at
 the other end: should it be killed over that, those bytes are sent there once more, and only an answer means that the
-other one serves. One that is killed, or fails, once it had said READY=1 is followed by another, which
-the clients wait for in the listening socket; after too many in a short time no more. Signals go to the server, and none
-follows it then. If this process is killed the server is told to end, by the kernel.
+other one serves; once we have given up waiting for it the kernel refuses it. One that is killed, or fails, once it had
+said READY=1 is followed by another, which the clients wait for in the listening socket; after too many in a short time
+no more. Signals go to the server, and none follows it then. If this process is killed the server is told to end, by the
+kernel.
 
 As little as a service manager, this process must fail: nothing is imported but small modules. Source: sd_notify(3),
 sd_listen_fds(3).
@@ -19,6 +20,7 @@ sd_listen_fds(3).
 
 import ctypes
 import os
+import resource
 import select
 import signal
 import socket
@@ -175,18 +177,30 @@ class Holder:
             pass
         try:
             return bool(connection.recv(1))
+        except TimeoutError:  # it lives, and might answer yet: the kernel lets it no more, or shows that it has
+            connection.shutdown(socket.SHUT_RD)
+            return bool(connection.recv(1))
         except OSError:
             return False
 
 
 def _move(fds: list[int]) -> None:
-    """Copies of these as 3, 4, … for the program that is started next; in the child."""
-    import fcntl
+    """Make these 3, 4, … for the program that is started next; in the child, whose own they are no more afterwards.
 
-    above = max([_FIRST_FD + len(fds), *(fd + 1 for fd in fds)])
-    copies = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in fds]
-    for at, fd in enumerate(copies):
-        os.dup2(fd, _FIRST_FD + at)
+    One more is open meanwhile, not as many again: by its limit a process may have room for no more.
+    """
+    fds = list(fds)
+    where = {fd: at for at, fd in enumerate(fds)}
+    for at, target in enumerate(range(_FIRST_FD, _FIRST_FD + len(fds))):
+        other = where.get(target)
+        if other is not None and other > at:  # stands where this one is to go
+            fds[other] = os.dup(target)
+            where[fds[other]] = other
+        if fds[at] == target:
+            os.set_inheritable(target, True)
+        else:
+            os.dup2(fds[at], target)
+            os.close(fds[at])
 
 
 def _say(text: str) -> None:
@@ -198,6 +212,8 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Hold one server for as long as there is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # what the server has open for others we have, too
     children.end_as(Holder(sys.argv[1:]).run())
 
 

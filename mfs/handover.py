@@ -15,6 +15,10 @@ Whatever goes wrong before `held` leaves the old daemon serving: it has the kern
 Either daemon may be killed at any moment. Of the new one its holder knows whether it was held; of the old one its own
 holder does, which has a copy of the connection before `yours` is said and waits for `held` in its place
 (`mfs.holder`). So there is never more than one that serves, nor less, but where a daemon stands without a holder.
+
+`held` decides, also of a new daemon that was only slow: whoever gives up waiting for it shuts its end for reading
+before it goes on. The kernel refuses it from then on, or shows that it has come; and without it nothing is done to the
+mount.
 """
 
 from __future__ import annotations
@@ -204,6 +208,11 @@ class Giver:
             if not await sock.recv(_MESSAGE_BYTES_MAX):
                 raise OSError("it ended before anybody held the mount")
             return True
+        # It lives, and may be slow: the kernel lets it say so no more, or shows that it has.
+        sock.shutdown(socket.SHUT_RD)
+        late = await sock.recv(_MESSAGE_BYTES_MAX)
+        if late and wire.parse_object(late) == {"ask": "held"}:
+            return True
         raise StoreError(f"the new daemon did not say within {_READY_S:g} s that it can serve")
 
 
@@ -308,15 +317,23 @@ class Heir:
         mount.session.invalidate_names((inode, name) for inode, name in state["names"])
 
     def take_hold(self, mount: Mount, holder: HolderLink) -> None:
-        """Have the mount held, and the old daemon told that it is ours. Raises: StoreError if it is not."""
+        """Have the mount held, and the old daemon told that it is ours. Raises: StoreError if it is not: it is as it
+        was then."""
         fds = mount.session.device, self.lock, mount.operations.journal.fd
-        if holder.hold(*fds, self._socket.fileno()):
+        if self._is_dead:
+            holder.hold(*fds)
             return
-        try:
-            self._socket.send(b'{"ask": "held"}')
-        except OSError as error:
-            if not self._is_dead:
-                raise StoreError(f"the old daemon (pid {self.pid}) keeps the mount: {error}") from error
+        was_told = holder.hold_given(*fds, self._socket.fileno())
+        if was_told is None:  # by nobody, as far as we know
+            try:
+                was_told = bool(self._socket.send(b'{"ask": "held"}'))
+            except OSError:
+                was_told = False
+        if not was_told:
+            mount.session.release()
+            raise StoreError(
+                f"the old daemon (pid {self.pid}) was not told in time that this one serves: it keeps the mount"
+            )
 
     def _take(self) -> tuple[dict[str, Any], int, int]:
         """(state, descriptor of /dev/fuse, that of the journal)."""

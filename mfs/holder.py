@@ -7,7 +7,9 @@ With --successor it begins where another holder was killed, with the descriptors
 reference of what is said there; descriptors travel as SCM_RIGHTS:
 
     hold [device, lock, journal]              the daemon serves; what it held before is replaced
-    hold [device, lock, journal, connection]  ... what another daemon gave: that one is told, over `connection`
+    hold [device, lock, journal, connection]  ... what another daemon gave: that one is told, over `connection`; the
+                                              answer is "held", or "kept" if it does not hear it any more: nothing is
+                                              held then
     giving [connection]                       another daemon may say over `connection` that the mount is held by it
     given                                     the mount is another's: nothing is held any more
     end                                       the mount ends: nothing is held any more, here or by a service manager
@@ -121,12 +123,15 @@ class _Holder:
             message, fds, _, _ = socket.recv_fds(sock, _MESSAGE_BYTES_MAX, 8, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             return False
-        if message == b"hold" and len(fds) in (3, 4):
+        is_ours = True
+        if message == b"hold" and len(fds) == 4:
+            with socket.socket(fileno=fds.pop()) as connection:
+                is_ours = _tell(connection, b'{"ask": "held"}')
+            _tell(sock, b"held" if is_ours else b"kept")
+        if message == b"hold" and len(fds) == 3 and is_ours:
             self._let_go()
-            self._held, self._serves = fds[:3], True
+            self._held, self._serves = fds, True
             self._keep()
-            for fd in fds[3:]:
-                _tell(socket.socket(fileno=fd), b'{"ask": "held"}')
         elif message == b"giving" and len(fds) == 1:
             self._connection = socket.socket(fileno=fds[0])
         elif message == b"given":
@@ -162,6 +167,9 @@ class _Holder:
         connection.settimeout(_ANSWER_S)
         try:
             connection.send(b'{"yours": true}')  # once more, should it not have come to that
+            return bool(connection.recv(_MESSAGE_BYTES_MAX))
+        except TimeoutError:  # it lives, and might answer yet: the kernel lets it no more, or shows that it has
+            connection.shutdown(socket.SHUT_RD)
             return bool(connection.recv(_MESSAGE_BYTES_MAX))
         except OSError:
             return False
@@ -229,12 +237,13 @@ def _is_connected(device: int) -> bool:
     return not poll.poll(0)
 
 
-def _tell(connection: socket.socket, message: bytes) -> None:
-    with connection:
-        try:
-            connection.send(message)
-        except OSError:  # it has died; the mount is ours all the same
-            pass
+def _tell(connection: socket.socket, message: bytes) -> bool:
+    """Whether it can hear that still."""
+    try:
+        connection.send(message)
+    except OSError:
+        return False
+    return True
 
 
 def main() -> None:

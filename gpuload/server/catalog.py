@@ -77,6 +77,9 @@ class Part:
         return sum(b.nbytes for b in self.blocks)
 
 
+NAMES_MAX = 50
+"""Models that a refusal names."""
+
 LAGGARDS_MAX = 5
 """Old generations, and programs of each, that a refusal names."""
 
@@ -197,8 +200,12 @@ def namesakes(name: str | None, catalogs: Iterable[Catalog]) -> list[Model]:
 
 def holders(leases: Sequence[Lease]) -> str:
     """'pid 12 (user 0), pid 13 (user 0)', and how many more there are."""
-    told = [f"pid {lease.pid or '?'} (user {lease.uid})" for lease in leases[:LAGGARDS_MAX]]
-    return ", ".join(told) + (f" and {len(leases) - LAGGARDS_MAX} more" if len(leases) > LAGGARDS_MAX else "")
+    return listed([f"pid {lease.pid or '?'} (user {lease.uid})" for lease in leases], LAGGARDS_MAX)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Some of these names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class Catalog:
@@ -241,7 +248,7 @@ class Catalog:
     def find(self, name: str) -> Model:
         """Raises: NotFoundError naming what there is."""
         if name not in self.models:
-            there = ", ".join(sorted(self.models)) or "none"
+            there = listed(sorted(self.models), NAMES_MAX) or "none"
             raise NotFoundError(f"no model {name!r} is resident on {self.device}; there are: {there}")
         return self.models[name]
 

@@ -10,6 +10,7 @@ has been read. At rest a connection is a descriptor and perhaps a lease, which a
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from gpuload.descriptors import is_scarce
 from gpuload.errors import AwayError, BusyError, DeviceLostError, ServerError, first_error, to_wire
 from gpuload.server.catalog import Lease
 from gpuload.server.channel import Channel
@@ -163,6 +165,10 @@ class Connections:
                         continue
                     client = Client(sock)
                     try:
+                        if is_scarce(sock.fileno()):
+                            raise BusyError(
+                                "the gpuload server has nearly all connections that it may have (ulimit -n)"
+                            )
                         self._take_places(client, peer_of(sock))
                     except BusyError as error:
                         _refuse(sock, error)
@@ -309,6 +315,8 @@ class Connections:
             error = first_error(group)
             if not isinstance(error, Exception):
                 raise
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                error = BusyError(f"the gpuload server cannot open another descriptor: {error.strerror}; try later")
             if not isinstance(error, MfsError):
                 log.error("unexpected: %s", error, exc_info=error)
             return Answer(to_wire(error), lost=error if isinstance(error, DeviceLostError) else None)

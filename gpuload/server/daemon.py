@@ -140,6 +140,8 @@ async def serve(
             await estate.keep({"socket": begun.door.sock.fileno(), "lock": begun.door.lock}, sites, stored)
             if heir is not None:
                 await heir.hold()
+                await heir.serves()
+                begun.door.is_left = False
             estate.resume()
             exporting = _Exporting()
             stack.callback(exporting.close)
@@ -161,9 +163,6 @@ async def serve(
                         nursery.start_soon(_show_metrics, config.metrics_addr, doors, operations)
                     nursery.start_soon(connections.run, trio.socket.from_stdlib_socket(begun.door.sock))
                     nursery.start_soon(giver.run)
-                    if heir is not None:
-                        await heir.serves()
-                        begun.door.is_left = False
                     begun.door.sock.listen(config.backlog)  # from here on the kernel names us to who connects
                     on_serving()
                     if heir is not None:

@@ -41,7 +41,9 @@ import msgpack
 import trio
 from blake3 import blake3
 
+from gpuload.descriptors import is_scarce
 from gpuload.device.base import Run
+from gpuload.errors import BusyError
 from gpuload.server.catalog import Lease, Model
 from gpuload.server.records import packed
 from gpuload.server.site import Site
@@ -307,10 +309,19 @@ class Estate:
 
     @asynccontextmanager
     async def recorded(self, model: Model) -> AsyncIterator[None]:
-        """Keep what a model is; inside, with no checkpoint, it is to be served. What is not served is forgotten."""
+        """Keep what a model is; inside, with no checkpoint, it is to be served. What is not served is forgotten.
+
+        Raises: BusyError if no more can be kept.
+        """
         content = await trio.to_thread.run_sync(packed, model)
         number, self.counters.next_model = self.counters.next_model, self.counters.next_model + 1
-        self.records[number] = memory_file("gpuload-model", content)
+        record = memory_file("gpuload-model", content)
+        if is_scarce(record):
+            os.close(record)
+            raise BusyError(
+                "nearly all descriptors that the gpuload server may have (ulimit -n) are in use: evict some"
+            )
+        self.records[number] = record
         self._coming.add(number)
         try:
             model.number = number

@@ -138,15 +138,20 @@ class Giver:
             raise
 
     async def _serves(self, channel: Channel) -> bool:
-        """Whether the heir serves, or may yet, since it lives; and then has no need of us."""
-        with trio.move_on_after(END_S):
-            await channel.wait_closed()
+        """Whether the heir serves, and has no need of us any more; it cannot begin to once this is false."""
+        with trio.CancelScope(shield=True):  # told to stop meanwhile, we are to know whose all this is
+            with trio.move_on_after(END_S) as waiting:
+                await channel.wait_closed()
+            if waiting.cancelled_caught:
+                channel.sock.shutdown(socket.SHUT_RD)
             if await channel.is_closed():
                 return False
         # Should we be killed before, our holder asks for what it says: it is there to be read until then.
         self._tell_holder("STOPPING=1")
         with trio.move_on_after(END_S), contextlib.suppress(MfsError):
             await channel.receive(message_s=END_S, fds_max=0)
+            if waiting.cancelled_caught:  # its end cannot be seen any more
+                await trio.sleep_forever()
             await channel.wait_closed()
         return True
 
@@ -209,9 +214,14 @@ class Heir:
             raise ServerError("the server that is there did not give its place")
 
     async def serves(self) -> None:
-        """From here on nobody else goes on with it, and clients may be served. The giver may be dead."""
-        with contextlib.suppress(AwayError):
+        """From here on nobody else goes on with it, and clients may be served; nothing of it may be touched before.
+        The giver may be dead. Raises: AwayError if whoever waited for this has gone on by itself."""
+        try:
             await self._say({"op": "serves"})
+        except AwayError:
+            raise AwayError(
+                f"the server at {self._path} was not told in time that this one serves: it keeps its place"
+            ) from None
 
     def close(self) -> None:
         """The giver ends, if we serve; else it goes on."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TypeVar
 
 import trio
@@ -104,7 +104,7 @@ class Loader:
                     if not await turns.wait_for_room():
                         raise
         finally:
-            turns.let_go()
+            turns.end()
         work.report.seconds = time.monotonic() - began
         return model, work.report
 
@@ -143,7 +143,7 @@ class Loader:
             return
         await self._think(lambda: work.recall([self._digests.find(version) for version in work.versions]))
 
-    async def _remember(self, work: Work, began_ns: int) -> None:
+    async def _remember(self, work: Work, turns: Turns, began_ns: int) -> None:
         """Keep the digests that are known by now, and learn from them."""
         if work.job.known is not None:
             return
@@ -152,7 +152,7 @@ class Loader:
             for shard, version, digests in zip(work.job.shards, work.versions, work.found(), strict=True):
                 self._digests.add(version, shard.fd, began_ns, digests)
 
-        await work.job.files.call(tell)
+        await turns.call(work.job.files, tell)
         await self._think(work.learn)
 
     async def _resident(self, work: Work) -> Model | None:
@@ -179,20 +179,21 @@ class Loader:
         return model
 
     async def _bring(self, work: Work, turns: Turns, began_ns: int) -> Model:
-        for part in work.parts:
-            await part.site.look()
-        unsure = [part for part in work.parts if self._must_know(part)]
         try:
-            with closing(await self._opened(work.job)) as source:
+            with ExitStack() as opened:
+                source = await self._opened(work.job, turns, opened)
+                for part in work.parts:
+                    await part.site.look()
+                unsure = [part for part in work.parts if self._must_know(part)]
                 if unsure:
                     with _traced(work.job, "hash"):
-                        await turns.read(source, lambda rings: self._hash_pass(work, unsure, source, rings))
-                    await self._remember(work, began_ns)
+                        await turns.beside(lambda rings: self._hash_pass(work, unsure, source, rings))
+                    await self._remember(work, turns, began_ns)
                     model = await self._resident(work) if work.is_known else None
                     if model is not None:
                         return model
                 if work.job.known is None and any(part.site.tier is not None for part in work.parts):
-                    work.lenders = await work.job.files.call(lambda: lenders_of(work.job.shards))
+                    work.lenders = await turns.call(work.job.files, lambda: lenders_of(work.job.shards))
                 was_known = work.is_known
                 await take_places(work)
                 self._estate.sync()  # before a byte goes where victims were: see `estate`
@@ -206,9 +207,9 @@ class Loader:
                         await self._think(work.describe)
 
                 with _traced(work.job, "fill"):
-                    was_in_turn = await turns.read(source, fill)
-            await self._remember(work, began_ns)
-            model = None if was_known and was_in_turn else await self._resident(work)
+                    await turns.beside(fill)
+            await self._remember(work, turns, began_ns)
+            model = await self._resident(work) if turns.was_aside or not was_known else None
             if model is None:
                 await self._think(work.find_content)
                 for part in work.parts:
@@ -230,19 +231,25 @@ class Loader:
             work.let_go()
             raise
 
-    async def _opened(self, job: Job) -> WatchedSource:
-        if job.known is not None:
-            return WatchedSource(NoSource(job))
-        return await job.files.open(lambda: self._open_source(job))
+    async def _opened(self, job: Job, turns: Turns, opened: ExitStack) -> WatchedSource:
+        """Its source; `opened` closes it."""
 
-    def _open_source(self, job: Job) -> WatchedSource:
+        async def open_one(_: Mapping[str, Ring]) -> Source:
+            with turns.watch:
+                made = await job.files.open(lambda: self._open_source(job))
+            opened.callback(made.close)
+            return made
+
+        return WatchedSource(NoSource(job) if job.known is not None else await turns.beside(open_one), turns.watch)
+
+    def _open_source(self, job: Job) -> Source:
         traceparent = job.span.context.traceparent if job.span is not None else ""
         source: Source
         if job.asked_fd is not None:
             source = PulledSource(FileSource(job.shards), job.shards[0].fd, job.asked_fd)
         else:
             source = open_source(job.shards, self._mapper, traceparent)
-        return WatchedSource(TimedSource(source, job.timing) if job.timing is not None else source)
+        return TimedSource(source, job.timing) if job.timing is not None else source
 
     def _must_know(self, part: PartWork) -> bool:
         """Whether somebody might have to go for bytes that turn out to be resident, if their digests stay unknown."""
@@ -253,7 +260,7 @@ class Loader:
         return sum(plan.granules_count(unit) for plan in missing) > catalog.open_count
 
     async def _hash_pass(
-        self, work: Work, parts: Sequence[PartWork], source: Source, rings: Mapping[str, Ring]
+        self, work: Work, parts: Sequence[PartWork], source: WatchedSource, rings: Mapping[str, Ring]
     ) -> None:
         device = HostDevice(is_direct=False, reaches_all=True)
         async with trio.open_nursery() as nursery:
@@ -264,7 +271,7 @@ class Loader:
                 nursery.start_soon(self._read, work, ring, source, unknown, device, lambda _: [])
         work.report.bytes_hashed += work.report.bytes_hashed_before
 
-    async def _fill(self, work: Work, part: PartWork, source: Source, ring: Ring) -> None:
+    async def _fill(self, work: Work, part: PartWork, source: WatchedSource, ring: Ring) -> None:
         """Bring the bytes of every block that is not complete, from inside the device where they are there."""
         site, report = part.site, work.report
         places: dict[PieceKey, tuple[Block, int]] = {}
@@ -386,7 +393,7 @@ class Loader:
         self,
         work: Work,
         ring: Ring,
-        source: Source,
+        source: WatchedSource,
         pieces: Sequence[Piece],
         device: Device,
         runs_of: RunsOf,
@@ -428,7 +435,8 @@ class Loader:
             lent=ring,
             timing=job.timing,
         )
-        await job.files.call(check_files)
+        with source.watch:
+            await job.files.call(check_files)
 
     async def _complete(self, work: Work, part: PartWork) -> None:
         """Its bytes are all in place: let other loads find them."""

@@ -21,7 +21,7 @@ from gpuload.moving.kept import KeptFiles
 from gpuload.moving.plan import Placement
 from gpuload.moving.timing import Timing
 from gpuload.server import asked
-from gpuload.server.catalog import Block, Catalog, Lease, Model, ResidentTensor, namesakes
+from gpuload.server.catalog import NAMES_MAX, Block, Catalog, Lease, Model, ResidentTensor, listed, namesakes
 from gpuload.server.client_files import ClientFiles
 from gpuload.server.estate import Estate
 from gpuload.server.generations import Wanted
@@ -333,7 +333,7 @@ class Operations:
         evicts, wait_s = asked.flag(request, "evict", False), asked.seconds(request, "wait_s")
         victims = site.catalog.make_budget(budget // unit)
         if victims and not evicts:
-            names = ", ".join(str(v.name) for v in victims)
+            names = listed([str(v.name) for v in victims], NAMES_MAX)
             raise FitError(
                 f"models hold {format_size(site.catalog.granules.taken_count * unit)} of the arena on {site.name};"
                 f" {format_size(budget)} would do without {names}: say --evict, or unload them; nothing was changed"
@@ -359,7 +359,7 @@ class Operations:
                     "device_bytes": memory.total_bytes,
                     "device_free_bytes": memory.free_bytes,
                     **_sizes(site),
-                    "loads": site.waiting_count,
+                    "loads": site.loads_count,
                     "gauges": catalog.gauges(),
                     "models": [{**_summary(m), **_held(m, catalog)} for m in models],
                 }
@@ -441,7 +441,7 @@ def _exposed(families: Families, accept: str) -> Text:
 
 def _missing(name: str, catalogs: Sequence[Catalog]) -> Model:
     """Raises: NotFoundError naming what there is."""
-    there = ", ".join(sorted({n for catalog in catalogs for n in catalog.models})) or "none"
+    there = listed(sorted({n for catalog in catalogs for n in catalog.models}), NAMES_MAX) or "none"
     raise NotFoundError(f"no model {name!r} is resident; there are: {there}")
 
 

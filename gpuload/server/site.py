@@ -66,8 +66,10 @@ class Site:
     """Tells clients whether runs of two answers are of one arena: then equal ones are equal memory."""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """Held by the load that may change what stands here; see `turns`."""
+    loads_count: int = 0
+    """Loads at work or waiting, each once."""
     aside_count: int = 0
-    """Loads that have given it up until their bytes come."""
+    """Those that have given it up until their bytes come."""
     came_back: trio.Event = field(default_factory=trio.Event)
     """Set, and made anew, when one of them has the turn again, or has ended."""
     is_frozen: bool = False
@@ -87,12 +89,6 @@ class Site:
         self.leaving = Leaving(self.device, self.arena, self.tier) if self.tier is not None else None
         if self.leaving is not None:
             self.catalog.on_leaving = self.leaving.add
-
-    @property
-    def waiting_count(self) -> int:
-        """Loads at work or waiting."""
-        statistics = self.turn.statistics()
-        return int(statistics.locked) + statistics.tasks_waiting + self.aside_count
 
     async def look(self) -> None:
         """Ask the device how much memory could still be had. No checkpoint once it is known."""

@@ -125,7 +125,7 @@ def _add_devices(families: Families, sites: Mapping[str, Site]) -> None:
         ("gpuload_device_bytes", "Memory of the device.", {(n,): m.total_bytes for n, m in memory.items()}),
         ("gpuload_device_free_bytes", "Of it, what nobody holds.", {(n,): m.free_bytes for n, m in memory.items()}),
         ("gpuload_loads_waiting", "Loads at work or waiting for the device.",
-         {(n,): s.waiting_count for n, s in sites.items()}),
+         {(n,): s.loads_count for n, s in sites.items()}),
         ("gpuload_loads_aside", "Of these, those that have let others go before, since their bytes do not come.",
          {(n,): s.aside_count for n, s in sites.items()}),
         ("gpuload_models", "Models served from it.", {(n,): len(s.catalog.models) for n, s in sites.items()}),

@@ -15,13 +15,17 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
 
 import trio
 
 from gpuload.errors import BusyError, DeviceError, one_error
 from gpuload.moving.source import Loan, Source
 from gpuload.moving.staging import Ring
+from gpuload.server.client_files import ClientFiles
 from gpuload.server.site import Site
+
+T = TypeVar("T")
 
 log = logging.getLogger("gpuload.server")
 
@@ -32,43 +36,24 @@ WAIT_S = 900.0
 """Longest wait for a turn."""
 
 STALL_S = 1.0
-"""No read came back for so long: its source stands still."""
+"""No call on its files came back for so long: they stand still."""
 
 ASIDE_MAX = 2
 """Loads of one device that stand aside: each has a ring."""
 
 
-class WatchedSource:
-    """A source, and for how long it has given nothing that was asked of it."""
+class Watch:
+    """For how long nothing came back of what was asked of a load's files. Entered around each call, in any thread."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._under_way, self._since_s = 0, 0.0
 
     @property
     def stalled_s(self) -> float:
-        """Since the last call came back, if one is under way. From any thread."""
+        """Since the last call came back, if one is under way."""
         with self._lock:
             return time.monotonic() - self._since_s if self._under_way else 0.0
-
-    def borrow(self, shard: int, start: int, stop: int) -> Loan | None:
-        """See `Source.borrow`."""
-        with self:
-            return self._source.borrow(shard, start, stop)
-
-    def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
-        """See `Source.read_into`."""
-        with self:
-            self._source.read_into(shard, start, views)
-
-    def interrupt(self) -> None:
-        """See `Source.interrupt`."""
-        self._source.interrupt()
-
-    def close(self) -> None:
-        """See `Source.close`."""
-        self._source.close()
 
     def __enter__(self) -> None:
         with self._lock:
@@ -82,22 +67,49 @@ class WatchedSource:
             self._since_s = time.monotonic()
 
 
+class WatchedSource:
+    """A source whose calls are watched."""
+
+    def __init__(self, source: Source, watch: Watch) -> None:
+        self._source, self.watch = source, watch
+
+    def borrow(self, shard: int, start: int, stop: int) -> Loan | None:
+        """See `Source.borrow`."""
+        with self.watch:
+            return self._source.borrow(shard, start, stop)
+
+    def read_into(self, shard: int, start: int, views: Sequence[memoryview]) -> None:
+        """See `Source.read_into`."""
+        with self.watch:
+            self._source.read_into(shard, start, views)
+
+    def interrupt(self) -> None:
+        """See `Source.interrupt`."""
+        self._source.interrupt()
+
+    def close(self) -> None:
+        """See `Source.close`."""
+        self._source.close()
+
+
 class Turns:
     """Of one load, at all its devices: held, or not. All of it by one task."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         """sites: in the server's order, so that two loads never wait for each other's turns."""
         self._sites = sites
-        self._is_held = self._is_aside = False
+        self.watch = Watch()
+        """Of all calls on the load's files."""
+        self.was_aside = False
+        """Since it began: others may have decided something."""
+        self._is_counted = self._is_held = self._is_aside = False
         self._stays = False
         """There is no ring more for others."""
         self._until_s = trio.current_time() + WAIT_S
 
     async def take(self) -> None:
         """Raises: BusyError if too many wait, or past WAIT_S; none is held then."""
-        for site in self._sites:
-            if site.waiting_count > WAITING_MAX and not self._is_aside:
-                raise BusyError(f"{site.waiting_count} loads wait for {site.name} already; try later")
+        self._be_counted()
         taken: list[Site] = []
         try:
             with trio.move_on_at(self._until_s):
@@ -114,8 +126,26 @@ class Turns:
             names = ", ".join(site.name for site in self._sites)
             raise BusyError(f"{names} was busy for {WAIT_S:.0f} s; nothing was changed")
 
-    def let_go(self) -> None:
-        """What of it is held; at the end of a load, however it ends."""
+    def end(self) -> None:
+        """Of the load, however it ends."""
+        self._let_go()
+        if self._is_counted:
+            self._is_counted = False
+            for site in self._sites:
+                site.loads_count -= 1
+
+    def _be_counted(self) -> None:
+        """Once. Raises: BusyError."""
+        if self._is_counted:
+            return
+        for site in self._sites:
+            if site.loads_count > WAITING_MAX:
+                raise BusyError(f"{site.loads_count} loads wait for {site.name} already; try later")
+        self._is_counted = True
+        for site in self._sites:
+            site.loads_count += 1
+
+    def _let_go(self) -> None:
         self._come_back()
         if self._is_held:
             self._is_held = False
@@ -129,7 +159,7 @@ class Turns:
         if aside is None:
             return False
         ended = aside.came_back
-        self.let_go()
+        self._let_go()
         with trio.move_on_at(self._until_s):
             await ended.wait()
         if not ended.is_set():
@@ -137,17 +167,28 @@ class Turns:
         await self.take()
         return True
 
-    async def read(self, source: WatchedSource, work: Callable[[Mapping[str, Ring]], Awaitable[None]]) -> bool:
-        """Run `work`, which reads from `source`, with a ring for each device, by name. The turn is held afterwards.
+    async def call(self, files: ClientFiles, work: Callable[[], T]) -> T:
+        """As `files.call`; the turn is held afterwards, as with `beside`."""
 
-        Returns whether it was all the time. Raises: as `work`, and as `take`.
+        async def one(_: Mapping[str, Ring]) -> T:
+            with self.watch:
+                return await files.call(work)
+
+        return await self.beside(one)
+
+    async def beside(self, work: Callable[[Mapping[str, Ring]], Awaitable[T]]) -> T:
+        """Run `work`, all of whose calls on files are watched, with a ring for each device, by name: beside other loads
+        while those calls give nothing. The turn is held afterwards; `was_aside` says whether it was all the time.
+
+        Raises: as `work`, and as `take`: then what `work` gave is lost.
         """
+        found: list[T] = []
         rings = {site.name: site.ring for site in self._sites}
         done = trio.Event()
 
         async def run() -> None:
             try:
-                await work(rings)
+                found.append(await work(rings))
             finally:
                 done.set()
 
@@ -155,7 +196,7 @@ class Turns:
             while not done.is_set():
                 with trio.move_on_after(STALL_S / 4):
                     await done.wait()
-                if self._is_held and source.stalled_s > STALL_S and self._may_step_aside():
+                if self._is_held and self.watch.stalled_s > STALL_S and self._may_step_aside():
                     await self._step_aside()
 
         try:
@@ -169,11 +210,10 @@ class Turns:
                 if rings[site.name] is not site.ring:
                     with trio.CancelScope(shield=True):
                         await trio.to_thread.run_sync(rings[site.name].close)
-        if self._is_held:
-            return True
-        self._until_s = trio.current_time() + WAIT_S
-        await self.take()
-        return False
+        if not self._is_held:
+            self._until_s = trio.current_time() + WAIT_S
+            await self.take()
+        return found[0]
 
     def _may_step_aside(self) -> bool:
         is_waited_for = any(site.turn.statistics().tasks_waiting for site in self._sites)
@@ -196,8 +236,8 @@ class Turns:
         for site, ring in made.items():
             site.ring = ring
             site.aside_count += 1
-        self.let_go()
-        self._is_aside = True
+        self._let_go()
+        self._is_aside = self.was_aside = True
         log.info("a load on %s waits for its bytes, others go on", ", ".join(site.name for site in self._sites))
 
     def _come_back(self) -> None:

@@ -7,6 +7,8 @@ import signal
 import socket
 from collections.abc import Sequence
 
+_ANSWER_S = 10.0
+_ANSWER_BYTES_MAX = 64
 _BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -29,12 +31,24 @@ class HolderLink:
         """Whether there is a holder, as far as we know."""
         return self._socket is not None
 
-    def hold(self, device: int, lock: int, journal: int, connection: int | None = None) -> bool:
-        """We serve from now on. connection: to the daemon that gives us the mount, for the holder to tell it.
+    def hold(self, device: int, lock: int, journal: int) -> None:
+        """We serve from now on."""
+        self._say(b"hold", [device, lock, journal])
 
-        Returns whether the holder was told.
-        """
-        return self._say(b"hold", [device, lock, journal, *([] if connection is None else [connection])])
+    def hold_given(self, device: int, lock: int, journal: int, connection: int) -> bool | None:
+        """We serve from now on, if the daemon at the other end of `connection` could be told so by the holder: whether
+        it was. None: there is no holder, or none that answers. Blocks, for _ANSWER_S at most."""
+        if not self._say(b"hold", [device, lock, journal, connection]):
+            return None
+        assert self._socket is not None
+        self._socket.settimeout(_ANSWER_S)
+        try:
+            answer = self._socket.recv(_ANSWER_BYTES_MAX)
+        except OSError:
+            return None
+        finally:
+            self._socket.settimeout(None)
+        return answer == b"held" if answer else None
 
     def giving(self, connection: int) -> bool:
         """The daemon at the other end of `connection` may say that the mount is its."""

@@ -297,6 +297,28 @@ def heir_that_signals(pid: int, number: int) -> str:
     )
 
 
+IMPATIENT = "import mfs.handover, mfs.daemon\nmfs.handover._READY_S = 0.5\nmfs.daemon.main()"
+
+STOPS_WITH_THE_MOUNT = {
+    "daemon": (
+        "import os, mfs.handover, mfs.daemon\nhold = mfs.handover.Heir.take_hold\n"
+        "def stop_and_hold(*what):\n"
+        "    os.kill(os.getpid(), 19)\n"
+        "    hold(*what)\n"
+        "mfs.handover.Heir.take_hold = stop_and_hold\nmfs.daemon.main()"
+    ),
+    "holder": (
+        "import os, mfs.holder\ntell = mfs.holder._tell\n"
+        "def stop_and_tell(connection, message):\n"
+        "    if b'ask' in message:\n"
+        "        os.kill(os.getpid(), 19)\n"
+        "    return tell(connection, message)\n"
+        "mfs.holder._tell = stop_and_tell\nmfs.holder.main()"
+    ),
+}
+"""A new daemon, or its holder, that stops when it was given the mount and has not yet said that it has it."""
+
+
 def heir_that_is_slow(folder: Path, seconds: float) -> str:
     """A new daemon that waits for a file before it takes the mount, and then takes its time with what it is told."""
     return (
@@ -473,6 +495,26 @@ class TestFailures:
         reader.close()
         mount.detach()
         mount.start()
+        assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE)
+
+    @pytest.mark.parametrize("who", STOPS_WITH_THE_MOUNT)
+    def test_a_new_daemon_that_was_stopped_finds_that_the_old_one_goes_on(
+        self, folder: origins.FolderOrigin, mounted: Mounted, who: str
+    ) -> None:
+        folder.put("w.bin", ramp(SIZE))
+        mount = mounted(folder)
+        mount.alarms_expected.append("it keeps the mount")
+        mount.hand_over(program=IMPATIENT)
+        pid = mount.pid
+        heir, answer = mount.spawn(handover=True, program=STOPS_WITH_THE_MOUNT[who])
+        assert mount.wait_for(lambda: "going on" in mount.log)
+        heir.send_signal(signal.SIGCONT)
+        with open(answer) as said:
+            assert "keeps the mount" in said.read()
+        assert heir.wait(10) == 1
+        assert mount.client.status()["pid"] == pid
+        assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE)
+        mount.hand_over()
         assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE)
 
     def test_two_new_daemons_at_once(self, folder: origins.FolderOrigin, mounted: Mounted) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,27 @@ class TestKilled:
         assert names == ["whole"]
         assert_same(served.attach("whole"), content(2))
 
+    @pytest.mark.parametrize(("limit", "is_full"), [("-Sn 100", False), ("-n 160", True)], ids=["soft", "hard"])
+    def test_more_models_than_half_of_the_descriptors(
+        self, served: Served, tmp_path: Path, limit: str, is_full: bool
+    ) -> None:
+        """Each has one in the server, and a copy of it at the holder. Where no more are to be had one more model is
+        refused, in words, while there are enough left for all else."""
+        served.command = ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *served.command]
+        served.start_serving()
+        file, made = write(tmp_path / "a.safetensors", {"w": torch.ones(4)}), 0
+        with suppress(BusyError) if is_full else nullcontext():
+            for made in range(150 if is_full else 90):
+                served.load(file, f"m{made}")
+        assert not is_full or 80 < made < 149
+        status = served.ask("status")
+        names = {m["model"] for m in status["devices"][0]["models"]}
+        assert len(names) == (made if is_full else 90)
+        pid = served.kill()
+        assert served.pid != pid
+        assert {m["model"] for m in served.ask("status")["devices"][0]["models"]} == names
+        assert_same(served.attach("m7"), {"w": torch.ones(4)})
+
     def test_a_server_that_dies_again_and_again_is_given_up(self) -> None:
         done = subprocess.run(
             [sys.executable, "-c", f"{HOLDER}\n"], env={**os.environ, "FAKE": FAKE}, capture_output=True, text=True,
@@ -252,7 +273,12 @@ class TestKilled:
 
 
 DIES_GIVING = """
-import os, signal, sys
+import os, signal, socket, sys
+mark = os.path.join(os.environ["KILLER"], "impatient")
+impatient = open(mark).read() if os.path.exists(mark) else ""
+if impatient == "holder" and not os.environ.get("GPULOAD_HOLDER"):
+    set_timeout = socket.socket.settimeout
+    socket.socket.settimeout = lambda self, s: set_timeout(self, s and min(s, 0.5))
 if os.environ.get("GPULOAD_HOLDER"):
     from importlib.abc import MetaPathFinder
 
@@ -261,7 +287,11 @@ if os.environ.get("GPULOAD_HOLDER"):
             if name != "gpuload.server.daemon":
                 return None
             sys.meta_path.remove(self)
+            from gpuload.server import handover
             from gpuload.server.handover import Giver, Heir
+
+            if impatient == "giver":
+                handover.END_S = 0.5
 
             def dies(who):
                 mark = os.path.join(os.environ["KILLER"], who)
@@ -277,11 +307,13 @@ if os.environ.get("GPULOAD_HOLDER"):
                     dies("giver")
 
             async def holds(self):
-                if os.path.exists(os.path.join(os.environ["KILLER"], "giver")):
+                if os.path.exists(os.path.join(os.environ["KILLER"], "heir")):
                     await self._say({"op": "held"})
                 dies("heir")
                 await hold(self)
                 dies("owner")
+                if os.path.exists(os.path.join(os.environ["KILLER"], "stopped")):
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 if os.path.exists(os.path.join(os.environ["KILLER"], "failed")):
                     raise OSError("it failed")
 
@@ -291,7 +323,8 @@ if os.environ.get("GPULOAD_HOLDER"):
     sys.meta_path.insert(0, Finder())
 """
 """Around what both sides of a take-over say last: the side that has a file of its name dies there, once. The owner
-is an heir that was given all; with a file "failed" it raises there."""
+is an heir that was given all; with a file "failed" it raises there, with "stopped" it stops. Who is named
+in a file "impatient" waits half a second for it."""
 
 FAKE_THAT_GIVES = """
 import os, signal, socket
@@ -520,6 +553,36 @@ class TestReplaced:
         served.start_serving("--take-over")
         assert_same(served.attach("m"), content(1))
 
+    @pytest.mark.parametrize("is_killed", [False, True], ids=["giver", "holder"])
+    def test_an_heir_that_is_stopped_when_it_has_everything(
+        self, served: Served, tmp_path: Path, is_killed: bool
+    ) -> None:
+        """The giver goes on, or the next one where it is killed: what that serves is not touched when it wakes up."""
+        (tmp_path / "sitecustomize.py").write_text(DIES_GIVING)
+        served.environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "KILLER": str(tmp_path)}
+        (tmp_path / "impatient").write_text("holder" if is_killed else "giver")
+        served.start_serving()
+        served.load(write(tmp_path / "a.safetensors", content(1)), "m")
+        held, pid = served.attach("m"), served.pid
+        (tmp_path / "stopped").touch()
+        heir = served.start("--take-over")
+        stopped = wait_stopped(heir.pid)
+        if is_killed:
+            os.kill(pid, signal.SIGKILL)
+        assert (served.pid == pid) != is_killed, "asked while it was given away: answered once it was not"
+        pid = served.pid
+        served.load(write(tmp_path / "b.safetensors", content(2)), "other")
+        os.kill(stopped, signal.SIGCONT)
+        _, said = heir.communicate(timeout=DEADLINE_S)
+        assert heir.returncode == 1
+        assert "keeps its place" in said
+        assert served.pid == pid
+        assert_same(held, content(1))
+        assert_same(served.attach("other"), content(2))
+        assert served.kill() == pid
+        assert {m["model"] for m in served.ask("status")["devices"][0]["models"]} == {"m", "other"}
+        assert_same(served.attach("other"), content(2))
+
     def test_another_arena_is_refused_in_one_line(self, served: Served) -> None:
         served.start_serving()
         pid = served.pid
@@ -562,6 +625,20 @@ class TestReplaced:
             assert served.pid != pid
             half.settimeout(DEADLINE_S)
             assert half.recv(1) == b""
+
+
+def wait_stopped(above: int) -> int:
+    """Which process below that one has stopped, once one has."""
+    until = time.monotonic() + DEADLINE_S
+    while time.monotonic() < until:
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                pid, _, rest = status.read_text().partition(" (")
+                state, parent = rest.rpartition(") ")[2].split()[:2]
+                if state == "T" and above in (int(pid), int(parent)):
+                    return int(pid)
+        time.sleep(0.01)
+    raise AssertionError(f"nobody below {above} has stopped")
 
 
 class TestOnCards:

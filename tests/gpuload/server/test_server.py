@@ -22,9 +22,10 @@ from gpuload.client.attached import Attached, attach, open_resident
 from gpuload.device.base import Arena, Memory
 from gpuload.device.host import HostDevice
 from gpuload.errors import AwayError, BusyError, DeviceError, FitError, ServerError, from_wire, to_wire
+from gpuload.server import catalog, operations
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import FaultyDevice, Gate, ServerThread, assert_same, random_tensors, running_server, write
-from mfs.errors import ChangedError, UsageError
+from mfs.errors import ChangedError, MfsError, UsageError
 
 LARGE = {f"l.{i}.w": (8, 2048) for i in range(8)}  # 32 KiB in BF16: a block each
 SMALL = {f"l.{i}.norm": (100,) for i in range(8)}
@@ -193,6 +194,19 @@ def test_a_refusal_names_the_shortfall_and_touches_nothing(server: ServerThread,
     server.settle()
     report = load(server, other, "b")["report"]
     assert report["evicted"] == ["a"]
+
+
+def test_a_refusal_names_some_of_many_models(
+    server: ServerThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "NAMES_MAX", 3)
+    monkeypatch.setattr(operations, "NAMES_MAX", 3)
+    file = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (4,)}))
+    for number in range(5):
+        load_resident(file, f"m{number}", "cpu", socket_path=server.socket_path)
+    for op, more in (("attach", {"device": "cpu"}), ("attach", {}), ("unload", {}), ("resize", {"bytes": 0})):
+        with pytest.raises(MfsError, match=r" m\d, m\d, m\d and 2 more"):
+            ask({"op": op, "model": "x", **more}, socket_path=server.socket_path)
 
 
 def test_a_swap_with_a_gap_where_both_do_not_fit(server: ServerThread, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from gpuload.client.committed import Identity, commit
 from gpuload.errors import DeviceError
 from gpuload.moving import staging
 from gpuload.moving.source import FileSource
-from gpuload.server import pulled, turns
+from gpuload.server import loader, pulled, turns
+from gpuload.server.digests import DigestCache
 from gpuload.testing import ServerThread, assert_same, random_tensors, write
 from mfs.errors import StoreError, UsageError
 from tests.gpuload.conftest import GRANULE
@@ -97,7 +98,65 @@ def test_a_file_that_gives_nothing_keeps_nobody_waiting(
     del held
     gc.collect()
     site = server.sites["cpu"]
-    assert (site.aside_count, site.waiting_count) == (0, 0)
+    assert (site.aside_count, site.loads_count) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("owner", "call"),
+    [(loader, "open_source"), (loader, "stamp_of"), (DigestCache, "add")],
+    ids=["opened", "looked at", "remembered"],
+)
+def test_a_file_that_hangs_outside_its_reads_keeps_nobody_waiting(
+    server: ServerThread,
+    load: Callable[..., Future[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    call: str,
+) -> None:
+    """The first such call hangs; whoever takes the name meanwhile has it."""
+    real, hangs, gives = getattr(owner, call), threading.Event(), threading.Event()
+
+    def hang(*args: Any, **more: Any) -> Any:
+        if not hangs.is_set():
+            hangs.set()
+            assert gives.wait(150)
+        return real(*args, **more)
+
+    monkeypatch.setattr(owner, call, hang)
+    waiting = [load(model(tmp_path, 1), "m")]
+    try:
+        assert hangs.wait(60)
+        assert load(model(tmp_path, 2), "m").result(60)["report"]["bytes_copied"] > 0
+        assert not waiting[0].done()
+    finally:
+        gives.set()
+    with pytest.raises(UsageError, match="'m' on cpu is other content"):
+        waiting[0].result(60)
+    assert_same(attach("m", socket_path=server.socket_path), random_tensors(2, {"w": (9, GRANULE // 2)}))
+    gc.collect()
+    site = server.sites["cpu"]
+    assert (site.aside_count, site.loads_count) == (0, 0)
+
+
+def test_a_load_is_counted_once_wherever_it_waits(
+    server: ServerThread, stuck: Stuck, load: Callable[..., Future[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """At work, aside, and waiting for its turn again."""
+    site = server.sites["cpu"]
+    first, second = stuck.add(model(tmp_path, 1)), stuck.add(model(tmp_path, 2))
+    waiting = [load(first, "first")]
+    stuck.wait_asked(first)
+    waiting.append(load(second, "second"))
+    stuck.wait_asked(second)
+    assert (site.loads_count, site.aside_count) == (2, 1)
+    stuck.go(first)
+    _until(lambda: site.turn.statistics().tasks_waiting == 1)
+    assert site.loads_count == 2
+    stuck.go(second)
+    for one in waiting:
+        one.result(60)
+    assert site.loads_count == 0
 
 
 def test_a_program_that_commits_and_gives_nothing_keeps_nobody_waiting(
@@ -209,7 +268,7 @@ def test_only_so_many_stand_aside(
     waiting.append(load(second, "second"))
     stuck.wait_asked(second)
     other = load(model(tmp_path, 3), "other")
-    _until(lambda: server.sites["cpu"].waiting_count == 3)
+    _until(lambda: server.sites["cpu"].loads_count == 3)
     assert not other.done()
     stuck.go(second)
     assert waiting[1].result(60)["model"] == "second"
@@ -227,7 +286,7 @@ def test_who_leaves_while_aside_leaves_nothing(
         load(slow, "slow", timeout_s=0.5).result(60)
     assert load(model(tmp_path, 2), "other").result(60)["model"] == "other"
     stuck.go(slow)
-    _until(lambda: server.sites["cpu"].waiting_count == 0)
+    _until(lambda: server.sites["cpu"].loads_count == 0)
     assert server.sites["cpu"].aside_count == 0
     assert "slow" not in server.sites["cpu"].catalog.models
 
