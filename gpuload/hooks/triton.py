@@ -213,7 +213,7 @@ def _from_pretrained(found: Any, weights: Mapping[str, torch.Tensor], version: P
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(version, local_files_only=True)
     return found.from_pretrained(None, config=config, state_dict=dict(weights))
 

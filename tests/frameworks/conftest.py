@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,27 +12,37 @@ from typing import Any
 import pytest
 
 from mfs.testing.mounting import TestMount
+from tests.frameworks.programs import ENVIRONMENT
 from tests.mount import origins
 from tests.mount.conftest import folder, mounted
 from tests.servers.nginx import NginxServer
 from tests.servers.swift import SwiftServer
+from tests.servers.warm import WarmPython
 
 __all__ = ["folder", "mounted"]
 
 _MAKING_S = 120.0
+_FRAMEWORKS = ("torch", "transformers", "sentence_transformers", "diffusers", "accelerate")
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SNAPSHOT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 """A commit, as the Hub's cache names its snapshots."""
 HUB_CACHE = "hub/models--sentence-transformers--all-MiniLM-L6-v2"
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, minilm_dir: Path) -> Path:
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """For programs that find what they read by a folder, not in their environment."""
+    python = WarmPython(_FRAMEWORKS, log=tmp_path_factory.mktemp("warm") / "log", env=OFFLINE | ENVIRONMENT)
+    yield python
+    python.stop()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, minilm_dir: Path, warm: WarmPython) -> Path:
     """The checkpoints of `tests.frameworks.models` on local disk: what the mount is compared with."""
     folder = tmp_path_factory.mktemp("models")
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.frameworks.models", str(folder), str(minilm_dir)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=_MAKING_S, check=False,
-    )  # fmt: skip
+    code = "import runpy; runpy.run_module('tests.frameworks.models', run_name='__main__')"
+    made = warm.run(code, folder, minilm_dir, env=os.environ | OFFLINE, timeout_s=_MAKING_S)
     assert made.returncode == 0, made.stderr[-4000:]
     return folder
 

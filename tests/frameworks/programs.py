@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+"""Set before a framework is imported. Always one thread, or sums come out in another order."""
 TEXTS = ["weights where they run", "a lazy mount"]
 
 
@@ -269,8 +271,7 @@ PROGRAMS: dict[str, Callable[[Path], Any]] = {program.__name__: program for prog
 
 
 def main(name: str, folders: list[str]) -> None:
-    # The same number of threads, or sums come out in another order.
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ |= ENVIRONMENT
     warnings.simplefilter("ignore")  # theirs to mend
     for folder in folders:
         print("result:" + json.dumps(PROGRAMS[name](Path(folder))), flush=True)

@@ -18,8 +18,7 @@ from pathlib import Path
 from mfs.cli.watched import Uses
 from mfs.testing.mounting import TestMount
 from mfs.units import format_size
-from tests.frameworks.conftest import watching
-from tests.frameworks.test_frameworks import OFFLINE
+from tests.frameworks.conftest import OFFLINE, watching
 from tests.prefetch.traces import Trace
 
 

@@ -1,14 +1,14 @@
 """Every framework, as installed from its package, computes on a mount what it computes on local disk, bit for bit.
 
 Each test is a user's program in a process of its own (`programs.py`), run on a mount that nobody has read before, with
-an SSD cache and the smallest RAM tier, and then on the local copy.
+an SSD cache and the smallest RAM tier, and then on the local copy. The frameworks are imported once for all: none reads
+a model while it is.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,32 @@ from typing import Any
 import pytest
 
 from mfs.testing.mounting import TestMount
-from tests.frameworks.conftest import HUB_CACHE, SNAPSHOT, Registry, files_below
+from tests.frameworks.conftest import HUB_CACHE, OFFLINE, SNAPSHOT, Registry, files_below
 from tests.mount import origins
 from tests.mount.conftest import Mounted
+from tests.servers.warm import WarmPython
 
-OFFLINE = {"HF_HUB_OFFLINE": "1"}
 PROGRAM_S = 150.0  # an import of transformers alone takes ten seconds where others use the two cores as well
+
+
+_RUN = "import sys; from tests.frameworks.programs import main; main(sys.argv[1], sys.argv[2:])"
+
+
+def run_warm(python: WarmPython, mount: TestMount, program: str, *folders: Path) -> list[Any]:
+    """What the program says of each folder, in one process."""
+    env = os.environ | OFFLINE
+    done = python.run(_RUN, program, *folders, env=env, timeout_s=PROGRAM_S, on_hang=mount.abort)
+    assert done.returncode == 0, f"{program}: {done.stderr}\n{mount.log[-4000:]}"
+    return results(done.stdout)
 
 
 def command(program: str, *folders: Path) -> list[str]:
     return [sys.executable, "-m", "tests.frameworks.programs", program, *map(str, folders)]
 
 
-def run(mount: TestMount, program: str, *folders: Path, env: dict[str, str] | None = None) -> list[Any]:
-    """What the program says of each folder, in one process."""
-    return results(mount.run(*command(program, *folders), timeout_s=PROGRAM_S, env=OFFLINE | (env or {})))
+def run(mount: TestMount, program: str, *folders: Path, env: dict[str, str]) -> list[Any]:
+    """The same in a Python that is started for it, with this in its environment."""
+    return results(mount.run(*command(program, *folders), timeout_s=PROGRAM_S, env=OFFLINE | env))
 
 
 def results(out: str) -> list[Any]:
@@ -38,18 +49,18 @@ def results(out: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def minilm_on_disk(models: Path) -> list[Any]:
+def minilm_on_disk(warm: WarmPython, models: Path) -> list[Any]:
     """What transformers makes of the local copy."""
-    argv, env = command("transformers_from_pretrained", models / "minilm"), os.environ | OFFLINE
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=PROGRAM_S, env=env)
+    env = os.environ | OFFLINE
+    done = warm.run(_RUN, "transformers_from_pretrained", models / "minilm", env=env, timeout_s=PROGRAM_S)
     found = results(done.stdout)
     assert len(found) == 1
     return found
 
 
-def same_as_local(mount: TestMount, program: str, mounted: Path, local: Path) -> None:
+def same_as_local(warm: WarmPython, mount: TestMount, program: str, local: Path) -> None:
     """The mount first: nothing of its answers may come from having seen the local copy."""
-    through_mount, on_disk = run(mount, program, mounted, local)
+    through_mount, on_disk = run_warm(warm, mount, program, mount.path, local)
     assert through_mount == on_disk
     assert through_mount, "the program computed nothing"
 
@@ -76,10 +87,12 @@ class TestOverS3:
             ("accelerate_dispatch", "dispatched"),
         ],
     )
-    def test_same_as_from_local_disk(self, registry: Registry, mounted: Mounted, program: str, model: str) -> None:
+    def test_same_as_from_local_disk(
+        self, warm: WarmPython, registry: Registry, mounted: Mounted, program: str, model: str
+    ) -> None:
         mount = mounted(registry.s3(model))
         local = registry.models / model
-        same_as_local(mount, program, mount.path, local)
+        same_as_local(warm, mount, program, local)
         mount.wait_quiet(prefetch=False)
         assert mount.origin_bytes <= size_below(local), "something crossed the network twice"
 
@@ -103,10 +116,12 @@ class TestOverHttp:
             ("torch_load", "torch_file"),
         ],
     )
-    def test_same_as_from_local_disk(self, registry: Registry, mounted: Mounted, program: str, model: str) -> None:
+    def test_same_as_from_local_disk(
+        self, warm: WarmPython, registry: Registry, mounted: Mounted, program: str, model: str
+    ) -> None:
         mount = mounted(registry.web(model))
         local = registry.models / model
-        same_as_local(mount, program, mount.path, local)
+        same_as_local(warm, mount, program, local)
         mount.wait_quiet(prefetch=False)
         assert mount.origin_bytes <= size_below(local), "something crossed the network twice"
 

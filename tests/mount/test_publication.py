@@ -186,6 +186,7 @@ class TestWholeModels:
         lying.put_all(MODEL | OTHER)
         mount = mounted(liar.url, timeout_s=2)
         before = times(mount)
+        mount.wait_saved("m/config.pbtxt")  # brought by a first look: soon the origin has another
         lying.put_all(MODEL | VERSION_2 | OTHER | {"m/config.pbtxt": b"v2", "other/2/model.py": b"oo"})
         liar.lie(Lie.SILENCE, pattern=pattern)
         [error] = mount.client.refresh()["errors"]

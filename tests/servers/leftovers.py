@@ -23,6 +23,10 @@ SETTLE_S = 10.0
 _STDLIB_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
+_older: set[int] = set()
+"""Processes that were there before us, at the last look."""
+
+
 def processes() -> dict[int, str]:
     """Live processes of this session, other than this one: pid -> command line."""
     return {pid: line for pid, (line, _) in _family().items()}
@@ -34,11 +38,18 @@ def _family() -> dict[int, tuple[str, int]]:
     parents: dict[int, int] = {}
     tagged: set[int] = set()
     _, _, began = _stat(os.getpid())
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+    alive = set(map(int, filter(str.isdigit, os.listdir("/proc"))))
+    # Who was there before us is none of ours, and known by its number from then on: we look twice a test, on machines
+    # with much else, and the kernel comes back to a number only after all the others.
+    _older.intersection_update(alive)
+    for pid in alive - _older:
         try:
             state, parent, at = _stat(pid)
-            if state in b"ZX" or at < began:
-                continue  # who was there before us is none of ours: asked twice a test, on machines with much else
+            if at < began:
+                _older.add(pid)
+                continue
+            if state in b"ZX":
+                continue
             parents[pid] = parent
             if tag in _read(pid, "environ").split(b"\0"):
                 tagged.add(pid)

@@ -97,6 +97,15 @@ class ServerProcess:
             self.popen.terminate()
         self.reap()
 
+    def complete(self) -> None:
+        """Wait until it has done its work and ended by itself. Raises: ServerError if it fails or the time is up."""
+        try:
+            self.popen.wait(START_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.stop()
+        if self.popen.returncode:
+            raise self.failure(f"failed with status {self.popen.returncode}")
+
     def reap(self) -> None:
         """Wait for an end that was already asked for; kill after STOP_TIMEOUT_S."""
         for pipe in (self.popen.stdin, self.popen.stdout):

@@ -24,13 +24,24 @@ CALL_TIMEOUT_S = 20.0
 class Remote:
     """The parent's end: starts `python -m module`, waits until it is ready, and calls its commands."""
 
-    def __init__(self, module: str, *, log: Path, settings: Mapping[str, object]) -> None:
-        """Start the module and return when it has taken its settings and listens. Raises: ServerError."""
+    def __init__(
+        self,
+        module: str,
+        *,
+        log: Path,
+        settings: Mapping[str, object],
+        env: Mapping[str, str] | None = None,
+        ready_s: float = START_TIMEOUT_S,
+    ) -> None:
+        """Start the module and return when it has taken its settings and listens. Raises: ServerError.
+
+        env: added to this process's environment. ready_s: until it must be.
+        """
         argv = [sys.executable, "-m", module, "--obey"]
-        self.process = ServerProcess(module, argv, log=log, cwd=PROJECT_ROOT, pipe=True)
+        self.process = ServerProcess(module, argv, log=log, env=env, cwd=PROJECT_ROOT, pipe=True)
         self._lock = threading.Lock()
         self._buffer = b""
-        self._exchange(settings, START_TIMEOUT_S)
+        self._exchange(settings, ready_s)
 
     @property
     def pid(self) -> int:

@@ -185,10 +185,7 @@ class SwiftServer(S3Account):
         specs = [f"{kind}:{port}" for kind, port in self._ports.items() if kind != "proxy"]
         log = self.root / "log" / "rings.log"
         argv = [str(python), "-c", _MAKE_RINGS, str(etc), *specs]
-        rings = ServerProcess("Swift's ring builder", argv, log=log, env={"SWIFT_DIR": str(etc)})
-        rings.reap()
-        if rings.popen.returncode != 0:
-            raise rings.failure(f"failed with status {rings.popen.returncode}")
+        ServerProcess("Swift's ring builder", argv, log=log, env={"SWIFT_DIR": str(etc)}).complete()
 
     @staticmethod
     def _require_xattrs(folder: Path) -> None:

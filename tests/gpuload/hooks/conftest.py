@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,15 @@ from gpuload.hooks.safetensors_patch import SMALL_VARIABLE
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import ServerThread, running_server
 from tests.gpuload.hooks import programs
+from tests.servers.warm import WarmPython
 
 SITE = Path(gpuload.__file__).parent / "hooks" / "site"
 REPOSITORY = Path(gpuload.__file__).parent.parent
 NO_SOCKET = "/nonexistent/gpuload.sock"
 DEADLINE_S = 150
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+"""`run_hooked`, or `warmed`'s."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +88,31 @@ def run_hooked(
     return done
 
 
+@contextlib.contextmanager
+def warmed(folder: Path, *imports: str, values: Sequence[str] = ("1", "0")) -> Iterator[Run]:
+    """`run_hooked`, by Pythons that were started as it starts them and have imported these: see `WarmPython`. For the
+    fixture of a module: started in a test, they would be left behind.
+
+    values: of GPULOAD_AUTO that are asked for.
+    """
+    with contextlib.ExitStack() as started:
+        pythons = {}
+        for value in values:
+            environment = hooked_environment(None, GPULOAD_AUTO=value)
+            pythons[value] = WarmPython(imports, log=folder / f"hooked-{value}.log", env=environment)
+            started.callback(pythons[value].stop)
+
+        def run(
+            code: str, *args: object, socket_path: str | None, timeout_s: float = DEADLINE_S, **env: str
+        ) -> subprocess.CompletedProcess[str]:
+            environment = hooked_environment(socket_path, **env)
+            done = pythons[environment["GPULOAD_AUTO"]].run(code, *args, env=environment, timeout_s=timeout_s)
+            assert done.returncode == 0, done.stderr
+            return done
+
+        yield run
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A program's own findings, what its hooks counted, and what it wrote to stderr."""
@@ -94,11 +123,16 @@ class Outcome:
 
 
 def run_program(
-    name: str, *args: object, socket_path: str | None, timeout_s: float = DEADLINE_S, **env: str
+    name: str,
+    *args: object,
+    socket_path: str | None,
+    timeout_s: float = DEADLINE_S,
+    run: Run = run_hooked,
+    **env: str,
 ) -> Outcome:
     """One of `programs` in a hooked process."""
     code = "from tests.gpuload.hooks.programs import main; main()"
-    done = run_hooked(code, name, *args, socket_path=socket_path, timeout_s=timeout_s, **env)
+    done = run(code, name, *args, socket_path=socket_path, timeout_s=timeout_s, **env)
     said = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"found"'))  # vLLM talks too
     return Outcome(said["found"], said["counts"], done.stderr)
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpuload.testing import ServerThread, random_tensors, write
-from tests.gpuload.hooks.conftest import run_program
+from tests.gpuload.hooks.conftest import Outcome, run_program, warmed
 
 Plainly = Callable[..., Any]
+Program = Callable[..., Outcome]
+
+FRAMEWORKS = ("torch", "transformers", "accelerate", "sentence_transformers", "diffusers")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """`run_program`, hooked, where the frameworks are imported already."""
+    names = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is not None]
+    with warmed(tmp_path_factory.mktemp("warm"), *names, values=["1"]) as run:
+        yield functools.partial(run_program, run=run)
 
 
 def assert_served(outcome: Any, expected: Any) -> None:
@@ -53,31 +66,31 @@ def bert(tmp_path: Path, transformers: Any) -> Path:
     return tmp_path / "bert"
 
 
-def test_every_door_of_safetensors(resident: ServerThread, file: Path, plainly: Plainly) -> None:
-    outcome = run_program("safetensors_all", file, socket_path=resident.socket_path)
+def test_every_door_of_safetensors(program: Program, resident: ServerThread, file: Path, plainly: Plainly) -> None:
+    outcome = program("safetensors_all", file, socket_path=resident.socket_path)
     assert_served(outcome, plainly("safetensors_all", file))
     assert resident.gauges()["models"] == 1
 
 
 def test_what_was_loaded_is_written_again_whole_and_alone(
-    resident: ServerThread, file: Path, tmp_path: Path, plainly: Plainly
+    program: Program, resident: ServerThread, file: Path, tmp_path: Path, plainly: Plainly
 ) -> None:
     """Each tensor has a storage of its own: save_file takes them, and torch.save of one does not write them all."""
-    outcome = run_program(
+    outcome = program(
         "safetensors_written_again", file, tmp_path / "copy1.safetensors", socket_path=resident.socket_path
     )
     assert_served(outcome, plainly("safetensors_written_again", file, tmp_path / "copy2.safetensors"))
     assert outcome.found["same"]
 
 
-def test_transformers_from_shards(resident: ServerThread, bert: Path, plainly: Plainly) -> None:
-    outcome = run_program("transformers_model", bert, socket_path=resident.socket_path)
+def test_transformers_from_shards(program: Program, resident: ServerThread, bert: Path, plainly: Plainly) -> None:
+    outcome = program("transformers_model", bert, socket_path=resident.socket_path)
     assert_served(outcome, plainly("transformers_model", bert))
     assert resident.gauges()["models"] == len(list(bert.glob("*.safetensors")))
 
 
 @pytest.mark.usefixtures("transformers")
-def test_diffusers_pipeline(resident: ServerThread, tmp_path: Path, plainly: Plainly) -> None:
+def test_diffusers_pipeline(program: Program, resident: ServerThread, tmp_path: Path, plainly: Plainly) -> None:
     diffusers = pytest.importorskip("diffusers")
     unet = diffusers.UNet2DModel(
         sample_size=8,
@@ -87,39 +100,45 @@ def test_diffusers_pipeline(resident: ServerThread, tmp_path: Path, plainly: Pla
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
-    outcome = run_program("diffusers_pipeline", tmp_path / "pipeline", socket_path=resident.socket_path)
+    outcome = program("diffusers_pipeline", tmp_path / "pipeline", socket_path=resident.socket_path)
     assert_served(outcome, plainly("diffusers_pipeline", tmp_path / "pipeline"))
 
 
 def test_accelerate_loads_dispatches_and_offloads(
-    resident: ServerThread, bert: Path, tmp_path: Path, plainly: Plainly
+    program: Program, resident: ServerThread, bert: Path, tmp_path: Path, plainly: Plainly
 ) -> None:
     pytest.importorskip("accelerate")
-    outcome = run_program("accelerate_checkpoint", bert, tmp_path / "o1", socket_path=resident.socket_path)
+    outcome = program("accelerate_checkpoint", bert, tmp_path / "o1", socket_path=resident.socket_path)
     assert_served(outcome, plainly("accelerate_checkpoint", bert, tmp_path / "o2"))
     assert len({digest for _, _, digest in outcome.found["out"].values()}) == 1, "all three models say the same"
 
 
 @pytest.mark.usefixtures("transformers")
-def test_sentence_transformers_embeds_the_same(resident: ServerThread, minilm_dir: Path, plainly: Plainly) -> None:
+def test_sentence_transformers_embeds_the_same(
+    program: Program, resident: ServerThread, minilm_dir: Path, plainly: Plainly
+) -> None:
     pytest.importorskip("sentence_transformers")
-    outcome = run_program("sentence_embedding", minilm_dir, socket_path=resident.socket_path)
+    outcome = program("sentence_embedding", minilm_dir, socket_path=resident.socket_path)
     assert_served(outcome, plainly("sentence_embedding", minilm_dir))
 
 
-def test_dataloader_workers_forked_from_a_hooked_process(resident: ServerThread, file: Path, plainly: Plainly) -> None:
-    outcome = run_program("forked", file, socket_path=resident.socket_path)
+def test_dataloader_workers_forked_from_a_hooked_process(
+    program: Program, resident: ServerThread, file: Path, plainly: Plainly
+) -> None:
+    outcome = program("forked", file, socket_path=resident.socket_path)
     assert_served(outcome, plainly("forked", file))
 
 
-def test_spawned_children_are_hooked_too(resident: ServerThread, file: Path, plainly: Plainly) -> None:
-    outcome = run_program("spawned", file, socket_path=resident.socket_path)
+def test_spawned_children_are_hooked_too(
+    program: Program, resident: ServerThread, file: Path, plainly: Plainly
+) -> None:
+    outcome = program("spawned", file, socket_path=resident.socket_path)
     expected = plainly("spawned", file)
     assert outcome.found == expected
     assert outcome.found["child"] == 0
     assert resident.gauges()["models"] == 1
 
 
-def test_threads_load_side_by_side(resident: ServerThread, file: Path, plainly: Plainly) -> None:
-    outcome = run_program("threads", file, socket_path=resident.socket_path)
+def test_threads_load_side_by_side(program: Program, resident: ServerThread, file: Path, plainly: Plainly) -> None:
+    outcome = program("threads", file, socket_path=resident.socket_path)
     assert_served(outcome, plainly("threads", file))

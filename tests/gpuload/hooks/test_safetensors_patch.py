@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gpuload.client.asking import ask
 from gpuload.testing import ServerThread, random_tensors, write
-from tests.gpuload.hooks.conftest import DEADLINE_S, NO_SOCKET, SITE, hooked_environment, run_hooked
+from tests.gpuload.hooks.conftest import DEADLINE_S, NO_SOCKET, SITE, Run, hooked_environment, run_hooked, warmed
 
 USE = """
 import sys
@@ -42,6 +43,13 @@ print("again", digest(load_file(path)["w"]))
 """
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`run_hooked` for programs that import torch before safetensors anyway."""
+    with warmed(tmp_path_factory.mktemp("warm"), "torch") as run:
+        yield run
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     tensors = {**random_tensors(1, {"w": (64, 200)}), **random_tensors(2, {"h": (9,)}, "F32")}
@@ -57,10 +65,13 @@ def file(tmp_path: Path) -> Path:
     ],
     ids=["late", "imported before", "asked for before"],
 )
-def test_unmodified_safetensors_is_served_and_cannot_tell(resident: ServerThread, file: Path, early: str) -> None:
+def test_unmodified_safetensors_is_served_and_cannot_tell(
+    warm: Run, resident: ServerThread, file: Path, early: str
+) -> None:
     code = USE.format(early=early)
-    plain = run_hooked(code, file, socket_path=None, GPULOAD_AUTO="0")
-    served = run_hooked(code, file, socket_path=resident.socket_path)
+    plain = warm(code, file, socket_path=None, GPULOAD_AUTO="0")
+    run = run_hooked if early.startswith("from safetensors") else warm  # there it is safetensors that brings torch
+    served = run(code, file, socket_path=resident.socket_path)
     assert served.stdout == plain.stdout
     gauges = resident.gauges()
     assert (gauges["models"], gauges["leases"]) == (1, 0), "the file is resident, and nobody holds it any more"
@@ -102,11 +113,11 @@ for first in modes:
 """
 
 
-def test_every_reader_gets_tensors_of_his_own_mode(resident: ServerThread, tmp_path: Path) -> None:
+def test_every_reader_gets_tensors_of_his_own_mode(warm: Run, resident: ServerThread, tmp_path: Path) -> None:
     """Whoever read the file before him, and in whatever mode: the library's tensors know nothing of each other."""
     path = write(tmp_path / "a.safetensors", random_tensors(2, {"w": (8, 9)}, "F32"))
-    plain = run_hooked(MODES, path, socket_path=None, GPULOAD_AUTO="0")
-    served = run_hooked(MODES, path, socket_path=resident.socket_path)
+    plain = warm(MODES, path, socket_path=None, GPULOAD_AUTO="0")
+    served = warm(MODES, path, socket_path=resident.socket_path)
     assert served.stdout == plain.stdout
     assert "without the server" not in served.stderr
 
@@ -130,10 +141,12 @@ os.wait()
 """
 
 
-def test_a_program_keeps_its_limit_of_descriptors_and_what_is_below_it(resident: ServerThread, file: Path) -> None:
+def test_a_program_keeps_its_limit_of_descriptors_and_what_is_below_it(
+    warm: Run, resident: ServerThread, file: Path
+) -> None:
     """A lease for every shard of a large model, under a low limit: the program and its children can open as before."""
-    plain = run_hooked(LIMITED, file, socket_path=None, GPULOAD_AUTO="0")
-    served = run_hooked(LIMITED, file, socket_path=resident.socket_path)
+    plain = warm(LIMITED, file, socket_path=None, GPULOAD_AUTO="0")
+    served = warm(LIMITED, file, socket_path=resident.socket_path)
     assert served.stdout == plain.stdout
     assert "without the server" not in served.stderr
 
@@ -151,36 +164,36 @@ print(counts, file=sys.stderr)
 """
 
 
-def test_leases_leave_a_program_half_of_its_descriptors(resident: ServerThread, file: Path) -> None:
+def test_leases_leave_a_program_half_of_its_descriptors(warm: Run, resident: ServerThread, file: Path) -> None:
     """Where its limit cannot be raised either, the rest of a model of many files is the library's."""
-    plain = run_hooked(SCARCE, file, socket_path=None, GPULOAD_AUTO="0")
-    served = run_hooked(SCARCE, file, socket_path=resident.socket_path)
+    plain = warm(SCARCE, file, socket_path=None, GPULOAD_AUTO="0")
+    served = warm(SCARCE, file, socket_path=resident.socket_path)
     assert served.stdout == plain.stdout == "100\n"
     assert "descriptors (ulimit -n)" in served.stderr
     assert "served 0," not in served.stderr
 
 
-def assert_alone(code: str, file: Path, socket_path: str | None, reason: str) -> None:
+def assert_alone(run: Run, code: str, file: Path, socket_path: str | None, reason: str) -> None:
     """The program's output is the library's, and one line says why."""
-    plain = run_hooked(code, file, socket_path=None, GPULOAD_AUTO="0")
-    alone = run_hooked(code, file, socket_path=socket_path)
+    plain = run(code, file, socket_path=None, GPULOAD_AUTO="0")
+    alone = run(code, file, socket_path=socket_path)
     assert alone.stdout == plain.stdout
     lines = [line for line in alone.stderr.splitlines() if line]
     assert len(lines) == 1, alone.stderr
     assert reason in lines[0]
 
 
-def test_without_a_server_it_is_silent_but_for_one_line(file: Path) -> None:
-    assert_alone(USE.format(early=""), file, None, "without the server: no gpuload server at")
+def test_without_a_server_it_is_silent_but_for_one_line(warm: Run, file: Path) -> None:
+    assert_alone(warm, USE.format(early=""), file, None, "without the server: no gpuload server at")
 
 
-def test_a_server_without_room_is_as_good_as_none(resident: ServerThread, tmp_path: Path) -> None:
+def test_a_server_without_room_is_as_good_as_none(warm: Run, resident: ServerThread, tmp_path: Path) -> None:
     big = write(tmp_path / "big.safetensors", random_tensors(1, {"w": (200 << 20,), "h": (9,)}, "U8"))
     code = "import sys; from safetensors.torch import load_file; print(int(load_file(sys.argv[1])['w'][-5:].sum()))"
-    assert_alone(code, big, resident.socket_path, "without the server")
+    assert_alone(warm, code, big, resident.socket_path, "without the server")
 
 
-def test_a_server_that_is_stopped_holds_nobody(file: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_stopped_holds_nobody(warm: Run, file: Path, tmp_path: Path) -> None:
     """Its socket takes connections still; nothing behind it answers."""
     socket_path = str(tmp_path / "s.sock")
     server = subprocess.Popen(
@@ -194,7 +207,7 @@ def test_a_server_that_is_stopped_holds_nobody(file: Path, tmp_path: Path) -> No
         pid = ask({"op": "ping"}, socket_path=socket_path)["pid"]
         os.kill(pid, signal.SIGSTOP)
         code = "import gpuload.hooks.resident as r; r.PING_S = 0.2" + USE.format(early="")
-        assert_alone(code, file, socket_path, "did not answer")
+        assert_alone(warm, code, file, socket_path, "did not answer")
         os.kill(pid, signal.SIGCONT)
     finally:
         server.kill()
@@ -212,10 +225,12 @@ with safe_open(sys.argv[1], "pt") as f:
 """
 
 
-def test_a_file_replaced_while_open_is_not_mixed_with_the_new_one(resident: ServerThread, tmp_path: Path) -> None:
+def test_a_file_replaced_while_open_is_not_mixed_with_the_new_one(
+    warm: Run, resident: ServerThread, tmp_path: Path
+) -> None:
     made = [random_tensors(i, {"w": (4,)}, "I32") for i in (1, 2)]
     old, new = (write(tmp_path / f"{i}.safetensors", t) for i, t in enumerate(made))
-    out = run_hooked(REPLACED, old, new, socket_path=resident.socket_path).stdout.splitlines()
+    out = warm(REPLACED, old, new, socket_path=resident.socket_path).stdout.splitlines()
     assert out == [str(t["w"].tolist()) for t in made]
 
 
@@ -258,9 +273,9 @@ print("done", len(hook._slices.values()), "slices known")
 
 
 def test_a_lease_ends_with_the_file_and_its_tensors_however_the_file_is_dropped(
-    resident: ServerThread, file: Path
+    warm: Run, resident: ServerThread, file: Path
 ) -> None:
-    out = run_hooked(HELD, file, socket_path=resident.socket_path).stdout
+    out = warm(HELD, file, socket_path=resident.socket_path).stdout
     assert out == "done 0 slices known\n"
 
 
@@ -292,8 +307,8 @@ print(os.waitstatus_to_exitcode(status), got[0].shape[0])
 """
 
 
-def test_a_child_forked_while_a_thread_attaches_does_not_hang(resident: ServerThread, file: Path) -> None:
-    assert run_hooked(FORKED_INSIDE, file, socket_path=resident.socket_path).stdout == "0 64\n"
+def test_a_child_forked_while_a_thread_attaches_does_not_hang(warm: Run, resident: ServerThread, file: Path) -> None:
+    assert warm(FORKED_INSIDE, file, socket_path=resident.socket_path).stdout == "0 64\n"
 
 
 def test_a_program_that_loads_nothing_pays_nothing() -> None:
@@ -302,11 +317,11 @@ def test_a_program_that_loads_nothing_pays_nothing() -> None:
     assert run_hooked(code, socket_path=None).stdout.strip() == "[]"
 
 
-def test_off_means_off(resident: ServerThread, file: Path) -> None:
+def test_off_means_off(warm: Run, resident: ServerThread, file: Path) -> None:
     """gpuload's own folder on the path, and GPULOAD_AUTO not set: safetensors is nobody's but its own."""
     use = "import sys; from safetensors.torch import load_file; load_file(sys.argv[1])"
     code = f"{use}; print('gpuload.client.attached' in sys.modules)"
-    assert run_hooked(code, file, socket_path=resident.socket_path, GPULOAD_AUTO="0").stdout.strip() == "False"
+    assert warm(code, file, socket_path=resident.socket_path, GPULOAD_AUTO="0").stdout.strip() == "False"
     assert resident.gauges()["models"] == 0
 
 
@@ -326,14 +341,15 @@ def test_the_hidden_sitecustomize_runs_too(tmp_path: Path) -> None:
     ],
     ids=["at import", "not even Python", "when it is needed"],
 )
-def test_a_gpuload_that_fails_is_one_line_and_no_more(tmp_path: Path, file: Path, broken: str, code: str) -> None:
+def test_a_gpuload_that_fails_is_one_line_and_no_more(tmp_path: Path, broken: str, code: str) -> None:
     """A half-installed gpuload stands first on the path; auto.py itself is the real one where it is reached."""
     for name in ("gpuload/__init__.py", "gpuload/hooks/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "gpuload/hooks/auto.py").write_text((SITE.parent / "auto.py").read_text())
     (tmp_path / broken).write_text(code)
-    use = "import sys; from safetensors.torch import load_file; print(sorted(load_file(sys.argv[1])))"
+    file = write(tmp_path / "a.safetensors", random_tensors(2, {"h": (9,), "w": (3,)}, "F32"))
+    use = "import sys; from safetensors.numpy import load_file; print(sorted(load_file(sys.argv[1])))"
     done = run_hooked(use, file, socket_path=None, PYTHONPATH=f"{SITE}:{tmp_path}")
     assert done.stdout == "['h', 'w']\n"
     lines = done.stderr.splitlines()
@@ -387,14 +403,14 @@ def test_gpuload_run_hooks_a_server_and_the_processes_it_starts(resident: Server
     assert resident.gauges()["models"] == 1
 
 
-def test_what_came_from_where_can_be_asked(resident: ServerThread, file: Path) -> None:
+def test_what_came_from_where_can_be_asked(warm: Run, resident: ServerThread, file: Path) -> None:
     code = (
         "import json, sys; from safetensors.torch import load_file; load_file(sys.argv[1]); "
         "from gpuload.hooks.counts import counts; print(json.dumps([counts.served, str(counts)]))"
     )
-    said = json.loads(run_hooked(code, file, socket_path=resident.socket_path).stdout)
+    said = json.loads(warm(code, file, socket_path=resident.socket_path).stdout)
     assert said == [2, "served 2, streamed 0, left to the library 0"]
-    said = json.loads(run_hooked(code, file, socket_path=NO_SOCKET).stdout)
+    said = json.loads(warm(code, file, socket_path=NO_SOCKET).stdout)
     assert said == [0, "served 0, streamed 0, left to the library 2"]
 
 
@@ -419,11 +435,11 @@ for path in sys.argv[1:]:
     ids=["as it is", "every file", "no number"],
 )
 def test_small_files_are_left_to_the_library(
-    resident: ServerThread, file: Path, tmp_path: Path, given: str, served: str, said: str
+    warm: Run, resident: ServerThread, file: Path, tmp_path: Path, given: str, served: str, said: str
 ) -> None:
     few = write(tmp_path / "few.safetensors", random_tensors(1, {"w": (1000,)}))
     many = write(tmp_path / "many.safetensors", random_tensors(1, {"w": (1 << 19,)}))  # 1 MiB and its header
-    done = run_hooked(SIZES, few, many, socket_path=resident.socket_path, GPULOAD_SMALL_BYTES=given)
+    done = warm(SIZES, few, many, socket_path=resident.socket_path, GPULOAD_SMALL_BYTES=given)
     assert done.stdout == served
     assert said in done.stderr
     assert bool(said) == bool(done.stderr)
