@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,8 @@ from mfs.cli.registries import REACHING
 from mfs.cli.run import warn
 from mfs.cli.targets import TREE_PATH
 from mfs.cli.text import clean, count
+from mfs.cli.values import DURATION, SIZE, Parsed
 from mfs.errors import UsageError
-from mfs.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from mfs.config import MountConfig
@@ -25,27 +24,10 @@ _TAKE_OVER_S = 120.0  # starting, the handover's own deadlines, and what the old
 _START_GRACE_S = 60.0  # beside the origin's own deadline: a large cache's tables take their time
 
 
-class Parsed(click.ParamType[Any]):
-    """A click type from one of our parsers."""
-
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self._parse(value) if isinstance(value, str) else value
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 def _umask(text: str) -> int:
     from mfs.config_file import parse_umask
 
     return parse_umask(text)
-
-
-SIZE, DURATION = Parsed("size", parse_size), Parsed("duration", parse_duration)
 
 
 class _Setting(click.Option):

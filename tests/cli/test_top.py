@@ -43,8 +43,12 @@ class TestOnce:
         living, dead = fake_mount("one"), fake_mount("two")
         dead.kill()
         said = mfs("top", "--once").stdout
-        assert f"{dead.path} " in said
-        assert "is dead" in said
+        [line] = [line for line in said.splitlines() if line.startswith(f"{dead.path} ")]
+        assert line.split() == [str(dead.path), "dead"]
+        assert f"! the mount at {dead.path} is dead: " in said  # in a line of its own, which pushes no column aside
+        [row] = [row for row in mfs.json("top")["mounts"] if row["mountpoint"] == str(dead.path)]
+        assert row["state"] == "dead"
+        assert row["fault"].startswith(f"the mount at {dead.path} is dead")
         assert f"{living.path}/llama" in said
 
     def test_json(self, mfs: Mfs, fake_mount: FakeMounts) -> None:
