@@ -113,7 +113,8 @@ class Watched:
 
     def as_json(self) -> Json:
         return {
-            "mountpoint": self.served.mountpoint, "state": self.state, "fault": self.fault or None, "rates": self.rates(), "waiting": self.waits(),
+            "mountpoint": self.served.mountpoint, "state": self.state, "fault": self.fault or None,
+            "rates": self.rates(), "waiting": self.waits(),
             "models": list(self.rows()), "overview": self.seen,
         }  # fmt: skip
 
