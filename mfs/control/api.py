@@ -65,8 +65,8 @@ class DaemonApi(Protocol):
 
     async def stat(self, path: str) -> Json:
         """{path, kind, size, mtime, inode, source, source_path, revision, digest, model_revision: 'model@sha256:…' in a
-        registry, a Hub's commit, else None; ssd_bytes, ram_bytes, pinned, chunks_count, open_handles}. Of a directory as
-        in `ls`."""
+        registry, a Hub's commit, else None; ssd_bytes, ram_bytes, pinned, chunks_count, open_handles}. Of a directory
+        as in `ls`."""
         ...
 
     async def loads(self, path: str) -> Json:
