@@ -278,7 +278,7 @@ def main() -> None:
     if tour.failed_count:
         console.print(f"\n[bold red]{tour.failed_count} of the checks failed[/]")
         sys.exit(1)
-    console.print("\n[bold green]All checks passed.[/] Next: mfs mount --help, and README.md for S3, the Hub and registries of your own.\n")
+    console.print("\n[bold green]All checks passed.[/] Next: mfs mount --help, and README.md for S3 and the Hub.\n")
 
 
 if __name__ == "__main__":

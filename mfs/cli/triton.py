@@ -14,7 +14,7 @@ from mfs.cli.text import clean, count, print_json, size
 def triton() -> None:
     """Prepare NVIDIA Triton: install a backend that serves plain safetensors, write a model repository.
 
-    A mount needs neither: point --model-repository at it. RECIPES.md, beside this program's code, says which flags help.
+    A mount needs neither: point --model-repository at it. RECIPES.md, beside mfs's code, says which flags help.
     """
 
 
