@@ -274,7 +274,14 @@ def _changed(config: MountConfig, options: dict[str, Any]) -> MountConfig:
     for option in _SOURCE_OPTIONS:
         if option.name in given:
             raise UsageError(f"{option.opts[0]}: how the sources are reached cannot change while mounted")
-    return replace(config, **given)
+    return _with_a_tier(replace(config, **given), given)
+
+
+def _with_a_tier(config: MountConfig, given: dict[str, Any]) -> MountConfig:
+    """Whoever gives a size believes that there is a cache, and would find out by the bill. Raises: UsageError."""
+    if config.cache_dir is None and "cache_bytes" in given:
+        raise UsageError("--cache-size is of the SSD tier, and there is none: say --cache-dir, too")
+    return config
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -299,11 +306,12 @@ def _settings(
             raise UsageError("with --config, name only the mount point: the sources stand in the file")
         if source is not None:  # the one argument given: click fills from the left
             given["mountpoint"] = Path(os.path.abspath(source))
-        return files.load(config_file, mount=given, source=of_source)
+        return _with_a_tier(files.load(config_file, mount=given, source=of_source), given)
     if source is None or mountpoint is None:
         raise UsageError("SOURCE and MOUNTPOINT are both needed; see 'mfs mount --help'")
     url = source if "://" in source else os.path.abspath(source)
-    return MountConfig(Path(os.path.abspath(mountpoint)), (SourceConfig(url, **of_source),), **given)
+    config = MountConfig(Path(os.path.abspath(mountpoint)), (SourceConfig(url, **of_source),), **given)
+    return _with_a_tier(config, given)
 
 
 def _is_dead(mountpoint: str) -> bool:

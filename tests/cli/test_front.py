@@ -56,6 +56,7 @@ def test_help_imports_nothing_heavy() -> None:
         (("mount", "s3://x", "/m", "--ram-size", "1GB"), "'--ram-size': ambiguous size"),
         (("mount", "s3://x", "/m", "--timeout", "soon"), "'--timeout': not a duration"),
         (("mount", "s3://x", "/m", "--umask", "8"), "'--umask': is '8': expected octal"),
+        (("mount", "s3://x", "/m", "--cache-size", "1G"), "--cache-size is of the SSD tier, and there is none"),
         (("umount", "/m", "--timeout", "soon"), "--timeout: not a duration"),
         (("status", "--watch"), "--watch needs a PATH"),
         (("status", "/x", "--cache-dir", "/y"), "--cache-dir stands alone"),
