@@ -153,19 +153,44 @@ class Service:
         rows: list[Json] = []
         while part := list(islice(named, _BATCH)):  # of 300,000 names, so many as objects at once
             residency = await self._mount.reader.residency([child for _, child in part])
-            for (name, child), (ssd_bytes, ram_bytes, pinned) in zip(part, residency, strict=True):
+            for (name, child), found in zip(part, residency, strict=True):
+                size, (ssd_bytes, ram_bytes, pinned) = child.size, found
+                if child.kind is EntryKind.DIRECTORY:
+                    size, ssd_bytes, ram_bytes, pinned = await self._below(child)
                 rows.append({
-                    "name": name, "kind": _KINDS[child.kind], "size": child.size, "mtime": child.mtime_ns / 1e9,
+                    "name": name, "kind": _KINDS[child.kind], "size": size, "mtime": child.mtime_ns / 1e9,
                     "ssd_bytes": ssd_bytes, "ram_bytes": ram_bytes, "pinned": pinned,
                 })  # fmt: skip
         return rows
 
+    async def _below(self, directory: Node) -> tuple[int, int, int, bool]:
+        """(bytes, of these on SSD, in RAM, whether all is pinned) of the files below, as far as somebody has listed."""
+        size = ssd = ram = 0
+        pinned, part = True, list[Node]()
+
+        async def add() -> None:
+            nonlocal size, ssd, ram, pinned
+            size += sum(node.size for node in part)
+            for ssd_bytes, ram_bytes, is_pinned in await self._mount.reader.residency(part):
+                ssd, ram, pinned = ssd + ssd_bytes, ram + ram_bytes, pinned and is_pinned
+            part.clear()
+
+        async for _, node in self._mount.namespace.walk(directory, "", lists=False):
+            part.append(node)
+            if len(part) == _BATCH:
+                await add()
+        await add()
+        return size, ssd, ram, pinned and size > 0
+
     async def stat(self, path: str) -> Json:
         node = await self._mount.namespace.resolve(path)
+        size = node.size
         [(ssd_bytes, ram_bytes, pinned)] = await self._mount.reader.residency([node])
+        if node.kind is EntryKind.DIRECTORY:
+            size, ssd_bytes, ram_bytes, pinned = await self._below(node)
         obj = node.object
         return {
-            "path": path, "kind": _KINDS[node.kind], "size": node.size, "mtime": node.mtime_ns / 1e9,
+            "path": path, "kind": _KINDS[node.kind], "size": size, "mtime": node.mtime_ns / 1e9,
             "inode": node.inode,
             "source": mask_url(self._mount.pool.identities[node.source]) if node.source >= 0 else None,
             "source_path": node.path, "revision": obj.version if obj else None, "digest": obj.digest if obj else None,

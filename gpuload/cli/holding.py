@@ -14,7 +14,6 @@ import click
 from gpuload.cli import printing
 from gpuload.cli.examples import EXAMPLES
 from gpuload.cli.options import (
-    Size,
     device_map_option,
     device_option,
     digests_option,
@@ -28,6 +27,7 @@ from gpuload.cli.options import (
 from gpuload.paths import default_digests, default_socket
 from mfs.cli.page import Page, json_option
 from mfs.cli.run import say
+from mfs.cli.values import SIZE
 from mfs.errors import UsageError
 from mfs.logs import set_up_logging
 from mfs.units import parse_address
@@ -53,7 +53,7 @@ from mfs.units import parse_address
 @click.option(
     "--ram-tier",
     "ram_tier",
-    type=Size(),
+    type=SIZE,
     default="0",
     metavar="SIZE",
     help="Page-locked memory on each NUMA node with cards, for what is evicted: it comes back without its files.  [0]",
@@ -262,8 +262,8 @@ def unload(name: str, device: str | None, as_json: bool, socket_path: str | None
     short_help="Change how much memory the server may have.", cls=Page, sections={"Examples": EXAMPLES["resize"]}
 )
 @click.argument("device")
-@click.argument("size", type=Size())
-@click.option("--floor", type=Size(), help="What it keeps whether models need it or not. Default: as before.")
+@click.argument("size", type=SIZE)
+@click.option("--floor", type=SIZE, help="What it keeps whether models need it or not. Default: as before.")
 @click.option("--evict", is_flag=True, help="Evict models that are neither leased nor pinned, oldest use first.")
 @wait_option
 @json_option

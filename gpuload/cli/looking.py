@@ -7,7 +7,6 @@ import click
 from gpuload.cli import printing
 from gpuload.cli.examples import EXAMPLES
 from gpuload.cli.options import (
-    Size,
     device_map_option,
     device_option,
     digests_option,
@@ -21,6 +20,7 @@ from gpuload.paths import default_digests
 from mfs.cli.page import Page, json_option
 from mfs.cli.run import Failed
 from mfs.cli.text import print_json
+from mfs.cli.values import SIZE
 from mfs.errors import UsageError
 
 
@@ -94,7 +94,7 @@ def metrics(openmetrics: bool, as_json: bool, socket_path: str | None) -> None:
     show_default=True,
     help="Of the cache; auto: as config.json says.",
 )
-@click.option("--device-memory", "memory_bytes", type=Size(), help="Of the card to plan for.  [80 and 141 GB]")
+@click.option("--device-memory", "memory_bytes", type=SIZE, help="Of the card to plan for.  [80 and 141 GB]")
 @click.option("--device", metavar="NAME", help="Also against this device, with what is in use there now.")
 @device_map_option
 @rule_option
@@ -201,7 +201,7 @@ def doctor(devices: tuple[str, ...], as_json: bool, socket_path: str | None) -> 
     short_help="Measure this machine, beside safetensors.", cls=Page, sections={"Examples": EXAMPLES["bench"]}
 )
 @click.option("--device", default="cpu", show_default=True, metavar="NAME")
-@click.option("--size", type=Size(), default="1G", show_default=True, help="Of the model that is made up for it.")
+@click.option("--size", type=SIZE, default="1G", show_default=True, help="Of the model that is made up for it.")
 @click.option("--dir", "folder", default="/tmp", show_default=True, type=click.Path(file_okay=False))
 @click.option("--modelled", is_flag=True, help="The share of a link that loads reach on a model of a GPU; needs none.")
 @json_option

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
 from gpuload.paths import SOCKET_VARIABLE
 from mfs.errors import UsageError
 from mfs.units import parse_size
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes, as `mfs` takes them."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 def parse_arenas(given: tuple[str, ...], option: str = "--arena") -> dict[str, int]:

@@ -118,11 +118,8 @@ def connect(socket_path: str | None, timeout_s: float) -> socket.socket:
         ) from None
     except OSError as error:
         sock.close()
-        why = (
-            "it begins, or the one that was there has died"
-            if error.errno == errno.ECONNREFUSED
-            else error.strerror or error
-        )
+        refused = "nobody listens there: it is starting, or has died"  # a server takes the name before it serves
+        why = refused if error.errno == errno.ECONNREFUSED else error.strerror or error
         raise AwayError(f"no gpuload server at {path} ({why}); start one with `gpuload serve`") from None
     _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if socket_path is None and SOCKET_VARIABLE not in os.environ and owner not in (0, os.geteuid()):

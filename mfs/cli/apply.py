@@ -51,7 +51,7 @@ def apply(file: Path, check: bool, as_json: bool) -> None:
         print_json({"done": [one.as_json() for one in done], "left": [one.as_json() for one in left]})
     else:
         for one in left if check else done:
-            print(clean(str(one)))
+            print(clean(str(one) if check else f"settled: {one}"))
         if not done and not left:
             print(clean(f"{file}: everything is as it says"))
     if not check:

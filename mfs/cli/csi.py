@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from mfs.cli.mount import SIZE
 from mfs.cli.page import Page
+from mfs.cli.values import SIZE
 from mfs.errors import ConfigError
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mfs.cli.mount import SIZE
 from mfs.cli.page import Page, json_option
 from mfs.cli.registries import REACHING, reaching_options
 from mfs.cli.run import Failed
 from mfs.cli.targets import TREE_PATH, source_url
+from mfs.cli.values import SIZE
 from mfs.errors import UsageError
 
 if TYPE_CHECKING:

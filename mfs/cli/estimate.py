@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from mfs.cli.mount import DURATION, Parsed
 from mfs.cli.page import Page, json_option
 from mfs.cli.registries import REACHING, reaching_options
 from mfs.cli.run import say
 from mfs.cli.targets import TREE_PATH, source_url
 from mfs.cli.text import clean, count, print_json, size
+from mfs.cli.values import DURATION, Parsed
 from mfs.errors import StoreError, TransientStoreError
 
 if TYPE_CHECKING:

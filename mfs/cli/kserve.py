@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from mfs.cli.mount import DURATION
 from mfs.cli.page import Page
 from mfs.cli.text import clean, count
+from mfs.cli.values import DURATION
 
 
 @click.command(

@@ -21,9 +21,9 @@ mfs ls /mnt/models                  the models and what is resident of them
 mfs ls --json . | jq '.[].path'     from inside the mount
 mfs ls /mnt/models/llama/*.safetensors""",
         "Columns": """\
-SIZE      of the file
-SSD, RAM  how much of a file is resident in that tier; of a directory, bytes below it
-PIN       'pin' where protected from eviction ('mfs pin')""",
+SIZE      of the file; of a directory, all below it that was listed so far
+SSD, RAM  how much of that is resident in the tier
+PIN       'pin' where protected from eviction ('mfs pin'); of a directory, all below it""",
     },
 )
 @click.argument("paths", metavar="[PATH]...", nargs=-1, type=TREE_PATH)
@@ -49,8 +49,9 @@ def ls(paths: tuple[str, ...], as_json: bool) -> None:
 
 def _list(target: Target, path: str) -> list[Json]:
     """The rows of one path, each with its whole path added."""
-    is_directory = target.client.stat(path)["kind"] == "directory"
     rows = target.client.ls(path)
+    may_be_file = [row["name"] for row in rows] == [path.rpartition("/")[2]]
+    is_directory = not may_be_file or target.client.stat(path)["kind"] == "directory"
     for row in rows:
         name = row["name"]
         row["path"] = target.full("/".join(filter(None, (path, name)))) if is_directory else target.full(path)
@@ -64,7 +65,7 @@ def _print_rows(rows: list[Json]) -> None:
         (">SIZE", ">SSD", ">RAM", "PIN", "MODIFIED", "NAME"),
         [
             (
-                size(row["size"]) if row["kind"] == "file" else "",
+                size(row["size"]) if row["kind"] == "file" or row["size"] else "",
                 _resident(row, "ssd_bytes"),
                 _resident(row, "ram_bytes"),
                 "pin" if row["pinned"] else "",
@@ -77,9 +78,7 @@ def _print_rows(rows: list[Json]) -> None:
 
 
 def _resident(row: Json, key: str) -> str:
-    if row["kind"] == "file":
-        return share(row[key], row["size"])
-    return size(row[key]) if row[key] else ""
+    return share(row[key], row["size"]) if row["kind"] != "symlink" else ""
 
 
 @click.command(
@@ -127,8 +126,8 @@ def _stat_lines(value: Json) -> list[tuple[str, str]]:
         lines += [("Revision", value["revision"]), ("Digest", value["digest"]), ("Part of", value["model_revision"])]
         lines += [("On SSD", resident("ssd_bytes")), ("In RAM", resident("ram_bytes"))]
     else:
-        lines += [("Modified", when(value["mtime"])), ("On SSD", size(value["ssd_bytes"]))]
-        lines += [("In RAM", size(value["ram_bytes"]))]
+        lines += [("Modified", when(value["mtime"])), ("Size", f"{size(total)} below it, as far as it was listed")]
+        lines += [("On SSD", resident("ssd_bytes")), ("In RAM", resident("ram_bytes"))]
     lines += [("Pinned", "yes" if value["pinned"] else "no"), ("Open", f"{value['open_handles']} times")]
     lines += [("Inode", value["inode"])]
     return [(label, str(text)) for label, text in lines if text not in (None, "")]

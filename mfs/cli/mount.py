@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ from mfs.cli.registries import REACHING
 from mfs.cli.run import warn
 from mfs.cli.targets import TREE_PATH, absolute, source_url
 from mfs.cli.text import clean, count
+from mfs.cli.values import DURATION, SIZE, Parsed
 from mfs.errors import UsageError
-from mfs.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from mfs.config import MountConfig
@@ -24,27 +23,10 @@ _TAKE_OVER_S = 120.0  # starting, the handover's own deadlines, and what the old
 _START_GRACE_S = 60.0  # beside the origin's own deadline: a large cache's tables take their time
 
 
-class Parsed(click.ParamType[Any]):
-    """A click type from one of our parsers."""
-
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self._parse(value) if isinstance(value, str) else value
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 def _umask(text: str) -> int:
     from mfs.config_file import parse_umask
 
     return parse_umask(text)
-
-
-SIZE, DURATION = Parsed("size", parse_size), Parsed("duration", parse_duration)
 
 
 class _Setting(click.Option):
@@ -291,7 +273,14 @@ def _changed(config: MountConfig, options: dict[str, Any]) -> MountConfig:
     for option in _SOURCE_OPTIONS:
         if option.name in given:
             raise UsageError(f"{option.opts[0]}: how the sources are reached cannot change while mounted")
-    return replace(config, **given)
+    return _with_a_tier(replace(config, **given), given)
+
+
+def _with_a_tier(config: MountConfig, given: dict[str, Any]) -> MountConfig:
+    """Whoever gives a size believes that there is a cache, and would find out by the bill. Raises: UsageError."""
+    if config.cache_dir is None and "cache_bytes" in given:
+        raise UsageError("--cache-size is of the SSD tier, and there is none: say --cache-dir, too")
+    return config
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -316,11 +305,11 @@ def _settings(
             raise UsageError("with --config, name only the mount point: the sources stand in the file")
         if source is not None:  # the one argument given: click fills from the left
             given["mountpoint"] = Path(absolute(source, "MOUNTPOINT"))
-        return files.load(config_file, mount=given, source=of_source)
+        return _with_a_tier(files.load(config_file, mount=given, source=of_source), given)
     if source is None or mountpoint is None:
         raise UsageError("SOURCE and MOUNTPOINT are both needed; see 'mfs mount --help'")
     place = Path(absolute(mountpoint, "MOUNTPOINT"))
-    return MountConfig(place, (SourceConfig(source_url(source), **of_source),), **given)
+    return _with_a_tier(MountConfig(place, (SourceConfig(source_url(source), **of_source),), **given), given)
 
 
 def _is_dead(mountpoint: str) -> bool:

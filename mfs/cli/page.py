@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from mfs.cli.standard import tell
+
 EXIT_STATUS = """\
 0    done
 1    failed; one line on stderr says what and where
@@ -38,7 +40,17 @@ class Page(click.Command):
         write_sections(formatter, self._sections)
 
 
-class Front(click.Group):
+class Pages(click.Group):
+    """A group of commands. Alone it shows its page, as wrong usage; what click does of that differs by its release."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            tell(ctx.get_help())
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+
+class Front(Pages):
     """The front page: lists the commands by what they are for, then sections as `Page` has them."""
 
     groups: Sequence[tuple[str, Sequence[str]]] = ()

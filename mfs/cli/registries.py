@@ -49,6 +49,11 @@ def is_registry(text: str) -> bool:
     return text.startswith("mfs+")
 
 
+def full(manifest_id: str) -> str:
+    """What stands behind '@' in an address, and wherever JSON calls a revision."""
+    return f"sha256:{manifest_id}"
+
+
 class Revision(NamedTuple):
     """One revision that an address means."""
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mfs.cli.page import Page, json_option
-from mfs.cli.registries import opened_revision, reached, reaching_options
+from mfs.cli.registries import full, opened_revision, reached, reaching_options
 from mfs.cli.run import Failed, warn
 from mfs.cli.text import clean, count, print_json, size
+from mfs.cli.values import DURATION
+from mfs.control.api import Json
 from mfs.errors import NotFoundError, UsageError
 from mfs.shown import mask_url
-from mfs.units import parse_duration
 
 if TYPE_CHECKING:
     from mfs.registry.opening import Place
@@ -159,7 +160,7 @@ def log(address: str, count_max: int, as_json: bool, **reaching: Any) -> None:
         raise NotFoundError(f"{mask_url(address)}: no tag of that name was ever moved")
     moves.sort(key=lambda item: (item[2].at, item[2].number), reverse=True)
     if as_json:
-        print_json([{"model": model, "tag": its_tag, **asdict(move)} for model, its_tag, move in moves])
+        print_json([_move_json(model, its_tag, move) for model, its_tag, move in moves])
         return
     from mfs.cli.output import print_table
 
@@ -168,16 +169,6 @@ def log(address: str, count_max: int, as_json: bool, **reaching: Any) -> None:
         [(move.at, f"{model}:{its_tag}", _short(move.manifest), _short(move.previous), move.how, move.by, move.note)
          for model, its_tag, move in moves],
     )  # fmt: skip
-
-
-class _Duration(click.ParamType[Any]):
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return parse_duration(value) if isinstance(value, str) else value
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 @click.command(
@@ -202,7 +193,7 @@ keeps what is open; a revision that it still shows, and that was deleted, fails 
 )
 @click.argument("address", metavar="REGISTRY")
 @click.option("--yes", is_flag=True, help="Delete; without it only say what would be.")
-@click.option("--grace", type=_Duration(), default="24h", show_default=True, help="Leave what is younger.")
+@click.option("--grace", type=DURATION, default="24h", show_default=True, help="Leave what is younger.")
 @click.option("--history", type=click.IntRange(min=1), default=20, show_default=True, help="Moves of a tag that stay.")
 @reaching_options
 @json_option
@@ -351,7 +342,7 @@ def _named_tags(place: Place) -> Iterator[tuple[str, str]]:
 
 def _print_move(model: str, its_tag: str, moved: Move, as_json: bool) -> None:
     if as_json:
-        print_json({"model": model, "tag": its_tag, **asdict(moved)})
+        print_json(_move_json(model, its_tag, moved))
     else:
         print(clean(f"{model}:{its_tag}: {_short(moved.previous)} → {_short(moved.manifest)}"))
 
@@ -373,6 +364,12 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             status.update(f"{show(number)}{of}{'' if what == 'bytes' else f' {what}'}")
 
         yield tell
+
+
+def _move_json(model: str, its_tag: str, move: Move) -> Json:
+    """Revisions in it are called as addresses call them, and as 'mfs push --json' does."""
+    called = {name: full(manifest) for name in ("manifest", "previous") if (manifest := getattr(move, name))}
+    return {"model": model, "tag": its_tag, **asdict(move), **called}
 
 
 def _short(manifest: str | None) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mfs.cli.page import Page, json_option
-from mfs.cli.registries import Revision, opened_revision, reached, reaching_options
+from mfs.cli.registries import Revision, full, opened_revision, reached, reaching_options
 from mfs.cli.run import Failed, warn
 from mfs.cli.text import clean, count, print_json, size
 from mfs.control.api import Json
@@ -70,9 +70,8 @@ def sign(url: str, key: Path, as_json: bool, **reaching: str | None) -> None:
         body, manifest = read_manifest(revision.store, revision.model, revision.manifest_id)
         stored = made.put(revision.store, revision.model, body, deadline_s=time.monotonic() + IO_S)
     if as_json:
-        print_json(
-            {"model": revision.model, "manifest": revision.manifest_id, "signed_by": made.fingerprint, "key": stored}
-        )
+        manifest_id = full(revision.manifest_id)
+        print_json({"model": revision.model, "manifest": manifest_id, "signed_by": made.fingerprint, "key": stored})
     else:
         print(clean(f"{revision.name}: {_extent(manifest)} signed by {key} ({made.fingerprint[:12]})"))
 
@@ -99,7 +98,7 @@ def verify_revision(
     bad = last["bad"]
     if as_json:
         signed_by = verifier.fingerprint if verifier else None
-        print_json({"model": revision.model, "manifest": revision.manifest_id, "signed_by": signed_by,
+        print_json({"model": revision.model, "manifest": full(revision.manifest_id), "signed_by": signed_by,
                     "checked_bytes": last["checked_bytes"], "bad": bad})  # fmt: skip
     else:
         trust = f"signed by {key}" if verifier else "whether it is signed was not asked (--key)"

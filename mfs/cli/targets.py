@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mfs.cli.values import ParamType
 from mfs.errors import StoreError, TransientStoreError, UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mfs.control.runtime import Served
 
 
-class TreePath(click.ParamType[str]):
+class TreePath(ParamType[str]):
     """A path that may lie in a mount. Unlike click.Path it is never looked at: a hung mount would hang us too."""
 
     name = "path"

@@ -46,5 +46,5 @@ def ago(then: float | None, now: float | None = None) -> str:
 
 
 def when(then: float) -> str:
-    """A local date and time, to the minute."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(then)) if then else ""
+    """A local date and time, to the minute; '' where nobody knows it (directories of a registry begin at zero)."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(then)) if then >= 1 else ""

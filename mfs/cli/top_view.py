@@ -16,7 +16,7 @@ from mfs.cli.panel import bar
 from mfs.cli.text import ago, clean, count, share, size
 from mfs.control.api import Json
 from mfs.control.rows import ORDERS
-from mfs.errors import AccessError, MfsError, StoreError
+from mfs.errors import AccessError, MfsError, StoreError, TransientStoreError
 from mfs.units import format_duration
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ _ORDER_WORDS = {
     "recent": "by what is going on", "name": "by name", "size": "by size", "ssd": "most on SSD first",
     "ram": "most in RAM first", "origin": "most fetched first",
 }  # fmt: skip
+_WIDE_COLUMNS = ("RESIDENT", ">FETCHED", "USED")
+"""Of the models: where the terminal is narrow their names need the room."""
 _HELP = "q quit   order: a going on, n name, z size, s SSD, r RAM, o origin"
 
 
@@ -42,7 +44,8 @@ class Watched:
         """below: show only models with this in their path."""
         self.served = served
         self.state = "serving"
-        """Or why it cannot be asked."""
+        """Or why it cannot be asked, in two words; `fault` says it in a line."""
+        self.fault = ""
         self.seen: Json | None = None
         self._before: Json | None = None
         self._below = below
@@ -57,13 +60,13 @@ class Watched:
         try:
             client = connect(self.served, timeout_s=_PATIENCE_S)
             self.seen = client.overview(sort=sort, match=self._below[:200], count=rows_max)
-            self.state = "serving"
+            self.state, self.fault = "serving", ""
         except AccessError:
             self.state, self.seen = "another user's", None
-        except StoreError as error:  # it is gone, or does not answer: what it said last may still be looked at
-            self.state = "not answering" if before is not None else str(error)
-        except MfsError as error:
-            self.state, self.seen = str(error), None
+        except MfsError as error:  # what it said last may still be looked at, where it only does not answer
+            is_gone = not isinstance(error, TransientStoreError) and not self.served.is_listening
+            self.state, self.fault = "dead" if is_gone else "not answering", str(error)
+            self.seen = before if isinstance(error, StoreError) else None
         self._before = before if before is not self.seen else None
         if self._rate_s is not None:
             self.history.append(self.rates()["origin"])
@@ -110,7 +113,8 @@ class Watched:
 
     def as_json(self) -> Json:
         return {
-            "mountpoint": self.served.mountpoint, "state": self.state, "rates": self.rates(), "waiting": self.waits(),
+            "mountpoint": self.served.mountpoint, "state": self.state, "fault": self.fault or None,
+            "rates": self.rates(), "waiting": self.waits(),
             "models": list(self.rows()), "overview": self.seen,
         }  # fmt: skip
 
@@ -151,28 +155,33 @@ def _head(mounts: Sequence[Watched], sort: str) -> Text:
 
 
 def _mounts_table(mounts: Sequence[Watched], wide: bool) -> Table:
-    columns = ["MOUNT", "SSD", "RAM", ">FROM ORIGIN", ">FROM SSD", ">FROM RAM", ">WAITING", ">OPEN", "UP"]
+    columns = ["MOUNT", "SSD", "RAM", ">FROM ORIGIN", ">WAITING", ">OPEN", "UP"]
     if wide:
-        columns.insert(4, f"{'LAST ' + str(_SPARKS_COUNT) + ' S':<{_SPARKS_COUNT}}")
+        columns[4:4] = [f"{'LAST ' + str(_SPARKS_COUNT) + ' S':<{_SPARKS_COUNT}}", ">FROM SSD", ">FROM RAM"]
     rows: list[list[str | Text]] = []
     for mount in mounts:
         name = clean(mount.served.mountpoint)
         if mount.seen is None:
-            rows.append([Text(name), Text(clean(mount.state), style="red"), *[""] * (len(columns) - 2)])
+            rows.append([Text(name), *[""] * (len(columns) - 2), Text(clean(mount.state), style="red")])
             continue
         status, rates = mount.seen["status"], mount.rates()
         waiting = status["reads"]["waiting"]
         row: list[str | Text] = [
-            Text(name, style="bold"), _tier(status["ssd"], "blue", status["cache_dir"] is None),
-            _tier(status["ram"], "cyan"), _rate_text(rates["origin"], "red"), _rate_text(rates["ssd"], "blue"),
-            _rate_text(rates["ram"], "cyan"), Text(f"{waiting:,}", style="yellow" if waiting else "dim"),
-            f"{status['open_files']:,}",
+            Text(name, style="bold"), _tier(status["ssd"], "blue", wide, status["cache_dir"] is None),
+            _tier(status["ram"], "cyan", wide), _rate_text(rates["origin"], "red"),
+            Text(f"{waiting:,}", style="yellow" if waiting else "dim"), f"{status['open_files']:,}",
             format_duration(status["uptime_s"]) if mount.state == "serving" else Text(clean(mount.state), style="red"),
         ]  # fmt: skip
         if wide:
-            row.insert(4, Text(sparkline(mount.history), style="red"))
+            row[4:4] = [
+                Text(sparkline(mount.history), style="red"), _rate_text(rates["ssd"], "blue"),
+                _rate_text(rates["ram"], "cyan"),
+            ]  # fmt: skip
         rows.append(row)
-    return table(columns, rows)
+    made = table(columns, rows)
+    for column in made.columns[1:]:
+        column.no_wrap = True  # numbers stay whole; a long path is what gives way
+    return made
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -183,9 +192,11 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(_SPARKS[max(1, round(8 * value / most))] if value > 0 else "·" for value in values)
 
 
-def _tier(tier: Json, style: str, is_off: bool = False) -> Text:
+def _tier(tier: Json, style: str, wide: bool, is_off: bool = False) -> Text:
     if is_off:
         return Text("off", style="dim")
+    if not wide:
+        return Text(size(tier["used_bytes"]), style=style)
     text = Text(bar(tier["used_bytes"], tier["budget_bytes"], 10), style=style)
     return text.append(f" {size(tier['used_bytes'])} of {size(tier['budget_bytes'])}", style="default")
 
@@ -217,8 +228,9 @@ def _models(mounts: Sequence[Watched], sort: str, rows_max: int, wide: bool) -> 
     if not rows:
         return Text("no model is listed yet", style="dim")
     columns = [">SIZE", "RESIDENT", ">SSD", ">RAM", ">FETCHED", ">NOW", ">WAITING", ">OPEN", "USED", "MODEL"]
-    shown = [_model_cells(row, wide) for row in rows[:rows_max]]
-    made = table(columns, shown)
+    picked = [number for number, title in enumerate(columns) if wide or title not in _WIDE_COLUMNS]
+    shown = [[cells[number] for number in picked] for cells in map(_model_cells, rows[:rows_max])]
+    made = table([columns[number] for number in picked], shown)
     for column in made.columns[:-1]:
         column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
     made.columns[-1].overflow, made.columns[-1].no_wrap = "ellipsis", True
@@ -226,12 +238,12 @@ def _models(mounts: Sequence[Watched], sort: str, rows_max: int, wide: bool) -> 
     return Group(made, Text(f"{left:,} more", style="dim")) if left > 0 else made
 
 
-def _model_cells(row: dict[str, Any], wide: bool) -> list[str | Text]:
+def _model_cells(row: dict[str, Any]) -> list[str | Text]:
     whole = row["size"] or 0
     used = ago(row["last_used_at"]) if row["last_used_at"] else ""
     return [
         size(whole) if row["size"] is not None else Text("?", style="dim"),
-        Text(bar(min(row["ssd_bytes"], whole), whole, 16 if wide else 8), style="blue"),
+        Text(bar(min(row["ssd_bytes"], whole), whole, 16), style="blue"),
         share(row["ssd_bytes"], whole) if whole else "",
         size(row["ram_bytes"]) if row["ram_bytes"] else "",
         size(row["origin_bytes"]) if row["origin_bytes"] else "",
@@ -261,6 +273,8 @@ def _fetches(fetches: Sequence[tuple[Watched, Json]], mounts: Sequence[Watched])
 
 def _warnings(mounts: Sequence[Watched]) -> Iterator[str]:
     for mount in mounts:
+        if mount.fault:
+            yield mount.fault
         if mount.seen is None:
             continue
         status = mount.seen["status"]

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from mfs.cli.page import Page, json_option
+from mfs.cli.page import Page, Pages, json_option
 from mfs.cli.text import clean, count, print_json, size
 
 
-@click.group(short_help="Prepare Triton: a backend for safetensors, model repositories.")
+@click.group(cls=Pages, short_help="Prepare Triton: a backend for safetensors, model repositories.")
 def triton() -> None:
     """Prepare NVIDIA Triton: install a backend that serves plain safetensors, write a model repository.
 
-    A mount needs neither: point --model-repository at it. The README's section on Triton says which flags help.
+    A mount needs neither: point --model-repository at it. RECIPES.md, beside mfs's code, says which flags help.
     """
 
 

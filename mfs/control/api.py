@@ -59,12 +59,14 @@ class DaemonApi(Protocol):
 
     async def ls(self, path: str) -> list[Json]:
         """[{name, kind: 'file'|'directory'|'symlink', size, mtime, ssd_bytes, ram_bytes, pinned}] of a directory, or
-        of the one file."""
+        of the one file. Of a directory in it: sums over the files below, as far as somebody has listed it; pinned: all
+        of them."""
         ...
 
     async def stat(self, path: str) -> Json:
         """{path, kind, size, mtime, inode, source, source_path, revision, digest, model_revision: 'model@sha256:…' in a
-        registry, a Hub's commit, else None; ssd_bytes, ram_bytes, pinned, chunks_count, open_handles}"""
+        registry, a Hub's commit, else None; ssd_bytes, ram_bytes, pinned, chunks_count, open_handles}. Of a directory
+        as in `ls`."""
         ...
 
     async def loads(self, path: str) -> Json:

@@ -84,7 +84,7 @@ def open_address(address: Address, options: SourceOptions, *, deadline_s: float)
         looked.append(f"{mask_url(place)}/{layout.MARKER_KEY}")
     if refused:
         raise refused
-    raise NotFoundError(f"{_url(address)}: no registry: neither {' nor '.join(looked)} is there; 'mfs push' makes one")
+    raise NotFoundError(f"{_url(address)}: no registry: there is no {' and no '.join(looked)}; 'mfs push' makes one")
 
 
 def open_or_create(address: Address, options: SourceOptions, *, deadline_s: float) -> Place:

@@ -54,8 +54,9 @@ def rollback(
     if is_lost := moves[:1] != entries[:1]:  # what it means now cannot be read; whatever it is, it lies behind us
         before.insert(0, None)
     if not 0 < steps_count < len(before):
-        raise UsageError(f"{model}:{tag}: its history has {max(len(before) - 1, 0)} revisions before this one, so that "
-                         f"{steps_count} steps back lead nowhere")  # fmt: skip
+        there_are = max(len(before) - 1, 0)
+        raise UsageError(f"{model}:{tag}: cannot go back {steps_count}: its history has {there_are or 'no'} "
+                         f"{'revision' if there_are == 1 else 'revisions'} before this one; see 'mfs log'")  # fmt: skip
     target = before[steps_count]
     if target is None:
         raise NotFoundError(f"{model}:{tag}: it was removed before the move that is damaged; name a revision instead")

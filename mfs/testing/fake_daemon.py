@@ -258,7 +258,7 @@ class FakeDaemon:
     def _directory_row(self, name: str, path: str) -> Json:
         files = [self.files[file] for file in self._below([path])]
         return {
-            "name": name, "kind": "directory", "size": 0, "mtime": 1_700_000_000.0,
+            "name": name, "kind": "directory", "size": sum(file.size for file in files), "mtime": 1_700_000_000.0,
             "ssd_bytes": sum(file.ssd_bytes for file in files), "ram_bytes": sum(file.ram_bytes for file in files),
             "pinned": all(file.pinned for file in files),
         }  # fmt: skip

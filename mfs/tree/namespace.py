@@ -188,13 +188,17 @@ class Namespace:
             current = self.directory(node.inode) if node else None
             found = await self.lookup(current, part.encode("utf-8", "surrogatepass")) if current else None
             if found is None:
-                raise NotFoundError(f"{path}: no such file or directory in the mount (looking for {part!r})")
+                where = "" if part == path else f" (there is no {part!r})"
+                raise NotFoundError(f"{path}: no such file or directory in the mount{where}")
             directory, node = current or directory, found
         assert node is not None
         return node
 
-    async def walk(self, node: Node, path: str) -> AsyncIterator[tuple[str, Node]]:
-        """(path, file) of all files at and below a node, links left out. Gives way to readers. Raises: MfsError."""
+    async def walk(self, node: Node, path: str, *, lists: bool = True) -> AsyncIterator[tuple[str, Node]]:
+        """(path, file) of all files at and below a node, links left out. Gives way to readers. Raises: MfsError.
+
+        lists: ask for the listing of what nobody has looked into; else that is left out.
+        """
         levels, turn_ends = [iter([(path, node)])], time.monotonic() + _TURN_S  # no recursion: sources may be deep
         while levels:
             found = next(levels[-1], None)
@@ -208,7 +212,7 @@ class Namespace:
             if node.kind is EntryKind.FILE:
                 yield path, node
             directory = self.directory(node.inode)
-            if directory is not None:
+            if directory is not None and (lists or directory.listing is not None):
                 levels.append(self._paths(path, directory, await self.listing(directory)))
 
     def _paths(self, path: str, parent: Directory, listing: Listing) -> Iterator[tuple[str, Node]]:

@@ -56,6 +56,7 @@ def test_help_imports_nothing_heavy() -> None:
         (("mount", "s3://x", "/m", "--ram-size", "1GB"), "'--ram-size': ambiguous size"),
         (("mount", "s3://x", "/m", "--timeout", "soon"), "'--timeout': not a duration"),
         (("mount", "s3://x", "/m", "--umask", "8"), "'--umask': is '8': expected octal"),
+        (("mount", "s3://x", "/m", "--cache-size", "1G"), "--cache-size is of the SSD tier, and there is none"),
         (("umount", "/m", "--timeout", "soon"), "--timeout: not a duration"),
         (("status", "--watch"), "--watch needs a PATH"),
         (("status", "/x", "--cache-dir", "/y"), "--cache-dir stands alone"),
@@ -69,6 +70,33 @@ def test_help_imports_nothing_heavy() -> None:
 )
 def test_wrong_usage_is_one_line_and_status_2(mfs: Mfs, args: tuple[str, ...], complaint: str) -> None:
     assert complaint in mfs.error(*args, status=2)
+
+
+@pytest.mark.parametrize("command", [("mfs",), ("mfs", "triton"), ("gpuload",)])
+def test_a_command_alone_shows_its_page_as_wrong_usage(command: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"Usage: {' '.join(command)} [OPTIONS] COMMAND")
+    assert len(done.stderr.splitlines()) > 10  # a page, not a line
+
+
+def test_older_releases_of_click_are_enough() -> None:
+    """Before 8.4 its types take no parameters when the program runs, and other programs hold it there."""
+    program = (
+        "import click; click.ParamType.__class_getitem__ = None; "
+        "import mfs.cli.app, gpuload.cli.app; print(mfs.cli.app.cli.name)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cli\n", "")
+
+
+@pytest.mark.parametrize("name", ["mfs", "gpuload"])
+def test_ctrl_c_while_a_command_imports_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, "-c", f"import sys, {name}.cli; sys.exit({name}.cli.main())", "version"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{name}: interrupted\n")
 
 
 def test_a_path_outside_any_mount(mfs: Mfs, tmp_path: Path) -> None:

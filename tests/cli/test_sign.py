@@ -43,7 +43,8 @@ def test_sign_and_verify(mfs: Mfs, root: Path, pushed: str, keys: KeyPair, tmp_p
     assert bundle.read_bytes().startswith(b'{"mediaType":')
     answer = mfs.json("verify", "--key", keys.public, url)
     assert answer == {
-        "model": "llama", "manifest": pushed, "signed_by": mfs.json("sign", "--key", keys.private, url)["signed_by"],
+        "model": "llama", "manifest": f"sha256:{pushed}",
+        "signed_by": mfs.json("sign", "--key", keys.private, url)["signed_by"],
         "checked_bytes": 2 + (3 << 20), "bad": [],
     }  # fmt: skip
     assert "whether it is signed was not asked" in mfs("verify", url).stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pty
 import select
@@ -13,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from mfs.cli.top_view import sparkline
+from mfs.cli.top_view import Watched, render, sparkline
+from mfs.control.runtime import find_mount
 from tests.cli.conftest import FakeMount, Mfs
 
 FakeMounts = Callable[..., FakeMount]
@@ -43,9 +46,25 @@ class TestOnce:
         living, dead = fake_mount("one"), fake_mount("two")
         dead.kill()
         said = mfs("top", "--once").stdout
-        assert f"{dead.path} " in said
-        assert "is dead" in said
+        [line] = [line for line in said.splitlines() if line.startswith(f"{dead.path} ")]
+        assert line.split() == [str(dead.path), "dead"]
+        assert f"! the mount at {dead.path} is dead: " in said  # in a line of its own, which pushes no column aside
+        [row] = [row for row in mfs.json("top")["mounts"] if row["mountpoint"] == str(dead.path)]
+        assert row["state"] == "dead"
+        assert row["fault"].startswith(f"the mount at {dead.path} is dead")
         assert f"{living.path}/llama" in said
+
+    def test_names_keep_their_room_in_a_narrow_terminal(self, fake_mount: FakeMounts) -> None:
+        mount = fake_mount()
+        served = find_mount(str(mount.path))
+        watched = Watched(served)
+        watched.look("name", 10)
+        out = Console(width=64, file=io.StringIO())
+        with out.capture() as captured:
+            out.print(render([watched], "name", rows_max=10, size=out.size))
+        lines = [line.rstrip() for line in captured.get().splitlines()]
+        assert any(line.endswith(" minilm") for line in lines)
+        assert any(line.split() == ["MOUNT", "SSD", "RAM", "FROM", "ORIGIN", "WAITING", "OPEN", "UP"] for line in lines)
 
     def test_json(self, mfs: Mfs, fake_mount: FakeMounts) -> None:
         mount = fake_mount()

@@ -146,6 +146,16 @@ class ControlSuite:
         for path, size in wanted.items():
             assert client.stat(path)["ssd_bytes"] == size
 
+    def test_a_directory_says_what_is_below_it(self, client: Client, expected: Expected) -> None:
+        list(client.prefetch([expected.directory], "ssd", wait=True))
+        below = sum(size for path, size in expected.files.items() if path.startswith(f"{expected.directory}/"))
+        [row] = [row for row in client.ls("") if row["name"] == expected.directory]
+        for found in (row, client.stat(expected.directory)):
+            assert (found["size"], found["ssd_bytes"], found["pinned"]) == (below, below, False)
+        client.pin([expected.directory])
+        assert client.stat(expected.directory)["pinned"]
+        client.unpin([expected.directory])
+
     def test_prefetch_into_ram(self, client: Client, expected: Expected) -> None:
         path, size = next(iter(expected.files.items()))
         assert list(client.prefetch([path], "ram", wait=True))[-1]["failed"] == []

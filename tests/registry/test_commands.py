@@ -54,13 +54,14 @@ def test_a_tag_is_moved_and_moved_back(mfs: Run, place: FolderPlace, revisions: 
     assert mfs("tag", f"{place.url}/llama:v2", "prod") == f"llama:prod: {v3} → {v2}\n"
     assert mfs("rollback", f"{place.url}/llama:prod") == f"llama:prod: {v2} → {v3}\n"
     assert mfs("rollback", f"{place.url}/llama:prod") == f"llama:prod: {v3} → {v1}\n"
-    assert "lead nowhere" in mfs("rollback", f"{place.url}/llama:prod", status=2)
+    assert "no revisions before this one" in mfs("rollback", f"{place.url}/llama:prod", status=2)
     assert mfs("tag", f"{place.url}/llama@sha256:{revisions[1]}", "new") == f"llama:new: - → {v2}\n"
     said = parsed(mfs("log", "--json", f"{place.url}/llama:prod"))
+    called = [f"sha256:{revision}" for revision in revisions]  # in full, as addresses call them
     assert [(move["manifest"], move["how"]) for move in said] == [
-        (revisions[0], "rollback"), (revisions[2], "rollback"), (revisions[1], "tag"), (revisions[2], "push"),
-        (revisions[0], "push"),
+        (called[0], "rollback"), (called[2], "rollback"), (called[1], "tag"), (called[2], "push"), (called[0], "push"),
     ]  # fmt: skip
+    assert [move["previous"] for move in said] == [*(move["manifest"] for move in said[1:]), None]
     assert said[2]["note"] == "llama:v2"
     table = mfs("log", place.url)
     assert [line for line in table.splitlines() if "llama:new" in line and v2 in line]
