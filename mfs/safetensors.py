@@ -41,6 +41,8 @@ DTYPE_BITS = {
 _U64_MAX = 2**64 - 1
 _NESTING_MAX = 124  # values below an entry's own braces; the reference's JSON reader stops at 128 in all
 _METADATA = "__metadata__"
+_FIELDS = ("dtype", "shape", "data_offsets")
+_ALIGN_BYTES = {dtype: max(1, bits // 8) for dtype, bits in DTYPE_BITS.items()}
 
 
 class TensorInfo(NamedTuple):
@@ -114,28 +116,30 @@ def parse_header(buffer: bytes | bytearray | memoryview, file_bytes: int) -> Hea
     if len(buffer) < data_start:
         raise ValueError(f"buffer holds {len(buffer)} bytes of a header of {data_start}")
     text = _decoded(bytes(buffer[LENGTH_BYTES:data_start]))
-    top = _parsed(text)
-    if type(top) not in (dict, _Repeated):
+    top = _as_came(_parsed(text))
+    if not isinstance(top, tuple):
         raise IntegrityError(f"header is not a JSON object but {_shown(top)}")
-    pairs = top.pairs if isinstance(top, _Repeated) else list(top.items())
     if "\\u" in text:
         _refuse_lone_surrogates(top)
 
     oddities: list[str] = []
     if not text.startswith("{"):
         oddities.append("the header does not begin with '{'")
-    metadata = _metadata(pairs)
+    metadata = _metadata(top)
     found: dict[str, TensorInfo] = {}
-    for name, entry in pairs:
+    for name, entry in top:
         if name == _METADATA:
             continue
         if name in found:
             oddities.append(f"tensor {_shown(name)} is described more than once; the last counts")
             del found[name]
-        try:
-            found[name] = _tensor(name, entry, data_start, oddities)
-        except _WrongError as wrong:
-            raise IntegrityError(f"tensor {_shown(name)}{wrong}") from None
+        if type(entry) is not _Entry:
+            try:
+                entry = _entry(name, entry, oddities)
+            except _WrongError as wrong:
+                raise IntegrityError(f"tensor {_shown(name)}{wrong}") from None
+        dtype, shape, start, stop = entry
+        found[name] = TensorInfo(name, dtype, shape, data_start + start, data_start + stop)
     tensors = tuple(sorted(found.values(), key=lambda t: (t.start, t.stop)))
     _check_cover(tensors, data_start, file_bytes)
     _note_alignment(tensors, oddities)
@@ -146,21 +150,6 @@ class _WrongError(Exception):
     """What is wrong with an entry, to be said behind its tensor's name: showing that takes as long as all checks."""
 
 
-class _Repeated(dict[str, Any]):
-    """A JSON object in which a key came more than once: the last values, and all pairs as they came."""
-
-    pairs: list[tuple[str, Any]]
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    plain = dict(pairs)
-    if len(plain) == len(pairs):
-        return plain
-    repeated = _Repeated(plain)
-    repeated.pairs = pairs
-    return repeated
-
-
 def _decoded(raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
@@ -168,7 +157,17 @@ def _decoded(raw: bytes) -> str:
         raise IntegrityError(f"header is not UTF-8: byte {error.start}: {error.reason}") from None
 
 
+class _Entry(NamedTuple):
+    """A tensor's entry in which everything is right; offsets as they came."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
 def _parsed(text: str) -> Any:
+    """What the JSON says. An object is a tuple of its pairs as they came, as a key may come twice; or an `_Entry`."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except RecursionError:
@@ -177,71 +176,97 @@ def _parsed(text: str) -> Any:
         raise IntegrityError(f"header is not valid JSON: {str(error)[:200]}") from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> _Entry | tuple[tuple[str, Any], ...]:
+    """Nearly all are entries as the reference writes them. They are judged as they come: kept for later, with lists and
+    pairs, thousands cost the collector of circles as much as all else."""
+    if len(pairs) == len(_FIELDS):
+        (first, dtype), (second, shape), (third, offsets) = pairs
+        if (first, second, third) == _FIELDS:
+            try:
+                return _checked(dtype, shape, offsets)
+            except _WrongError:  # said once its name is known
+                pass
+    return tuple(pairs)
+
+
+def _as_came(value: Any) -> Any:
+    """An entry as the pairs that it was."""
+    if type(value) is not _Entry:
+        return value
+    dtype, shape, start, stop = value
+    return (("dtype", dtype), ("shape", list(shape)), ("data_offsets", [start, stop]))
+
+
 def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not JSON")
 
 
-def _metadata(pairs: list[tuple[str, Any]]) -> dict[str, str] | None:
+def _metadata(pairs: tuple[tuple[str, Any], ...]) -> dict[str, str] | None:
     given = [value for name, value in pairs if name == _METADATA]
     if len(given) > 1:
         raise IntegrityError(f"header has {len(given)} entries {_METADATA!r}, expected one at most")
     if not given or given[0] is None:
         return None
     value = given[0]
-    if not isinstance(value, dict):
+    if type(value) is not tuple:
         raise IntegrityError(f"{_METADATA} is {_shown(value)}, expected an object of strings")
-    for key, item in value.pairs if isinstance(value, _Repeated) else value.items():
+    for key, item in value:
         if not isinstance(item, str):
             raise IntegrityError(f"{_METADATA} entry {_shown(key)} is {_shown(item)}, expected a string")
     return dict(value)
 
 
-def _tensor(name: str, entry: Any, data_start: int, oddities: list[str]) -> TensorInfo:
-    if not isinstance(entry, dict):
+def _entry(name: str, entry: Any, oddities: list[str]) -> _Entry:
+    """One that is wrong, or is not written as most are."""
+    if not isinstance(entry, tuple):
         raise _WrongError(f" is described by {_shown(entry)}, expected an object")
-    if isinstance(entry, _Repeated):
-        keys = [key for key, _ in entry.pairs]
-        for key in ("dtype", "shape", "data_offsets"):
-            if keys.count(key) > 1:
-                raise _WrongError(f" has {key!r} more than once")
-    for key in ("dtype", "shape", "data_offsets"):
-        if key not in entry:
+    keys = [key for key, _ in entry]
+    for key in _FIELDS:
+        if keys.count(key) > 1:
+            raise _WrongError(f" has {key!r} more than once")
+    for key in _FIELDS:
+        if key not in keys:
             raise _WrongError(f" has no {key!r}")
-    if len(entry) > 3:
-        extra = {key: value for key, value in entry.items() if key not in ("dtype", "shape", "data_offsets")}
-        for value in extra.values():
-            _check_extra(value, 0)
-        oddities.append(f"tensor {_shown(name)} has unknown keys: {', '.join(_shown(key) for key in list(extra)[:5])}")
+    extra = [(key, value) for key, value in entry if key not in _FIELDS]
+    for _, value in extra:
+        _check_extra(value, 0)
+    if extra:
+        shown = ", ".join(_shown(key) for key in list(dict(extra))[:5])
+        oddities.append(f"tensor {_shown(name)} has unknown keys: {shown}")
+    return _checked(*(entry[keys.index(key)][1] for key in _FIELDS))
 
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+
+def _checked(dtype: Any, shape: Any, offsets: Any) -> _Entry:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _WrongError(f" has dtype {_shown(dtype)}, expected one of {' '.join(DTYPE_BITS)}")
-    if not isinstance(shape, list) or not all(map(_is_u64, shape)):
-        raise _WrongError(f" has shape {_shown(shape)}, expected a list of whole numbers below 2^64")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_u64, offsets)):
-        raise _WrongError(f" has data_offsets {_shown(offsets)}, expected [begin, end]")
-    start, stop = offsets
-    if stop < start:
-        raise _WrongError(f" has data_offsets {_shown(offsets)}, which end before they begin")
-    _check_size(dtype, shape, stop - start)
-    return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + stop)
-
-
-def _check_size(dtype: str, shape: list[int], given_bytes: int) -> None:
+    if not isinstance(shape, list):
+        raise _wrong_shape(shape)
     elements = 1
     for n in shape:
+        if type(n) is not int or not 0 <= n <= _U64_MAX:  # type(), since bool is an int
+            raise _wrong_shape(shape)
         elements *= n
         if elements > _U64_MAX:
             raise _WrongError(f": shape {_shown(shape)} has more than 2^64 elements")
+    start, stop = offsets if isinstance(offsets, list) and len(offsets) == 2 else (None, None)
+    if type(start) is not int or type(stop) is not int or not (0 <= start <= _U64_MAX and 0 <= stop <= _U64_MAX):
+        raise _WrongError(f" has data_offsets {_shown(offsets)}, expected [begin, end]")
+    if stop < start:
+        raise _WrongError(f" has data_offsets {_shown(offsets)}, which end before they begin")
     bits = elements * DTYPE_BITS[dtype]
     if bits > _U64_MAX:
         raise _WrongError(f": shape {_shown(shape)} of {dtype} has more than 2^64 bits")
     if bits % 8:
         raise _WrongError(f": shape {_shown(shape)} of {dtype} is {bits} bits, not a whole number of bytes")
-    if bits // 8 != given_bytes:
+    if bits // 8 != stop - start:
         raise _WrongError(
-            f": shape {_shown(shape)} of {dtype} is {bits // 8} bytes, its data_offsets say {given_bytes}"
+            f": shape {_shown(shape)} of {dtype} is {bits // 8} bytes, its data_offsets say {stop - start}"
         )
+    return _Entry(dtype, tuple(shape), start, stop)
+
+
+def _wrong_shape(shape: Any) -> _WrongError:
+    return _WrongError(f" has shape {_shown(shape)}, expected a list of whole numbers below 2^64")
 
 
 def _check_cover(tensors: Iterable[TensorInfo], data_start: int, file_bytes: int) -> None:
@@ -257,15 +282,15 @@ def _check_cover(tensors: Iterable[TensorInfo], data_start: int, file_bytes: int
 
 
 def _note_alignment(tensors: Iterable[TensorInfo], oddities: list[str]) -> None:
-    for t in tensors:
-        if t.nbytes and t.start % max(1, DTYPE_BITS[t.dtype] // 8):
-            oddities.append(f"tensor {_shown(t.name)} is not aligned: {t.dtype} at byte {t.start}")
+    for name, dtype, _, start, stop in tensors:
+        if start % _ALIGN_BYTES[dtype] and stop > start:
+            oddities.append(f"tensor {_shown(name)} is not aligned: {dtype} at byte {start}")
             return  # one line is enough: a writer that misaligns one tensor misaligns many
 
 
 def _check_extra(value: Any, depth: int) -> None:
     """Refuse in ignored values what the reference's JSON reader refuses: infinite numbers, deep nesting."""
-    if depth > _NESTING_MAX:
+    if depth > _NESTING_MAX and isinstance(value, list | tuple):
         raise _WrongError(": nested too deeply")
     if isinstance(value, float) and math.isinf(value):
         raise _WrongError(": a number is out of range")
@@ -274,9 +299,8 @@ def _check_extra(value: Any, depth: int) -> None:
     if isinstance(value, list):
         for item in value:
             _check_extra(item, depth + 1)
-    elif isinstance(value, dict):
-        items = [v for _, v in value.pairs] if isinstance(value, _Repeated) else value.values()
-        for item in items:
+    elif isinstance(value, tuple):
+        for _, item in _as_came(value):
             _check_extra(item, depth + 1)
 
 
@@ -290,17 +314,8 @@ def _refuse_lone_surrogates(value: Any) -> None:
                 item.encode("utf-8")
             except UnicodeEncodeError:
                 raise IntegrityError(f"header has a string that is no Unicode text: {_shown(item)}") from None
-        elif isinstance(item, _Repeated):
-            waiting.extend(part for pair in item.pairs for part in pair)
-        elif isinstance(item, dict):
-            waiting.extend(item.keys())
-            waiting.extend(item.values())
-        elif isinstance(item, list):
+        elif isinstance(item, list | tuple):
             waiting.extend(item)
-
-
-def _is_u64(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _U64_MAX  # type(), since bool is an int
 
 
 def _shown(value: Any) -> str:
@@ -308,7 +323,14 @@ def _shown(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**40:
         return "a very large number"
     try:
-        text = ascii(value)
+        text = ascii(_plain(value))
     except (RecursionError, ValueError):  # deeply nested, or with a number too long to print
         return f"a {type(value).__name__} that cannot be printed"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _plain(value: Any) -> Any:
+    """With objects as Python shows them."""
+    if isinstance(value, tuple):
+        return {key: _plain(item) for key, item in _as_came(value)}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

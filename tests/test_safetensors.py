@@ -107,6 +107,22 @@ CASES = {
     '"data_offsets":[0,4]}}',
     "unaligned": '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"U8","shape":[7],'
     '"data_offsets":[1,8]}}',
+    "extra entry": _braced(ENTRY.replace("}", ',"z":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}')),
+    "nested 123 and an entry": _braced(
+        ENTRY.replace("}", ',"z":' + "[" * 123 + _braced(ENTRY[4:])[1:-1] + "]" * 123 + "}")
+    ),
+    "nested 124 and an entry": _braced(
+        ENTRY.replace("}", ',"z":' + "[" * 124 + _braced(ENTRY[4:])[1:-1] + "]" * 124 + "}")
+    ),
+    "extra entry, too large": _braced(ENTRY.replace("}", ',"z":{"dtype":"F32","shape":[1e999],"data_offsets":[0,8]}}')),
+    "metadata as an entry": f'{{"__metadata__":{ENTRY[4:]},{ENTRY}}}',
+    "an entry alone": ENTRY[4:],
+    "tensors named as fields": f'{{"dtype":{ENTRY[4:]},"shape":{ENTRY[4:]},"data_offsets":{ENTRY[4:]}}}',
+    "empty tensors named as fields": _braced(
+        ",".join(f'"{name}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for name in ("shape", "data_offsets"))
+        + ',"dtype":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    ),
+    "fields in another order": '{"a":{"data_offsets":[0,8],"shape":[2],"dtype":"F32"}}',
     "scalar": '{"a":{"dtype":"F64","shape":[],"data_offsets":[0,8]}}',
 }
 

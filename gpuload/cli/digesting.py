@@ -82,9 +82,9 @@ def _pieces(shards: Sequence[Shard], world: int, rules: Mapping[str, int | None]
     for rank in range(max(world, 1)):
         placement = Placement(rank=rank, world=world, rules=rules)
         transfers = plan_transfers([s.header for s in shards], placement)
-        for index, pieces in cut_all(list(enumerate(transfers))):
+        for _, _, pieces in cut_all(transfers):
             for piece in pieces:
-                found[transfers[index].shard].setdefault(geometry(piece), piece)
+                found[transfers[piece.transfer].shard].setdefault(geometry(piece), piece)
     return [dict(sorted(own.items())) for own in found]
 
 

@@ -120,9 +120,9 @@ def _in_blocks(transfers: Sequence[Transfer]) -> tuple[list[int], list[Piece]]:
     addresses, at = [BASE] * len(transfers), BASE
     pieces: list[Piece] = []
     for block in plan_blocks(transfers, GRANULE_BYTES):
-        for placed in block.placed:
-            addresses[placed.transfer] = at + placed.offset
-            pieces += placed.pieces
+        for index, offset in zip(block.transfers, block.offsets, strict=True):
+            addresses[index] = at + offset
+        pieces += [piece for _, piece in block.pieces]
         at += block.granules_count(GRANULE_BYTES) * GRANULE_BYTES
     return addresses, pieces
 

@@ -71,9 +71,8 @@ def blocks_of(where: str, known: DigestCache, *, granule_bytes: int = GRANULE_BY
     found = []
     for plan in plan_blocks(transfers, granule_bytes):
         parts = [
-            (placed.offset + piece.offset, piece.nbytes, digests[transfers[placed.transfer].shard].get(geometry(piece)))
-            for placed in plan.placed
-            for piece in placed.pieces
+            (offset, piece.nbytes, digests[transfers[piece.transfer].shard].get(geometry(piece)))
+            for offset, piece in plan.pieces
         ]
         hashed = [(offset, nbytes, digest) for offset, nbytes, digest in parts if digest is not None]
         content = digest_block(hashed) if len(hashed) == len(parts) else None

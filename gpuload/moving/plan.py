@@ -155,11 +155,19 @@ def plan_transfers(headers: Sequence[Header], placement: Placement) -> list[Tran
     transfers: list[Transfer] = []
     seen: dict[str, int] = {}
     for shard, header in enumerate(headers):
-        for info in header.tensors:
-            if info.name in seen:
-                raise UsageError(f"tensor {info.name!r} stands in shard {seen[info.name]} and again in shard {shard}")
-            seen[info.name] = shard
-            transfers.append(slice_tensor(info, shard, placement))
+        own = dict.fromkeys([info.name for info in header.tensors], shard)
+        if not seen.keys().isdisjoint(own):
+            name = next(name for name in own if name in seen)
+            raise UsageError(f"tensor {name!r} stands in shard {seen[name]} and again in shard {shard}")
+        seen |= own
+        if placement.world == 1 and not placement.device_map:  # nothing to find out, thirty thousand times
+            device = placement.device
+            transfers += [
+                Transfer(name, dtype, shape, device, shard, start, nbytes := stop - start, 1, nbytes)
+                for name, dtype, shape, start, stop in header.tensors
+            ]
+        else:
+            transfers += [slice_tensor(info, shard, placement) for info in header.tensors]
     return transfers
 
 

@@ -4,10 +4,11 @@ A buffer goes round: taken by a reader, filled, copied from, put back at once wi
 next waits for that event, so nobody watches events and nothing is filled while the device still reads it.
 
 Page-locking is slow, one range at a time: 3 ms for what a link moves in 0.6, and touching fresh memory costs as much
-again. So buffers are made as readers ask for them; the first fill touches one, and its reader has it page-locked before
-it queues the copy, while the others read. Of a new buffer little is filled, so that the link begins after the first few
-MiB; all of it when it comes round again, few buffers at a time, while the others keep the link busy. Who stays (the
-server) makes all of them at once, whole: `Ring.grow`.
+again; on a guest whose host has taken free memory back, twenty times as much. So the link begins with what the first
+buffers hold, and they go round while others are made: one that is free is filled before a new one is touched.
+The first fill touches a buffer, and its reader has it page-locked before it queues the copy. Of a new buffer little is
+filled, all of it when it comes round again, one buffer at a time. Who stays (the server) makes all of them at once,
+whole: `Ring.grow`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from collections import deque
 
 from gpuload.device.base import Device, Event, Staging
 from gpuload.device.nodes import beside
+from gpuload.errors import BusyError
 
 FIRST_BYTES = 8 << 20
 """Filled of a new buffer. Less would be there sooner, but each batch costs Python as much as a large one."""
 
-GROWING_MOST = 2
-"""Buffers that grow at once. Page-locking is one at a time; more of them would only be missed by the link."""
+GROWING_MOST = 1
+"""Buffers that are made, or grow, at once. Page-locking is one at a time; more would only be missed by the link, and
+two that wait for a host's memory stop both processors of a small guest (decisions/0007)."""
 
 
 class Buffer:
@@ -35,6 +38,16 @@ class Buffer:
         """Bytes to fill at most, for now."""
         self.is_growing = False
         """Some of its room is touched and page-locked by whoever has it now."""
+
+    def is_at_rest(self) -> bool:
+        """Whether nothing reads from this buffer any more, by a look at its event. Raises: DeviceError."""
+        if self.pending is not None:
+            try:
+                self.pending.wait(0.0)
+            except BusyError:
+                return False
+            self.pending = None
+        return True
 
     def settle(self, timeout_s: float) -> None:
         """Block until nothing reads from this buffer. Raises: DeviceError, BusyError."""
@@ -65,26 +78,24 @@ class Ring:
                 self.put(self._make(self.buffer_bytes, is_locked=True))
 
     def take(self) -> Buffer | None:
-        """A buffer that nothing copies from, a new one, or the one that was put back longest ago; blocks while all are
+        """The buffer that was put back longest ago; a new one, where a copy still reads from that; blocks while all are
         out. None after `stop`. Before the copy: `Staging.lock`. Raises: DeviceError.
         """
         buffer: Buffer | None = None
         with self._changed:
             while not self._is_stopped:
-                buffer = next((buffer for buffer in self._idle if buffer.pending is None), None)
-                if buffer is not None:
-                    self._idle.remove(buffer)
-                    break
-                if self._made_count < self.count:
-                    self._made_count += 1
-                    break
-                if self._idle:
+                may_grow = self._growing_count < GROWING_MOST
+                may_make = may_grow and self._made_count < self.count
+                if self._idle and (not may_make or self._idle[0].is_at_rest()):
                     buffer = self._idle.popleft()
+                    break
+                if may_make:
+                    self._made_count += 1
                     break
                 self._changed.wait()
             else:
                 return None
-            grows = buffer is None or (buffer.room < self.buffer_bytes and self._growing_count < GROWING_MOST)
+            grows = may_grow and (buffer is None or buffer.room < self.buffer_bytes)
             self._growing_count += grows
         if buffer is None:
             try:

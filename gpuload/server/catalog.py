@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gpuload.device.base import Run, total_granules
 from gpuload.errors import FitError
@@ -48,9 +49,8 @@ class Block:
         return total_granules(self.runs)
 
 
-@dataclass(frozen=True, slots=True)
-class ResidentTensor:
-    """One row of a model's table."""
+class ResidentTensor(NamedTuple):
+    """One row of a model's table; a tuple, since it is made thousands of times, and packed as it is (`records`)."""
 
     name: str
     dtype: str

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gpuload.moving.plan import Piece, Transfer, cut_transfer
 
@@ -38,26 +38,33 @@ MANY_COUNT = 1000
 fewer, a fine-tune that changes a norm moves that norm alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """One tensor inside its block."""
-
-    transfer: int
-    offset: int
-    """Bytes from the beginning of the block; a multiple of ALIGN_BYTES."""
-    pieces: tuple[Piece, ...]
-    """Those that begin in it: none where the piece of a tensor before it goes on."""
-
-
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BlockPlan:
-    """One block, before it has memory."""
+    """One block, before it has memory. Columns rather than an object for each tensor, of which there are thousands."""
 
-    placed: tuple[Placed, ...]
-    nbytes: int
+    transfers: list[int] = field(default_factory=list)
+    """The tensors in it."""
+    offsets: list[int] = field(default_factory=list)
+    """Where each begins, in bytes from the beginning of the block; multiples of ALIGN_BYTES."""
+    pieces: list[tuple[int, Piece]] = field(default_factory=list)
+    """Each with where in the block it begins."""
+    nbytes: int = 0
+
+    @property
+    def placed_bytes(self) -> int:
+        """Of the tensors, without what is between them."""
+        return sum(piece.nbytes for _, piece in self.pieces)
 
     def granules_count(self, granule_bytes: int) -> int:
         return -(-self.nbytes // granule_bytes)
+
+    def put(self, transfers: Sequence[int], starts: Sequence[int], pieces: Sequence[Piece]) -> None:
+        """Some more tensors, behind those that are there; see `cut_all`."""
+        begin = -(-self.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+        self.transfers += transfers
+        self.offsets += [begin + start for start in starts]
+        self.pieces += [(begin + piece.offset, piece) for piece in pieces]
+        self.nbytes = begin + sum(piece.nbytes for piece in pieces)
 
 
 def plan_blocks(transfers: Sequence[Transfer], granule_bytes: int, device: str | None = None) -> list[BlockPlan]:
@@ -66,67 +73,52 @@ def plan_blocks(transfers: Sequence[Transfer], granule_bytes: int, device: str |
     """
     large_bytes = BLOCK_GRANULES * granule_bytes
     blocks: list[BlockPlan] = []
-    small: list[Placed] = []
-    reached = 0
-
-    def close_small() -> None:
-        nonlocal small, reached
-        if small:
-            blocks.append(BlockPlan(tuple(small), reached))
-        small, reached = [], 0
-
-    own = [(index, t) for index, t in enumerate(transfers) if device in (None, t.device)]
+    small = BlockPlan()
     shard = -1
-    for index, pieces in cut_all(own, small_bytes=min(SMALL_BYTES, large_bytes - 1)):
-        t = transfers[index]
-        if t.shard != shard or (reached >= large_bytes and pieces):
-            close_small()
-            shard = t.shard
+    for cut in cut_all(transfers, device, small_bytes=min(SMALL_BYTES, large_bytes - 1)):
+        t = transfers[cut[0][0]]
+        if t.shard != shard or small.nbytes >= large_bytes:
+            blocks += [small] if small.transfers else []
+            small, shard = BlockPlan(), t.shard
         if t.nbytes >= large_bytes:
-            blocks.append(BlockPlan((Placed(index, 0, pieces),), t.nbytes))
-            continue
-        offset = -(-reached // ALIGN_BYTES) * ALIGN_BYTES
-        small.append(Placed(index, offset, pieces))
-        reached = offset + t.nbytes
-    close_small()
-    return blocks
+            blocks.append(BlockPlan())
+            blocks[-1].put(*cut)
+        else:
+            small.put(*cut)
+    return blocks + ([small] if small.transfers else [])
 
 
 def cut_all(
-    transfers: Sequence[tuple[int, Transfer]], *, small_bytes: int = SMALL_BYTES
-) -> Iterator[tuple[int, tuple[Piece, ...]]]:
-    """Of every (index, transfer) that has bytes, to one device: its index and the pieces that begin in it."""
-    counts = Counter(t.shard for _, t in transfers)
-    run: list[tuple[int, Transfer]] = []
-    for index, t in transfers:
-        if not t.nbytes:
+    transfers: Sequence[Transfer], device: str | None = None, *, small_bytes: int = SMALL_BYTES
+) -> Iterator[tuple[Sequence[int], Sequence[int], Sequence[Piece]]]:
+    """All transfers (to `device`, if given) that have bytes, in pieces. Those that share theirs come together, others
+    alone: their indices, where each begins behind the first one, and the pieces."""
+    counts = Counter([t.shard for t in transfers if device in (None, t.device)])
+    run: list[int] = []  # of those side by side, in the file and in the block
+    starts: list[int] = []
+    shard = first = reached = -1  # where it is, begins and ends
+    for index, t in enumerate(transfers):
+        start, nbytes = t.start, t.row_bytes * t.rows_count
+        if not nbytes or device not in (None, t.device):
             continue
-        joins = counts[t.shard] >= MANY_COUNT and t.rows_count == 1 and t.nbytes <= small_bytes
-        if run and not (joins and _goes_on(run, t)):
-            yield from _shared(run)
-            run = []
-        if joins:
-            run.append((index, t))
-        else:
-            yield index, tuple(cut_transfer(index, t, PIECE_BYTES))
-    yield from _shared(run)
-
-
-def _goes_on(run: Sequence[tuple[int, Transfer]], t: Transfer) -> bool:
-    """Whether a transfer stands where the run ends, in the file and in the block, and leaves it within a piece."""
-    first, last = run[0][1], run[-1][1]
-    is_next = t.shard == last.shard and t.start == last.stop and not last.nbytes % ALIGN_BYTES
-    return is_next and t.stop - first.start <= PIECE_BYTES
-
-
-def _shared(run: Sequence[tuple[int, Transfer]]) -> Iterator[tuple[int, tuple[Piece, ...]]]:
+        joins = nbytes <= small_bytes and t.rows_count == 1 and counts[t.shard] >= MANY_COUNT
+        is_next = joins and start == reached and t.shard == shard
+        if not is_next or (start - first) % ALIGN_BYTES or start + nbytes - first > PIECE_BYTES:
+            if run:
+                yield run, starts, _shared(run, first, reached)
+                run, starts = [], []
+            if not joins:
+                reached = -1
+                yield (index,), (0,), cut_transfer(index, t, PIECE_BYTES)
+                continue
+            shard, first = t.shard, start
+        run.append(index)
+        starts.append(start - first)
+        reached = start + nbytes
     if run:
-        first, nbytes = run[0], run[-1][1].stop - run[0][1].start
-        yield first[0], (Piece(first[0], 0, first[1].start, nbytes, 1, nbytes),)
-        for index, _ in run[1:]:
-            yield index, ()
+        yield run, starts, _shared(run, first, reached)
 
 
-def placed_bytes(plan: BlockPlan) -> int:
-    """Bytes of tensors in a block."""
-    return sum(piece.nbytes for placed in plan.placed for piece in placed.pieces)
+def _shared(run: Sequence[int], first: int, reached: int) -> tuple[Piece]:
+    nbytes = reached - first
+    return (Piece(run[0], 0, first, nbytes, 1, nbytes),)

@@ -40,7 +40,6 @@ from gpuload.server.commits import Commits, NoSource, check_there
 from gpuload.server.digests import DigestCache, digest_views, now_ns
 from gpuload.server.estate import Estate
 from gpuload.server.generations import Generations
-from gpuload.server.layout import placed_bytes
 from gpuload.server.pulled import PulledSource
 from gpuload.server.returning import Returning, TierSource
 from gpuload.server.room import STEP, take_places
@@ -311,19 +310,18 @@ class Loader:
             for plan, block, digest in zip(part.plans, part.own, part.digests, strict=True):
                 if block is None or block.digest or returning.find_block(digest, block):
                     continue
-                for placed in plan.placed:
+                for offset, piece in plan.pieces:
                     if len(places) % STEP == 0:
                         await trio.lowlevel.checkpoint()
-                    for piece in placed.pieces:
-                        key = (piece.transfer, piece.offset)
-                        places[key] = (block, placed.offset + piece.offset)
-                        if key not in work.digests:
-                            undecided.add(key)
-                            sizes[key] = piece.nbytes
-                            report.bytes_hashed += piece.nbytes
-                        elif is_there(key) or returning.find_piece(work.digests[key], piece.nbytes, *places[key]):
-                            continue
-                        outside.append(piece)
+                    key = (piece.transfer, piece.offset)
+                    places[key] = (block, offset)
+                    if key not in work.digests:
+                        undecided.add(key)
+                        sizes[key] = piece.nbytes
+                        report.bytes_hashed += piece.nbytes
+                    elif is_there(key) or returning.find_piece(work.digests[key], piece.nbytes, block, offset):
+                        continue
+                    outside.append(piece)
             device = site.device
             if not site.catalog.has_pieces:
                 undecided.clear()  # nothing to be found
@@ -341,8 +339,7 @@ class Loader:
                 (*places[piece.transfer, piece.offset], *found[piece.transfer, piece.offset], piece.nbytes)
                 for plan, block in zip(part.plans, part.own, strict=True)
                 if block is not None and not block.digest
-                for placed in plan.placed
-                for piece in placed.pieces
+                for _, piece in plan.pieces
                 if (piece.transfer, piece.offset) in found
             ]
             report.bytes_moved_inside += sum(nbytes for *_, nbytes in inside)
@@ -387,7 +384,7 @@ class Loader:
                 part.site.catalog.hold(there)
                 part.own[i] = there
                 part.site.catalog.let_go(block)
-                work.report.bytes_kept += placed_bytes(plan)
+                work.report.bytes_kept += plan.placed_bytes
 
     async def _read(
         self,

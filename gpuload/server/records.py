@@ -8,7 +8,7 @@ is served stands in the index (`estate`). Blocks that models share are in the re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from typing import Any
 
 import msgpack
@@ -27,7 +27,7 @@ def packed(model: Model) -> bytes:
         "retain": model.retain,
         "metadata": model.metadata,
         "placements": [asdict(placement) for placement in model.placements],
-        "tensors": [astuple(tensor) for tensor in model.tensors],
+        "tensors": model.tensors,
         "parts": [
             [part.catalog.device, part.digest, [[b.runs, b.nbytes, b.digest, b.pieces] for b in part.blocks]]
             for part in model.parts

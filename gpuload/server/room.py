@@ -9,7 +9,6 @@ import trio
 
 from gpuload.errors import FitError
 from gpuload.server.catalog import Model, namesakes
-from gpuload.server.layout import placed_bytes
 from gpuload.server.site import MEMORY_POLL_S
 from gpuload.server.work import PartWork, Work
 
@@ -73,7 +72,7 @@ async def _hold_in_ram(work: Work, part: PartWork) -> None:
     for plan, block, digest in zip(part.plans, part.own, part.digests, strict=True):
         if block is not None or part.returning.hold_block(digest):
             continue
-        for piece in (piece for placed in plan.placed for piece in placed.pieces):
+        for _, piece in plan.pieces:
             if (piece.transfer, piece.offset) in work.digests:
                 part.returning.hold_piece(work.digests[piece.transfer, piece.offset])
             seen += 1
@@ -131,7 +130,7 @@ def _take(work: Work, room: _Room) -> None:
         victim.retire()
     for part in work.parts:
         new = [i for i, block in enumerate(part.own) if block is None]
-        work.report.bytes_kept += sum(placed_bytes(part.plans[i]) for i in set(range(len(part.plans))).difference(new))
+        work.report.bytes_kept += sum(part.plans[i].placed_bytes for i in set(range(len(part.plans))).difference(new))
         for i, block in zip(new, part.site.catalog.reserve(*(part.plans[i].nbytes for i in new)), strict=True):
             part.own[i] = block
         part.site.begin_filling([block for block in part.own if block is not None])

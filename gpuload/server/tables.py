@@ -2,7 +2,7 @@
 
 Python parses JSON holding its one lock: a legal header of 99 MB stops every thread for half a minute and takes up to
 3 GB. A small one is parsed here; a larger one in a process of its own (`table_child`), bounded in memory and time,
-whose answer comes row by row. What the server keeps of a model is bounded too.
+whose answer comes some rows at a time. What the server keeps of a model is bounded too.
 """
 
 from __future__ import annotations
@@ -92,11 +92,13 @@ def _read_in_child(fd: int, path: str, who: int) -> Header:
 
 def _header(answer: IO[bytes], path: str) -> Header:
     """Raises: what the child says; IntegrityError if it was ended before it said all."""
-    rows: Iterator[Any] = iter(msgpack.Unpacker(answer, max_buffer_size=ROW_BYTES_MAX, strict_map_key=False))
+    rows: Iterator[Any] = iter(
+        msgpack.Unpacker(answer, max_buffer_size=ROW_BYTES_MAX, use_list=False, strict_map_key=False)
+    )
     head = next(rows, None)
     if isinstance(head, dict) and "error" in head:
         raise from_wire(head)
-    tensors = tuple(TensorInfo(name, dtype, tuple(shape), start, stop) for name, dtype, shape, start, stop in rows)
+    tensors = tuple(TensorInfo._make(row) for some in rows for row in some)
     if not isinstance(head, dict) or len(tensors) != head["tensors_count"]:
         raise IntegrityError(f"{path}: its header takes too much memory or time to read")
     return Header(tensors, head["metadata"], head["data_start"], head["file_bytes"], tuple(head["oddities"]))

@@ -112,7 +112,7 @@ class PartWork:
         return None if digest is None else self.site.catalog.blocks.get(digest)
 
     def pieces(self) -> Iterator[Piece]:
-        return (piece for plan in self.plans for placed in plan.placed for piece in placed.pieces)
+        return (piece for plan in self.plans for _, piece in plan.pieces)
 
     def let_go(self) -> None:
         """Give everything back; idempotent."""
@@ -164,9 +164,8 @@ class Work:
 
     def _digests_of(self, plan: BlockPlan) -> list[tuple[int, int, Digest]] | None:
         found = [
-            (placed.offset + piece.offset, piece.nbytes, self.digests.get((piece.transfer, piece.offset), b""))
-            for placed in plan.placed
-            for piece in placed.pieces
+            (offset, piece.nbytes, self.digests.get((piece.transfer, piece.offset), b""))
+            for offset, piece in plan.pieces
         ]
         return found if all(digest for _, _, digest in found) else None
 
@@ -182,7 +181,7 @@ class Work:
     def lenders_of(self, plan: BlockPlan) -> list[Range]:
         """Where on mounts a block's bytes stand; nothing if some do not, or as rows."""
         found = []
-        for transfer in (self.transfers[placed.transfer] for placed in plan.placed) if any(self.lenders) else ():
+        for transfer in (self.transfers[index] for index in plan.transfers) if any(self.lenders) else ():
             door = self.lenders[transfer.shard]
             if door is None or transfer.rows_count > 1:
                 return []
@@ -215,16 +214,10 @@ class Work:
     def find_content(self) -> None:
         """Fill in `content`; all digests must be known."""
         self.describe()
-        of_pieces: list[tuple[int, str, bytes]] = []
-        for part in self.parts:
-            for plan in part.plans:
-                for placed in plan.placed:
-                    found = b"".join([self.digests[p.transfer, p.offset] for p in placed.pieces])
-                    of_pieces.append((placed.transfer, part.site.name, found))
-        of_pieces.sort()
+        keys = sorted((piece.transfer, piece.offset, part.site.name) for part in self.parts for piece in part.pieces())
 
         def digest(device: str) -> str:
-            own = b"".join([found for _, where, found in of_pieces if device in ("", where)])
+            own = b"".join([self.digests[transfer, at] for transfer, at, where in keys if device in ("", where)])
             return blake3(self._described[device] + own).hexdigest()
 
         of = {device: digest(device) for device in self._devices()}
@@ -238,15 +231,14 @@ class Work:
     def table(self) -> list[ResidentTensor]:
         """Where every tensor stands, in the order of the files."""
         numbers = {part.site.name: i for i, part in enumerate(self.parts)}
-        where = {
-            placed.transfer: (i, placed.offset)
-            for part in self.parts
-            for i, plan in enumerate(part.plans)
-            for placed in plan.placed
-        }
+        blocks, offsets = [-1] * len(self.transfers), [0] * len(self.transfers)
+        for part in self.parts:
+            for i, plan in enumerate(part.plans):
+                for index, offset in zip(plan.transfers, plan.offsets, strict=True):
+                    blocks[index], offsets[index] = i, offset
         return [
-            ResidentTensor(t.name, t.dtype, t.shape, numbers[t.device], *where.get(index, (-1, 0)), t.nbytes)
-            for index, t in enumerate(self.transfers)
+            ResidentTensor(t.name, t.dtype, t.shape, numbers[t.device], block, offset, t.row_bytes * t.rows_count)
+            for t, block, offset in zip(self.transfers, blocks, offsets, strict=True)
         ]
 
     def let_go(self) -> None:

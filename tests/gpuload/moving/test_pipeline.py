@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from hypothesis import strategies as st
 from gpuload.device import nodes
 from gpuload.device.base import Device
 from gpuload.device.host import HostDevice, view_of
-from gpuload.errors import DeviceError
+from gpuload.errors import BusyError, DeviceError
 from gpuload.moving.pipeline import Limits, move_batches, move_one_by_one
 from gpuload.moving.plan import Packing, Piece, Transfer, cut_axis, pack_transfers, plan_batches
 from gpuload.moving.shards import Shard, close_shards, open_shards
 from gpuload.moving.source import FileSource, Source
-from gpuload.moving.staging import Ring
+from gpuload.moving.staging import Buffer, Ring
 from gpuload.testing import FaultyDevice, FaultySource, Gate, LendingSource, random_tensors, write
 from mfs.errors import ChangedError, StoreError
 from mfs.safetensors import TensorInfo
@@ -124,6 +125,43 @@ async def test_readers_stay_on_the_processors_of_the_devices_memory_node_for_the
         assert seen
         assert all(one == wanted for one in seen), node
     assert [bytes(m) for m in bed.memory] == bed.want
+
+
+class _Copy:
+    """An event whose copy is still under way, was made, or failed."""
+
+    error: Exception | None = None
+
+    def wait(self, timeout_s: float) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_ring_has_new_buffers_only_where_those_it_has_are_copied_from() -> None:
+    device, copy = HostDevice(is_direct=False), _Copy()
+    with closing(Ring(device, buffer_bytes=100, count=3, first_bytes=10)) as ring:
+
+        def take_and_put(error: Exception | None) -> Buffer:
+            copy.error = error
+            buffer = ring.take()
+            assert buffer is not None
+            buffer.pending = copy
+            ring.put(buffer)
+            return buffer
+
+        one = take_and_put(None)
+        assert one.room == 10
+        assert take_and_put(None) is one, "its copy was made"
+        assert one.room == 100
+        two = take_and_put(BusyError("under way"))
+        assert two is not one
+        with pytest.raises(DeviceError, match="as asked"):
+            take_and_put(DeviceError("as asked"))
+        three = take_and_put(BusyError("under way"))
+        assert three not in (one, two)
+        assert [take_and_put(BusyError("under way")) for _ in range(4)] == [one, two, three, one], "none was lost"
+        assert ring.room == 100
+        ring.rest()
 
 
 async def test_batches_are_moved_while_later_ones_are_planned(bed: _Bed) -> None:

@@ -78,6 +78,18 @@ def test_ranks_together_are_the_tensor() -> None:
     assert (ranks[1][1].rows_count, ranks[1][1].row_bytes, ranks[1][1].pitch_bytes) == (6, 4, 8)
 
 
+def test_a_placement_that_says_one_thing_of_all_tensors_is_what_its_parts_come_to() -> None:
+    tables = [header(a=(3, 5), none=(0, 4), scalar=()), header(b=(7,))]
+    one_by_one = plan_transfers(tables, Placement(device_map={"": "cuda:1"}))
+    assert plan_transfers(tables, Placement(device="cuda:1")) == one_by_one
+    assert [(t.name, t.shard, t.nbytes) for t in one_by_one] == [
+        ("a", 0, 15),
+        ("none", 0, 0),
+        ("scalar", 0, 1),
+        ("b", 1, 7),
+    ]
+
+
 def test_an_axis_that_does_not_divide_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"'x.q_proj.weight' of shape \[9, 2\]"):
         plan_transfers([header(**{"x.q_proj.weight": (9, 2)})], Placement(world=2, rules=MEGATRON_RULES))

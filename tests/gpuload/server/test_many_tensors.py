@@ -30,9 +30,7 @@ def pieces_of(sizes: list[int]) -> list[tuple[int, int, int]]:
     """(first byte in the file, nbytes, first byte in all blocks) of every piece; all blocks side by side."""
     found, reached = [], 0
     for block in plan_blocks(side_by_side(sizes), GRANULE):
-        found += [
-            (p.start, p.nbytes, reached + placed.offset + p.offset) for placed in block.placed for p in placed.pieces
-        ]
+        found += [(piece.start, piece.nbytes, reached + offset) for offset, piece in block.pieces]
         reached += block.nbytes
     return found
 
@@ -42,9 +40,9 @@ def test_every_byte_is_in_one_piece_and_stands_where_its_tensor_does() -> None:
     where, reached = {}, 0
     transfers = side_by_side(sizes)
     for block in plan_blocks(transfers, GRANULE):
-        for placed in block.placed:
-            where[placed.transfer] = reached + placed.offset
-            assert placed.offset % ALIGN_BYTES == 0
+        for index, offset in zip(block.transfers, block.offsets, strict=True):
+            where[index] = reached + offset
+            assert offset % ALIGN_BYTES == 0
         reached += block.nbytes
     pieces = pieces_of(sizes)
     assert [start for start, *_ in pieces] == sorted(start for start, *_ in pieces)
@@ -88,6 +86,6 @@ def test_digests_computed_ahead_are_of_the_pieces_that_a_load_asks_for(tmp_path:
     shards = open_shards([write(tmp_path / "a.safetensors", random_tensors(1, sizes, "U8"))])
     transfers = plan_transfers([shards[0].header], Placement())
     close_shards(shards)
-    wanted = [p for b in plan_blocks(transfers, GRANULE) for placed in b.placed for p in placed.pieces]
+    wanted = [piece for block in plan_blocks(transfers, GRANULE) for _, piece in block.pieces]
     assert list(_pieces(shards, 1, {})[0].values()) == sorted(wanted, key=lambda p: p.start)
     assert len(wanted) == 3
