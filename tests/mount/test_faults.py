@@ -42,10 +42,11 @@ class TestNetwork:
             ({"rate_mb_s": 20, "rtt_ms": 10}, True),
             ({"stall_after_bytes": 0, "faults_count": 1}, True),
             ({"stall_after_bytes": 100_000, "faults_count": 1}, True),
-            ({"reset_after_bytes": 100_000}, False),
-            ({"truncate_after_bytes": 100_000}, False),
+            ({"reset_after_bytes": 100_000}, True),  # every answer: it is read on where it broke off
+            ({"truncate_after_bytes": 100_000}, True),
+            ({"reset_after_bytes": 0}, False),
+            ({"truncate_after_bytes": 0}, False),
             ({"stall_after_bytes": 0}, False),
-            ({"stall_after_bytes": 100_000}, False),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
     )

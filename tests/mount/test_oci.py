@@ -100,10 +100,11 @@ def test_layers_of_every_packing_side_by_side(registry: DockerRegistry, mounted:
     ("weather", "recovers"),
     [
         ({"reset_after_bytes": 100_000, "faults_count": 2}, True),
-        ({"truncate_after_bytes": 100_000}, False),
+        ({"truncate_after_bytes": 100_000}, True),
+        ({"truncate_after_bytes": 0}, False),
         ({"stall_after_bytes": 0}, False),
     ],
-    ids=["resets", "cut off", "stall"],
+    ids=["resets", "each cut off", "nothing", "stall"],
 )
 def test_bad_weather(
     pushed: RegistryOrigin, mounted: Mounted, chaos: Callable[[str], ChaosProxy], registry: DockerRegistry,
