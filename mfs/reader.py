@@ -8,7 +8,7 @@ from typing import Any
 
 import trio
 
-from mfs.cache.chunk_cache import ChunkCache, Pieces
+from mfs.cache.chunk_cache import Begun, ChunkCache, Pieces
 from mfs.cache.chunk_state import ObjectState
 from mfs.errors import MfsError
 from mfs.loads import Load, Loads
@@ -80,33 +80,31 @@ class OpenObject:
             self._load = self._loads.resumed(self._load)
         return self._load
 
-    def begin(self, span: ByteRange, head: bytes | None) -> bool:
+    def begin(self, span: ByteRange, head: bytes | None) -> Begun:
         """Have what RAM lacks of `span` ordered, if nothing stands in the way. Returns what `read` is to be told."""
-        whole_chunks = self.note(span)
-        self._cache.begin(self.state, span, whole_chunks=whole_chunks, head=head)
-        return whole_chunks
+        return self._cache.begin(self.state, span, whole_chunks=self.note(span), head=head)
 
-    async def read(self, span: ByteRange, head: bytes | None, *, whole_chunks: bool) -> Pieces:
+    async def read(self, span: ByteRange, begun: Begun) -> Pieces:
         """The bytes of `span`, good until the next checkpoint. Raises: MfsError."""
         load = self.load
         load.waiting += 1
         try:
             if self._log.watched:
-                return await self._read_watched(span, head, whole_chunks=whole_chunks)
-            return await self._cache.read(self.state, span, whole_chunks=whole_chunks, head=head)
+                return await self._read_watched(span, begun)
+            return await self._cache.read(self.state, span, begun)
         finally:  # no checkpoint here either
             load.waiting -= 1
             load.last_s = time.monotonic()
 
-    async def _read_watched(self, span: ByteRange, head: bytes | None, *, whole_chunks: bool) -> Pieces:
-        since_s, error = time.monotonic(), {}
+    async def _read_watched(self, span: ByteRange, begun: Begun) -> Pieces:
+        error = {}
         try:
-            return await self._cache.read(self.state, span, whole_chunks=whole_chunks, head=head)
+            return await self._cache.read(self.state, span, begun)
         except MfsError as failure:
             error = {"error": str(failure)}
             raise
         finally:  # no checkpoint here: the views are good until the next
-            self._tell("read", start=span.start, stop=span.stop, waited_s=time.monotonic() - since_s, **error)
+            self._tell("read", start=span.start, stop=span.stop, waited_s=time.monotonic() - begun.since_s, **error)
 
     def _tell(self, op: str, **details: object) -> None:
         self._log.note(op, self.state.source, self._path, handle=self._handle, **details)

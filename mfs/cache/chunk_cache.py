@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -55,6 +56,17 @@ _SLOTS_FOR_READERS = 2  # that a model's chunks brought ahead of need leave to i
 
 Pieces = tuple[memoryview | bytes, ...]
 """The bytes of a range, one after the other: a view of each chunk."""
+
+
+class Begun(NamedTuple):
+    """What was ordered for a reader, for him to wait for."""
+
+    since_s: float
+    """time.monotonic()"""
+    fills: dict[int, Fill]
+    """By index of the chunk. Each may have ended before its reader has his turn."""
+    whole_chunks: bool
+    head: bytes | None
 
 
 @dataclass(frozen=True)
@@ -152,37 +164,40 @@ class ChunkCache:
 
     def begin(
         self, state: ObjectState, span: ByteRange, *, whole_chunks: bool = False, head: bytes | None = None
-    ) -> None:
+    ) -> Begun:
         """Have ordered what a reader is about to wait for in `read`, as far as nothing must be waited for before that.
         No checkpoint.
+
+        whole_chunks: fetch all of a missing chunk, because the rest will be wanted.
+        head: with it the worker that brings all of `span` may have answered before `read` returns; see `filling`.
         """
+        begun = Begun(time.monotonic(), {}, whole_chunks, head)
         for index, part in chunk_spans(span):
             mask = block_mask(part.start, part.stop)
             chunk = self._chunk_nowait(state, index, mask)
             if isinstance(chunk, Chunk) and mask & ~chunk.valid:
                 extra = full_mask(chunk.length) if whole_chunks else 0
-                self.filler.fill_for(chunk, mask, extra, Priority.DEMAND, _reply(head, span, part))
+                reply = _reply(head, span, part)
+                begun.fills[index] = self.filler.fill_for(chunk, mask, extra, Priority.DEMAND, reply)
+        return begun
 
-    async def read(
-        self, state: ObjectState, span: ByteRange, *, whole_chunks: bool = False, head: bytes | None = None
-    ) -> Pieces:
+    async def read(self, state: ObjectState, span: ByteRange, begun: Begun | None = None) -> Pieces:
         """Bytes [span.start, span.stop) of the object, all of them.
 
-        span: inside the object. whole_chunks: fetch all of a missing chunk, because the rest will be wanted.
-        head: with it the worker that brings all of `span` may have answered before this returns; see `filling`.
+        span: inside the object. begun: what `begin` returned for it; without, it is as if `begin` could order nothing.
         Returns views that are good until the caller's next checkpoint.
         Raises: MfsError. Cancellation: safe; the fill goes on.
         """
-        parts = list(chunk_spans(span))
+        parts, begun = list(chunk_spans(span)), begun or Begun(time.monotonic(), {}, False, None)
         for index, part in parts:  # who waited while he holds a slot could deadlock against another such reader
-            await self._have(state, index, part, whole_chunks, _reply(head, span, part))
+            await self._have(state, index, part, begun, _reply(begun.head, span, part))
         # no checkpoint until the caller's reply
         pieces = self._deliver(state, parts)
         if pieces is not None:
             return pieces
         copies: list[bytes] = []
         for index, part in parts:  # one was lost while another was waited for
-            await self._have(state, index, part, whole_chunks)
+            await self._have(state, index, part, begun)
             pieces = self._deliver(state, [(index, part)])
             assert pieces is not None  # no checkpoint since
             copies += map(bytes, pieces)
@@ -209,17 +224,22 @@ class ChunkCache:
         return tuple([chunk.view(part.start, part.stop) for chunk, part, _ in hits])
 
     async def _have(
-        self, state: ObjectState, index: int, part: ByteRange, whole_chunk: bool, reply: Reply | None = None
+        self, state: ObjectState, index: int, part: ByteRange, begun: Begun, reply: Reply | None = None
     ) -> None:
         """Wait until RAM has a part of a chunk; it may lose it again at the next checkpoint."""
         chunk, mask = state.chunks.get(index), block_mask(part.start, part.stop)
+        fill = begun.fills.pop(index, None)
         if chunk is not None and not mask & ~chunk.valid:
+            if fill is not None:  # the answer was heard before we had our turn: the reader has waited all the same
+                self.counters.ram_misses += 1
+                self._note_waited(begun.since_s, fill, state, index, mask)
+                return
             self.counters.ram_hit_bytes += len(part)
             self.counters.ram_hits += 1
             return
         self.counters.ram_misses += 1
         length = len(state.object.chunk_range(index))
-        extra = full_mask(length) if whole_chunk else 0
+        extra = full_mask(length) if begun.whole_chunks else 0
         self.release(await self.lease(state, index, mask, extra=extra, reply=reply))
 
     def note_delivery(self, chunk: Chunk, mask: int) -> None:
@@ -312,13 +332,16 @@ class ChunkCache:
             yield
         finally:
             if demand:
-                waited_s, span = time.monotonic() - since_s, mask_span(index, mask, state.object.size)
-                where = state.source, state.object.path, span.start, span.stop
-                cause, decode_s = (on.cause, min(on.decode_s, waited_s)) if isinstance(on, Fill) else (on, 0.0)
-                waited_s -= decode_s
-                self.waits.note(Waited(since_s, waited_s, cause, *where))
-                if decode_s:
-                    self.waits.note(Waited(since_s + waited_s, decode_s, Cause.DECODE, *where))
+                self._note_waited(since_s, on, state, index, mask)
+
+    def _note_waited(self, since_s: float, on: Cause | Fill, state: ObjectState, index: int, mask: int) -> None:
+        waited_s, span = time.monotonic() - since_s, mask_span(index, mask, state.object.size)
+        where = state.source, state.object.path, span.start, span.stop
+        cause, decode_s = (on.cause, min(on.decode_s, waited_s)) if isinstance(on, Fill) else (on, 0.0)
+        waited_s -= decode_s
+        self.waits.note(Waited(since_s, waited_s, cause, *where))
+        if decode_s:
+            self.waits.note(Waited(since_s + waited_s, decode_s, Cause.DECODE, *where))
 
     def _may_lease(self, state: ObjectState, index: int, chunk: Chunk | None, mask: int, demand: bool) -> bool:
         """Whether nothing new must come from the origin, or the model may have one more slot for what does."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
+from typing import Any
 
 from mfs.fuse import protocol
 from mfs.fuse.backing import NodeIds, Passthrough
@@ -161,21 +162,19 @@ class FileOperations:
         try:
             self._failed.raise_if_repeated(handle, span)
             self._waiting.check(file.group)
-            whole_chunks = file.begin(span, head)
+            begun = file.begin(span, head)
         except BaseException:
             self.counters.errors += 1
             raise
-        return self._read_missing(handle, file, span, head, whole_chunks)
+        return self._read_missing(handle, file, span, begun)
 
-    async def _read_missing(
-        self, handle: int, file: OpenFile, span: ByteRange, head: bytes | None, whole_chunks: bool
-    ) -> Body:
+    async def _read_missing(self, handle: int, file: OpenFile, span: ByteRange, begun: Any) -> Body:
         counters = self.counters
         counters.waiting += 1
         since_s = time.monotonic()
         try:
             with self._waiting.for_(file.group):
-                answer = await file.read(span, head, whole_chunks=whole_chunks)
+                answer = await file.read(span, begun)
         except BaseException as error:
             counters.errors += 1
             self._failed.note(handle, span, error, since_s)

@@ -25,15 +25,15 @@ class OpenFile(Protocol):
 
     def read_nowait(self, span: ByteRange) -> Body | None: ...
 
-    def begin(self, span: ByteRange, head: bytes | None) -> bool:
-        """Have what is missing of `span` ordered, if nothing stands in the way; `read` is to follow, with the same
-        `head` and what this returns.
+    def begin(self, span: ByteRange, head: bytes | None) -> Any:
+        """Have what is missing of `span` ordered, if nothing stands in the way; `read` is to follow, with what this
+        returns.
 
         head: what to put before the bytes for whoever brings them to answer the kernel; None: nobody may.
         """
         ...
 
-    async def read(self, span: ByteRange, head: bytes | None, *, whole_chunks: bool) -> Body: ...
+    async def read(self, span: ByteRange, begun: Any) -> Body: ...
 
     async def settle(self) -> None: ...
 

@@ -310,7 +310,9 @@ class TestMount:
 
     @property
     def origin_bytes(self) -> int:
-        """What was fetched from the origins so far, as the daemon counts it."""
+        """What was fetched from the origins so far, as the daemon counts it once it has heard of all that readers got:
+        a worker answers them before."""
+        self.wait_for(lambda: not self.client.status()["reads"]["waiting"], timeout_s=1.0)
         count: int = self.client.status()["origin"]["fetched_bytes"]
         return count
 

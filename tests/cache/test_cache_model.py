@@ -73,7 +73,8 @@ class Model:
 
     async def _check(self, state: ObjectState, span: ByteRange, *, whole_chunks: bool) -> None:
         try:
-            pieces = await self.rig.cache.read(state, span, whole_chunks=whole_chunks)
+            begun = self.rig.cache.begin(state, span, whole_chunks=whole_chunks)
+            pieces = await self.rig.cache.read(state, span, begun)
             assert b"".join(pieces) == self.rig.contents[state.object][span.start : span.stop], f"{state.object} {span}"
         except (ChangedError, NotFoundError):
             assert state.object not in self.current.values()

@@ -38,7 +38,7 @@ async def read(rig: Rig, obj: ObjectId, start: int = 0, stop: int | None = None)
     state = rig.cache.open(obj, 0)
     span = ByteRange(start, obj.size if stop is None else stop)
     try:
-        pieces = await rig.cache.read(state, span)
+        pieces = await rig.cache.read(state, span, rig.cache.begin(state, span))
         assert b"".join(pieces) == rig.contents[obj][span.start : span.stop]
     finally:
         rig.cache.close(state)

@@ -30,6 +30,8 @@ DELAY_S = 0.3
 
 def the_load(mount: TestMount, path: str = "m") -> dict[str, Any]:
     """The last load of a model, whose phases add up."""
+    # a reader may have gone on before the daemon has heard of his bytes
+    assert mount.wait_for(lambda: mount.client.status()["reads"]["waiting"] == 0)
     found: dict[str, Any] = mount.client.loads(path)["loads"][-1]
     assert tuple(found["phases"]) == PHASES
     assert sum(found["phases"].values()) == pytest.approx(found["seconds"], abs=1e-6)

@@ -171,15 +171,15 @@ class TestMemory:
         content = ramp(24 * MIB)
         folder.put("w.bin", content)
         mount = mounted(folder)
-        path = str(mount.path / "w.bin")
-        assert mount.call(touching.read, path) == content
+        mount.call(touching.hold, "w", str(mount.path / "w.bin"))  # and so read through us, also once it is sealed
+        assert mount.call(touching.held_read, "w", 0, len(content)) == content
         mount.wait_saved("w.bin")
         mount.client.evict(["w.bin"], "ram")
-        mount.call(touching.drop_pages, path)
-        assert mount.call(touching.read, path) == content  # from SSD now
+        mount.call(touching.held_drop_pages, "w")
+        assert mount.call(touching.held_read, "w", 0, len(content)) == content  # from SSD now
         files = [file for file in (mount.folder / "cache/v2/objects").rglob("*") if file.is_file()]
         cached = sum(touching.resident_pages(str(file)) for file in files) * 4096
         print(f"page cache held by {len(files)} files: {cached:,} bytes")
         assert cached <= len(files) * 128 * 1024
         # the kernel's memory management may have taken some pages again
-        assert mount.call(touching.resident_pages, path) * 4096 >= len(content) * 0.9
+        assert mount.call(touching.held_resident_pages, "w") * 4096 >= len(content) * 0.9

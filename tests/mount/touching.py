@@ -211,10 +211,18 @@ def drop_pages(path: str) -> None:
         os.close(fd)
 
 
-def resident_pages(path: str) -> int:
-    """How many of a file's pages the kernel's page cache holds (mincore(2))."""
+def held_drop_pages(name: str) -> None:
+    os.posix_fadvise(_held[name], 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def held_resident_pages(name: str) -> int:
+    return resident_pages(_held[name])
+
+
+def resident_pages(file: str | int) -> int:
+    """How many of a file's pages the kernel's page cache holds (mincore(2)); of a path, or a descriptor."""
     libc = ctypes.CDLL(None, use_errno=True)
-    with mapped_privately(path) as (address, size):
+    with mapped_privately(file) as (address, size):
         pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
         assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0, os.strerror(
             ctypes.get_errno()
@@ -223,9 +231,9 @@ def resident_pages(path: str) -> int:
 
 
 @contextlib.contextmanager
-def mapped_privately(path: str) -> Iterator[tuple[int, int]]:
+def mapped_privately(file: str | int) -> Iterator[tuple[int, int]]:
     """(address, size) of a whole file, mapped for as long as the context is open; no byte of it is touched."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(file, os.O_RDONLY) if isinstance(file, str) else os.dup(file)
     try:
         size = os.fstat(fd).st_size
         mapped = mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)

@@ -68,7 +68,8 @@ class Model:
         for at in range(start, stop, BLOCK_BYTES):
             span = ByteRange(at, min(at + BLOCK_BYTES, stop))
             whole = self.prefetcher.note(state, span)
-            pieces = await self.rig.cache.read(state, span, whole_chunks=whole)
+            begun = self.rig.cache.begin(state, span, whole_chunks=whole)
+            pieces = await self.rig.cache.read(state, span, begun)
             assert b"".join(pieces) == self.rig.contents[state.object][span.start : span.stop]
             self.unread_seen = max(self.unread_seen, self.rig.cache.unread_count)
 

@@ -132,7 +132,8 @@ async def replay_on(model: Model, trace: Trace) -> list[ObjectId]:
         else:
             for span in requests(step):
                 whole = model.prefetcher.note(states[step.file], span)
-                pieces = await model.rig.cache.read(states[step.file], span, whole_chunks=whole)
+                begun = model.rig.cache.begin(states[step.file], span, whole_chunks=whole)
+                pieces = await model.rig.cache.read(states[step.file], span, begun)
                 assert b"".join(pieces) == model.rig.contents[objects[step.file]][span.start : span.stop]
     for stacks in opened.values():
         for stack in stacks:
