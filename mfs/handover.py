@@ -178,7 +178,6 @@ class Giver:
                 finally:
                     if given:
                         session.release()
-                        self._mount.pool.take_device_back()
                         self._holder.given()
                     else:
                         self._holder.hold(session.device, self._lock, self._mount.operations.journal.fd)
