@@ -176,10 +176,11 @@ class Holder:
         except OSError:  # it has closed; it may have answered before
             pass
         try:
-            return bool(connection.recv(1))
-        except TimeoutError:  # it lives, and might answer yet: the kernel lets it no more, or shows that it has
-            connection.shutdown(socket.SHUT_RD)
-            return bool(connection.recv(1))
+            try:
+                return bool(connection.recv(1))
+            except TimeoutError:  # it lives, and might answer yet: the kernel lets it no more, or shows that it has
+                connection.shutdown(socket.SHUT_RD)
+                return bool(connection.recv(1))
         except OSError:
             return False
 

@@ -178,7 +178,6 @@ class Giver:
                 finally:
                     if given:
                         session.release()
-                        self._mount.pool.take_device_back()
                         self._holder.given()
                     else:
                         self._holder.hold(session.device, self._lock, self._mount.operations.journal.fd)
@@ -189,7 +188,8 @@ class Giver:
         log.info("handed over to pid %d, after a pause of %.0f ms", pid, (time.monotonic() - paused_at) * 1e3)
         notify(f"MAINPID={main_pid}")
         with trio.move_on_after(_REGISTER_S), suppress(OSError):
-            await sock.recv(1)
+            while await sock.recv(1):  # `held` first, which was only looked at
+                pass
         self.gone.set()
 
     async def _offer(self, sock: trio.socket.SocketType) -> bool:
@@ -205,12 +205,13 @@ class Giver:
                 raise UsageError(f"expected 'mine', got {message[:200]!r}")
             self._holder.giving(sock.fileno())
             await sock.send(b'{"yours": true}')
-            if not await sock.recv(_MESSAGE_BYTES_MAX):
+            # It stays there for our holder, should we be killed before that one knows.
+            if not await sock.recv(_MESSAGE_BYTES_MAX, socket.MSG_PEEK):
                 raise OSError("it ended before anybody held the mount")
             return True
         # It lives, and may be slow: the kernel lets it say so no more, or shows that it has.
         sock.shutdown(socket.SHUT_RD)
-        late = await sock.recv(_MESSAGE_BYTES_MAX)
+        late = await sock.recv(_MESSAGE_BYTES_MAX, socket.MSG_PEEK)
         if late and wire.parse_object(late) == {"ask": "held"}:
             return True
         raise StoreError(f"the new daemon did not say within {_READY_S:g} s that it can serve")

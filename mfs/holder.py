@@ -164,18 +164,20 @@ class _Holder:
 
     def _is_anothers(self, connection: socket.socket) -> bool:
         """Our daemon was killed while it gave the mount away; whether the other one has it."""
-        connection.settimeout(_ANSWER_S)
-        try:
-            connection.send(b'{"yours": true}')  # once more, should it not have come to that
-            return bool(connection.recv(_MESSAGE_BYTES_MAX))
-        except TimeoutError:  # it lives, and might answer yet: the kernel lets it no more, or shows that it has
-            connection.shutdown(socket.SHUT_RD)
-            return bool(connection.recv(_MESSAGE_BYTES_MAX))
-        except OSError:
-            return False
-        finally:
-            connection.close()
+        with connection:
             self._connection = None
+            connection.settimeout(_ANSWER_S)
+            _tell(connection, b'{"yours": true}')  # once more, should it not have come to that
+            try:
+                return bool(connection.recv(_MESSAGE_BYTES_MAX))
+            except TimeoutError:  # it lives, and might answer yet: the kernel lets it no more, or shows that it has
+                connection.shutdown(socket.SHUT_RD)
+            except OSError:  # it has closed its end and not read our word: the kernel says that before what it said
+                pass
+            try:
+                return bool(connection.recv(_MESSAGE_BYTES_MAX))
+            except OSError:
+                return False
 
     def _end(self) -> None:
         self._let_go()

@@ -205,6 +205,7 @@ class Mount:
                     self.on_connected()
                     self.session.start()
                     self.pool.device = self.session.device
+                    self.session.on_letting_go = self.pool.take_device_back
                     nursery.start_soon(self._maintain)
                     nursery.start_soon(self.loads.run)
                     nursery.start_soon(self.tracer.run, self.exporting.send)

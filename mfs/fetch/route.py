@@ -27,7 +27,7 @@ from http.client import HTTPMessage
 from typing import Generic, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from mfs.errors import IntegrityError, MfsError, StoreError
+from mfs.errors import IntegrityError, MfsError, StoreError, TransientStoreError
 from mfs.fetch.connections import Origin
 from mfs.fetch.dates import epoch_s
 from mfs.fetch.redirects import REDIRECT_STATUSES
@@ -165,7 +165,12 @@ class Route:
         asked = _Asked(url, size, headers or {}, name, check, deadline_s)
         if self._cache is None:
             return asked.send(self._transport, span, out)
-        reply, way = self._read(self._cache, asked, shared, span, out)
+        try:
+            reply, way = self._read(self._cache, asked, shared, span, out)
+        except TransientStoreError as error:
+            if error.received_bytes:  # it is read on from there, and what fails here is the origin
+                note_way("direct_bytes", error.received_bytes)
+            raise
         if reply.status in (200, 206):
             note_way(way, len(span))
         return reply

@@ -49,6 +49,9 @@ class Session:
         """Whether leaving unmounts: not before the device is ours, not after it was given away."""
         self.on_closing: Callable[[], None] = lambda: None
         """Told when a session that is ours ends: nobody else need serve it."""
+        self.on_letting_go: Callable[[], None] = lambda: None
+        """Told before the device is let go of, however: its number means something else then, and as long as anybody
+        here has it open, readers of a mount that nobody serves wait."""
         self.is_held: Callable[[], bool] = lambda: False
         """Whether somebody else goes on with it, should we fail."""
         self.channel = channel
@@ -136,6 +139,7 @@ class Session:
     def release(self) -> None:
         """The mount belongs to somebody else now: this session, which answers nothing, never touches it again."""
         self.is_ours = False
+        self.on_letting_go()
         self._operations.files.passthrough.let_go()
         self.channel.disconnect()
 
@@ -178,6 +182,7 @@ class Session:
         still_mounted = self.is_ours and device.is_connected(self.device)
         if self.is_ours:
             self.on_closing()
+        self.on_letting_go()
         pyfuse3.close(unmount=False)  # first: unmounting may ask the file system, and nobody answers any more
         if still_mounted:
             self._unmount()

@@ -108,7 +108,8 @@ class WorkerPool:
         self.tier_fault: str | None = None
         """Why workers serve without the SSD tier, None while they have it or none is wanted."""
         self.device: int | None = None
-        """Where replies go that workers write by themselves; ours. Each worker is given it with the first of them."""
+        """Where replies go that workers write by themselves; ours until `take_device_back`. Each worker is given
+        it with the first of them."""
         self.on_tier_back: Callable[[], None] = lambda: None
         """Told when all workers have the SSD tier again."""
 

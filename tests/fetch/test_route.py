@@ -9,13 +9,16 @@ from http.client import HTTPMessage
 
 import pytest
 
+from mfs.errors import TransientStoreError
 from mfs.fetch import route
+from mfs.fetch.retry import Rest
 from mfs.fetch.route import Cache, Route, Shared, cache_at, proves_itself
 from mfs.fetch.told import taken_ways
 from mfs.fetch.transport import Reply, Transport, parse_target
 from mfs.fetch.validators import opaque_of
 from mfs.testing import ramp
 from mfs.types import ByteRange
+from tests.servers.liar import LiarServer, Lie
 from tests.servers.scripted import Answer, Request, ScriptedServer, s3_object
 
 CONTENT = ramp(100_000)
@@ -97,6 +100,24 @@ def test_what_comes_past_the_cache_is_told_and_why(nodes: Nodes) -> None:
     nodes.origin_says = lambda request: Answer(404)
     nodes.read()
     assert taken_ways() == {}
+
+
+def test_of_what_breaks_off_and_is_read_on_all_is_told(nodes: Nodes, liar: LiarServer) -> None:
+    (liar.files / "w.bin").write_bytes(CONTENT)
+    out = bytearray(1000)
+    rest = Rest(ByteRange(10, 1010), memoryview(out))
+
+    def read(part: ByteRange, view: memoryview) -> None:
+        nodes.route.read_range(
+            f"{liar.url}w.bin", part, out=view, size=len(CONTENT), deadline_s=time.monotonic() + 20
+        )  # fmt: skip
+
+    liar.lie(Lie.TRUNCATED, after_bytes=700)
+    with pytest.raises(TransientStoreError):
+        rest.take(read)
+    liar.tell_truth()
+    rest.take(read)
+    assert (bytes(out), taken_ways()) == (CONTENT[10:1010], {"direct_bytes": 1000})
 
 
 def test_what_may_not_be_shared_is_asked_of_the_origin(nodes: Nodes) -> None:

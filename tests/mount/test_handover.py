@@ -5,6 +5,7 @@ nothing.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import sqlite3
@@ -319,6 +320,29 @@ STOPS_WITH_THE_MOUNT = {
 """A new daemon, or its holder, that stops when it was given the mount and has not yet said that it has it."""
 
 
+def heir_that_stops(pid: int) -> str:
+    """A new daemon that stops the old one when that has given the mount, and not yet heard that it is held."""
+    return (
+        "import os, mfs.handover, mfs.daemon\nhold = mfs.handover.Heir.take_hold\n"
+        "def stop_and_hold(*what):\n"
+        f"    os.kill({pid}, 19)\n"
+        "    hold(*what)\n"
+        "mfs.handover.Heir.take_hold = stop_and_hold\nmfs.daemon.main()"
+    )
+
+
+DIES_WHEN_IT_HEARS = (
+    "import mfs.children, mfs.holder\npython = mfs.children.python\nDAEMON = '''\n"
+    "import os, mfs.handover, mfs.daemon\noffer = mfs.handover.Giver._offer\n"
+    "async def offer_and_die(*what):\n"
+    "    if await offer(*what):\n"
+    "        os.kill(os.getpid(), 9)\n"
+    "mfs.handover.Giver._offer = offer_and_die\nmfs.daemon.main()\n'''\n"
+    "mfs.children.python = lambda m, module, *rest: python('-c', DAEMON, *rest)\nmfs.holder.main()"
+)
+"""A holder of daemons that die when they have heard that the next one is held, and told nobody."""
+
+
 def heir_that_is_slow(folder: Path, seconds: float) -> str:
     """A new daemon that waits for a file before it takes the mount, and then takes its time with what it is told."""
     return (
@@ -515,6 +539,31 @@ class TestFailures:
         assert mount.client.status()["pid"] == pid
         assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE)
         mount.hand_over()
+        assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE)
+
+    def test_an_old_daemon_that_dies_before_it_hears_that_the_new_one_serves_is_not_followed(
+        self, folder: origins.FolderOrigin, mounted: Mounted
+    ) -> None:
+        """The new one has said so and gone its way: what it said still stands in the connection it has closed."""
+        folder.put("w.bin", ramp(SIZE))
+        mount = mounted(folder)
+        old = mount.pid
+        heir, answer = mount.spawn(handover=True, program=heir_that_stops(old))
+        with open(answer) as said:
+            mount.ready = json.loads(said.read().splitlines()[-1])
+        os.kill(old, signal.SIGKILL)
+        mount.adopt(heir, old_status=-signal.SIGKILL)
+        assert "starting the next one" not in mount.log
+        assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE)
+
+    def test_an_old_daemon_that_dies_when_it_hears_that_the_new_one_serves_is_not_followed(
+        self, folder: origins.FolderOrigin, mounted: Mounted
+    ) -> None:
+        folder.put("w.bin", ramp(SIZE))
+        mount = mounted(folder)
+        mount.hand_over(program=DIES_WHEN_IT_HEARS)
+        mount.hand_over(old_status=-signal.SIGKILL)
+        assert "starting the next one" not in mount.log
         assert mount.call(touching.read, str(mount.path / "w.bin")) == ramp(SIZE)
 
     def test_two_new_daemons_at_once(self, folder: origins.FolderOrigin, mounted: Mounted) -> None:

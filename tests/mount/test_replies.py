@@ -133,3 +133,25 @@ def test_random_faults_go_on_while_the_mount_is_handed_over(faulty: _Faulty) -> 
     mount.hand_over()
     assert [reader.finish(timeout_s=60) for reader in readers] == [4000] * 3
     assert mount.client.status()["reads"]["errors_count"] == 0
+
+
+def test_nobody_is_given_the_device_of_a_mount_that_is_gone(faulty: _Faulty) -> None:
+    """What is only in RAM is being saved, and what was ordered for a reader is ordered again."""
+    mount = faulty.mount
+    mount.alarms_expected.append(r"worker \d+ ended")
+    reader = mount.outside()
+    reader.call(hold, faulty.file)
+    assert reader.call(read_held, faulty.file, 4096) == CONTENT[4096:8192]
+    faulty.gate.touch()
+    reader.start(read_held, faulty.file)
+    assert mount.wait_for(lambda: faulty.asked() == 1)
+    workers = mount.client.status()["workers"]
+    for worker in workers:
+        os.kill(worker["pid"], signal.SIGSTOP)
+    os.kill(mount.holder_pid, signal.SIGTERM)
+    assert mount.wait_for(lambda: not mount.is_mounted)
+    [busy] = [worker["pid"] for worker in workers if worker["inflight"]]
+    os.kill(busy, signal.SIGKILL)
+    mount.wait_ended()
+    assert mount.status == 0
+    mount.check_log()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mfs.errors import MfsError, TransientStoreError
+from mfs.errors import ChangedError, MfsError, TransientStoreError
+from mfs.fetch.told import telling
 from mfs.sources import SourceOptions, open_source
 from mfs.sources.base import Source
 from mfs.testing import ramp
@@ -90,6 +92,29 @@ def test_who_never_sends_all_of_it_is_read_on_where_he_broke_off(reached: Reache
     proxy.set(**{fault: obj.size // 8})
     assert read(source, obj) == ramp(obj.size)
     assert proxy.stats().faults >= 8
+
+
+def test_what_is_read_on_is_of_the_version_that_broke_off(
+    nginx: NginxServer, chaos: Callable[[str], ChaosProxy]
+) -> None:
+    file = nginx.files / "replaced" / "w.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(ramp(SIZE))
+    os.utime(file, (1e9, 1e9))  # nginx's ETag is size and second
+    proxy = chaos(nginx.url)
+    source = open_source(f"{proxy.url}replaced/")
+    obj = object_of(source, "w.txt", list_tree(source)["w.txt"])
+    proxy.set(truncate_after_bytes=SIZE // 2, faults_count=1)
+    told: list[TransientStoreError] = []
+
+    def replace(error: TransientStoreError) -> None:
+        told.append(error)
+        file.write_bytes(ramp(SIZE, 1))
+
+    with telling(replace), pytest.raises(ChangedError):
+        read(source, obj)
+    assert [error.received_bytes > 0 for error in told] == [True]
+    source.close()
 
 
 def test_refused_connections_are_tried_again(reached: Reached) -> None:

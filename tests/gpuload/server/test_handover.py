@@ -259,6 +259,22 @@ class TestKilled:
         assert done.returncode == -signal.SIGKILL
         assert "starting the next one" not in done.stderr
 
+    def test_an_heir_that_goes_as_it_is_given_up_does_not_take_the_holder_along(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It has not read the last word to it, which the kernel reports as a connection that was reset."""
+        monkeypatch.setattr(holder, "_ANSWER_S", 0.05)
+        ours, theirs = socket.socketpair()
+
+        class Late(socket.socket):
+            def shutdown(self, how: int) -> None:
+                theirs.close()
+                super().shutdown(how)
+
+        one = holder.Holder([])
+        with one._sock, Late(fileno=ours.detach()) as connection:
+            assert not one._is_anothers(connection, b"yours")
+
     def test_one_that_is_killed_over_giving_its_place_is_followed_unless_the_other_serves(self, tmp_path: Path) -> None:
         for answer in ("serves", ""):
             fake = FAKE_THAT_GIVES.format(answer=answer)
