@@ -237,7 +237,13 @@ def _load(
     name = name or Path(os.path.abspath(model)).name.removesuffix(".safetensors")
     options |= ({"explain": True} if is_explained else {}) | ({"wait_s": wait_s} if wait_s else {})
     began_s = time.monotonic()
-    reply = load_resident(model, name, device, is_swap=is_swap, options=options, socket_path=socket_path)
+
+    def on_wait() -> None:
+        say(f"no server is at {socket_path or default_socket()} yet; waiting a moment for one", "gpuload")
+
+    reply = load_resident(
+        model, name, device, is_swap=is_swap, options=options, socket_path=socket_path, on_wait=on_wait
+    )
     if is_explained:
         from gpuload.cli.explaining import explain
 

@@ -27,6 +27,12 @@ LOAD_S = 3600.0
 """Deadlines. Hundreds of programs may connect at once. A load may wait for its turn behind others, and for an origin
 behind a mount."""
 
+START_S = 10.0
+"""Until the door of a server that was started just before: 2.5 s after `gpuload serve` where others want two cores
+four times over."""
+
+START_POLL_S = 0.05
+
 _TIMEVAL = struct.Struct("ll")
 
 
@@ -39,6 +45,7 @@ def load_resident(
     options: Mapping[str, Any] | None = None,
     socket_path: str | None = None,
     timeout_s: float = LOAD_S,
+    on_wait: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
     """Make a folder, index or file resident under a name (`is_swap`: in place of who has it); returns the report.
 
@@ -46,6 +53,7 @@ def load_resident(
         only device, and for a swap where the model stands that it replaces.
     options: 'device_map', 'ranks', 'rank', 'world', 'rules', 'pinned', 'retain', 'allow_gap', 'label', 'explain', as
         the protocol has them (PROTOCOL.md).
+    on_wait: called if no server is there, and START_S given to one that was started just before; None: none is given.
     Raises: FitError naming the shortfall, UsageError, AwayError, and what reading the files raises.
     Cancellation: closing the connection (an interrupt does) cancels the load; the old model keeps serving.
     """
@@ -54,7 +62,7 @@ def load_resident(
     request = {"label": os.path.abspath(os.fspath(where)), **(options or {}), "left_out": left_out(found)}
     request |= {"op": "swap" if is_swap else "load", "model": model, "device": device, "files": paths}
     request |= {"traceparent": traceparent} if (traceparent := inherited()) else {}
-    with contextlib.closing(connect(socket_path, timeout_s)) as sock:
+    with contextlib.closing(_connect_to_new(socket_path, timeout_s, on_wait)) as sock:
         reply, got = exchange(sock, request, (), paths=paths)
         wire.close_all(got)
         return reply
@@ -95,6 +103,21 @@ def ask(
         return reply
 
 
+def _connect_to_new(socket_path: str | None, timeout_s: float, on_wait: Callable[[], object] | None) -> socket.socket:
+    """See `load_resident`. Raises: as `connect`."""
+    until_s: float | None = None
+    while True:
+        try:
+            return connect(socket_path, timeout_s)
+        except AwayError:
+            if on_wait is None or (until_s is not None and time.monotonic() > until_s):
+                raise
+        if until_s is None:
+            until_s = time.monotonic() + START_S
+            on_wait()
+        time.sleep(START_POLL_S)
+
+
 def connect(socket_path: str | None, timeout_s: float) -> socket.socket:
     """A connection with `timeout_s` for each step on it. Raises: AwayError, AccessError, BusyError."""
     path = socket_path or default_socket()
@@ -118,8 +141,7 @@ def connect(socket_path: str | None, timeout_s: float) -> socket.socket:
         ) from None
     except OSError as error:
         sock.close()
-        refused = "nobody listens there: it is starting, or has died"  # a server takes the name before it serves
-        why = refused if error.errno == errno.ECONNREFUSED else error.strerror or error
+        why = "the one that was there has died" if error.errno == errno.ECONNREFUSED else error.strerror or error
         raise AwayError(f"no gpuload server at {path} ({why}); start one with `gpuload serve`") from None
     _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if socket_path is None and SOCKET_VARIABLE not in os.environ and owner not in (0, os.geteuid()):

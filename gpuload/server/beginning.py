@@ -66,11 +66,23 @@ class Beginning:
     store: Store
     version: str
     _tiers: dict[int | None, RamTier] = field(default_factory=dict)
+    _door: Door | None = None
+
+    def open_door(self, left: Left | None = None) -> Door:
+        """Once; with no device yet, too: they may take seconds, which who connects waits for. Raises: ConfigError,
+        BusyError."""
+        if self._door is None:
+            given = None
+            if left is not None and self._has_door(left):
+                given = (left.take("socket"), left.take("lock"))
+            config = self.config
+            self._door = self.stack.enter_context(opened(config.socket_path, config.socket_mode, config.backlog, given))
+        return self._door
 
     async def anew(self, left: Left | None = None) -> Begun:
         """With arenas that nobody has; of `left` the door alone. Raises: ConfigError, BusyError, FitError,
         DeviceError."""
-        door = self._door(left)
+        door = self.open_door(left)
         if left is not None:  # before memory is asked for that it still has
             for name in left.close():
                 self.store.remove(name)
@@ -93,7 +105,7 @@ class Beginning:
             log.warning("the weights that were resident are given up: %s", error)
             await stack.aclose()
             return None
-        door = self._door(left)
+        door = self.open_door(left)
         self.stack.push_async_exit(stack.pop_all())
         for name in left.close():  # of clients and models that were gone, or nearly there
             self.store.remove(name)
@@ -104,7 +116,7 @@ class Beginning:
         left, theirs = await heir.begin()
         self.stack.callback(left.close)
         check_devices(theirs, self._wanted())
-        door = self._door(left)
+        door = self.open_door(left)
         door.is_left = True  # until it is ours
         left.index = {"devices": theirs}
         sites = await self._sites(self.stack, left)
@@ -130,12 +142,6 @@ class Beginning:
 
     def _has_door(self, left: Left) -> bool:
         return "lock" in left.fds and "socket" in left.fds and leads_to(left.fds["socket"], self.config.socket_path)
-
-    def _door(self, left: Left | None) -> Door:
-        given = None
-        if left is not None and self._has_door(left):
-            given = (left.take("socket"), left.take("lock"))
-        return self.stack.enter_context(opened(self.config.socket_path, self.config.socket_mode, given))
 
     def _wanted(self) -> list[tuple[str, str, int, int]]:
         return [

@@ -99,11 +99,13 @@ async def serve(
             stored = list(left.fds) if left is not None else []
             heir = stack.enter_context(contextlib.closing(Heir(config.socket_path, VERSION))) if takes_over else None
             devices: dict[str, Device] = {}
+            store = Store(config.store_address)
+            beginning = Beginning(stack, config, devices, store, VERSION)
+            if heir is None and left is None:
+                beginning.open_door()
             for name in config.arena_bytes:
                 devices[name] = open_one(name)
                 stack.callback(devices[name].close)
-            store = Store(config.store_address)
-            beginning = Beginning(stack, config, devices, store, VERSION)
             if heir is not None:
                 begun = await beginning.take_over(heir)
             else:

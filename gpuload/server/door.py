@@ -1,7 +1,7 @@
 """Where clients come in: the socket at its path, and the lock beside it.
 
 The lock tells a dead server's socket from a live one's without asking it, and without a race. Both may be a server's
-before, whose clients wait in the socket meanwhile.
+before, whose clients wait in the socket meanwhile; those of a server that begins wait there as well.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ class Door:
 
 
 @contextlib.contextmanager
-def opened(path: str, mode: int, given: tuple[int, int] | None = None) -> Iterator[Door]:
-    """given: descriptors of a socket and a lock that are there, ours from here on. Raises: ConfigError, BusyError."""
-    sock, lock = _bound(path, mode) if given is None else (socket.socket(fileno=given[0]), given[1])
+def opened(path: str, mode: int, backlog: int, given: tuple[int, int] | None = None) -> Iterator[Door]:
+    """backlog: clients that wait to be accepted, from here on.
+    given: descriptors of a socket and a lock that are there, ours from here on.
+    Raises: ConfigError, BusyError.
+    """
+    sock, lock = _bound(path, mode, backlog) if given is None else (socket.socket(fileno=given[0]), given[1])
     door = Door(sock, lock, path)
     try:
         yield door
@@ -56,7 +59,7 @@ def leads_to(fd: int, path: str) -> bool:
         return False
 
 
-def _bound(path: str, mode: int) -> tuple[socket.socket, int]:
+def _bound(path: str, mode: int, backlog: int) -> tuple[socket.socket, int]:
     folder = os.path.dirname(os.path.abspath(path))
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -85,6 +88,7 @@ def _bound(path: str, mode: int) -> tuple[socket.socket, int]:
         try:
             sock.bind(path)
             os.chmod(path, mode)
+            sock.listen(backlog)
         except OSError as error:
             raise ConfigError(f"cannot make a socket at {path}: {error.strerror or error}") from None
     except BaseException:

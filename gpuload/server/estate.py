@@ -57,7 +57,8 @@ FORMAT = 2
 """Of index and records together. Raised whenever one server would misread another's."""
 
 SLOT_BYTES = 8 << 20
-"""Models and leases of a server take tens of bytes each."""
+"""Models and leases of a server take tens of bytes each. Past half of it no model comes: the rest is for leases, and
+for names that models have lost, which double what it takes at most."""
 
 STORE_S = 5.0
 """Longest wait for a service manager to take a descriptor. It has not answered for thousands of them by then."""
@@ -313,6 +314,8 @@ class Estate:
 
         Raises: BusyError if no more can be kept.
         """
+        if len(self.index.content) > SLOT_BYTES // 2:
+            raise BusyError("the gpuload server has as many models as it can leave to a successor: evict some")
         content = await trio.to_thread.run_sync(packed, model)
         number, self.counters.next_model = self.counters.next_model, self.counters.next_model + 1
         record = memory_file("gpuload-model", content)

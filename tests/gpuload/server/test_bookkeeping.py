@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuload.errors import FitError
 from gpuload.moving.plan import Transfer
-from gpuload.server.catalog import Catalog, Model, Part
+from gpuload.server.catalog import Block, Catalog, Model, Part, ResidentTensor
+from gpuload.server.estate import FORMAT
 from gpuload.server.granules import PIECE_COUNT, Granules, Pieces
 from gpuload.server.layout import ALIGN_BYTES, BLOCK_GRANULES, plan_blocks
+from gpuload.server.records import packed
 
 
 @settings(max_examples=200, deadline=None)
@@ -225,3 +228,20 @@ def test_a_piece_is_found_in_whatever_block_still_has_it() -> None:
     assert catalog.find_piece(b"p") == (second, 7)
     catalog.let_go(second)
     assert catalog.find_piece(b"p") is None
+
+
+def test_a_record_is_what_servers_of_its_format_write() -> None:
+    """Another one misreads, or refuses, what is other than this: `FORMAT` is to be raised with it."""
+    block = Block([(0, 1)], 12, b"d" * 32, [(0, 12, b"p" * 32)])
+    part = Part(Catalog("cpu", 8, 4096), "e", [block])
+    record = packed(Model(None, "c", [part], [ResidentTensor("t", "F32", (3,), 0, 0, 0, 12)], [{"k": "v"}]))
+    assert FORMAT == 2
+    assert msgpack.unpackb(record) == {
+        "digest": "c",
+        "label": "",
+        "retain": "lru",
+        "metadata": [{"k": "v"}],
+        "placements": [{"device": "cpu", "device_map": {}, "rank": 0, "world": 1, "rules": {}}],
+        "tensors": [["t", "F32", [3], 0, 0, 0, 12]],
+        "parts": [["cpu", "e", [[[[0, 1]], 12, b"d" * 32, [[0, 12, b"p" * 32]]]]]],
+    }

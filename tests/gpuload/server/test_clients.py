@@ -9,7 +9,8 @@ import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from pathlib import Path
 import pytest
 
 import gpuload.client.tensors
+from gpuload.client import asking
 from gpuload.client.asking import ask, connect, load_resident
 from gpuload.client.attached import attach, open_resident
 from gpuload.device.base import Run
 from gpuload.device.host import HostDevice
-from gpuload.errors import BusyError
+from gpuload.errors import AwayError, BusyError
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import ServerThread, assert_same, random_tensors, running_server, write
 from gpuload.wire import receive_blocking, send_blocking
@@ -228,3 +230,62 @@ def test_others_are_answered_while_the_driver_hands_out_a_model(
         go_on.set()
         assert_same(held.result(), want)
     del held
+
+
+class TestWhileItBegins:
+    """A card may take seconds to answer, an arena to be mapped; who asks meanwhile is answered later."""
+
+    @pytest.fixture
+    def begins(self, config: ServerConfig, small_granules: None) -> Iterator[tuple[threading.Event, threading.Event]]:
+        """Set it and a server begins, without its device until the second is set."""
+        starts, goes_on = threading.Event(), threading.Event()
+
+        def open_one(name: str) -> HostDevice:
+            assert goes_on.wait(60)
+            return HostDevice(granule_bytes=4096)
+
+        def run() -> None:
+            assert starts.wait(60)
+            with running_server(config, open_one):
+                assert ends.wait(60)
+
+        ends = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            served = pool.submit(run)
+            yield starts, goes_on
+            for event in (starts, goes_on, ends):
+                event.set()
+        served.result()
+
+    def test_who_connects_waits(
+        self, begins: tuple[threading.Event, threading.Event], config: ServerConfig, tmp_path: Path
+    ) -> None:
+        starts, goes_on = begins
+        starts.set()
+        until = time.monotonic() + 60
+        while not os.path.exists(config.socket_path):
+            assert time.monotonic() < until
+        with contextlib.closing(connect(config.socket_path, 60)) as sock:
+            send_blocking(sock, {"op": "ping"})
+            goes_on.set()
+            assert "error" not in receive_blocking(sock)[0]
+
+    def test_a_load_waits_for_the_door_too(
+        self, begins: tuple[threading.Event, threading.Event], config: ServerConfig, tmp_path: Path
+    ) -> None:
+        file = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (4,)}))
+        starts, goes_on = begins
+        goes_on.set()
+        with pytest.raises(AwayError, match="No such file"):
+            load_resident(file, "m", "cpu", socket_path=config.socket_path)
+        told = []
+        reply = load_resident(
+            file, "m", "cpu", socket_path=config.socket_path, on_wait=lambda: (told.append(1), starts.set())
+        )
+        assert (reply["generation"], told) == (1, [1])
+
+    def test_a_load_does_not_wait_for_ever(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(asking, "START_S", 0.0)
+        file = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (4,)}))
+        with pytest.raises(AwayError, match="start one with"):
+            load_resident(file, "m", "cpu", socket_path=str(tmp_path / "s.sock"), on_wait=lambda: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -22,7 +23,7 @@ from gpuload.client.attached import Attached, attach, open_resident
 from gpuload.device.base import Arena, Memory
 from gpuload.device.host import HostDevice
 from gpuload.errors import AwayError, BusyError, DeviceError, FitError, ServerError, from_wire, to_wire
-from gpuload.server import catalog, operations
+from gpuload.server import catalog, estate, operations, succession
 from gpuload.server.daemon import ServerConfig
 from gpuload.testing import FaultyDevice, Gate, ServerThread, assert_same, random_tensors, running_server, write
 from mfs.errors import ChangedError, MfsError, UsageError
@@ -207,6 +208,41 @@ def test_a_refusal_names_some_of_many_models(
     for op, more in (("attach", {"device": "cpu"}), ("attach", {}), ("unload", {}), ("resize", {"bytes": 0})):
         with pytest.raises(MfsError, match=r" m\d, m\d, m\d and 2 more"):
             ask({"op": op, "model": "x", **more}, socket_path=server.socket_path)
+
+
+def test_no_more_models_than_can_be_left_to_a_successor(
+    config: ServerConfig, small_granules: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estate, "SLOT_BYTES", 4096)
+    file = write(tmp_path / "a.safetensors", random_tensors(1, {"w": (4,)}))
+
+    there = set[str]()
+
+    def load(*numbers: int) -> None:
+        for name in (f"{number:0200}" for number in numbers):
+            load_resident(file, name, "cpu", socket_path=server.socket_path)
+            there.add(name)
+
+    def said() -> set[str]:
+        fds = [int(name) for name in os.listdir("/proc/self/fd") if _leads_to(name) == "/memfd:gpuload-index (deleted)"]
+        index = estate.Index(os.dup(fds[-1]))
+        with contextlib.closing(index):
+            return {name for _, name, *_ in succession.parsed(index.content)["models"]}
+
+    with running_server(config, lambda _: HostDevice(granule_bytes=4096)) as server:
+        with pytest.raises(BusyError, match="evict some"):
+            load(*range(100))
+        assert said() == there
+        while there:
+            ask({"op": "unload", "model": there.pop()}, socket_path=server.socket_path)
+        load(100)
+        assert said() == there
+
+
+def _leads_to(fd: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/self/fd/{fd}")
+    return ""
 
 
 def test_a_swap_with_a_gap_where_both_do_not_fit(server: ServerThread, tmp_path: Path) -> None:
