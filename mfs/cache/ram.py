@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import math
 import os
 import resource
 from collections import deque
@@ -122,6 +123,12 @@ class RamTier:
             self.slots_count = min(self.slots_count, max(SLOTS_COUNT_MIN, fitting_count))
             self.size_bytes = self.slots_count * CHUNK_BYTES
             self.shortage = f"{misfit}; going on with {self.size_bytes} bytes until it is mounted anew or handed over"
+        largest = _raised(resource.RLIMIT_FSIZE)
+        if largest < self.size_bytes and not config.serves:
+            raise ConfigError(
+                f"RAM budget of {self.size_bytes} bytes does not fit: ulimit -f allows files of {largest} bytes, and "
+                f"memory is one file, as each model's file is; ulimit -f unlimited (systemd: LimitFSIZE=)"
+            )
         self.objects_max = _objects_max()
         """Files at once. Each costs a descriptor, a mapping and, however small it is, a page of 2 MiB."""
         self._tmpfs: PrivateTmpfs | None = None
@@ -339,15 +346,20 @@ def _punch(file: RamFile, start: int) -> None:
 
 
 def _objects_max() -> int:
-    """What descriptors and mappings allow; raises the soft limit of descriptors to the hard one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    """What descriptors and mappings allow."""
     mappings = _MAPPINGS_MAX
     with suppress(OSError, ValueError):
         mappings = int(Path("/proc/sys/vm/max_map_count").read_text())
-    descriptors = mappings if hard == resource.RLIM_INFINITY else hard - _OTHER_DESCRIPTORS
+    descriptors = int(min(mappings, _raised(resource.RLIMIT_NOFILE) - _OTHER_DESCRIPTORS))
     return max(SLOTS_COUNT_MIN, min(mappings // 2, descriptors))
+
+
+def _raised(limit: int) -> float:
+    """A limit of this process and of the workers to come, once its soft one is raised to the hard one."""
+    soft, hard = resource.getrlimit(limit)
+    if soft != hard:
+        resource.setrlimit(limit, (hard, hard))
+    return math.inf if hard == resource.RLIM_INFINITY else hard
 
 
 def write(place: Place, content: memoryview) -> None:

@@ -17,6 +17,7 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
+from mfs.fetch.dial import dial
 from mfs.fetch.environment import Proxy
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def connect(
     Raises: TimeoutError, OSError, ssl.SSLError, http.client.HTTPException.
     """
     address = (proxy.host, proxy.port) if proxy else (host, port)
-    sock = socket.create_connection(address, timeout=patience_s(deadline_s, CONNECT_S))
+    sock = dial(*address, patience_s(deadline_s, CONNECT_S))
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if scheme != "https":

@@ -171,7 +171,10 @@ class Authenticator:
     def _fetch(self, challenge: Challenge, scopes: Scopes, credentials: Credentials, deadline_s: float) -> _Token:
         """Ask the token server. Redirects are not followed: it is named as it is meant."""
         realm = challenge.realm
-        shown = f"the token server {parse_target(realm).shown}"
+        try:
+            shown = f"the token server {parse_target(realm).shown}"
+        except StoreError as e:
+            raise StoreError(f"{self._registry}: names its token server by {realm[:200]!r}: {e}") from e
         if self._is_https and urlsplit(realm).scheme != "https":
             raise StoreError(f"{self._registry}: names {shown}, which is not https: nothing is sent there")
         fields = [("service", challenge.service)] if challenge.service else []

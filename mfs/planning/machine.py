@@ -80,11 +80,11 @@ def _processes(root: Path) -> Finding:
 
 
 def _file_size(wanted: Wanted) -> Finding:
-    """RLIMIT_FSIZE, beyond which a write is a signal: an object of the cache or of RAM is one file."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if soft == resource.RLIM_INFINITY:
+    """RLIMIT_FSIZE, up to which a mount raises its own: an object of the cache or of RAM is one file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if hard == resource.RLIM_INFINITY:
         return ok("file size", "unlimited")
-    value = f"files of {format_size(soft)} at most (ulimit -f)"
+    value = f"files of {format_size(hard)} at most (ulimit -f)"
     return fault("file size", value, "a model's file is one file here too: ulimit -f unlimited (systemd: LimitFSIZE=)")
 
 

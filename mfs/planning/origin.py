@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from mfs.config import SourceConfig
 from mfs.errors import AccessError, MfsError, NotFoundError, TransientStoreError
 from mfs.fetch.dates import epoch_s
+from mfs.fetch.dial import dial
 from mfs.fetch.environment import Proxy, proxy_for, trust_store
 from mfs.fetch.transport import Target, Transport, parse_target, translate
 from mfs.fetch.wire import connect
@@ -53,7 +54,7 @@ def _between(name: str, url: str, step_s: float) -> Finding:
     try:
         target = parse_target(url)
         began = time.monotonic()
-        socket.create_connection((target.origin.host, target.origin.port), timeout=step_s).close()
+        dial(target.origin.host, target.origin.port, step_s).close()
     except MfsError as error:
         return fault(what, str(error), "name it as http://host:port")
     except (OSError, UnicodeError) as error:
@@ -94,7 +95,7 @@ def _reach(name: str, address: str, *, is_signed: bool, wanted: Wanted) -> Gener
     )
     try:
         began = time.monotonic()
-        socket.create_connection(first, timeout=step_s).close()
+        dial(*first, step_s).close()
         yield ok(f"{name}: connection", f"{first[0]} port {first[1]} answers in {_ms(time.monotonic() - began)}")
     except OSError as error:
         yield fault(

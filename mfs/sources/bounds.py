@@ -20,6 +20,8 @@ DEPTH_MAX = 512
 """Names in a path. A key of S3 has 1,024 bytes, so none is deeper; what publishing costs grows with it."""
 FILE_BYTES_MAX = 16 << 40
 """As large as ext4 lets a file be. Tables count a file's chunks: 4 million of them still fit a frame."""
+EMPTY_DIGEST = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"""Of no bytes."""
 VERSION_BYTES_MAX = 1024
 LOCATOR_BYTES_MAX = 2048
 DIGEST_BYTES_MAX = 128
@@ -52,6 +54,8 @@ def value_fault(entry: Entry) -> str | None:
     if not 0 <= entry.size <= FILE_BYTES_MAX:
         size = str(entry.size) if abs(entry.size) < 10**30 else "of more than 30 digits"
         return f"has the size {size}, expected 0 to {FILE_BYTES_MAX}"
+    if not entry.size and entry.digest and entry.digest.startswith("sha256:") and entry.digest != EMPTY_DIGEST:
+        return f"has no bytes, and the {entry.digest[:19]}… of some"  # nothing is asked for: nothing else would tell
     most = PATH_BYTES_MAX if entry.kind is EntryKind.SYMLINK else VERSION_BYTES_MAX
     for what, text, bytes_max in (
         ("version", entry.version, most),

@@ -168,8 +168,8 @@ class HfSource:
             token = self._token
             address, is_new = self._address(commit, path, where, deadline_s)
             reply, hop = fetch(address)
-            # The address has died before its time, or the token since the address was asked for.
-            if reply.status in (401, 403, 404, 410) and (not is_new or self._renew_token(token)):
+            # The address has died before its time, which stores say as 400 too, or the token since it was asked for.
+            if reply.status in (400, 401, 403, 404, 410) and (not is_new or self._renew_token(token)):
                 self._forget(commit, path, address)
                 address, _ = self._address(commit, path, where, deadline_s)
                 reply, hop = fetch(address)

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
-from mfs.errors import AccessError, MfsError
+from mfs.errors import AccessError, MfsError, NotFoundError
 from mfs.several import for_each
 from mfs.tree.listing import Drafts, Listing
 from mfs.tree.namespace import Lister, Namespace
@@ -194,11 +194,25 @@ class _Look:
 
     async def at(self, path: str) -> None:
         """List a directory, and what comes along below it. Raises: MfsError."""
-        drafts, asked = Drafts(path, self._now), self._namespace.published_count
-        await self._lister(self.top.source, path, drafts)
-        found = drafts.finish()
+        asked = self._namespace.published_count
+        found = await self._list(path)
         self.pages |= found
         self._asked |= dict.fromkeys(found, asked)
+
+    async def _list(self, path: str) -> dict[str, Listing]:
+        drafts = Drafts(path, self._now)
+        await self._lister(self.top.source, path, drafts)
+        return drafts.finish()
+
+    async def _is_gone(self, path: str, top: str) -> bool:
+        """Whether a directory that is not found has left the one it stood in, or that one its own, up to `top`."""
+        above, _, name = path.rpartition("/")
+        try:
+            return (await self._list(above))[above].find(name.encode()) < 0
+        except NotFoundError:
+            if above == top:
+                raise
+            return await self._is_gone(above, top)
 
     def _now(self, path: str) -> Listing | None:
         """What a directory shows now, None if it is not listed."""
@@ -218,21 +232,26 @@ class _Look:
         async def look(at: str) -> None:
             try:
                 await self.at(at)
+            except NotFoundError:  # it went while we looked, as checkpoints that are being written do
+                if at == path or not await self._is_gone(at, path):
+                    raise
+                above, _, name = at.rpartition("/")
+                self.pages[above] = self.pages[above].without({name.encode()})
             except AccessError as error:  # refused for good: it says so to whoever looks, and keeps nothing else back
                 if at not in new:
                     raise
                 logger.warning("%s is shown and cannot be looked into: %s", at, error)
 
         while level:
-            await for_each([path for path in level if path not in self.pages], look, at_once=_PARALLEL)
-            level = [path for path in level if path in self.pages]
+            await for_each([at for at in level if at not in self.pages], look, at_once=_PARALLEL)
+            level = [at for at in level if at in self.pages]
             found += level
             below: list[str] = []
-            for path in level:
-                old = self._now(path)
-                for name in self.pages[path].directories():
+            for above in level:
+                old = self._now(above)
+                for name in self.pages[above].directories():
                     await turn.end()
-                    child = f"{path}/{name.decode()}" if path else name.decode()
+                    child = f"{above}/{name.decode()}" if above else name.decode()
                     place = old.find(name) if old is not None else -1
                     if old is not None and place >= 0 and old.kinds[place] == EntryKind.DIRECTORY:
                         wanted = child in self.pages or self.is_listed(old.inodes[place])

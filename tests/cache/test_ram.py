@@ -261,6 +261,36 @@ def test_a_budget_beyond_the_machine_is_refused(budget_bytes: int) -> None:
         RamTier(RamConfig(budget_bytes))
 
 
+_LIMITED = """
+import resource
+from mfs.cache.ram import RamConfig, RamTier
+resource.setrlimit(resource.RLIMIT_FSIZE, {limits})
+memory = RamTier(RamConfig({budget}))
+memory.open({budget})
+print(*resource.getrlimit(resource.RLIMIT_FSIZE))
+"""
+
+
+def limited(soft: int, hard: int) -> tuple[str, str]:
+    """What is printed and said of a tier in a process whose files are limited."""
+    script = _LIMITED.format(limits=(soft, hard), budget=BUDGET)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    return done.stdout.strip(), done.stderr
+
+
+def test_files_may_be_as_large_as_the_hard_limit_says() -> None:
+    assert limited(4096, -1) == ("-1 -1", "")
+    assert limited(4096, BUDGET) == (f"{BUDGET} {BUDGET}", "")
+
+
+def test_a_budget_larger_than_a_file_may_be_is_refused() -> None:
+    said, error = limited(4096, BUDGET - 1)
+    assert not said
+    assert (
+        f"ConfigError: RAM budget of {BUDGET} bytes does not fit: ulimit -f allows files of {BUDGET - 1} bytes" in error
+    )
+
+
 _BORROWER = """
 import mmap, os, sys
 from mfs.cache.pieces import *

@@ -238,6 +238,15 @@ class TestTokens:
             asked._authorize(challenge, ("repository:a:pull",), deadline())
         transport.close()
 
+    @pytest.mark.parametrize("realm", ["/token", "token.example", "ftp://reg.example/token", "https://[::1/token"])
+    def test_a_token_server_without_an_address_is_said_of_its_registry(self, login: Login, realm: str) -> None:
+        login(auths=with_password("reg.example"))
+        transport = Transport()
+        asked = Authenticator("reg.example", "https://reg.example", transport)
+        with pytest.raises(StoreError, match=r"reg\.example: names its token server by '.*': .*expected"):
+            asked._authorize(Challenge("bearer", realm, "s"), ("repository:a:pull",), deadline())
+        transport.close()
+
 
 class TestHelpers:
     @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import pytest
@@ -45,6 +46,15 @@ def test_what_is_above_a_name_that_cannot_be_is_there_empty(caplog: pytest.LogCa
     assert "left out 12 names" in caplog.text
     assert "and 9 more" in caplog.text
     assert len(caplog.text) < 2000
+
+
+def test_a_file_of_no_bytes_has_the_digest_of_none(caplog: pytest.LogCaptureFixture) -> None:
+    tree, empty = TreeBuilder("t", ""), FILE._replace(size=0)
+    for name, data in (("none", b""), ("some", b"x")):
+        tree.add_file(name, empty._replace(digest=f"sha256:{hashlib.sha256(data).hexdigest()}"))
+    tree.add_file("unstated", empty)
+    assert [entry.name for entry in dict(tree.pages())[""]] == ["none", "unstated"]
+    assert "'some' (has no bytes, and the sha256:2d711642b726… of some)" in caplog.text
 
 
 def test_a_name_said_twice_is_served_as_said_last_and_named(caplog: pytest.LogCaptureFixture) -> None:

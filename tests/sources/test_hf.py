@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import threading
 import uuid
@@ -266,6 +267,33 @@ def test_an_address_whose_host_has_died_is_asked_for_again() -> None:
             assert read(source, obj, 0, 10) == content[:10]
         storage.append(second.url)
         assert read(source, obj, 50, 60) == content[50:60]
+        source.close()
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+def test_an_address_that_has_died_before_its_time_is_asked_for_again(status: int) -> None:
+    content, commit = ramp(1000), "c" * 40
+    addresses = itertools.count()
+    is_dead = threading.Event()
+
+    def answer(request: Request) -> Answer:
+        if "/tree/" in request.path:
+            item = {"type": "file", "path": "w.bin", "size": len(content), "oid": "1" * 40}
+            return Answer(200, json.dumps([item]).encode())
+        if "/resolve/" in request.path:
+            cdn = site.url.replace("127.0.0.1", "localhost")
+            return Answer(302, b"", (("Location", f"{cdn}/{next(addresses)}?Expires=99999999999"),))
+        if request.path == "/0" and is_dead.is_set():
+            return Answer(status, b"<Error><Code>ExpiredToken</Code></Error>")
+        return s3_object(request, content)
+
+    with ScriptedServer(answer) as site:
+        source = open_source(f"hf://org/name@{commit}", SourceOptions(endpoint_url=site.url))
+        obj = object_of(source, "w.bin", list_tree(source)["w.bin"])
+        assert read(source, obj, 0, 10) == content[:10]
+        is_dead.set()
+        assert read(source, obj, 50, 60) == content[50:60]
+        assert next(addresses) == 2
         source.close()
 
 

@@ -56,6 +56,10 @@ class Registry:
     def __init__(self, cache: Path, files: set[str], **bounds: int) -> None:
         self.files = files
         self.listed: list[str] = []
+        self.goes: dict[str, set[str]] = {}
+        """By directory: files that go just before it is listed."""
+        self.missing: set[str] = set()
+        """Directories that their parents name, and that are not found."""
         self.disk = Disk()
         self.namespace = Namespace([""], self._list, lambda source: SOURCE)
         self.record = TreeRecord(cache)
@@ -68,8 +72,9 @@ class Registry:
     async def _list(self, source: int, path: str, drafts: Drafts) -> None:
         await trio.lowlevel.checkpoint()
         self.listed.append(path)
+        self.files -= self.goes.pop(path, set())
         below = [file[len(path) :].lstrip("/") for file in self.files if not path or file.startswith(f"{path}/")]
-        if path and not below:
+        if path and (not below or path in self.missing):
             raise NotFoundError(path)
         drafts.add(path, [Entry(name, EntryKind.FILE, 1, 5, "v") for name in below if "/" not in name])
         folders = {name.partition("/")[0] for name in below if "/" in name}
@@ -77,9 +82,9 @@ class Registry:
 
     async def _prepare(self, source: int, coming: Sequence[Next]) -> None: ...
 
-    async def look_at_all(self) -> None:
-        async for _ in self.namespace.walk(await self.namespace.resolve(""), ""):
-            pass
+    async def look_at_all(self) -> set[str]:
+        """The paths of all files."""
+        return {path async for path, _ in self.namespace.walk(await self.namespace.resolve(""), "")}
 
     def recorded(self) -> set[str]:
         return {path for _, path in self.record.load([SOURCE])[0]}
@@ -129,6 +134,26 @@ async def test_directories_that_are_gone_leave_the_record(cache: Path) -> None:
     await registry.refresher.refresh(0)
     await registry.publication.write_record()
     assert registry.recorded() == {"", "m", "m/2"}
+
+
+@pytest.mark.parametrize("below", ["m/tmp", "m/tmp/deep/er"])
+async def test_what_goes_while_it_is_looked_at_keeps_no_news_of_its_model_back(cache: Path, below: str) -> None:
+    registry = Registry(cache, {"m/w", "m/stays/a", f"{below}/a"})
+    await registry.look_at_all()
+    registry.files.add("m/new")
+    registry.goes = {below: {f"{below}/a"}}
+    assert not (await registry.refresher.refresh(0)).errors
+    assert await registry.look_at_all() == {"m/w", "m/new", "m/stays/a"}
+
+
+async def test_a_directory_that_is_named_and_not_found_keeps_its_model_as_it_was(cache: Path) -> None:
+    """An origin that contradicts itself is no news."""
+    registry = Registry(cache, {"m/w", "m/d/a"})
+    await registry.look_at_all()
+    registry.files.add("m/new")
+    registry.missing = {"m/d"}
+    assert (await registry.refresher.refresh(0)).errors == ["m/d"]
+    assert "m/new" not in await registry.look_at_all()
 
 
 async def test_directories_that_went_while_nothing_was_mounted_leave_the_record(
