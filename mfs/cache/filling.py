@@ -60,7 +60,7 @@ class Filler:
         first: Fill | None = None
         for fill in chunk.fills:
             if fill.mask & missing and priority is Priority.DEMAND and fill.job is not None:
-                if self._pool.pace(chunk.state.source).order_blocks is not None:
+                if fill.mask & ~missing and self._pool.pace(chunk.state.source).order_blocks is not None:
                     _take_out(fill, missing)
                 else:
                     self._pool.hurry(fill.job)
@@ -224,7 +224,9 @@ def _send_along(reply: Reply | None, fill: Fill, missing: int) -> None:
 
 
 def _take_out(fill: Fill, mask: int) -> None:
-    """Of an order that has not begun, what a reader asks for by himself: he waits for no more than that."""
+    """Of an order that has not begun, what a reader asks for by himself: he waits for no more than that. Something is
+    left of it.
+    """
     assert fill.job is not None
     if not fill.job.started:
         fill.mask &= ~mask

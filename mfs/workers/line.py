@@ -20,7 +20,7 @@ class Line:
     """One lane of one source: what waits, by model, and what runs."""
 
     def __init__(self, lane: Lane, limit: int, pace: Pace | None = None) -> None:
-        """pace: keeps it."""
+        """pace: that of orders for more than one block."""
         self.lane = lane
         self.shares = Shares(2 * limit)
         self.bulk = Counter[Group]()
