@@ -55,7 +55,12 @@ class IntegrityError(MfsError):
 
 
 class StoreError(MfsError):
-    """The source failed and trying again is not expected to help."""
+    """The source failed and trying again is not expected to help.
+
+    is_slow: it sends, but not enough in time.
+    """
+
+    is_slow = False
 
 
 class TransientStoreError(StoreError):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import trio
 
 from mfs.cache.chunk_cache import CacheConfig, ChunkCache
-from mfs.cache.chunk_state import Chunk, Fill, ObjectState
+from mfs.cache.chunk_state import Chunk, ObjectState
 from mfs.cache.ram import PROCESS_BYTES, RamConfig, RamTier
 from mfs.cache.sealing import open_sealed
 from mfs.cache.ssd import SsdConfig, SsdTier
@@ -47,7 +47,6 @@ from mfs.tree.small_files import SmallFiles, SmallFilesConfig
 from mfs.types import ObjectId
 from mfs.whole import OpenSealed, WholeFiles
 from mfs.workers.frames import Frame
-from mfs.workers.job import Priority
 from mfs.workers.pool import PoolConfig, WorkerPool
 from mfs.workers.shares import Group
 
@@ -351,7 +350,7 @@ class Mount:
 
     # -- what the parts ask each other
 
-    def _filled(self, chunk: Chunk, fill: Fill, result: Frame) -> None:
+    def _filled(self, chunk: Chunk, mask: int, is_ahead: bool, result: Frame) -> None:
         self.loads.filled(chunk.state.group, origin_bytes=result["origin_bytes"], ssd_bytes=result["ssd_bytes"])
         self.tally.filled(
             chunk.state.group, origin_bytes=result["origin_bytes"], ssd_bytes=result["ssd_bytes"],
@@ -359,10 +358,10 @@ class Mount:
         )  # fmt: skip
         self.arrived[chunk.state.group] += result["origin_bytes"]
         if self.oplog.watched:
-            state, ahead = chunk.state, fill.job is not None and fill.job.priority is Priority.BACKGROUND
+            state = chunk.state
             span = state.object.chunk_range(chunk.index)
             self.oplog.note_fetch(
-                state.source, state.object.path, span, fill.mask, result["origin_bytes"], result["ssd_bytes"], ahead
+                state.source, state.object.path, span, mask, result["origin_bytes"], result["ssd_bytes"], is_ahead
             )
 
     def _identity(self, source: int) -> str:

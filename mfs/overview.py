@@ -222,7 +222,7 @@ class Overview:
         return {
             "path": self._path((source, obj[1])),
             "start": start + first * BLOCK_BYTES, "stop": min(start + end * BLOCK_BYTES, obj[2]),
-            "since_s": round(time.monotonic() - (job.deadline_s - job.timeout_s), 3),
+            "since_s": round(time.monotonic() - job.begun_s, 3),
             "ahead": job.priority is Priority.BACKGROUND, "from": "ssd" if job.lane == "ssd" else "origin",
         }  # fmt: skip
 

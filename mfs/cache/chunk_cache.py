@@ -10,7 +10,8 @@ Protocol. Everything here runs on the trio thread. A chunk with a slot has its p
 (`ram`). Workers write only into blocks of a piece that are neither valid nor in another fill. Between checkpoints the
 following holds:
 
-- a block of a chunk is valid, or in exactly one fill, or absent; `valid` only grows while the chunk has its slot;
+- a block of a chunk is valid, or in exactly one fill, or absent; `valid` only grows while the chunk has its slot, and a
+  fill shrinks by what comes of it before the rest, or is asked for by itself before its order is out;
 - a chunk with leases, fills or an SSD write under way keeps its slot; any other may lose it at the next checkpoint, but
   those of an object whose file was given whole to others (`ram.given`) lose theirs all together, by `drop_whole`;
 - a chunk for which an origin is asked counts in `slots.coming` for its model: a model whose origin hangs holds no more
@@ -277,6 +278,7 @@ class ChunkCache:
         """
         demand = priority is Priority.DEMAND
         deadline = trio.current_time() + self._config.timeout_s if demand else float("inf")
+        since_s = time.monotonic()
         with trio.move_on_at(deadline):
             while True:
                 chunk = self._chunk_nowait(state, index, mask, demand=demand, own=own)
@@ -296,10 +298,17 @@ class ChunkCache:
                     with self._waiting(fill, state, index, mask, demand):
                         await fill.done.wait()
                     if fill.error is not None:
-                        raise fill.error
+                        raise self._told_slow(fill.error, state, since_s)
                 finally:
                     self.release(chunk)
-        raise StoreError(f"{state.object}: no answer within {self._config.timeout_s:g} s")
+        error = StoreError(f"{state.object}: no answer within {self._config.timeout_s:g} s")
+        raise self._told_slow(error, state, since_s)
+
+    def _told_slow(self, error: MfsError, state: ObjectState, since_s: float) -> MfsError:
+        """The error of who has waited since then: whether bytes of its origin have come meanwhile, too few in time."""
+        if isinstance(error, StoreError):
+            error.is_slow = self._pool.pace(state.source).trickled_s > since_s
+        return error
 
     def _chunk_nowait(
         self, state: ObjectState, index: int, mask: int, *, demand: bool = True, own: bool = False

@@ -75,7 +75,7 @@ class Reply(NamedTuple):
 class Fill:
     """One order to bring blocks into a chunk; `done` is set when they are there or `error` says why not."""
 
-    __slots__ = ("attempts", "cause", "decode_s", "done", "error", "file_lost", "job", "mask", "replies")
+    __slots__ = ("attempts", "came", "cause", "decode_s", "done", "error", "file_lost", "job", "mask", "replies")
 
     def __init__(self, mask: int) -> None:
         self.mask = mask
@@ -83,6 +83,8 @@ class Fill:
         self.error: MfsError | None = None
         self.job: Job | None = None
         self.attempts = 0
+        self.came = False
+        """Some blocks have come before the rest; they are not in `mask` any more."""
         self.cause = Cause.ORIGIN
         """What those wait for who wait for it."""
         self.decode_s = 0.0
@@ -91,6 +93,11 @@ class Fill:
         """Another fill found the chunk's SSD file bad and dropped it: what this one reads from there is not kept."""
         self.replies: dict[bytes, tuple[int, int]] = {}
         """Readers whom the worker answers by itself: the parts of the chunk, by the reply's head."""
+
+    def wake(self) -> None:
+        """Some blocks count already while the rest is on its way: who waits looks whether they are his."""
+        done, self.done = self.done, trio.Event()
+        done.set()
 
 
 class Chunk:

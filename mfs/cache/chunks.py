@@ -47,6 +47,16 @@ def mask_runs(mask: int) -> Iterator[tuple[int, int]]:
         first += run
 
 
+def lowest(mask: int, count: int) -> int:
+    """The first `count` blocks of `mask`, or all."""
+    chosen = 0
+    while mask and count > 0:
+        chosen |= mask & -mask
+        mask &= mask - 1
+        count -= 1
+    return chosen
+
+
 def run_bytes(first: int, end: int, length: int) -> tuple[int, int]:
     """Byte range [start, stop) of blocks [first, end) in a chunk of `length` bytes."""
     return first * BLOCK_BYTES, min(end * BLOCK_BYTES, length)

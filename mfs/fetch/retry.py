@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from mfs.errors import StoreError, TransientStoreError
 from mfs.fetch.dates import epoch_s
-from mfs.fetch.told import tell_retry
+from mfs.fetch.told import arriving, tell_retry, watcher
 from mfs.types import ByteRange
 
 T = TypeVar("T")
@@ -61,19 +61,31 @@ class Rest:
     every answer early (a limit of time or bytes, a line that drops) is read on where it did so, not from the start.
     """
 
-    def __init__(self, span: ByteRange, out: memoryview) -> None:
-        """out: for all of `span`."""
+    def __init__(self, span: ByteRange, out: memoryview, *, is_exact: bool = False) -> None:
+        """out: for all of `span`. is_exact: what comes of it counts by itself, before all of it is there; so who
+        watches is told (`told.watching`).
+        """
         self._span = span
         self._out = out
+        self._came_bytes = 0
+        self._watcher = watcher() if is_exact else None
 
     def take(self, read: Callable[[ByteRange, memoryview], T]) -> T:
         """`read` what is left. What it brings before a TransientStoreError is not asked for again."""
         try:
-            return read(self._span, self._out)
+            with arriving(self._arrived if self._watcher else None):
+                return read(self._span, self._out)
         except TransientStoreError as e:
             self._span = ByteRange(self._span.start + e.received_bytes, self._span.stop)
             self._out = self._out[e.received_bytes :]
+            self._came_bytes += e.received_bytes
+            if self._watcher and self._came_bytes:
+                self._watcher(self._came_bytes)
             raise
+
+    def _arrived(self, nbytes: int) -> None:
+        assert self._watcher is not None
+        self._watcher(self._came_bytes + nbytes)
 
 
 def with_retries(

@@ -1,4 +1,5 @@
-"""What fetches have to say beside what they bring: that they try again, and which way bytes came. Counted until taken.
+"""What fetches have to say beside what they bring: that they try again, which way bytes came, and what of a range is
+there already while the rest is on its way. Counted until taken, but for that.
 
 Asked by every worker, also one whose sources are folders: so nothing of HTTP is imported here.
 """
@@ -30,6 +31,42 @@ def tell_retry(error: TransientStoreError) -> None:
     listener: Callable[[TransientStoreError], None] | None = getattr(_told, "tell", None)
     if listener is not None:
         listener(error)
+
+
+Arrived = Callable[[int], None]
+"""Told how many bytes of a range have come, in order, from its start."""
+
+
+@contextlib.contextmanager
+def watching(arrived: Arrived) -> Iterator[None]:
+    """What has come of the range that this thread asks a source for meanwhile is told to `arrived`, if that takes long,
+    and if what has come is exact by itself: the source says so (`fetch.retry.Rest`).
+    """
+    _told.watcher = arrived
+    try:
+        yield
+    finally:
+        _told.watcher = None
+
+
+def watcher() -> Arrived | None:
+    """Who watches what this thread asks for."""
+    return getattr(_told, "watcher", None)
+
+
+@contextlib.contextmanager
+def arriving(arrived: Arrived | None) -> Iterator[None]:
+    """What comes of the request that this thread makes meanwhile is told to `arrived`, or to nobody."""
+    _told.arrived = arrived
+    try:
+        yield
+    finally:
+        _told.arrived = None
+
+
+def listener() -> Arrived | None:
+    """Who is told what has come of a request that this thread makes."""
+    return getattr(_told, "arrived", None)
 
 
 def taken_retries() -> dict[str, int]:

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from mfs.errors import AccessError, ChangedError, IntegrityError, MfsError, StoreError, TransientStoreError
 from mfs.fetch.connections import Connection, ConnectionPool, Origin
 from mfs.fetch.environment import CaBundle, Proxy, proxy_for
+from mfs.fetch.told import Arrived, listener
 from mfs.fetch.wire import TunnelRefusedError, read_head
 from mfs.tracing.requests import Request
 from mfs.types import ByteRange
@@ -229,11 +230,13 @@ class Transport:
             target = target.through(through)
         wanted = {**(headers or {}), "Range": f"bytes={span.start}-{span.stop - 1}"}
         with _traced("GET", target) as trace:
-            return self._read_range(target, span, trace, wanted, out, size, check, deadline_s)
+            # A cache that fails is made good by the origin, from the start.
+            tell = None if through else listener()
+            return self._read_range(target, span, trace, wanted, out, size, check, tell, deadline_s)
 
     def _read_range(
         self, target: Target, span: ByteRange, trace: Request, headers: Mapping[str, str], out: memoryview, size: int,
-        check: Callable[[http.client.HTTPMessage], None] | None, deadline_s: float,
+        check: Callable[[http.client.HTTPMessage], None] | None, tell: Arrived | None, deadline_s: float,
     ) -> Reply:  # fmt: skip
         try:
             connection, response = self._exchange("GET", target, trace.headers(headers), deadline_s)
@@ -251,7 +254,7 @@ class Transport:
                 filled = len(out)
             else:
                 is_filling = response.length is not None  # else nothing says yet that these are the bytes
-                filled = _fill(connection, response, out)
+                filled = _fill(connection, response, out, tell)
             if filled < len(out):
                 raise _early_end(response, filled, f"bytes {span.start}-{span.stop - 1}", target)
         except BaseException as e:
@@ -498,8 +501,13 @@ def _cut(response: http.client.HTTPResponse, span: ByteRange, out: memoryview, s
     out[:] = body[span.start : span.stop]
 
 
-def _fill(connection: Connection, response: http.client.HTTPResponse, out: memoryview) -> int:
-    """Read the body into `out`; the bytes read. The response is closed afterwards if the body was `out` exactly."""
+def _fill(
+    connection: Connection, response: http.client.HTTPResponse, out: memoryview, tell: Arrived | None
+) -> int:  # fmt: skip
+    """Read the body into `out`; the bytes read. The response is closed afterwards if the body was `out` exactly.
+
+    tell: what has come, while that takes long, of a body of which the head says that it is `out`.
+    """
     filled = 0
     if response.length is None:  # chunked, or delimited by the end of the connection
         while filled < len(out) and (piece := response.read1(len(out) - filled)):
@@ -513,7 +521,7 @@ def _fill(connection: Connection, response: http.client.HTTPResponse, out: memor
     response.length -= filled
     if filled:
         try:
-            connection.wire.receive_all(out[filled:])
+            connection.wire.receive_all(out[filled:], tell=tell and (lambda nbytes: tell(filled + nbytes)))
         finally:
             response.length -= connection.wire.filled
     if not response.length:

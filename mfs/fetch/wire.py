@@ -15,6 +15,7 @@ import socket
 import ssl
 import struct
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mfs.fetch.dial import dial
@@ -28,6 +29,11 @@ STALL_S = 10.0
 
 CONNECT_S = 5.0
 """Longest wait for a connection to stand; a SYN lost three times has cost 7 s."""
+
+
+TELL_S = 0.5
+"""Who is told what has come of a range is told no oftener. A plain socket's receive comes back with a part of what it
+waits for when the stall limit has passed, so of those he hears that often."""
 
 
 def patience_s(deadline_s: float, limit_s: float) -> float:
@@ -92,15 +98,22 @@ class Wire:
             self.has_ended = True
         return count
 
-    def receive_all(self, view: memoryview) -> int:
-        """Receive until `view` is full or the peer closes; the bytes received. Raises: TimeoutError, OSError."""
+    def receive_all(self, view: memoryview, *, tell: Callable[[int], None] | None = None) -> int:
+        """Receive until `view` is full or the peer closes; the bytes received. Raises: TimeoutError, OSError.
+
+        tell: called with the bytes received so far, where all of them take long.
+        """
         flags = 0 if self._is_tls else socket.MSG_WAITALL
         self.filled = 0
+        due_s = time.monotonic() + TELL_S if tell is not None else math.inf
         while self.filled < len(view):
             count = self.receive(view[self.filled :], flags=flags)
             if not count:
                 break
             self.filled += count
+            if tell is not None and self.filled < len(view) and (now_s := time.monotonic()) > due_s:
+                tell(self.filled)
+                due_s = now_s + TELL_S
         return self.filled
 
     def is_quiet(self) -> bool:

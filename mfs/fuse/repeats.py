@@ -1,7 +1,8 @@
 """Reads that waited long and failed, kept for the moment in which the kernel asks again.
 
 When a read ahead fails, the kernel asks once more for the one page that is wanted (mm/filemap.c). It gets the same
-answer at once, or a reader would wait for a dead origin twice.
+answer at once, or a reader would wait for a dead origin twice. Where the origin sends, and is
+slow, that page may be had.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class FailedReads:
     def note(self, fh: int, span: ByteRange, error: BaseException, since_s: float) -> None:
         """A read has failed that began at `since_s`, a value of time.monotonic()."""
         now_s = time.monotonic()
-        if isinstance(error, StoreError) and now_s - since_s > _WAITED_S_MIN:
+        if isinstance(error, StoreError) and not error.is_slow and now_s - since_s > _WAITED_S_MIN:
             failed = self._by_handle.setdefault(fh, deque(maxlen=_REMEMBERED_MAX))
             failed.append(_Failure(span, error, now_s + _WINDOW_S))
 

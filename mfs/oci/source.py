@@ -187,16 +187,20 @@ class OciSource:
                                 self._fetch(place.layer, place.layer_bytes, where), at, out, where,
                                 deadline_s=deadline_s)  # fmt: skip
         else:
-            self._read_layer(place.layer, place.layer_bytes, at, out, where, deadline_s)
+            self._read_layer(place.layer, place.layer_bytes, at, out, where, deadline_s, is_file=True)
 
     def _fetch(self, digest: str, nbytes: int, where: str) -> Fetch:
         return lambda start, out, deadline_s: self._read_layer(digest, nbytes, start, out, where, deadline_s)
 
-    def _read_layer(self, digest: str, nbytes: int, at: int, out: memoryview, where: str, deadline_s: float) -> None:
+    def _read_layer(
+        self, digest: str, nbytes: int, at: int, out: memoryview, where: str, deadline_s: float, *,
+        is_file: bool = False,
+    ) -> None:  # fmt: skip
+        """is_file: the bytes are a file's as they stand there."""
         if at + len(out) > nbytes:
             raise StoreError(f"{where}: bytes {at}-{at + len(out)} of a layer of {nbytes}")
         missed_count = 0
-        rest = Rest(ByteRange(at, at + len(out)), out)
+        rest = Rest(ByteRange(at, at + len(out)), out, is_exact=is_file)
 
         def read(part: ByteRange, view: memoryview) -> None:
             self._client.read_blob(digest, nbytes, part.start, view, where, deadline_s=deadline_s)

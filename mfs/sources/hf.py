@@ -145,7 +145,7 @@ class HfSource:
             raise StoreError(f"{obj}: expected a commit as its locator, got {commit!r}")
         where = f"hf://{self._repo}@{commit[:12]}/{path}"
 
-        rest = Rest(span, out)
+        rest = Rest(span, out, is_exact=True)
 
         def send(hop: Hop) -> Reply:
             headers = self._headers(hop, is_file=True)

@@ -114,7 +114,7 @@ class HttpSource:
 
             return self._access.follow(url, send_to)
 
-        rest = Rest(span, out)
+        rest = Rest(span, out, is_exact=True)
 
         def attempt() -> None:
             reply = rest.take(lambda part, view: self._binder.read(binding, part, view, send, where))

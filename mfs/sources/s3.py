@@ -113,7 +113,7 @@ class S3Source:
                 deadline_s=deadline_s,
             )  # fmt: skip
 
-        rest = Rest(span, out)
+        rest = Rest(span, out, is_exact=True)
 
         def attempt() -> None:
             reply = rest.take(lambda part, view: self._binder.read(binding, part, view, send, where))

@@ -59,5 +59,17 @@ class Job:
     deadline_s: float = math.inf
     """time.monotonic() after which the worker is taken for hung. Set by the pool."""
 
+    @property
+    def is_bulk(self) -> bool:
+        """More than one block, or ahead of need: nobody waits for just that. Stays as it is once begun. What the kernel
+        reads ahead is more than one, and it asks for the page that is wanted by itself when that fails.
+        """
+        return self.priority is not Priority.DEMAND or self.arguments.get("mask", 0).bit_count() > 1
+
+    @property
+    def begun_s(self) -> float:
+        """time.monotonic() from which its time is counted."""
+        return self.deadline_s - self.timeout_s
+
     def finish(self, result: Frame | None, error: MfsError | None) -> None:
         self.on_done(result, error)

@@ -15,10 +15,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import zip_longest
 from typing import Any
-
-from xxhash import xxh3_64_intdigest
 
 from mfs.cache import page_cache, sealing
 from mfs.cache.chunks import full_mask, mask_bytes, mask_runs, run_bytes
@@ -27,12 +26,13 @@ from mfs.cache.heat import strip
 from mfs.cache.model_sums import ModelSums
 from mfs.cache.residency import ResidencyTables
 from mfs.cache.ssd import SsdTier
-from mfs.errors import StoreError
-from mfs.fetch.told import telling
+from mfs.errors import MfsError, StoreError
+from mfs.fetch.told import telling, watching
 from mfs.mapping import populate
 from mfs.safetensors import parse_header
 from mfs.sources.base import Moved, Source
-from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
+from mfs.types import CHUNK_BYTES, ByteRange, ObjectId
+from mfs.workers.arrivals import Arrivals, block_sums
 from mfs.workers.frames import Frame, object_from_wire
 from mfs.workers.replies import Replies
 from mfs.workers.tier import Parts, Tier
@@ -67,31 +67,35 @@ class Jobs:
         replies: readers of parts of the piece that are there then; see `replies`.
         Result: {sums: {block: checksum}, ssd_bytes, origin_bytes, shared_bytes: from other files on SSD, requests,
         decode_s: seconds spent on unpacking, resident: mask that came from SSD, lost: whether the chunk turned out bad
-        and SSD has nothing of it any more}.
+        and SSD has nothing of it any more}. Where that takes long, or fails in the middle, frames of `Arrivals` before
+        it: blocks that count already, whatever becomes of the others. The result has no bytes of those, but their sums.
         """
         wanted = object_from_wire(obj)
         length = len(wanted.chunk_range(index))
         resident, lost, sums = self._read_ssd(wanted, index, mask, piece)
         missing = mask & ~resident
-        moved = Moved()
-        for first, end in mask_runs(missing):
-            start, stop = run_bytes(first, end, length)
-            base = index * CHUNK_BYTES
-            span = ByteRange(base + start, base + stop)
-            cost = self._sources[source].get_range(wanted, span, out=piece[start:stop], deadline_s=deadline_s)
-            moved += cost or Moved(len(span), 0, 1)
+        moved, arrivals = Moved(), Arrivals(piece, length, emit)
+        try:
+            for first, end in mask_runs(missing):
+                start, stop = run_bytes(first, end, length)
+                base = index * CHUNK_BYTES
+                span = ByteRange(base + start, base + stop)
+                with watching(partial(arrivals.note, first, end)):
+                    cost = self._sources[source].get_range(wanted, span, out=piece[start:stop], deadline_s=deadline_s)
+                moved += cost or Moved(len(span), 0, 1)
+                if cost is None:
+                    arrivals.keep(first, end)
+        except MfsError:
+            arrivals.tell_kept()
+            raise
         self._replies.write(replies, piece)
-        for first, end in mask_runs(missing):
-            stop = run_bytes(first, end, length)[1]
-            for block in range(first, end):
-                low = block * BLOCK_BYTES
-                sums[block] = xxh3_64_intdigest(piece[low : min(low + BLOCK_BYTES, stop)])
+        sums.update(block_sums(piece, missing, length))
         return {
             "sums": list(sums.items()),
             "resident": 0 if lost else resident,
             "lost": lost,
             "ssd_bytes": mask_bytes(resident, length),
-            "origin_bytes": moved.origin_bytes,
+            "origin_bytes": moved.origin_bytes - arrivals.told_bytes,
             "shared_bytes": moved.shared_bytes,
             "requests": moved.requests,
             "decode_s": moved.decode_s,

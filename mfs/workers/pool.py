@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from mfs.errors import ConfigError, MfsError, StoreError, from_wire
 from mfs.workers.frames import Frame
 from mfs.workers.job import ATTEMPTS_OVER_DEAD_WORKERS, DISK_TIMEOUT_S, Job, Lane, Priority, WorkerEndedError
 from mfs.workers.line import LANES, Line, group_of
+from mfs.workers.pace import Pace
 from mfs.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class WorkerPool:
         self._serials = itertools.count(1)
         self._lines: dict[tuple[Lane, int], Line] = {}
         """By lane and source."""
+        self._paces: defaultdict[int, Pace] = defaultdict(Pace)
         self._workers: list[Worker] = []
         self._failed_start: MfsError | None = None
         self._changed = trio.Event()
@@ -136,8 +138,13 @@ class WorkerPool:
         key = job.lane, job.group[0]
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = Line(job.lane, self._config.limit(job.lane))
+            pace = self.pace(job.group[0]) if job.lane == "origin" else None
+            line = self._lines[key] = Line(job.lane, self._config.limit(job.lane), pace)
         return line
+
+    def pace(self, source: int) -> Pace:
+        """How much is asked of a source at once."""
+        return self._paces[source]
 
     def hurry(self, job: Job) -> None:
         """A reader waits for this job now: move it ahead of everything fetched ahead of need."""
@@ -206,7 +213,7 @@ class WorkerPool:
     def under_way(self) -> list[Job]:
         """What the workers are bringing at this moment, from the origin or from SSD; the oldest first."""
         jobs = [job for worker in self._workers for job in worker.jobs.values() if job.operation in ("fill", "load")]
-        return sorted(jobs, key=lambda job: job.deadline_s - job.timeout_s)
+        return sorted(jobs, key=lambda job: job.begun_s)
 
     @property
     def restarts_count(self) -> int:
@@ -239,6 +246,7 @@ class WorkerPool:
     def _start(self, line: Line, job: Job, worker: Worker) -> None:
         job.started = True
         line.shares.take(job.group)
+        line.bulk[job.group] += job.is_bulk
         worker.jobs[job.serial] = job
         if job.priority is Priority.BACKGROUND:
             job.deadline_s = time.monotonic() + job.timeout_s
@@ -259,13 +267,18 @@ class WorkerPool:
         """A worker has begun a job by itself."""
         job.started = True
         job.deadline_s = time.monotonic() + job.timeout_s
-        self._line(job).shares.take(job.group)
+        line = self._line(job)
+        line.shares.take(job.group)
+        line.bulk[job.group] += job.is_bulk
         worker.jobs[job.serial] = job
 
     def _finished(self, worker: Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
         del worker.jobs[job.serial]
         line = self._line(job)
         line.shares.give(job.group)
+        line.bulk[job.group] -= job.is_bulk
+        if not line.bulk[job.group]:
+            del line.bulk[job.group]
         if job.span is not None:
             job.span.end(error=str(error) if error is not None else "")
         if job.followed_by is not None and error is None:

@@ -11,6 +11,7 @@ import pytest
 
 from mfs.errors import ChangedError, StoreError, TransientStoreError
 from mfs.fetch.retry import HOLD_S_MAX, Hold, Rest, wished_pause_s, with_retries
+from mfs.fetch.told import listener, watching
 from mfs.types import ByteRange
 
 
@@ -71,6 +72,26 @@ def test_what_came_is_not_asked_for_again() -> None:
     assert with_retries(lambda: rest.take(read), what="x", deadline_s=deadline_s) == "done"
     assert asked == [ByteRange(start, 110) for start in (100, 104, 104, 108)]
     assert out == bytes(range(100, 110))
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_who_watches_is_told_of_all_that_came_where_that_is_exact_by_itself(is_exact: bool) -> None:
+    told: list[int] = []
+
+    def read(span: ByteRange, view: memoryview) -> None:
+        if (arrived := listener()) is not None:
+            arrived(3)
+        error = TransientStoreError("reset")
+        error.received_bytes = 4
+        raise error
+
+    with watching(told.append):
+        rest = Rest(ByteRange(100, 110), memoryview(bytearray(10)), is_exact=is_exact)
+        for _ in range(2):
+            with pytest.raises(TransientStoreError):
+                rest.take(read)
+        assert listener() is None
+    assert told == ([3, 4, 7, 8] if is_exact else [])
 
 
 def test_a_wish_beyond_the_deadline_is_not_waited_for() -> None:
