@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from mfs.cache.chunk_cache import Begun
 from mfs.errors import IntegrityError
 from mfs.types import BLOCK_BYTES, CHUNK_BYTES, ByteRange, ObjectId
 from tests.workers.rig import Rig, running_rig, until
@@ -37,12 +38,11 @@ async def rig(tmp_path: Path, device: tuple[socket.socket, socket.socket]) -> As
 
 
 async def read(rig: Rig, obj: ObjectId, start: int, stop: int, head: bytes, *, begin: bool = True) -> None:
-    """As FUSE does: what is missing is ordered, then waited for."""
+    """As FUSE does: what is missing is ordered, then waited for. begin: whether it could be ordered at once."""
     state, span = rig.cache.open(obj, 0), ByteRange(start, stop)
     try:
-        if begin:
-            rig.cache.begin(state, span, head=head)
-        assert b"".join(await rig.cache.read(state, span, head=head)) == rig.contents[obj][start:stop]
+        begun = rig.cache.begin(state, span, head=head) if begin else Begun(0.0, {}, False, head)
+        assert b"".join(await rig.cache.read(state, span, begun)) == rig.contents[obj][start:stop]
     finally:
         rig.cache.close(state)
 

@@ -271,7 +271,10 @@ class TestKilled:
                 theirs.close()
                 super().shutdown(how)
 
+        handlers = {number: signal.getsignal(number) for number in holder.SIGNALS}
         one = holder.Holder([])
+        for number, handler in handlers.items():  # of this process, not of a holder
+            signal.signal(number, handler)
         with one._sock, Late(fileno=ours.detach()) as connection:
             assert not one._is_anothers(connection, b"yours")
 
