@@ -12,61 +12,62 @@ from collections.abc import Callable, Iterator
 
 from mfs.errors import TransientStoreError
 
-_told = threading.local()
+Arrived = Callable[[int], None]
+"""Told how many bytes of a range have come, in order, from its start."""
+
+
+class _Listeners(threading.local):
+    """Of one thread."""
+
+    tell: Callable[[TransientStoreError], None] | None = None
+    watcher: Arrived | None = None
+    arrived: Arrived | None = None
+
+
+_told = _Listeners()
 
 
 @contextlib.contextmanager
-def telling(tell: Callable[[TransientStoreError], None]) -> Iterator[None]:
-    """What is tried again by this thread meanwhile is told to `tell`, with why, before the pause."""
-    _told.tell = tell
+def _listening(name: str, listener: object) -> Iterator[None]:
+    setattr(_told, name, listener)
     try:
         yield
     finally:
-        _told.tell = None
+        setattr(_told, name, None)
+
+
+def telling(tell: Callable[[TransientStoreError], None]) -> contextlib.AbstractContextManager[None]:
+    """What is tried again by this thread meanwhile is told to `tell`, with why, before the pause."""
+    return _listening("tell", tell)
 
 
 def tell_retry(error: TransientStoreError) -> None:
     """Tell why something is about to be tried again, and count it. Of the process."""
     _retries.add("failed" if error.retry_after_s is None else "throttled", 1)
-    listener: Callable[[TransientStoreError], None] | None = getattr(_told, "tell", None)
-    if listener is not None:
-        listener(error)
+    if _told.tell is not None:
+        _told.tell(error)
 
 
-Arrived = Callable[[int], None]
-"""Told how many bytes of a range have come, in order, from its start."""
-
-
-@contextlib.contextmanager
-def watching(arrived: Arrived) -> Iterator[None]:
+def watching(arrived: Arrived) -> contextlib.AbstractContextManager[None]:
     """What has come of the range that this thread asks a source for meanwhile is told to `arrived`, if that takes long,
     and if what has come is exact by itself: the source says so (`fetch.retry.Rest`).
     """
-    _told.watcher = arrived
-    try:
-        yield
-    finally:
-        _told.watcher = None
+    return _listening("watcher", arrived)
 
 
 def watcher() -> Arrived | None:
     """Who watches what this thread asks for."""
-    return getattr(_told, "watcher", None)
+    return _told.watcher
 
 
-@contextlib.contextmanager
-def arriving(arrived: Arrived | None) -> Iterator[None]:
+def arriving(arrived: Arrived | None) -> contextlib.AbstractContextManager[None]:
     """What comes of the request that this thread makes meanwhile is told to `arrived`, or to nobody."""
-    _told.arrived = arrived
-    try:
-        yield
-    finally:
-        _told.arrived = None
+    return _listening("arrived", arrived)
 
 
 def listener() -> Arrived | None:
     """Who is told what has come of a request that this thread makes."""
-    return getattr(_told, "arrived", None)
+    return _told.arrived
 
 
 def taken_retries() -> dict[str, int]:

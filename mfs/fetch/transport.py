@@ -501,9 +501,7 @@ def _cut(response: http.client.HTTPResponse, span: ByteRange, out: memoryview, s
     out[:] = body[span.start : span.stop]
 
 
-def _fill(
-    connection: Connection, response: http.client.HTTPResponse, out: memoryview, tell: Arrived | None
-) -> int:  # fmt: skip
+def _fill(connection: Connection, response: http.client.HTTPResponse, out: memoryview, tell: Arrived | None) -> int:
     """Read the body into `out`; the bytes read. The response is closed afterwards if the body was `out` exactly.
 
     tell: what has come, while that takes long, of a body of which the head says that it is `out`.

@@ -1,8 +1,8 @@
 """Reads that waited long and failed, kept for the moment in which the kernel asks again.
 
 When a read ahead fails, the kernel asks once more for the one page that is wanted (mm/filemap.c). It gets the same
-answer at once, or a reader would wait for a dead origin twice. Where the origin sends, and is
-slow, that page may be had.
+answer at once, or a reader would wait for a dead origin twice. Where the origin sends, and
+is slow, that page may be had.
 """
 
 from __future__ import annotations

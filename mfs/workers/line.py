@@ -23,10 +23,23 @@ class Line:
         """pace: that of orders for more than one block."""
         self.lane = lane
         self.shares = Shares(2 * limit)
-        self.bulk = Counter[Group]()
+        self._bulk = Counter[Group]()
         """Of what runs, how much keeps the pace."""
         self._pace = pace
         self.queues: dict[Group, list[tuple[int, int, Job]]] = {}
+
+    def begin(self, job: Job) -> None:
+        """A job runs from now on."""
+        job.started = True
+        self.shares.take(job.group)
+        self._bulk[job.group] += job.is_bulk
+
+    def end(self, job: Job) -> None:
+        """One that ran does so no more."""
+        self.shares.give(job.group)
+        self._bulk[job.group] -= job.is_bulk
+        if not self._bulk[job.group]:
+            del self._bulk[job.group]
 
     def push(self, job: Job) -> None:
         heapq.heappush(self.queues.setdefault(job.group, []), (job.priority, job.serial, job))
@@ -44,7 +57,7 @@ class Line:
         best: tuple[int, int, Job] | None = None
         queue_of_best = None
         bulk_max = self._pace.orders_max if self._pace is not None else None
-        holds_bulk = bulk_max is not None and self.bulk.total() >= bulk_max
+        holds_bulk = bulk_max is not None and self._bulk.total() >= bulk_max
         for group, queue in list(self.queues.items()):
             while queue and (queue[0][2].started or queue[0][0] != queue[0][2].priority):
                 heapq.heappop(queue)  # the stale half of a hurried job
@@ -52,7 +65,7 @@ class Line:
                 del self.queues[group]
                 continue
             first: tuple[int, int, Job] | None = queue[0]
-            if holds_bulk and self.bulk[group] and queue[0][2].is_bulk:  # who has none gets one, as of `shares`
+            if holds_bulk and self._bulk[group] and queue[0][2].is_bulk:  # who has none gets one, as of `shares`
                 small = (item for item in queue if not item[2].is_bulk and not item[2].started)
                 first = min(small, default=None)  # stays there, and is skipped
             if first is None:

@@ -244,9 +244,7 @@ class WorkerPool:
                 self._start(line, job, min(workers, key=lambda w: len(w.jobs)))
 
     def _start(self, line: Line, job: Job, worker: Worker) -> None:
-        job.started = True
-        line.shares.take(job.group)
-        line.bulk[job.group] += job.is_bulk
+        line.begin(job)
         worker.jobs[job.serial] = job
         if job.priority is Priority.BACKGROUND:
             job.deadline_s = time.monotonic() + job.timeout_s
@@ -265,20 +263,14 @@ class WorkerPool:
 
     def _go_on(self, worker: Worker, job: Job) -> None:
         """A worker has begun a job by itself."""
-        job.started = True
         job.deadline_s = time.monotonic() + job.timeout_s
-        line = self._line(job)
-        line.shares.take(job.group)
-        line.bulk[job.group] += job.is_bulk
+        self._line(job).begin(job)
         worker.jobs[job.serial] = job
 
     def _finished(self, worker: Worker, job: Job, result: Frame | None, error: MfsError | None) -> None:
         del worker.jobs[job.serial]
         line = self._line(job)
-        line.shares.give(job.group)
-        line.bulk[job.group] -= job.is_bulk
-        if not line.bulk[job.group]:
-            del line.bulk[job.group]
+        line.end(job)
         if job.span is not None:
             job.span.end(error=str(error) if error is not None else "")
         if job.followed_by is not None and error is None:
